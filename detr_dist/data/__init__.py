@@ -1,0 +1,1 @@
+"""From COCO annotations and images on disk to batches on the device."""

@@ -1,0 +1,1 @@
+"""The network, the matcher, the criterion, and from outputs to detections."""

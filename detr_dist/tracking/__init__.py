@@ -1,0 +1,1 @@
+"""What is logged, under which name, and where it goes."""

@@ -1,0 +1,1 @@
+"""The run, its loop, and what the loop steps and saves."""

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Install with the tools of development, then format, lint, types and tests, as CI does. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash scripts/install.sh dev
+export PATH="$PWD/.venv/bin:$PATH"
+
+set -x
+ruff format --check
+ruff check
+mypy
+pytest "$@"

@@ -1,0 +1,145 @@
+"""The rooms of the package: who may import whom, and what stays out of a quick start."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import detr_dist
+
+PACKAGE = Path(detr_dist.__file__).parent
+REPOSITORY = Path(__file__).parents[2]
+
+# A room is a folder or a module directly under detr_dist. It may import itself and the rooms named here.
+BASE = {"boxes", "config", "errors"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "__main__": {"cli"},
+    "cli": BASE | {"data", "distributed", "evaluation", "models", "tracking", "training"},
+    "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
+    "evaluation": BASE | {"data", "distributed", "models"},
+    "tracking": BASE | {"data", "distributed", "models"},
+    "models": BASE,
+    "data": BASE,
+    "distributed": {"config", "errors"},
+    "config": {"errors"},
+    "boxes": set(),
+    "errors": set(),
+}
+
+# Libraries that only these rooms may know.
+CONFINED_LIBRARIES = {"accelerate", "faster_coco_eval", "mlflow", "pycocotools"}
+ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "tracking", "training"}
+
+# Slow to import: none of them may be loaded for a help page or for reading a configuration.
+SLOW_LIBRARIES = {"accelerate", "mlflow", "numpy", "scipy", "timm", "torch", "torchvision", "transformers"}
+NAMES_THAT_SAY_NOTHING = {"common", "helpers", "misc", "utils"}
+
+
+def imported_by(path: Path, package: Path) -> Iterator[str]:
+    """Full names of what a module imports anywhere, in its functions too; `from a import b` gives `a.b`."""
+    own_package = [package.name, *path.relative_to(package).parent.parts]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = own_package[: len(own_package) - node.level + 1] if node.level else []
+            module = [*parents, *([node.module] if node.module else [])]
+            yield from (".".join([*module, alias.name]) for alias in node.names)
+
+
+def violations(package: Path) -> list[str]:
+    """One line for each import that the rules above forbid."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        where = path.relative_to(package)
+        room = where.parts[0].removesuffix(".py")
+        for name in imported_by(path, package):
+            library, _, inner = name.partition(".")
+            target = inner.partition(".")[0]
+            if library in CONFINED_LIBRARIES and room not in ROOMS_OF_THE_CONFINED:
+                found.append(f"{where} imports {library}")
+            elif (
+                library == package.name
+                and target in MAY_IMPORT
+                and target not in {room, *MAY_IMPORT.get(room, ())}
+            ):
+                found.append(f"{where} imports {target}")
+    return found
+
+
+def modules_loaded_by(*arguments: str) -> set[str]:
+    """Top-level names of all that a fresh Python imports to run the arguments, which must succeed."""
+    command = [sys.executable, "-X", "importtime", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    lines = finished.stderr.splitlines()
+    report = [line for line in lines if line.startswith("import time:")]
+    assert finished.returncode == 0, "\n".join(line for line in lines if line not in report)
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in report}
+
+
+def test_imports_go_one_way() -> None:
+    assert violations(PACKAGE) == []
+
+
+def test_every_room_has_its_rule() -> None:
+    rooms = {
+        path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    assert rooms - {"__init__", "__pycache__", "py.typed"} <= MAY_IMPORT.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "complaint"),
+    [
+        ("models/matcher.py", "from detr_dist.data.batching import Batch", "models/matcher.py imports data"),
+        ("models/matcher.py", "from ..data import batching", "models/matcher.py imports data"),
+        ("models/matcher.py", "from detr_dist import training", "models/matcher.py imports training"),
+        ("boxes.py", "def area():\n    from . import config", "boxes.py imports config"),
+        ("data/coco.py", "import pycocotools.coco", "data/coco.py imports pycocotools"),
+        ("cli.py", "import mlflow", "cli.py imports mlflow"),
+    ],
+)
+def test_an_import_against_the_rules_is_found(
+    tmp_path: Path, module: str, statement: str, complaint: str
+) -> None:
+    path = tmp_path / "detr_dist" / module
+    path.parent.mkdir(parents=True)
+    path.write_text(statement, encoding="utf-8")
+    assert violations(tmp_path / "detr_dist") == [complaint]
+
+
+def test_imports_with_the_rules_are_not_complained_about(tmp_path: Path) -> None:
+    path = tmp_path / "detr_dist" / "models" / "matcher.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        "import torch\nfrom detr_dist import __version__, boxes\nfrom .criterion import x", encoding="utf-8"
+    )
+    assert violations(tmp_path / "detr_dist") == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-c", "import detr_dist.config"),
+        ("-m", "detr_dist", "--help"),
+        ("-m", "detr_dist", "train", "--help"),
+    ],
+    ids=" ".join,
+)
+def test_reading_a_configuration_or_a_help_page_loads_nothing_slow(arguments: tuple[str, ...]) -> None:
+    loaded = modules_loaded_by(*arguments)
+    assert "detr_dist" in loaded
+    assert loaded & SLOW_LIBRARIES == set()
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    python_files = [
+        *PACKAGE.rglob("*.py"),
+        *(REPOSITORY / "scripts").rglob("*.py"),
+        *(REPOSITORY / "tests").rglob("*.py"),
+    ]
+    names = {part.removesuffix(".py") for path in python_files for part in path.relative_to(REPOSITORY).parts}
+    assert names & NAMES_THAT_SAY_NOTHING == set()
