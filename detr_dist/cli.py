@@ -1,0 +1,103 @@
+"""The command line. No logic here: each command reads its options and calls one function."""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from detr_dist.config import describe_keys, load_config
+from detr_dist.errors import DetrDistError
+
+app = typer.Typer(
+    name="detr-dist",
+    help="Train DETR-family object detectors on one process or many, tracked in MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+)
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error as well.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value]...", help="Settings that override the YAML file's."),
+]
+
+
+def _keys_help() -> str:
+    """The configuration keys as Markdown, one line each."""
+    lines = [f"- `{key}={default}` {meaning}" for key, default, meaning in describe_keys()]
+    return "**Configuration keys** and their defaults:\n\n" + "\n".join(lines)
+
+
+@app.command(epilog=_keys_help())
+def train(
+    train_dir: Annotated[Path, typer.Option(help="Folder with the training images and their COCO JSON.")],
+    val_dir: Annotated[Path, typer.Option(help="Folder with the validation images and their COCO JSON.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, the best model and results.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Train a detector on COCO data.
+
+    One process by itself; several with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml
+    scripts/train_detr.py` and the same options.
+    """
+    settings = load_config(config, overrides or ())
+    from detr_dist.training.run import train as run_training
+
+    run_training(settings, train_dir=train_dir, val_dir=val_dir, output_dir=output_dir)
+
+
+@app.command()
+def make_data(
+    output_dir: Annotated[Path, typer.Argument(help="Folder to make `train` and `val` in.")],
+    num_train: Annotated[int, typer.Option(help="Scenes to train on.")] = 512,
+    num_val: Annotated[int, typer.Option(help="Scenes to validate on.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Generate match scenes with players and a ball, as images and COCO JSON."""
+    from detr_dist.data.synthetic import make_data as generate
+
+    generate(output_dir, num_train=num_train, num_val=num_val, seed=seed)
+    print(f"{num_train} scenes in {output_dir / 'train'}, {num_val} in {output_dir / 'val'}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage or configuration.
+
+    An error prints one clear line, on every process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        app(arguments, prog_name="detr-dist", standalone_mode=False)
+    except typer.TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        _fail(f"{message.rstrip('.')}; see detr-dist {' '.join(arguments[:1])} --help", exit_code=2)
+    except DetrDistError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        _fail(str(error), exit_code=error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", exit_code=130)
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())
+        _fail(
+            f"{type(error).__name__}: {reason} (a bug, or a machine's trouble: --debug shows where)",
+            exit_code=1,
+        )
+
+
+def _fail(message: str, *, exit_code: int) -> None:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
+    for line in message.splitlines():
+        print(f"{process}error: {line}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)
