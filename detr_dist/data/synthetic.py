@@ -1,0 +1,221 @@
+"""Generated football match scenes with exact boxes: a small COCO data set that needs no download.
+
+Besides the picture, a second canvas takes the number of the object that is on top at each point, so that a
+box holds exactly what can be seen of its object.
+"""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from detr_dist.data import synthetic_pitch as pitch
+from detr_dist.data.synthetic_pitch import HEIGHT, SUPERSAMPLING, WIDTH, Camera, Point
+from detr_dist.data.synthetic_sprites import choose_kits, draw_ball, draw_player
+from detr_dist.errors import UsageError
+
+NUM_TRAIN, NUM_VAL, SEED = 512, 128, 0
+CATEGORIES = {1: "player", 2: "ball"}
+PLAYER_ID, BALL_ID = CATEGORIES
+MIN_VISIBLE_SHARE = 0.25  # an object that is hidden or cut off further than this gets no box
+NO_PLAYER_SHARE, NO_BALL_SHARE, BALL_IN_AIR_SHARE = 0.05, 0.15, 0.25
+MAX_PLAYERS = 7
+PLAYER_M = 1.8
+# places on the pitch with something to see: spots, corners of areas, the centre, lines
+LANDMARKS_M = (
+    (11, 34),
+    (16.5, 20),
+    (52.5, 34),
+    (52.5, 30),
+    (1, 1),
+    (28, 1),
+    (5.5, 27),
+    (20, 34),
+    (51, 2),
+    (30, 40),
+)
+BoxXywh = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One picture; `boxes_xywh_px[i]` holds the visible part of an object of category `category_ids[i]`."""
+
+    image: Image.Image
+    category_ids: list[int]
+    boxes_xywh_px: list[BoxXywh]
+
+
+@dataclass(frozen=True, slots=True)
+class _Thing:
+    """A drawn object, where it stands on the picture, and how high it is above that."""
+
+    category_id: int
+    sprite: Image.Image
+    column_px: float
+    row_px: float
+    lift_px: float = 0.0
+
+    @property
+    def corners_sp(self) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom of the sprite, which may be outside the canvas."""
+        left = round(self.column_px * SUPERSAMPLING - self.sprite.width / 2)
+        bottom = round((self.row_px - self.lift_px) * SUPERSAMPLING)
+        return left, bottom - self.sprite.height, left + self.sprite.width, bottom
+
+
+def make_data(
+    output_dir: Path, *, num_train: int = NUM_TRAIN, num_val: int = NUM_VAL, seed: int = SEED
+) -> None:
+    """Write `train` and `val` below `output_dir`, each with JPEGs and `_annotations.coco.json`.
+
+    The same seed gives the same bytes (with the same Pillow and NumPy), and scene i of a split does not
+    depend on how many there are. A folder appears under its name only when it is whole.
+
+    Raises: UsageError for impossible numbers, and for folders that hold something or cannot be written.
+    """
+    for option, number, least in (("num-train", num_train, 1), ("num-val", num_val, 1), ("seed", seed, 0)):
+        if number < least:
+            raise UsageError(f"--{option} is {number}: give a whole number of at least {least}")
+    num_scenes = {"train": num_train, "val": num_val}
+    try:
+        for split in num_scenes:
+            _check_free(output_dir / split)
+        for index, split in enumerate(num_scenes):
+            _write_split(output_dir / f"{split}.partial", num_scenes[split], (seed, index))
+        for split in num_scenes:
+            if (output_dir / split).is_dir():
+                (output_dir / split).rmdir()  # empty; not every system renames over it
+            (output_dir / f"{split}.partial").rename(output_dir / split)
+    except OSError as error:
+        where = error.filename or output_dir
+        raise UsageError(f"cannot write {where}: {error.strerror or error}; choose another folder") from error
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists and is not an empty folder: delete it or choose another one")
+
+
+def _write_split(folder: Path, num_scenes: int, entropy: tuple[int, int]) -> None:
+    if folder.is_dir():
+        shutil.rmtree(folder)  # left by a run that was killed
+    folder.mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for index in range(num_scenes):
+        scene = draw_scene(np.random.default_rng(np.random.SeedSequence([*entropy, index])))
+        image = {"id": index + 1, "file_name": f"{index + 1:06d}.jpg", "width": WIDTH, "height": HEIGHT}
+        scene.image.save(folder / f"{index + 1:06d}.jpg", quality=90, subsampling="4:4:4")
+        images.append(image)
+        for category_id, box in zip(scene.category_ids, scene.boxes_xywh_px, strict=True):
+            found = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": category_id}
+            annotations.append(found | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    document = {
+        "info": {"description": "Generated football match scenes", "version": "1.0"},
+        "licenses": [],
+        "categories": [
+            {"id": key, "name": name, "supercategory": "match"} for key, name in CATEGORIES.items()
+        ],
+        "images": images,
+        "annotations": annotations,
+    }
+    (folder / "_annotations.coco.json").write_text(json.dumps(document), encoding="utf-8")
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """One scene, a function of the generator's state alone."""
+    camera = _place_camera(rng)
+    stand_px = int(rng.integers(10, 24)) if rng.random() < 0.4 else 0
+    canvas = pitch.draw_grass(rng, camera)
+    pitch.draw_markings(rng, canvas, camera)
+    if stand_px:
+        pitch.draw_stand(rng, canvas, stand_px)
+    things = sorted(_place_things(rng, camera, stand_px), key=lambda thing: thing.row_px)
+    owners = _compose(canvas, things)
+    visible_sp = owners.histogram()
+    boxes = [_visible_box(owners, number, thing, visible_sp) for number, thing in enumerate(things, start=1)]
+    kept = [(thing.category_id, box) for thing, box in zip(things, boxes, strict=True) if box is not None]
+    return Scene(pitch.expose(rng, canvas), [category for category, _ in kept], [box for _, box in kept])
+
+
+def _place_camera(rng: np.random.Generator) -> Camera:
+    near_px, far_px, far_row = (
+        rng.uniform(46, 62),
+        rng.uniform(19, 28),
+        35,
+    )  # heights of players at the bottom, far off
+    growth = (near_px - far_px) / (HEIGHT - far_row)
+    x_m, y_m = LANDMARKS_M[int(rng.integers(len(LANDMARKS_M)))]
+    target_m = (x_m + rng.normal(0, 2), y_m + rng.normal(0, 2))
+    return Camera(HEIGHT - near_px / growth, PLAYER_M / growth, target_m, rng.uniform(-math.pi, math.pi))
+
+
+def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int) -> list[_Thing]:
+    kits = choose_kits(rng)
+    num_players = 0 if rng.random() < NO_PLAYER_SHARE else int(rng.integers(1, MAX_PLAYERS + 1))
+    things: list[_Thing] = []
+    centre: Point = (rng.uniform(0.2, 0.8) * WIDTH, rng.uniform(0.4, 0.8) * HEIGHT)
+    for _ in range(num_players):
+        spread = 30 if rng.random() < 0.5 else 70  # half of them are near the action
+        column = _near(rng, centre[0], spread, (-2, WIDTH + 2))
+        row = _near(rng, centre[1], 0.7 * spread, (max(38, stand_px + 16), HEIGHT + 12))
+        height_px = float(camera.px_per_m(row)) * PLAYER_M * rng.uniform(0.93, 1.07)
+        sprite = draw_player(rng, kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))], height_px * SUPERSAMPLING)
+        things.append(_Thing(PLAYER_ID, sprite, column, row))
+    if rng.random() >= NO_BALL_SHARE:
+        things.append(_place_ball(rng, camera, things, stand_px))
+    return things
+
+
+def _near(rng: np.random.Generator, value: float, spread: float, limits: tuple[float, float]) -> float:
+    """A number around `value`, or anywhere within the limits if that falls outside them."""
+    number = rng.normal(value, spread)
+    return number if limits[0] <= number <= limits[1] else rng.uniform(*limits)
+
+
+def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing], stand_px: int) -> _Thing:
+    """A ball at someone's feet, alone or in the air; larger than life, so that it can be seen."""
+    least_row = stand_px + 18
+    column, row = rng.uniform(4, WIDTH - 4), rng.uniform(least_row, HEIGHT - 3)
+    if players and rng.random() < 0.5:
+        owner = players[int(rng.integers(len(players)))]
+        column = _near(rng, owner.column_px, 14, (4, WIDTH - 4))
+        row = _near(rng, owner.row_px + 2, 5, (least_row, HEIGHT - 1))
+    lift = rng.uniform(0, 0.6 * row) if rng.random() < BALL_IN_AIR_SHARE else 0.0
+    diameter_px = 4 + 0.17 * PLAYER_M * float(camera.px_per_m(row))
+    return _Thing(BALL_ID, draw_ball(rng, diameter_px * SUPERSAMPLING), column, row, lift)
+
+
+def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
+    """Paint the things and their shadows, far ones first; returns which number is on top at each point."""
+    for thing in things:
+        shadow = Image.new("L", (round(0.8 * thing.sprite.width) + 1, round(0.25 * thing.sprite.width) + 1))
+        ImageDraw.Draw(shadow).ellipse((0, 0, shadow.width - 1, shadow.height - 1), fill=110)
+        left = round(thing.column_px * SUPERSAMPLING - 0.35 * thing.sprite.width)
+        top = round(thing.row_px * SUPERSAMPLING - 0.17 * thing.sprite.width)
+        canvas.paste((15, 35, 15), (left, top, left + shadow.width, top + shadow.height), shadow)
+    owners = Image.new("L", canvas.size)
+    for number, thing in enumerate(things, start=1):
+        canvas.paste(thing.sprite, thing.corners_sp, thing.sprite)
+        owners.paste(number, thing.corners_sp, thing.sprite)
+    return owners
+
+
+def _visible_box(owners: Image.Image, number: int, thing: _Thing, visible_sp: list[int]) -> BoxXywh | None:
+    """The smallest box around what can be seen of a thing, or None if that is too little of it."""
+    whole_sp = thing.sprite.getchannel("A").histogram()[255]
+    if visible_sp[number] < MIN_VISIBLE_SHARE * whole_sp:
+        return None
+    is_number = [255 * (value == number) for value in range(256)]
+    found = owners.crop(thing.corners_sp).point(is_number).getbbox()
+    if found is None:
+        return None
+    left, top, right, bottom = (side / SUPERSAMPLING for side in found)
+    origin_x, origin_y = (side / SUPERSAMPLING for side in thing.corners_sp[:2])
+    return origin_x + left, origin_y + top, right - left, bottom - top
