@@ -1,0 +1,47 @@
+"""Box formats and generalised IoU: broadcasting tensor maths without checks of values or host syncs.
+
+A box is the last dimension of a float tensor: `cxcywh` is (centre x, centre y, width, height), `xyxy` is
+(left, top, right, bottom). Both may be normalised to [0, 1] or in pixels; two boxes that meet must use the
+same unit.
+"""
+
+from torch import Tensor, cat, maximum, minimum
+
+# Below this area a union or hull counts as a point. In normalised units it is the square of a millionth of
+# the image, far under a pixel, so boxes with any real extent are not touched.
+_MIN_AREA = 1e-12
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """The corners of boxes [..., 4] that are given by centre and size."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    half = 0.5 * size
+    return cat((center - half, center + half), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """The centre and size of boxes [..., 4] that are given by their corners."""
+    top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
+    return cat((0.5 * (top_left + bottom_right), bottom_right - top_left), dim=-1)
+
+
+def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Generalised IoU in [-1, 1] of boxes [..., 4] with boxes [..., 4], element by element with broadcasting.
+
+    All pairs of two sets: `giou(a[..., :, None, :], b[..., None, :, :])`. Boxes without extent give finite
+    values and finite gradients. Large inputs are fastest when each coordinate is contiguous in memory, that
+    is, when [..., 4] is a transposed view of [4, ...].
+
+    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019. Departure: areas are clamped
+    from below instead of dividing by zero.
+    """
+    a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)
+    b_left, b_top, b_right, b_bottom = b_xyxy.unbind(-1)
+    overlap_width = (minimum(a_right, b_right) - maximum(a_left, b_left)).clamp(min=0)
+    overlap = overlap_width * (minimum(a_bottom, b_bottom) - maximum(a_top, b_top)).clamp(min=0)
+    area_a = (a_right - a_left) * (a_bottom - a_top)
+    area_b = (b_right - b_left) * (b_bottom - b_top)
+    union = (area_a + area_b - overlap).clamp(min=_MIN_AREA)
+    hull_width = maximum(a_right, b_right) - minimum(a_left, b_left)
+    hull = (hull_width * (maximum(a_bottom, b_bottom) - minimum(a_top, b_top))).clamp(min=_MIN_AREA)
+    return overlap / union - (hull - union) / hull

@@ -1,0 +1,140 @@
+"""Which query answers for which target: the best assignment for each decoder layer and image.
+
+Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all images, M matched pairs per
+layer.
+"""
+
+from itertools import accumulate, pairwise
+from math import isfinite
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from detr_dist.boxes import cxcywh_to_xyxy, giou
+
+ClassKind = Literal["softmax", "sigmoid"]
+"""How class logits are read: softmax with "no object" as the last column, or a sigmoid for each class."""
+
+# The published matcher has these constants in its code, whatever the loss uses.
+_FOCAL_COST_ALPHA = 0.25
+_FOCAL_COST_EPS = 1e-8
+
+
+class CostWeights(NamedTuple):
+    """What a pair of query and target costs: weights of class, L1 distance and negative generalised IoU."""
+
+    kind: ClassKind
+    cost_class: float
+    cost_bbox: float
+    cost_giou: float
+
+
+class Targets(NamedTuple):
+    """All images' targets in image order: labels [T], boxes [T, 4] and the image [T] that each belongs to."""
+
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    image: Tensor
+
+
+class Matches(NamedTuple):
+    """Matched pairs as int64 indices [L, M] on the predictions' device, images in order within each layer.
+
+    In every layer an image with t targets has min(Q, t) pairs, and no query and no target occurs twice in it.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
+    """Position in the targets of the whole batch, 0 to T - 1."""
+    finite: bool
+    """Whether every logit and every box coordinate of the predictions was finite."""
+
+
+@torch.no_grad()
+def match(
+    pred_logits: Tensor,
+    pred_boxes: Tensor,
+    labels: Tensor,
+    boxes_cxcywh: Tensor,
+    num_boxes: list[int],
+    *,
+    weights: CostWeights,
+) -> Matches:
+    """The assignment of least cost between queries and targets, for each layer and image on its own.
+
+    `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh) are float32; `labels` [T] and
+    `boxes_cxcywh` [T, 4] hold the targets of all images in image order, `num_boxes[b]` of them for image b.
+    Costs that are not finite count as the largest float, so such pairs are taken only where nothing else is
+    left. An image with more targets than queries leaves the dearest targets out; training refuses such data
+    beforehand, because the classification denominator assumes that every target is matched.
+
+    Costs one copy from the device (waits for the forward pass) and two small ones to it.
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1; for sigmoid
+    classes Zhu et al., "Deformable DETR", 2021, appendix A.4 and its code.
+    """
+    image = torch.repeat_interleave(torch.arange(len(num_boxes)), torch.tensor(num_boxes, dtype=torch.int64))
+    targets = Targets(labels, boxes_cxcywh, _to_device(image, pred_boxes.device))
+    cost = _pair_costs(pred_logits, pred_boxes, targets, weights)
+    # NaN wins in aminmax: four numbers in the same copy tell whether everything was finite.
+    extremes = torch.stack((*pred_logits.aminmax(), *pred_boxes.aminmax()))
+    on_host = torch.cat((extremes, cost.flatten())).cpu().numpy()
+    finite = all(isfinite(value) for value in on_host[:4])
+    pairs = _assign(on_host[4:].reshape(cost.shape), num_boxes)
+    layer, image, query, target = _to_device(torch.from_numpy(pairs), pred_boxes.device)
+    return Matches(layer, image, query, target, finite)
+
+
+def _to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device. From pinned memory the host need not wait until the device has caught up."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _pair_costs(pred_logits: Tensor, pred_boxes: Tensor, targets: Targets, weights: CostWeights) -> Tensor:
+    """Finite costs [L, T, Q] of every target with the queries of its own image, and no other image's."""
+    # Queries last, coordinates apart [L, T, 4, Q]: every later operation runs over contiguous memory.
+    boxes = pred_boxes.transpose(2, 3).index_select(1, targets.image)
+    distance = (boxes - targets.boxes_cxcywh[:, :, None]).abs_().sum(2)
+    corners = cxcywh_to_xyxy(pred_boxes).transpose(2, 3).index_select(1, targets.image)
+    overlap = giou(corners.transpose(2, 3), cxcywh_to_xyxy(targets.boxes_cxcywh)[:, None])
+    cost = weights.cost_class * _class_costs(pred_logits, targets, weights.kind)
+    cost.add_(distance, alpha=weights.cost_bbox).sub_(overlap, alpha=weights.cost_giou)
+    largest = torch.finfo(cost.dtype).max
+    return cost.nan_to_num_(nan=largest, posinf=largest, neginf=largest)
+
+
+def _class_costs(pred_logits: Tensor, targets: Targets, kind: ClassKind) -> Tensor:
+    """Class costs [L, T, Q], computed only for the labels that occur."""
+    if kind == "softmax":
+        return -pred_logits.softmax(-1).transpose(2, 3)[:, targets.image, targets.labels]
+    prob = pred_logits.transpose(2, 3)[:, targets.image, targets.labels].sigmoid()
+    if_absent = (1 - _FOCAL_COST_ALPHA) * prob.square() * -(1 - prob + _FOCAL_COST_EPS).log()
+    if_present = _FOCAL_COST_ALPHA * (1 - prob).square() * -(prob + _FOCAL_COST_EPS).log()
+    return if_present - if_absent
+
+
+def _assign(cost: NDArray[np.float32], num_boxes: list[int]) -> NDArray[np.int64]:
+    """Layer, image, query and target [4, L, M] of the best pairs, from costs [L, T, Q]."""
+    num_layers, _, num_queries = cost.shape
+    spans = [span for span in pairwise(accumulate(num_boxes, initial=0)) if span[0] < span[1]]
+    num_pairs = [min(num_queries, count) for count in num_boxes]
+    pairs = np.empty((4, num_layers, sum(num_pairs)), dtype=np.int64)
+    pairs[0] = np.arange(num_layers)[:, None]
+    pairs[1] = np.repeat(np.arange(len(num_boxes)), num_pairs)
+    for layer in range(num_layers):
+        filled = 0
+        for start, stop in spans:
+            target, query = linear_sum_assignment(cost[layer, start:stop])
+            into = slice(filled, filled + len(query))
+            pairs[2, layer, into] = query
+            pairs[3, layer, into] = target + start
+            filled += len(query)
+    return pairs

@@ -1,0 +1,314 @@
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
+from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
+
+from detr_dist.models.criterion import Losses, LossSettings, SetCriterion, StepCounts
+from detr_dist.models.matcher import ClassKind
+
+KINDS: list[ClassKind] = ["softmax", "sigmoid"]
+NUM_LAYERS, NUM_QUERIES, NUM_CLASSES = 4, 25, 6
+MIXED = [5, 0, 12, 1, 0, 7]
+
+
+def settings(kind: ClassKind) -> LossSettings:
+    return LossSettings(
+        kind=kind,
+        cost_class=1.0 if kind == "softmax" else 2.0,
+        cost_bbox=5.0,
+        cost_giou=2.0,
+        weight_ce=1.0,
+        weight_bbox=5.0,
+        weight_giou=2.0,
+        eos_coef=0.1,
+        focal_alpha=0.25,
+        num_classes=NUM_CLASSES,
+    )
+
+
+@dataclass
+class Problem:
+    """Predictions that collect gradients, and what they are compared with."""
+
+    logits: Tensor
+    boxes: Tensor
+    labels: Tensor
+    boxes_cxcywh: Tensor
+    num_boxes: list[int]
+
+    @property
+    def counts(self) -> StepCounts:
+        return StepCounts(num_boxes=sum(self.num_boxes), num_images=len(self.num_boxes))
+
+    def loss(self, loss_settings: LossSettings, counts: StepCounts | None = None) -> Losses:
+        outputs = {"pred_logits": self.logits, "pred_boxes": self.boxes}
+        criterion = SetCriterion(loss_settings)
+        return criterion(outputs, self.labels, self.boxes_cxcywh, self.num_boxes, counts or self.counts)
+
+    def fresh(self) -> "Problem":
+        """The same problem with gradients of its own."""
+        logits, boxes = (value.detach().clone().requires_grad_() for value in (self.logits, self.boxes))
+        return replace(self, logits=logits, boxes=boxes)
+
+
+def problem(kind: ClassKind, num_boxes: list[int], seed: int = 0) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (NUM_LAYERS, len(num_boxes), NUM_QUERIES)
+    logits = 2 * torch.randn(*shape, NUM_CLASSES + (kind == "softmax"), generator=generator)
+    boxes = 0.05 + 0.6 * torch.rand(*shape, 4, generator=generator)
+    labels = torch.randint(NUM_CLASSES, (sum(num_boxes),), generator=generator)
+    boxes_cxcywh = 0.05 + 0.6 * torch.rand(sum(num_boxes), 4, generator=generator)
+    return Problem(logits.requires_grad_(), boxes.requires_grad_(), labels, boxes_cxcywh, num_boxes)
+
+
+def images(whole: Problem, first: int, last: int) -> Problem:
+    """The micro-batch of images `first` to `last` - 1, which hands its gradients on to the whole batch."""
+    start, stop = sum(whole.num_boxes[:first]), sum(whole.num_boxes[:last])
+    return Problem(
+        whole.logits[:, first:last],
+        whole.boxes[:, first:last],
+        whole.labels[start:stop],
+        whole.boxes_cxcywh[start:stop],
+        whole.num_boxes[first:last],
+    )
+
+
+def library_losses(loss_settings: LossSettings, given: Problem) -> tuple[Tensor, dict[str, Tensor]]:
+    config = SimpleNamespace(
+        class_cost=loss_settings.cost_class,
+        bbox_cost=loss_settings.cost_bbox,
+        giou_cost=loss_settings.cost_giou,
+        bbox_loss_coefficient=loss_settings.weight_bbox,
+        giou_loss_coefficient=loss_settings.weight_giou,
+        eos_coefficient=loss_settings.eos_coef,
+        focal_alpha=loss_settings.focal_alpha,
+        num_labels=loss_settings.num_classes,
+        auxiliary_loss=True,
+        decoder_layers=NUM_LAYERS,
+    )
+    per_image = zip(
+        given.labels.split(given.num_boxes), given.boxes_cxcywh.split(given.num_boxes), strict=True
+    )
+    targets = [{"class_labels": labels, "boxes": boxes} for labels, boxes in per_image]
+    published: Any = ForObjectDetectionLoss
+    if loss_settings.kind == "sigmoid":
+        published = DeformableDetrForObjectDetectionLoss
+    loss, parts, _ = published(
+        given.logits[-1], targets, torch.device("cpu"), given.boxes[-1], config, given.logits, given.boxes
+    )
+    return loss, parts
+
+
+def grads(given: Problem) -> tuple[Tensor, Tensor]:
+    assert given.logits.grad is not None
+    assert given.boxes.grad is not None
+    return given.logits.grad, given.boxes.grad
+
+
+def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
+    """Equal to `tolerance` of the largest value: float32 sums of a few hundred terms in another order."""
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_boxes", [MIXED, [20] * 4, [0, 0, 3], [1], [0, 0], [NUM_QUERIES, 2]])
+def test_losses_and_gradients_equal_the_librarys_in_one_process(
+    kind: ClassKind, num_boxes: list[int]
+) -> None:
+    for seed in range(3):
+        ours = problem(kind, num_boxes, seed)
+        library = ours.fresh()
+        losses = ours.loss(settings(kind))
+        losses.loss.backward()
+        expected, parts = library_losses(settings(kind), library)
+        expected.backward()
+        assert_same(losses.loss.detach(), expected.detach())
+        assert_same(losses.loss_ce, parts["loss_ce"].detach())
+        assert_same(losses.loss_bbox, parts["loss_bbox"].detach())
+        assert_same(losses.loss_giou, parts["loss_giou"].detach())
+        assert losses.finite
+        for found, wanted in zip(grads(ours), grads(library), strict=True):
+            assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKind) -> None:
+    unusual = LossSettings(
+        kind=kind,
+        cost_class=3.0,
+        cost_bbox=0.5,
+        cost_giou=4.0,
+        weight_ce=1.0,
+        weight_bbox=0.7,
+        weight_giou=3.0,
+        eos_coef=0.4,
+        focal_alpha=0.6,
+        num_classes=NUM_CLASSES,
+    )
+    given = problem(kind, MIXED)
+    assert_same(given.loss(unusual).loss, library_losses(unusual, given)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    once, thrice = settings(kind), replace(settings(kind), weight_ce=3.0)
+    no_ce = replace(settings(kind), weight_ce=0.0)
+    ce = given.loss(once).loss - given.loss(no_ce).loss
+    # Differences of losses about 10 times larger lose a digit.
+    assert_same(given.loss(thrice).loss - given.loss(no_ce).loss, 3 * ce, tolerance=1e-5)
+    assert torch.equal(given.loss(thrice).loss_ce, given.loss(once).loss_ce)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cuts", [[3], [1, 2, 4], [1, 2, 3, 4, 5]])
+def test_shares_of_micro_batches_sum_to_the_loss_of_the_whole_batch(kind: ClassKind, cuts: list[int]) -> None:
+    whole = problem(kind, MIXED)
+    split = whole.fresh()
+    expected = whole.loss(settings(kind))
+    expected.loss.backward()
+    edges = [0, *cuts, len(MIXED)]
+    shares = []
+    for first, last in pairwise(edges):
+        share = images(split, first, last).loss(settings(kind), whole.counts)
+        share.loss.backward()
+        shares.append(share)
+    assert_same(torch.stack([share.loss.detach() for share in shares]).sum(), expected.loss.detach())
+    assert_same(torch.stack([share.loss_ce for share in shares]).sum(), expected.loss_ce)
+    assert_same(torch.stack([share.loss_bbox for share in shares]).sum(), expected.loss_bbox)
+    assert_same(torch.stack([share.loss_giou for share in shares]).sum(), expected.loss_giou)
+    for found, wanted in zip(grads(split), grads(whole), strict=True):
+        assert_same(found, wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_without_any_box_gives_every_prediction_a_gradient(kind: ClassKind) -> None:
+    given = problem(kind, [0, 0, 0])
+    losses = given.loss(settings(kind))
+    losses.loss.backward()
+    logits_grad, boxes_grad = grads(given)
+    assert losses.loss_bbox == losses.loss_giou == 0
+    assert losses.loss_ce > 0
+    assert (logits_grad != 0).any(-1).all()
+    assert (boxes_grad == 0).all()
+    assert losses.finite
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoder_layers_do_not_influence_each_other(kind: ClassKind) -> None:
+    together = problem(kind, MIXED)
+    losses = together.loss(settings(kind))
+    losses.loss.backward()
+    total = torch.zeros(())
+    for layer in range(NUM_LAYERS):
+        alone = replace(
+            together, logits=together.logits[layer, None], boxes=together.boxes[layer, None]
+        ).fresh()
+        own = alone.loss(settings(kind))
+        own.loss.backward()
+        total += own.loss.detach()
+        for found, wanted in zip(grads(alone), grads(together), strict=True):
+            assert_same(found[0], wanted[layer])
+    assert_same(losses.loss.detach(), total)
+    assert_same(losses.loss_ce, own.loss_ce)
+    assert_same(losses.loss_bbox, own.loss_bbox)
+    assert_same(losses.loss_giou, own.loss_giou)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["logits", "boxes"])
+@pytest.mark.parametrize("num_boxes", [MIXED, [0] * 6])
+def test_predictions_that_are_not_finite_are_reported(
+    kind: ClassKind, where: str, num_boxes: list[int]
+) -> None:
+    given = problem(kind, num_boxes)
+    with torch.no_grad():
+        getattr(given, where)[1, 4, 3, 0] = float("nan")  # image 4 has no box
+    assert not given.loss(settings(kind)).finite
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_maths_is_that_of_float32(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    half = replace(
+        given, logits=given.logits.detach().bfloat16(), boxes=given.boxes.detach().bfloat16()
+    ).fresh()
+    full = replace(half, logits=half.logits.float(), boxes=half.boxes.float()).fresh()
+    expected = full.loss(settings(kind))
+    expected.loss.backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = half.loss(settings(kind))
+    losses.loss.backward()
+    assert losses.loss.dtype == torch.float32
+    assert losses == expected  # the same operations on the same numbers
+    for found, wanted in zip(grads(half), grads(full), strict=True):
+        assert torch.equal(found, wanted.bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_may_have_any_memory_layout(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    transposed = [
+        value.detach().transpose(0, 1).contiguous().transpose(0, 1) for value in (given.logits, given.boxes)
+    ]
+    assert not transposed[0].is_contiguous()
+    assert replace(given, logits=transposed[0], boxes=transposed[1]).loss(settings(kind)) == given.loss(
+        settings(kind)
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_box_without_extent_keeps_loss_and_gradients_finite(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    with torch.no_grad():
+        given.boxes[..., 2:] = 0
+        given.boxes_cxcywh[0, 2:] = 0
+        given.boxes[:, 0, 0] = given.boxes_cxcywh[0]
+    losses = given.loss(settings(kind))
+    losses.loss.backward()
+    assert losses.loss.isfinite()
+    assert all(value.isfinite().all() for value in grads(given))
+
+
+class HostReads(TorchDispatchMode):
+    """Names of the operations that make the host wait for a value on the device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.WAITING):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    with HostReads() as reads:
+        given.loss(settings(kind)).loss.backward()
+    assert reads.found == []
+    with HostReads() as reads:
+        library_losses(settings(kind), given)
+    assert reads.found  # the library does, so the count works
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_that_disagree_are_refused(kind: ClassKind) -> None:
+    given = problem(kind, MIXED)
+    with pytest.raises(ValueError, match="class columns"):
+        given.loss(replace(settings(kind), num_classes=NUM_CLASSES + 1))
+    with pytest.raises(ValueError, match="num_boxes"):
+        replace(given, num_boxes=[25]).loss(settings(kind))
