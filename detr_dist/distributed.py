@@ -1,0 +1,132 @@
+"""The one place that builds an Accelerator, and the small talk between processes that needs no device.
+
+Sums, agreement and gathered records travel as host memory over gloo: a step must not make the host wait for
+the device.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin
+
+from detr_dist.errors import DetrDistError, UsageError
+
+T = TypeVar("T")
+
+
+def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int) -> Accelerator:
+    """The Accelerator of this process, on the CPU where there is no accelerator.
+
+    Collective: forms the process group.
+
+    Raises:
+        UsageError: Accelerate's own settings contradict ours, the precision cannot be had on this device, or
+        another
+            number of processes came up than was asked for.
+    """
+    _check_launch_settings(mixed_precision, gradient_accumulation_steps)
+    has_device = torch.accelerator.is_available()
+    use_cpu = not has_device or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if mixed_precision == "fp16" and use_cpu:
+        raise UsageError("training.mixed_precision=fp16 needs a GPU; use bf16 or no on the CPU")
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=mixed_precision,
+        # The loop hands over whole groups of micro-batches; a data loader's end means nothing to it.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,
+    )
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != wanted:
+        raise UsageError(
+            f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: they "
+            f"would train "
+            "separately; start with one of accelerate_configs/*.yaml (multi_cpu.yaml without GPUs)"
+        )
+    return accelerator
+
+
+def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int) -> None:
+    """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched not in ("no", mixed_precision):
+        raise UsageError(
+            f"mixed precision is {launched} for accelerate launch, but training.mixed_precision is "
+            f"{mixed_precision}; "
+            f"set training.mixed_precision={launched} or take it out of Accelerate's settings"
+        )
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation not in ("1", str(gradient_accumulation_steps)):
+        raise UsageError(
+            f"gradient accumulation is {accumulation} for accelerate launch, but "
+            f"training.gradient_accumulation_steps "
+            f"is {gradient_accumulation_steps}; make them agree or take it out of Accelerate's settings"
+        )
+
+
+class HostGroup:
+    """Exchanges small host values between the processes of a run; with one process it costs nothing.
+
+    Every method is collective.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.num_processes = accelerator.num_processes
+        self.process_index = accelerator.process_index
+        self._group: Any = dist.new_group(backend="gloo") if self.num_processes > 1 else None
+
+    def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
+        """The values of every process, on every process, in process order. float64."""
+        if self._group is None:
+            return [list(values)]
+        row = torch.tensor(values, dtype=torch.float64)
+        rows = [torch.empty_like(row) for _ in range(self.num_processes)]
+        dist.all_gather(rows, row, group=self._group)
+        return torch.stack(rows).tolist()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Any picklable value of every process, on the main process, in process order; an empty list
+        elsewhere."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] | None = [None] * self.num_processes if self.process_index == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self._group)
+        return gathered or []
+
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """Any picklable value of every process, on every process, in process order."""
+        if self._group is None:
+            return [value]
+        gathered: list[Any] = [None] * self.num_processes
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+    def on_main_process(self, action: Callable[[], T]) -> T | None:
+        """Run `action` on the main process; what it raises for the user is raised on every process.
+
+        Returns its result on the main process, None elsewhere.
+        """
+        result, error = None, None
+        if self.process_index == 0:
+            try:
+                result = action()
+            except DetrDistError as raised:
+                error = raised
+        error = self.broadcast(error)
+        if error is not None:
+            raise error
+        return result
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's value, on every process."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]

@@ -1,0 +1,104 @@
+"""Distributed evaluation: every process looks at its own images, every image counts exactly once."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from detr_dist.config import Config
+from detr_dist.data.batching import Batch, collate
+from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.sampling import evaluation_batches
+from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.distributed import HostGroup
+from detr_dist.evaluation.coco_metrics import DetectionRecords, average_precision
+from detr_dist.models.build import Detector
+from detr_dist.models.postprocess import postprocess
+
+
+class Evaluator:
+    """Scores a detector on one data set, again and again during training."""
+
+    def __init__(self, data: CocoData, config: Config, accelerator: Accelerator, host: HostGroup) -> None:
+        self.data = data
+        self._accelerator = accelerator
+        self._host = host
+        self._ground_truth = data.to_coco_dict() if accelerator.is_main_process else None
+        edges = config.data.shortest_edge, config.data.longest_edge
+        sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
+        self._batches = evaluation_batches(
+            sizes_hw,
+            config.training.batch_size,
+            num_processes=host.num_processes,
+            process_index=host.process_index,
+            multiple=32,
+        )
+        self._loader = DataLoader(
+            CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
+            batch_sampler=[[(0, index) for index in batch.indices] for batch in self._batches],
+            collate_fn=collate,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor if config.data.num_workers else None,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+    def evaluate(self, detector: Detector) -> dict[str, float]:
+        """`map` and `<class>_map`, the same on every process.
+
+        Collective. The detector must hold the same weights and statistics on every process; it is left in the
+        mode it came in.
+        """
+        was_training = detector.training
+        detector.eval()
+        parts = self._host.gather_objects(self._detect(detector))
+        detector.train(was_training)
+        metrics = None
+        if self._ground_truth is not None:
+            records = DetectionRecords.concatenate(parts)
+            if not np.array_equal(records.evaluated_ids, np.sort(self.data.image_ids)):
+                raise AssertionError("an image was evaluated twice or never")
+            metrics = average_precision(self._ground_truth, records, self.data.class_names)
+        result: dict[str, float] = self._host.broadcast(metrics)
+        return result
+
+    @torch.no_grad()
+    def _detect(self, detector: Detector) -> DetectionRecords:
+        """This process's images, as records on the host."""
+        parts = [_no_records()]
+        for planned, batch in zip(self._batches, self._loader, strict=True):
+            for path in batch.unreadable:
+                print(f"warning: {path} cannot be read; it counts as an image without detections", flush=True)
+            readable = np.array(
+                [str(self.data.image_path(i)) not in batch.unreadable for i in planned.indices]
+            )
+            parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), readable))
+        return DetectionRecords.concatenate(parts)
+
+    def _detect_batch(
+        self, detector: Detector, batch: Batch, readable: NDArray[np.bool_]
+    ) -> DetectionRecords:
+        on_device = batch.to(self._accelerator.device)
+        outputs = detector(on_device.images, on_device.sizes_hw)
+        sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
+        detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
+        image_ids = np.array(batch.image_ids, dtype=np.int64)
+        return DetectionRecords(
+            evaluated_ids=image_ids,
+            image_ids=np.repeat(image_ids[readable], detections.scores.shape[1]),
+            boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
+            scores=detections.scores.cpu().numpy()[readable].reshape(-1),
+            labels=detections.labels.cpu().numpy()[readable].reshape(-1),
+        )
+
+
+def _no_records() -> DetectionRecords:
+    nothing = np.zeros(0)
+    return DetectionRecords(
+        nothing.astype(np.int64),
+        nothing.astype(np.int64),
+        np.zeros((0, 4), dtype=np.float32),
+        nothing.astype(np.float32),
+        nothing.astype(np.int64),
+    )

@@ -1,0 +1,58 @@
+"""A trained network as a folder that MLflow, transformers and our own commands can load."""
+
+import json
+import logging
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow.pytorch
+from transformers import (
+    ConditionalDetrImageProcessor,
+    DeformableDetrImageProcessor,
+    DetrImageProcessor,
+    PreTrainedModel,
+)
+
+from detr_dist.config import DataConfig
+from detr_dist.models.build import IMAGE_MEAN, IMAGE_STD
+
+REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
+"""What loading the model needs; this package is not among them."""
+
+_IMAGE_PROCESSORS = {"detr": DetrImageProcessor, "deformable_detr": DeformableDetrImageProcessor}
+
+
+def write_model(
+    network: PreTrainedModel, folder: Path, *, data: DataConfig, metadata: dict[str, Any]
+) -> None:
+    """Write `network`, a plain transformers module, into the new folder `folder`.
+
+    It holds an MLflow PyTorch model (for `mlflow.pytorch.load_model`) and beside it `config.json`,
+    `model.safetensors` and `preprocessor_config.json` (for `from_pretrained` and pipelines).
+    """
+    # MLflow warns at each pickle. It keeps an ordinary module that can be trained on, and is for MLflow's
+    # users only: our own commands read the safetensors file.
+    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
+    with warnings.catch_warnings(action="ignore"):
+        mlflow.pytorch.save_model(
+            network,
+            str(folder),
+            serialization_format="pickle",
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
+            metadata=json.loads(json.dumps(metadata)),
+        )
+    network.save_pretrained(folder)
+    _image_processor(network, data).save_pretrained(folder)
+
+
+def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
+    """The library's processor of this architecture (DAB-DETR is published with Conditional DETR's), resizing
+    as we do."""
+    processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
+    return processor_class(
+        size={"shortest_edge": data.shortest_edge, "longest_edge": data.longest_edge},
+        image_mean=list(IMAGE_MEAN),
+        image_std=list(IMAGE_STD),
+    )

@@ -1,0 +1,73 @@
+"""The stream of training data: groups of micro-batches, one group per optimizer step."""
+
+import time
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from detr_dist.config import Config
+from detr_dist.data.batching import Batch, collate
+from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.sampling import MicroBatchSampler, StepPlan
+from detr_dist.data.transforms import build_transform
+from detr_dist.errors import DataError
+
+_RAISED_IN_WORKER = f"{DataError.__module__}.{DataError.__qualname__}: "
+
+
+class GroupStream:
+    """All groups of this process from one optimizer step to another, across epochs, without a stop between
+    them.
+
+    Counts what was waited for and seen since the counts were last taken.
+    """
+
+    def __init__(
+        self,
+        data: CocoData,
+        config: Config,
+        plan: StepPlan,
+        *,
+        process_index: int,
+        first_step: int,
+        total_steps: int,
+        pin_memory: bool,
+    ) -> None:
+        transform = build_transform(
+            config.data.augmentation, config.data.shortest_edge, config.data.longest_edge, train=True
+        )
+        seed = config.training.seed
+        self._group_size = config.training.gradient_accumulation_steps
+        self._loader = DataLoader(
+            CocoDetectionDataset(data, transform, seed=seed, train=True),
+            batch_sampler=MicroBatchSampler(plan, seed, process_index, first_step, total_steps - first_step),
+            collate_fn=collate,
+            num_workers=config.data.num_workers,
+            prefetch_factor=config.data.prefetch_factor if config.data.num_workers else None,
+            pin_memory=pin_memory,
+        )
+        self._micro_batches: Iterator[Batch] | None = None
+        self.waited_s = 0.0
+        self.num_images = 0
+        self.num_unreadable = 0
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        began_at = time.perf_counter()
+        if self._micro_batches is None:
+            self._micro_batches = iter(self._loader)
+        try:
+            group = [next(self._micro_batches) for _ in range(self._group_size)]
+        except DataError as error:
+            # From a loader process it comes with that process's traceback, the message last.
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix(_RAISED_IN_WORKER)) from error
+        self.waited_s += time.perf_counter() - began_at
+        for batch in group:
+            self.num_images += len(batch.image_ids)
+            self.num_unreadable += len(batch.unreadable)
+            for path in batch.unreadable:
+                print(f"warning: {path} cannot be read; the next image takes its place", flush=True)
+        return group

@@ -1,0 +1,97 @@
+"""The training loop. Two units of progress only: the micro-batch and the optimizer step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from detr_dist.data.batching import Batch
+from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
+from detr_dist.models.criterion import SetCriterion
+from detr_dist.training.agreement import StepAgreement
+from detr_dist.training.state import TrainState
+
+Group = list[Batch]
+"""The micro-batches of one optimizer step on this process."""
+
+
+class Observer(Protocol):
+    """What happens around the loop. Called on every process, in the same order."""
+
+    def after_step(self, state: TrainState, shares: Tensor) -> None: ...
+    def after_epoch(self, state: TrainState) -> None: ...
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything the loop works with."""
+
+    accelerator: Accelerator
+    agreement: StepAgreement
+    model: nn.Module
+    criterion: SetCriterion
+    optimizer: AcceleratedOptimizer
+    scheduler: LambdaLR
+    plan: StepPlan
+    total_steps: int
+    seed: int
+    gradient_clip: float
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the parameters outside the backbone, for the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+
+def fit(training: Training, state: TrainState, groups: Iterator[Group], observer: Observer) -> None:
+    """Train from `state` to `total_steps`; an epoch that `total_steps` cuts short counts as one.
+
+    Collective.
+    """
+    while state.step < training.total_steps:
+        epoch_end = min(
+            (state.epoch(training.plan) + 1) * training.plan.steps_per_epoch, training.total_steps
+        )
+        while state.step < epoch_end:
+            shares = train_step(training, state.step, next(groups))
+            state.step += 1
+            observer.after_step(state, shares)
+        training.agreement.check(state.step)
+        observer.after_epoch(state)
+
+
+def train_step(training: Training, step: int, group: Group) -> Tensor:
+    """One optimizer step; returns this process's share of loss, loss_ce, loss_bbox and loss_giou, [4] on the
+    device.
+
+    Collective.
+    """
+    accelerator = training.accelerator
+    agreed = training.agreement.next_step(step, group)
+    # Dropout is a function of these three alone, so that a resumed run needs no generator state.
+    dropout = random_numbers(Purpose.DROPOUT, training.seed, step, accelerator.process_index)
+    torch.manual_seed(int(dropout.integers(2**63)))
+    shares = torch.zeros(4, device=accelerator.device)
+    for micro_batch in group:
+        with accelerator.accumulate(training.model):
+            batch = micro_batch.to(accelerator.device).pad_to(*agreed.canvas_hw)
+            outputs = training.model(batch.images, batch.sizes_hw)
+            losses = training.criterion(
+                outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
+            )
+            training.agreement.report(finite=losses.finite)
+            # The losses are shares of a sum; DDP and accumulation are about to take means of their gradients.
+            accelerator.backward(losses.loss * (accelerator.num_processes * len(group)))
+            if accelerator.sync_gradients and training.gradient_clip > 0:
+                accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            shares += torch.stack(losses[:4]).detach()
+    if not accelerator.optimizer_step_was_skipped:
+        training.scheduler.step()
+    return shares

@@ -1,0 +1,62 @@
+"""Optimizer and learning-rate schedule, counted in optimizer steps."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from detr_dist.config import TrainingConfig
+from detr_dist.models.build import Detector
+
+
+def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
+    """AdamW with the backbone's own learning rate, and no decay on what has one dimension: norms and biases.
+
+    The first parameter group is never the backbone's, so its learning rate is the one to report.
+    """
+    backbone_ids = {id(parameter) for parameter in detector.backbone_parameters()}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+    for parameter in detector.parameters():
+        if parameter.requires_grad:
+            key = (id(parameter) in backbone_ids, parameter.ndim <= 1)
+            groups.setdefault(key, []).append(parameter)
+    device = next(detector.parameters()).device
+    return AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": config.learning_rate_backbone if is_backbone else config.learning_rate,
+                "weight_decay": 0.0 if is_norm_or_bias else config.weight_decay,
+            }
+            for (is_backbone, is_norm_or_bias), parameters in sorted(groups.items(), key=lambda item: item[0])
+        ],
+        fused=device.type == "cuda",
+    )
+
+
+def build_scheduler(optimizer: Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:
+    """Step it once per optimizer step that was not skipped."""
+    schedules: dict[str, Callable[[int], float]] = {
+        "constant": partial(_warm_up, config.warmup_steps),
+        "step": partial(_step, config.warmup_steps, total_steps * 2 // 3),
+        "cosine": partial(_cosine, config.warmup_steps, total_steps),
+    }
+    return LambdaLR(optimizer, schedules[config.lr_schedule])
+
+
+def _warm_up(warmup_steps: int, step: int) -> float:
+    return min(1.0, (step + 1) / (warmup_steps + 1))
+
+
+def _step(warmup_steps: int, drop_at: int, step: int) -> float:
+    return _warm_up(warmup_steps, step) * (0.1 if step >= drop_at else 1.0)
+
+
+def _cosine(warmup_steps: int, total_steps: int, step: int) -> float:
+    if step < warmup_steps:
+        return _warm_up(warmup_steps, step)
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
