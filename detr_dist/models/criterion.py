@@ -81,10 +81,11 @@ class SetCriterion:
         num_boxes: list[int],
         counts: StepCounts,
     ) -> Losses:
-        """The losses of `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] against [T] and [T, 4].
+        """The losses of one micro-batch's predictions against its targets.
 
-        Targets stand in image order, `num_boxes[b]` of them for image b. No image may have more than Q: the
-        matcher would leave some out while the softmax denominator counts them all.
+        `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4]. `labels` [T] and
+        `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. No image may have more
+        than Q: the matcher would leave some out while the softmax denominator counts them all.
 
         Raises ValueError if the shapes disagree with the settings or with each other.
         """

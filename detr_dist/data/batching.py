@@ -1,0 +1,86 @@
+"""Samples put together into the batch that crosses from the loader to the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+class Sample(NamedTuple):
+    """One picture as the network will see it, and its targets."""
+
+    image: Tensor  # uint8 [3, H, W]
+    labels: Tensor  # int64 [T]
+    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by H and W
+    image_id: int
+    original_size_hw: tuple[int, int]  # before the resize
+    unreadable: tuple[str, ...] = ()  # paths that could not be read when this sample was made
+
+
+@dataclass(slots=True)
+class Batch:
+    """B images in one tensor and their T targets in one list, in the order of the images."""
+
+    images: Tensor  # uint8 [B, 3, H, W], channels-last, zero to the right of and below each image
+    sizes_hw: Tensor  # int64 [B, 2], of each image inside the canvas H, W
+    labels: Tensor  # int64 [T]
+    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by the image's own size, not by the canvas
+    num_boxes: list[int]  # per image
+    image_ids: list[int]
+    original_sizes_hw: list[tuple[int, int]]  # before the resize
+    unreadable: list[str]  # paths that could not be read and were replaced
+
+    def pin_memory(self) -> "Batch":
+        """The loader calls this by name, in its own thread."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            sizes_hw=self.sizes_hw.pin_memory(),
+            labels=self.labels.pin_memory(),
+            boxes_cxcywh=self.boxes_cxcywh.pin_memory(),
+        )
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """The tensors on `device`; the copy overlaps with computing only from pinned memory."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            sizes_hw=self.sizes_hw.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
+        )
+
+    def pad_to(self, height: int, width: int) -> "Batch":
+        """The same images on a canvas of this size, which must not be smaller."""
+        below, right = height - self.images.shape[2], width - self.images.shape[3]
+        if below < 0 or right < 0:
+            raise ValueError(
+                f"a canvas of {tuple(self.images.shape[2:])} does not fit into {(height, width)}"
+            )
+        return replace(self, images=pad(self.images, (0, right, 0, below)))
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """The samples on one canvas, just large enough for the highest and the widest.
+
+    Its memory is channels-last, as decoders write pictures: to sort the colours apart costs as much as the
+    resize here, and next to nothing on an accelerator.
+    """
+    sizes_hw = [tuple(sample.image.shape[-2:]) for sample in samples]
+    height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
+    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for canvas, sample, (own_height, own_width) in zip(images, samples, sizes_hw, strict=True):
+        canvas[:, :own_height, :own_width] = sample.image
+    return Batch(
+        images=images,
+        sizes_hw=torch.tensor(sizes_hw),
+        labels=torch.cat([sample.labels for sample in samples]),
+        boxes_cxcywh=torch.cat([sample.boxes_cxcywh for sample in samples]),
+        num_boxes=[len(sample.labels) for sample in samples],
+        image_ids=[sample.image_id for sample in samples],
+        original_sizes_hw=[sample.original_size_hw for sample in samples],
+        unreadable=[path for sample in samples for path in sample.unreadable],
+    )

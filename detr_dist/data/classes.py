@@ -1,0 +1,95 @@
+"""From COCO's category ids to class indices 0..C-1."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detr_dist.data.annotations import Section
+from detr_dist.data.layout import shown
+from detr_dist.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ClassMap:
+    """Class `i` has the name `names[i]` and, in the JSON, the category id `category_ids[i]`."""
+
+    names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    dropped: tuple[str, ...]  # categories that only group others
+
+
+@dataclass(frozen=True, slots=True)
+class _Category:
+    id: int
+    name: str
+    only_groups: bool  # no box uses it, and its name is the supercategory of another category
+
+
+def map_classes(section: Section, used_ids: NDArray[np.int64]) -> ClassMap:
+    """Classes in the order of their category ids, without the categories that only group others.
+
+    Roboflow writes such a category with id 0.
+    """
+    categories = _read_categories(section, used_ids)
+    kept = [c for c in categories if not c.only_groups]
+    _refuse_equal_names(section.path, [c.name for c in kept])
+    if not kept:
+        raise DataError(f"{section.path}: no usable category; 'categories' must list the classes to be found")
+    dropped = tuple(c.name for c in categories if c.only_groups)
+    return ClassMap(tuple(c.name for c in kept), tuple(c.id for c in kept), dropped)
+
+
+def map_classes_onto(
+    names: Sequence[str], section: Section, used_ids: NDArray[np.int64], source: str
+) -> ClassMap:
+    """Classes in the order of `names`, whatever ids they have here.
+
+    `source` says where the names come from, for the message.
+
+    Raises:
+        DataError: the names differ. A category that only groups others may be there or not.
+    """
+    categories = _read_categories(section, used_ids)
+    own = [c for c in categories if not c.only_groups]
+    own += [c for c in categories if c.only_groups and c.name in set(names) - {o.name for o in own}]
+    _refuse_equal_names(section.path, [c.name for c in own])
+    check_same_names(names, [c.name for c in own], source, section.path)
+    by_name = {c.name: c for c in own}
+    dropped = tuple(c.name for c in categories if c not in own)
+    return ClassMap(tuple(names), tuple(by_name[name].id for name in names), dropped)
+
+
+def check_same_names(names: Sequence[str], own: Sequence[str], source: str, path: Path) -> None:
+    lacking = [name for name in names if name not in set(own)]
+    foreign = [name for name in own if name not in set(names)]
+    if not (lacking or foreign):
+        return
+    parts = [f"{shown(lacking)} only in {source}"] * bool(lacking) + [f"{shown(foreign)} only here"] * bool(
+        foreign
+    )
+    raise DataError(
+        f"{path}: its classes differ from those of {source}: {'; '.join(parts)}; they must agree by name"
+    )
+
+
+def _refuse_equal_names(path: Path, names: list[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}: several categories have the name {shown(twice)}; merge or rename them")
+
+
+def _read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[_Category]:
+    """By ascending id."""
+    ids = section.integers("id").tolist()
+    names = section.texts("name")
+    if len(set(ids)) < len(ids):
+        twice = sorted({i for i in ids if ids.count(i) > 1})
+        raise DataError(f"{section.path}: several categories have the id {shown(twice)}; give each its own")
+    groups = [str(record.get("supercategory")) for record in section.records]
+    used, members = set(used_ids.tolist()), Counter(groups)
+    rows = sorted(zip(ids, names, groups, strict=True))
+    return [_Category(i, name, i not in used and members[name] > (group == name)) for i, name, group in rows]

@@ -1,0 +1,196 @@
+"""A COCO data set in numpy columns: nothing in it grows when a forked loader process reads it."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from detr_dist.data.annotations import Section, read_sections
+from detr_dist.data.box_columns import read_boxes
+from detr_dist.data.classes import ClassMap, check_same_names, map_classes, map_classes_onto
+from detr_dist.data.layout import check_images_exist, find_annotations, shown
+from detr_dist.errors import DataError
+
+__all__ = ["CocoData", "check_same_classes", "find_annotations", "load_coco"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CocoData:
+    """N images and their M boxes; those of image `row` are `box_rows(row)` of the columns of boxes.
+
+    Boxes lie inside their image and have an extent. Crowd boxes are among them, for evaluation.
+    """
+
+    annotations_path: Path
+    images_dir: Path
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]  # of each class, in the JSON
+    notices: list[str]  # what was repaired or left out while reading, one line each
+    image_ids: NDArray[np.int64]  # [N]
+    sizes_hw: NDArray[np.int64]  # [N, 2]
+    file_names: NDArray[np.bytes_]  # [N] of one width, encoded by the file system's encoding
+    box_offsets: NDArray[np.int64]  # [N + 1]
+    boxes_xywh_px: NDArray[np.float64]  # [M, 4]
+    box_classes: NDArray[np.int64]  # [M]
+    iscrowd: NDArray[np.bool_]  # [M]
+    areas: NDArray[np.float64]  # [M] as annotated (of the outline, where there is one), else of the box
+    annotation_ids: NDArray[np.int64]  # [M]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def max_boxes_per_image(self) -> int:
+        """Of the boxes that training sees."""
+        return int(np.bincount(self.image_rows[~self.iscrowd]).max(initial=0))
+
+    @property
+    def image_rows(self) -> NDArray[np.int64]:
+        """The image of each box, shape [M]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.box_offsets))
+
+    def image_path(self, row: int) -> Path:
+        return self.images_dir / os.fsdecode(self.file_names[row])
+
+    def size_hw(self, row: int) -> tuple[int, int]:
+        return int(self.sizes_hw[row, 0]), int(self.sizes_hw[row, 1])
+
+    def box_rows(self, row: int) -> slice:
+        return slice(int(self.box_offsets[row]), int(self.box_offsets[row + 1]))
+
+    def training_targets(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Boxes in xywh pixels and classes of one image, without its crowd boxes."""
+        rows = self.box_rows(row)
+        single = ~self.iscrowd[rows]
+        return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
+
+    def to_coco_dict(self) -> dict[str, Any]:
+        """The ground truth in COCO's form; the class index is the category id, boxes are clipped.
+
+        Annotations are numbered from 1: pycocotools takes id 0 for "no match", and a JSON may repeat an id.
+        """
+        columns = (
+            self.image_ids[self.image_rows].tolist(),
+            self.box_classes.tolist(),
+            self.boxes_xywh_px.tolist(),
+            self.areas.tolist(),
+            self.iscrowd.astype(int).tolist(),
+        )
+        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+        sizes = zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
+        return {
+            "images": [
+                {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes
+            ],
+            "annotations": [
+                dict(zip(keys, row, strict=True))
+                for row in zip(range(1, len(self.areas) + 1), *columns, strict=True)
+            ],
+            "categories": [{"id": index, "name": name} for index, name in enumerate(self.class_names)],
+        }
+
+
+def load_coco(
+    folder: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    classes_source: str = "the training data",
+    check_files: bool = True,
+) -> CocoData:
+    """Read and check the COCO data set in `folder`.
+
+    With `classes` the class indices follow that order, by name, whatever ids this JSON gives them;
+    `classes_source` says in an error where they come from. Without `check_files` no picture need be there.
+
+    Raises:
+        DataError: names the file and the record at fault and what to do about it.
+    """
+    path, images_dir = find_annotations(folder)
+    images, annotations, categories = read_sections(path)
+    image_ids, file_names = _read_image_ids(images), images.texts("file_name")
+    if check_files:
+        check_images_exist(images_dir, file_names, path)
+    sizes_hw = _read_sizes(images, images_dir, file_names)
+    boxes = read_boxes(annotations, image_ids)
+    if classes is None:
+        class_map = map_classes(categories, boxes.category_ids)
+    else:
+        class_map = map_classes_onto(classes, categories, boxes.category_ids, classes_source)
+    box_classes = boxes.classes(class_map)
+    kept, notices = boxes.clip(sizes_hw[boxes.image_rows])
+    order = kept[np.argsort(boxes.image_rows[kept], kind="stable")]
+    num_boxes = np.bincount(boxes.image_rows[order], minlength=len(image_ids))
+    box_areas = boxes.xywh_px[:, 2] * boxes.xywh_px[:, 3]
+    return CocoData(
+        annotations_path=path,
+        images_dir=images_dir,
+        class_names=class_map.names,
+        category_ids=class_map.category_ids,
+        notices=[
+            f"{path}: {notice}" for notice in notices + _remarks(class_map, boxes.iscrowd[order], num_boxes)
+        ],
+        image_ids=image_ids,
+        sizes_hw=sizes_hw,
+        file_names=np.array([os.fsencode(name) for name in file_names]),
+        box_offsets=np.concatenate([[0], np.cumsum(num_boxes)]),
+        boxes_xywh_px=boxes.xywh_px[order],
+        box_classes=box_classes[order],
+        iscrowd=boxes.iscrowd[order],
+        areas=np.where(np.isfinite(boxes.areas), boxes.areas, box_areas)[order],
+        annotation_ids=boxes.annotation_ids[order],
+    )
+
+
+def check_same_classes(train: CocoData, val: CocoData) -> None:
+    """Refuse class names that differ; `load_coco(classes=...)` does so too, and maps the indices."""
+    check_same_names(train.class_names, val.class_names, str(train.annotations_path), val.annotations_path)
+
+
+def _read_image_ids(images: Section) -> NDArray[np.int64]:
+    if not images.records:
+        raise DataError(f"{images.path}: lists no images; check that it is the right file")
+    image_ids = images.integers("id")
+    values, counts = np.unique(image_ids, return_counts=True)
+    if len(values) < len(image_ids):
+        twice = values[counts > 1].tolist()
+        raise DataError(f"{images.path}: several images have the id {shown(twice)}; give each image its own")
+    return image_ids
+
+
+def _read_sizes(images: Section, images_dir: Path, file_names: list[str]) -> NDArray[np.int64]:
+    """Where the JSON has no size, the image file's header tells it."""
+    unknown = -1
+    sizes_hw = np.stack([images.integers("height", unknown), images.integers("width", unknown)], axis=1)
+    for row in np.flatnonzero((sizes_hw == unknown).any(axis=1)).tolist():
+        image_path = images_dir / file_names[row]
+        try:
+            with Image.open(image_path) as image:
+                sizes_hw[row] = image.height, image.width
+        except OSError:
+            raise DataError(
+                f"{images.where(row)}: has no width and height, and {image_path} cannot be read; add them"
+            ) from None
+    if (sizes_hw < 1).any():
+        row = int(np.flatnonzero((sizes_hw < 1).any(axis=1))[0])
+        raise DataError(f"{images.where(row)}: width and height must be at least 1")
+    return sizes_hw
+
+
+def _remarks(class_map: ClassMap, iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:
+    remarks = []
+    if class_map.dropped:
+        remarks.append(f"category {shown(class_map.dropped)} only groups others and was left out")
+    if iscrowd.any():
+        remarks.append(f"{int(iscrowd.sum())} crowd boxes serve evaluation only")
+    if (num_boxes == 0).any():
+        remarks.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
+    return remarks

@@ -1,0 +1,129 @@
+"""Augmentation and resizing of one picture and its boxes, in uint8.
+
+Every random choice comes from the generator that the caller passes; nothing here uses global random state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from detr_dist.data.box_columns import MIN_BOX_EXTENT_PX
+
+Augmentation = Literal["none", "light", "detr"]
+
+# The published recipe in its own pixels, where a whole image has 800 on its shorter side.
+DETR_EDGE = 800
+DETR_RESIZE_EDGES = tuple(range(480, DETR_EDGE + 1, 32))
+DETR_CROP_RESIZE_EDGES = (400, 500, 600)
+DETR_CROP_EDGES = (384, 600)
+
+# Mild photometric changes, as factors of 1 - range to 1 + range.
+BRIGHTNESS_RANGE = 0.2
+CONTRAST_RANGE = 0.2
+CAST_RANGE = 0.1  # of red, green and blue each: another light, another white balance
+
+
+class Example(NamedTuple):
+    image: tv_tensors.Image  # uint8 [3, H, W]
+    boxes: tv_tensors.BoundingBoxes  # float32 [T, 4], xyxy in pixels
+    labels: Tensor  # int64 [T]
+
+
+@dataclass(frozen=True, slots=True)
+class DetectionTransform:
+    """Augments if asked to, resizes, and leaves out the boxes that a crop has left without extent."""
+
+    augmentation: Augmentation
+    shortest_edge: int
+    longest_edge: int
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        if self.augmentation == "none":
+            return _resize(example, self.shortest_edge, self.longest_edge)
+        if rng.random() < 0.5:
+            example = _flip(example)
+        shortest_edge = self.shortest_edge
+        if self.augmentation == "detr":
+            if rng.random() < 0.5:
+                example = _random_crop(example, rng)
+            shortest_edge = round(shortest_edge * rng.choice(DETR_RESIZE_EDGES) / DETR_EDGE)
+        image, boxes, labels = _resize(example, shortest_edge, self.longest_edge)
+        brightness, contrast = (rng.uniform(1 - r, 1 + r) for r in (BRIGHTNESS_RANGE, CONTRAST_RANGE))
+        cast_rgb = rng.uniform(1 - CAST_RANGE, 1 + CAST_RANGE, size=3)
+        image = adjust_colours(image, contrast, (brightness * cast_rgb).tolist())
+        return Example(image, boxes, labels)
+
+
+def build_transform(
+    augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
+) -> DetectionTransform:
+    """What `data.augmentation` means in training; evaluation only resizes."""
+    return DetectionTransform(augmentation if train else "none", shortest_edge, longest_edge)
+
+
+def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """The size after the resize: the shorter side as asked, unless the longer one would exceed its limit.
+
+    Source: DETR. Departure: integer arithmetic, so that the limit holds to the pixel.
+    """
+    short, long = sorted((height, width))
+    if shortest_edge * long <= longest_edge * short:
+        short, long = shortest_edge, shortest_edge * long // short
+    else:
+        short, long = max(1, round(longest_edge * short / long)), longest_edge
+    return (short, long) if height <= width else (long, short)
+
+
+def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -> Tensor:
+    """Pull every pixel from or to the mean grey of the picture, then multiply its three colours.
+
+    One pass in 16-bit integers, 64 standing for 1, so products of 2 and more would overflow. Pixels stay
+    interleaved, as the decoder and the resize leave them. Saturation is left out: it needs a pixel's three
+    colours at once, which costs as much as the resize (and ten times the resize in torchvision's ColorJitter).
+    """
+    height, width = image.shape[-2:]
+    mean_grey = float(image[:, ::16, ::16].mean(dtype=torch.float32))
+    factors = [round(64 * gain * contrast) for gain in gains_rgb]
+    half = 32  # the shift below rounds down
+    constants = [round(64 * gain * (1 - contrast) * mean_grey) + half for gain in gains_rgb]
+    rows = image.permute(1, 2, 0).reshape(height, 3 * width).to(torch.int16)
+    rows.mul_(torch.tensor(factors, dtype=torch.int16).repeat(width))
+    rows.add_(torch.tensor(constants, dtype=torch.int16).repeat(width))
+    rows.bitwise_right_shift_(6).clamp_(0, 255)
+    return rows.to(torch.uint8).reshape(height, width, 3).permute(2, 0, 1)
+
+
+def _flip(example: Example) -> Example:
+    return Example(F.horizontal_flip(example.image), F.horizontal_flip(example.boxes), example.labels)
+
+
+def _random_crop(example: Example, rng: np.random.Generator) -> Example:
+    """A window as DETR cuts it: of 384 to 600 pixels a side after a resize to 400, 500 or 600.
+
+    Source: DETR. Departure: cut from the original, so that its pixels are interpolated only once, in the
+    resize that follows.
+    """
+    height, width = example.image.shape[-2:]
+    unit = min(height, width) / rng.choice(DETR_CROP_RESIZE_EDGES)
+    smallest, largest = (edge * unit for edge in DETR_CROP_EDGES)
+    crop_height, crop_width = (round(rng.uniform(smallest, min(side, largest))) for side in (height, width))
+    top, left = rng.integers(0, (height - crop_height + 1, width - crop_width + 1)).tolist()
+    window = (top, left, crop_height, crop_width)
+    boxes = F.clamp_bounding_boxes(F.crop(example.boxes, *window))
+    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
+    boxes = tv_tensors.wrap(boxes[kept], like=boxes)
+    return Example(F.crop(example.image, *window), boxes, example.labels[kept])
+
+
+def _resize(example: Example, shortest_edge: int, longest_edge: int) -> Example:
+    height, width = example.image.shape[-2:]
+    size = list(resized_hw(height, width, shortest_edge, longest_edge))
+    return Example(
+        F.resize(example.image, size, antialias=True), F.resize(example.boxes, size), example.labels
+    )

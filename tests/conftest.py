@@ -1,0 +1,154 @@
+"""What the tests share: a tiny data set, a tiny network, and the real commands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+
+TINY_CONFIG = {
+    "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 96, "augmentation": "none"},
+    "model": {
+        "backbone": {
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage4"],
+        },
+        "pretrained_backbone": False,
+        "hidden_dim": 32,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "num_queries": 8,
+        "config_overrides": {
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+    },
+    "training": {"batch_size": 4, "num_epochs": 1, "learning_rate": 1e-4, "learning_rate_backbone": 1e-4},
+    "logging": {"log_every_steps": 1, "tensorboard": False},
+}
+
+
+def write_coco(
+    folder: Path, *, num_images: int, with_boxes: Callable[[int], int], mixed_sizes: bool, seed: int = 0
+) -> None:
+    """A COCO folder of noise pictures; image i has `with_boxes(i)` boxes, in turns of players and balls."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(num_images):
+        height, width = (80, 96) if not mixed_sizes else [(80, 96), (96, 80), (64, 100), (120, 90)][i % 4]
+        name = f"{i:03d}.jpg"
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        images.append({"id": 10 + i, "file_name": name, "height": height, "width": width})
+        for j in range(with_boxes(i)):
+            x, y, w, h = (float(v) for v in rng.integers(4, 30, 4))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 + i,
+                    "category_id": 1 + j % 2,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": 1, "name": "player"}, {"id": 2, "name": "ball"}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train` (40 images, most of them without boxes) and `val` (7 images), of several shapes."""
+    folder = tmp_path_factory.mktemp("tiny_data")
+    write_coco(folder / "train", num_images=40, with_boxes=lambda i: 3 if i % 10 == 0 else 0, mixed_sizes=True)
+    write_coco(folder / "val", num_images=7, with_boxes=lambda i: i % 4, mixed_sizes=True, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes MLflow seconds, copying it nothing."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@dataclass
+class Workplace:
+    """A folder to run commands in, with a configuration and an MLflow database of its own."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "tiny.yaml"
+
+    def run(self, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
+        """A command of ours, under `accelerate launch` where it shall have several processes."""
+        command = [sys.executable, "-m", "detr_dist"]
+        if num_processes > 1:
+            launch = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
+            launch += ["--config_file", str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml")]
+            command = [sys.executable, *launch, "-m", "detr_dist"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MLFLOW_"))}
+        return subprocess.run(
+            [*command, *map(str, arguments)],
+            cwd=self.folder,
+            env=environment | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+
+    def train(
+        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
+    ) -> subprocess.CompletedProcess[str]:
+        folders = ("--train-dir", data / "train", "--val-dir", data / "val", "--output-dir", output)
+        return self.run("train", "--config", self.config, *folders, *overrides, num_processes=num_processes)
+
+    def results(self, output: str = "out") -> dict[str, object]:
+        results: dict[str, object] = json.loads((self.folder / output / "results.json").read_text())
+        return results
+
+    def history(self, metric: str, output: str = "out") -> list[tuple[int, float]]:
+        """Step and value of everything that MLflow has of a metric, in the order it was logged."""
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
+        entries = client.get_metric_history(str(self.results(output)["run_id"]), metric)
+        return [(entry.step, entry.value) for entry in entries]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, empty_store: Path) -> Workplace:
+    shutil.copy(empty_store, tmp_path / "mlflow.db")
+    place = Workplace(tmp_path)
+    place.config.write_text(yaml.safe_dump(TINY_CONFIG))
+    return place
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    yield
+    assert not dist.is_available() or not dist.is_initialized()

@@ -1,0 +1,48 @@
+"""The same data, seed and global batch give the same training however it is split."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+LOSSES = ("train_loss", "train_loss_ce", "train_loss_bbox", "train_loss_giou")
+SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 images a step each
+    "one_process": (1, 8, 1),
+    "accumulated": (1, 2, 4),
+    "two_processes": (2, 4, 1),
+    "two_processes_accumulated": (2, 2, 2),
+}
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
+    for name, (num_processes, batch_size, accumulation) in SPLITS.items():
+        finished = workplace.train(
+            tiny_data,
+            "training.max_steps=10",
+            "training.num_epochs=9",
+            f"training.batch_size={batch_size}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            "model.dropout=0",
+            "model.freeze_batch_norm=true",
+            "data.augmentation=detr",
+            output=name,
+            num_processes=num_processes,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    whole = {metric: workplace.history(metric, "one_process") for metric in LOSSES}
+    steps_without_any_box = [value for _, value in whole["train_loss_bbox"] if value == 0]
+    assert 0 < len(steps_without_any_box) < 10
+    weights = load_file(workplace.folder / "one_process" / "model" / "model.safetensors")
+    for name in list(SPLITS)[1:]:
+        for metric in LOSSES:
+            print(name, metric, workplace.history(metric, name), whole[metric])
+            # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
+            assert workplace.history(metric, name) == [
+                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in whole[metric]
+            ]
+        split_weights = load_file(workplace.folder / name / "model" / "model.safetensors")
+        for key, tensor in weights.items():
+            assert (split_weights[key] - tensor).abs().max() < 1e-5, (name, key)
