@@ -78,7 +78,9 @@ def write_coco(
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`train` (40 images, most of them without boxes) and `val` (7 images), of several shapes."""
     folder = tmp_path_factory.mktemp("tiny_data")
-    write_coco(folder / "train", num_images=40, with_boxes=lambda i: 3 if i % 10 == 0 else 0, mixed_sizes=True)
+    write_coco(
+        folder / "train", num_images=40, with_boxes=lambda i: 3 if i % 10 == 0 else 0, mixed_sizes=True
+    )
     write_coco(folder / "val", num_images=7, with_boxes=lambda i: i % 4, mixed_sizes=True, seed=1)
     return folder
 
@@ -140,12 +142,22 @@ class Workplace:
         return [(entry.step, entry.value) for entry in entries]
 
 
+@pytest.fixture(scope="session")
+def new_workplace(empty_store: Path) -> Callable[[Path], Workplace]:
+    """Makes a workplace in an existing folder, for fixtures that several tests share."""
+
+    def make(folder: Path) -> Workplace:
+        shutil.copy(empty_store, folder / "mlflow.db")
+        place = Workplace(folder)
+        place.config.write_text(yaml.safe_dump(TINY_CONFIG))
+        return place
+
+    return make
+
+
 @pytest.fixture
-def workplace(tmp_path: Path, empty_store: Path) -> Workplace:
-    shutil.copy(empty_store, tmp_path / "mlflow.db")
-    place = Workplace(tmp_path)
-    place.config.write_text(yaml.safe_dump(TINY_CONFIG))
-    return place
+def workplace(tmp_path: Path, new_workplace: Callable[[Path], Workplace]) -> Workplace:
+    return new_workplace(tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import gc
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,17 +151,19 @@ def _as_array(values: list[Any]) -> NDArray[Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and -INT64_END <= value < INT64_END
+    return isinstance(value, int | float)
+
+
+def _is_in_range(value: Any) -> bool:
+    return _is_number(value) and -INT64_END <= value < INT64_END
 
 
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and value == int(value)
+    return _is_in_range(value) and value == int(value)
 
 
 def _is_box(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 4 and all(_is_number(v) and math.isfinite(v) for v in value)
-    )
+    return isinstance(value, list) and len(value) == 4 and all(map(_is_in_range, value))
 
 
 def _is_text(value: Any) -> bool:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.data import get_worker_info
 
 
 class Sample(NamedTuple):
@@ -71,7 +73,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """
     sizes_hw = [tuple(sample.image.shape[-2:]) for sample in samples]
     height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
-    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    images = _black((len(samples), height, width, 3)).permute(0, 3, 1, 2)
     for canvas, sample, (own_height, own_width) in zip(images, samples, sizes_hw, strict=True):
         canvas[:, :own_height, :own_width] = sample.image
     return Batch(
@@ -84,3 +86,11 @@ def collate(samples: Sequence[Sample]) -> Batch:
         original_sizes_hw=[sample.original_size_hw for sample in samples],
         unreadable=[path for sample in samples for path in sample.unreadable],
     )
+
+
+def _black(shape: tuple[int, ...]) -> Tensor:
+    """In a loader process it lies in memory shared with the parent: one copy of the batch less."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(prod(shape))  # new from the system: zero
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

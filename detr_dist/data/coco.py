@@ -129,15 +129,14 @@ def load_coco(
     kept, notices = boxes.clip(sizes_hw[boxes.image_rows])
     order = kept[np.argsort(boxes.image_rows[kept], kind="stable")]
     num_boxes = np.bincount(boxes.image_rows[order], minlength=len(image_ids))
+    notices += _remarks(class_map, boxes.iscrowd[order], num_boxes)
     box_areas = boxes.xywh_px[:, 2] * boxes.xywh_px[:, 3]
     return CocoData(
         annotations_path=path,
         images_dir=images_dir,
         class_names=class_map.names,
         category_ids=class_map.category_ids,
-        notices=[
-            f"{path}: {notice}" for notice in notices + _remarks(class_map, boxes.iscrowd[order], num_boxes)
-        ],
+        notices=[f"{path}: {notice}" for notice in notices],
         image_ids=image_ids,
         sizes_hw=sizes_hw,
         file_names=np.array([os.fsencode(name) for name in file_names]),

@@ -82,10 +82,11 @@ class CocoDetectionDataset(Dataset[Sample]):
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
         image, boxes, labels = self.transform(example, rng)
         height, width = image.shape[-2:]
+        corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
         return Sample(
             image=image.as_subclass(Tensor),
             labels=labels,
-            boxes_cxcywh=xyxy_to_cxcywh(boxes.as_subclass(Tensor) / torch.tensor([width, height] * 2)),
+            boxes_cxcywh=xyxy_to_cxcywh(corners.clamp(0, 1)),
             image_id=int(self.data.image_ids[row]),
             original_size_hw=size_hw,
             unreadable=tuple(unreadable),

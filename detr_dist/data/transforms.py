@@ -23,7 +23,7 @@ DETR_RESIZE_EDGES = tuple(range(480, DETR_EDGE + 1, 32))
 DETR_CROP_RESIZE_EDGES = (400, 500, 600)
 DETR_CROP_EDGES = (384, 600)
 
-# Mild photometric changes, as factors of 1 - range to 1 + range.
+# Mild photometric changes of every second picture, as factors of 1 - range to 1 + range.
 BRIGHTNESS_RANGE = 0.2
 CONTRAST_RANGE = 0.2
 CAST_RANGE = 0.1  # of red, green and blue each: another light, another white balance
@@ -54,9 +54,8 @@ class DetectionTransform:
                 example = _random_crop(example, rng)
             shortest_edge = round(shortest_edge * rng.choice(DETR_RESIZE_EDGES) / DETR_EDGE)
         image, boxes, labels = _resize(example, shortest_edge, self.longest_edge)
-        brightness, contrast = (rng.uniform(1 - r, 1 + r) for r in (BRIGHTNESS_RANGE, CONTRAST_RANGE))
-        cast_rgb = rng.uniform(1 - CAST_RANGE, 1 + CAST_RANGE, size=3)
-        image = adjust_colours(image, contrast, (brightness * cast_rgb).tolist())
+        if rng.random() < 0.5:
+            image = _random_colours(image, rng)
         return Example(image, boxes, labels)
 
 
@@ -85,7 +84,7 @@ def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -
 
     One pass in 16-bit integers, 64 standing for 1, so products of 2 and more would overflow. Pixels stay
     interleaved, as the decoder and the resize leave them. Saturation is left out: it needs a pixel's three
-    colours at once, which costs as much as the resize (and ten times the resize in torchvision's ColorJitter).
+    colours at once, which costs as much as the resize, and in torchvision's ColorJitter ten times that.
     """
     height, width = image.shape[-2:]
     mean_grey = float(image[:, ::16, ::16].mean(dtype=torch.float32))
@@ -97,6 +96,12 @@ def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -
     rows.add_(torch.tensor(constants, dtype=torch.int16).repeat(width))
     rows.bitwise_right_shift_(6).clamp_(0, 255)
     return rows.to(torch.uint8).reshape(height, width, 3).permute(2, 0, 1)
+
+
+def _random_colours(image: Tensor, rng: np.random.Generator) -> Tensor:
+    brightness, contrast = (rng.uniform(1 - r, 1 + r) for r in (BRIGHTNESS_RANGE, CONTRAST_RANGE))
+    cast_rgb = rng.uniform(1 - CAST_RANGE, 1 + CAST_RANGE, size=3)
+    return adjust_colours(image, contrast, (brightness * cast_rgb).tolist())
 
 
 def _flip(example: Example) -> Example:

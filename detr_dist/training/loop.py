@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +20,17 @@ Group = list[Batch]
 """The micro-batches of one optimizer step on this process."""
 
 
+class StepDone(NamedTuple):
+    shares: Tensor
+    """This process's part of loss, loss_ce, loss_bbox, loss_giou; [4], on the device."""
+    learning_rate: float
+    """What the parameters outside the backbone learned with."""
+
+
 class Observer(Protocol):
     """What happens around the loop. Called on every process, in the same order."""
 
-    def after_step(self, state: TrainState, shares: Tensor) -> None: ...
+    def after_step(self, state: TrainState, done: StepDone) -> None: ...
     def after_epoch(self, state: TrainState) -> None: ...
 
 
@@ -42,11 +49,6 @@ class Training:
     seed: int
     gradient_clip: float
 
-    @property
-    def learning_rate(self) -> float:
-        """That of the parameters outside the backbone, for the next step."""
-        return float(self.scheduler.get_last_lr()[0])
-
 
 def fit(training: Training, state: TrainState, groups: Iterator[Group], observer: Observer) -> None:
     """Train from `state` to `total_steps`; an epoch that `total_steps` cuts short counts as one.
@@ -58,16 +60,15 @@ def fit(training: Training, state: TrainState, groups: Iterator[Group], observer
             (state.epoch(training.plan) + 1) * training.plan.steps_per_epoch, training.total_steps
         )
         while state.step < epoch_end:
-            shares = train_step(training, state.step, next(groups))
+            done = train_step(training, state.step, next(groups))
             state.step += 1
-            observer.after_step(state, shares)
+            observer.after_step(state, done)
         training.agreement.check(state.step)
         observer.after_epoch(state)
 
 
-def train_step(training: Training, step: int, group: Group) -> Tensor:
-    """One optimizer step; returns this process's share of loss, loss_ce, loss_bbox and loss_giou, [4] on the
-    device.
+def train_step(training: Training, step: int, group: Group) -> StepDone:
+    """One optimizer step, number `step` from 0.
 
     Collective.
     """
@@ -76,6 +77,7 @@ def train_step(training: Training, step: int, group: Group) -> Tensor:
     # Dropout is a function of these three alone, so that a resumed run needs no generator state.
     dropout = random_numbers(Purpose.DROPOUT, training.seed, step, accelerator.process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
+    learning_rate = training.scheduler.get_last_lr()[0]
     shares = torch.zeros(4, device=accelerator.device)
     for micro_batch in group:
         with accelerator.accumulate(training.model):
@@ -94,4 +96,4 @@ def train_step(training: Training, step: int, group: Group) -> Tensor:
             shares += torch.stack(losses[:4]).detach()
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
-    return shares
+    return StepDone(shares, learning_rate)

@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
@@ -17,7 +16,7 @@ from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
 from detr_dist.training.checkpoint import new_folder, save_checkpoint
 from detr_dist.training.groups import GroupStream
-from detr_dist.training.loop import Training
+from detr_dist.training.loop import StepDone, Training
 from detr_dist.training.progress import Progress
 from detr_dist.training.state import TrainState
 
@@ -56,12 +55,11 @@ class RunObserver:
         self._logged_images = 0
         self._logged_waited_s = 0.0
 
-    def after_step(self, state: TrainState, shares: Tensor) -> None:
-        """`shares`: this process's part of loss, loss_ce, loss_bbox, loss_giou of the step just done, [4]."""
+    def after_step(self, state: TrainState, done: StepDone) -> None:
         self._progress.step()
         every, is_last = self._config.logging, state.step == self._training.total_steps
         if state.step % every.log_every_steps == 0 or is_last:
-            self._log_losses(state, shares)
+            self._log_losses(state, done)
         if state.step % every.memory_every_steps == 0 or is_last:
             self._log_memory(state)
 
@@ -75,9 +73,9 @@ class RunObserver:
         if self._is_main_process:
             self._save(state, num_epochs, is_best=is_best, is_last=is_last)
 
-    def _log_losses(self, state: TrainState, shares: Tensor) -> None:
+    def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses over all processes; the host waits for the device here and nowhere else."""
-        total = self._training.accelerator.reduce(shares, reduction="sum").tolist()
+        total = self._training.accelerator.reduce(done.shares, reduction="sum").tolist()
         seen = self._host.gather_rows(
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
         )
@@ -94,7 +92,7 @@ class RunObserver:
             "train_loss_ce": total[1],
             "train_loss_bbox": total[2],
             "train_loss_giou": total[3],
-            "learning_rate": self._training.learning_rate,
+            "learning_rate": done.learning_rate,
             "epoch": state.step / self._training.plan.steps_per_epoch,
             "train_images_per_s": (sum(images) - self._logged_images) / elapsed_s,
             "train_data_wait_share": (max(waits) - self._logged_waited_s) / elapsed_s,

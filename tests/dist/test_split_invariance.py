@@ -25,6 +25,8 @@ def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace,
             "training.num_epochs=9",
             f"training.batch_size={batch_size}",
             f"training.gradient_accumulation_steps={accumulation}",
+            "training.learning_rate=3e-5",
+            "training.learning_rate_backbone=3e-5",
             "model.dropout=0",
             "model.freeze_batch_norm=true",
             "data.augmentation=detr",
@@ -38,7 +40,6 @@ def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace,
     weights = load_file(workplace.folder / "one_process" / "model" / "model.safetensors")
     for name in list(SPLITS)[1:]:
         for metric in LOSSES:
-            print(name, metric, workplace.history(metric, name), whole[metric])
             # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
             assert workplace.history(metric, name) == [
                 (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in whole[metric]

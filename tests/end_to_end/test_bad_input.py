@@ -1,0 +1,139 @@
+"""Bad input gets one clear line and a non-zero exit code before training begins, on every process."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from detr_dist.cli import main
+
+Document = dict[str, Any]
+JSON = "_annotations.coco.json"
+
+
+def edit(path: Path, change: Callable[[Document], object]) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def first_box(document: Document) -> Document:
+    box: Document = document["annotations"][0]
+    return box
+
+
+BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no_such_folder": (lambda d: shutil.rmtree(d / "train"), "train"),
+    "no_json": (lambda d: (d / "train" / JSON).unlink(), "JSON"),
+    "two_json_files": (
+        lambda d: [
+            shutil.copy(d / "train" / JSON, d / "train" / "a.json"),
+            (d / "train" / JSON).rename(d / "train" / "b.json"),
+        ],
+        "b.json",
+    ),
+    "broken_json": (lambda d: (d / "train" / JSON).write_text('{"images": [}'), "column 13"),
+    "missing_image": (lambda d: (d / "train" / "003.jpg").unlink(), "003.jpg"),
+    "annotation_without_image": (
+        lambda d: edit(d / "train" / JSON, lambda doc: first_box(doc).update(image_id=999)),
+        "999",
+    ),
+    "negative_box": (
+        lambda d: edit(d / "train" / JSON, lambda doc: first_box(doc).update(bbox=[5, 5, -3, 4])),
+        "-3",
+    ),
+    "other_classes": (
+        lambda d: edit(d / "val" / JSON, lambda doc: doc["categories"][1].update(name="referee")),
+        "referee",
+    ),
+}
+
+
+@pytest.fixture
+def data(tiny_data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def error_lines(workplace, data: Path, capsys, *overrides: str) -> tuple[int, list[str]]:
+    folders = [
+        "--train-dir",
+        data / "train",
+        "--val-dir",
+        data / "val",
+        "--output-dir",
+        workplace.folder / "out",
+    ]
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(part) for part in ["train", "--config", workplace.config, *folders, *overrides]])
+    assert not (workplace.folder / "out").exists()
+    return exit_info.value.code, capsys.readouterr().err.strip().splitlines()
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_unusable_data_is_one_line_that_names_the_culprit(name, workplace, data, capsys) -> None:
+    spoil, culprit = BAD_DATA[name]
+    spoil(data)
+    code, lines = error_lines(workplace, data, capsys)
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("error: ")
+    assert culprit in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "fragment"),
+    [
+        ("training.batch_sise=4", 2, "training.batch_size"),
+        ("training.batch_size=many", 2, "training.batch_size"),
+        ("training.batch_size=0", 2, "training.batch_size"),
+        ("data.longest_edge=32", 2, "longest_edge"),
+        ("batch_size", 2, "section.key=value"),
+        ("model.num_classes=5", 2, "model.num_classes is 5"),
+        ("model.num_queries=2", 1, "3 boxes"),
+        ("model.config_overrides.num_feature_levels=3", 2, "num_feature_levels"),
+        ("model.backbone=resnet_of_nobody", 2, "resnet_of_nobody"),
+        ("model.pretrained=/no/such/folder", 2, "/no/such/folder"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_one_line(override, code, fragment, workplace, data, capsys) -> None:
+    found, lines = error_lines(workplace, data, capsys, override)
+    assert (found, len(lines)) == (code, 1), lines
+    assert fragment in lines[0]
+
+
+def test_all_wrong_settings_are_reported_together(workplace, data, capsys) -> None:
+    code, lines = error_lines(
+        workplace, data, capsys, "training.seed=-1", "logging.tensorbord=true", "dta.x=1"
+    )
+    assert code == 2
+    assert len(lines) == 3
+
+
+def test_a_box_partly_outside_is_clipped_and_one_without_extent_dropped_and_both_are_said(
+    workplace, data
+) -> None:
+    def spoil(document: Document) -> None:
+        document["annotations"][0]["bbox"] = [-5, 2, 20, 20]
+        document["annotations"][1]["bbox"] = [300, 300, 10, 10]
+
+    edit(data / "train" / JSON, spoil)
+    finished = workplace.train(data, "training.max_steps=1", "logging.mlflow=false")
+    assert finished.returncode == 0, finished.stderr
+    clipped, dropped = (
+        next(line for line in finished.stdout.splitlines() if word in line) for word in ("clipped", "extent")
+    )
+    assert "1 " in clipped
+    assert "1 " in dropped
+
+
+@pytest.mark.dist
+def test_every_process_says_what_is_wrong_and_none_hangs(workplace, data) -> None:
+    (data / "train" / "003.jpg").unlink()
+    finished = workplace.train(data, num_processes=2)
+    assert finished.returncode != 0
+    for process in (0, 1):
+        assert f"[process {process}] error: " in finished.stderr
+    assert "003.jpg" in finished.stderr

@@ -1,0 +1,164 @@
+"""A real run, seen through MLflow and the output folder."""
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from transformers import pipeline
+
+GUIDE_PARAMS = set(
+    """
+    batch_size learning_rate num_epochs weight_decay gradient_clip gradient_accumulation_steps mixed_precision
+    compile_model channels_last model_architecture backbone num_classes hidden_dim num_encoder_layers
+    num_decoder_layers train_samples val_samples num_workers prefetch_factor
+    """.split()
+)
+GUIDE_METRICS = set(
+    """
+    train_loss train_loss_ce train_loss_bbox train_loss_giou learning_rate memory_ram_gb val_map val_player_map
+    val_ball_map
+    """.split()
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
+    """Two epochs in two processes, evaluated and saved at each, with TensorBoard and loader processes."""
+    place = new_workplace(tmp_path_factory.mktemp("trained"))
+    finished = place.train(
+        tiny_data,
+        "training.num_epochs=2",
+        "evaluation.every_epochs=1",
+        "checkpoint.every_epochs=1",
+        "logging.tensorboard=true",
+        "logging.memory_every_steps=2",
+        "data.num_workers=1",
+        "training.batch_size=5",
+        num_processes=2,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return place, finished.stdout
+
+
+@pytest.fixture(scope="module")
+def mlflow_run(trained):
+    place, _ = trained
+    mlflow.set_tracking_uri(f"sqlite:///{place.folder / 'mlflow.db'}")
+    return mlflow.get_run(place.results()["run_id"])
+
+
+def artifacts(run: mlflow.entities.Run, path: str | None = None) -> set[str]:
+    return {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, path)}
+
+
+def test_two_processes_make_one_run_that_finished(trained, mlflow_run) -> None:
+    assert len(mlflow.search_runs(experiment_names=["detr_training"])) == 1
+    assert mlflow_run.info.status == "FINISHED"
+    assert mlflow_run.data.params["num_processes"] == "2"
+    assert mlflow_run.data.params["global_batch_size"] == "10"
+
+
+def test_params_and_metrics_have_the_guides_names(mlflow_run) -> None:
+    assert set(mlflow_run.data.params) >= GUIDE_PARAMS
+    assert set(mlflow_run.data.metrics) >= GUIDE_METRICS
+    assert mlflow_run.data.params["batch_size"] == "5"
+    assert mlflow_run.data.params["backbone"] == "resnet"
+    assert mlflow_run.data.params["hidden_dim"] == "32"
+    assert mlflow_run.data.params["train_samples"] == "40"
+
+
+def test_every_metric_stands_once_at_each_optimizer_step_it_was_logged(trained) -> None:
+    place, _ = trained
+    for metric in ("train_loss", "learning_rate", "epoch"):
+        assert [step for step, _ in place.history(metric)] == list(range(1, 9))
+    assert [step for step, _ in place.history("val_map")] == [4, 8]
+    assert [step for step, _ in place.history("memory_ram_gb")] == [2, 4, 6, 8]
+    assert place.history("epoch")[3:5] == [(4, 1.0), (5, 1.25)]
+
+
+def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
+    assert artifacts(mlflow_run) == {"checkpoints", "config.yaml", "model", "models"}
+    assert artifacts(mlflow_run, "models") == {"models/epoch_1", "models/epoch_2"}
+    assert artifacts(mlflow_run, "checkpoints") == {
+        "checkpoints/best", "checkpoints/epoch_1", "checkpoints/epoch_2"
+    }  # fmt: skip
+    assert artifacts(mlflow_run, "checkpoints/best") == {
+        f"checkpoints/best/{name}" for name in ("model.safetensors", "optimizer.pt", "state.json")
+    }
+
+
+@pytest.mark.parametrize("path", ["model", "models/epoch_1"])
+def test_a_model_loads_from_mlflow_as_a_plain_module_with_its_story(path: str, mlflow_run) -> None:
+    uri = f"runs:/{mlflow_run.info.run_id}/{path}"
+    model = mlflow.pytorch.load_model(uri)
+    assert type(model).__module__.startswith("transformers.")
+    with torch.no_grad():
+        assert model(pixel_values=torch.rand(1, 3, 64, 64)).logits.shape == (1, 8, 3)
+    metadata = mlflow.models.get_model_info(uri).metadata
+    assert metadata["epoch"] in (1, 2)
+    assert metadata["config"]["training"]["batch_size"] == 5
+
+
+def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
+    place, stdout = trained
+    out = place.folder / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints", "config.yaml", "model", "models", "results.json", "tensorboard"
+    }  # fmt: skip
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["metrics"]) == {"val_map", "val_player_map", "val_ball_map"}
+    assert results["run_id"] in stdout
+    assert "step 8/8" in stdout
+    assert "data wait" in stdout
+    assert list((out / "tensorboard").rglob("events.out.tfevents.*"))
+
+
+def test_a_pipeline_runs_on_the_model_folder_offline(trained, tiny_data: Path) -> None:
+    place, _ = trained
+    detect = pipeline("object-detection", model=str(place.folder / "out" / "model"), threshold=0.0)
+    found = detect(str(tiny_data / "val" / "001.jpg"))
+    assert {item["label"] for item in found} <= {"player", "ball"}
+
+
+def test_a_second_run_into_the_same_folder_sets_the_first_aside(workplace, tiny_data: Path) -> None:
+    for _ in range(2):
+        finished = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow=false")
+        assert finished.returncode == 0, finished.stderr
+    assert "moved to" in finished.stdout
+    (earlier,) = (workplace.folder / "out" / "earlier_runs").iterdir()
+    assert (earlier / "results.json").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_with_step_process_and_images(
+    workplace, tiny_data: Path
+) -> None:
+    finished = workplace.train(
+        tiny_data,
+        "training.learning_rate=1e30",
+        "training.gradient_clip=0",
+        "training.num_epochs=3",
+        num_processes=2,
+    )
+    assert finished.returncode != 0
+    for process in (0, 1):
+        assert f"[process {process}] error: the loss of step" in finished.stderr
+    assert "image ids [" in finished.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("detr_training").experiment_id])
+    assert run.info.status == "FAILED"
+    assert "not finite" in run.data.tags["error"]
+
+
+def test_an_image_that_breaks_in_the_middle_is_replaced_and_reported(
+    workplace, tiny_data: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    (data / "train" / "005.jpg").write_bytes(b"not a picture")
+    (data / "val" / "002.jpg").write_bytes(b"not a picture")
+    finished = workplace.train(data, "logging.mlflow=false", "training.batch_size=8")
+    assert finished.returncode == 0, finished.stderr
+    assert "005.jpg" in finished.stdout
+    assert "002.jpg" in finished.stdout

@@ -1,0 +1,288 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from detr_dist.data.coco import check_same_classes, find_annotations, load_coco
+from detr_dist.errors import DataError
+
+Document = dict[str, Any]
+WriteCoco = Callable[..., Path]
+
+
+def test_the_columns_hold_what_the_json_says(document: Document, write_coco: WriteCoco) -> None:
+    data = load_coco(write_coco(document))
+    assert data.image_ids.tolist() == [7, 3, 5]
+    assert [data.size_hw(row) for row in range(3)] == [(40, 60)] * 3
+    assert data.image_path(0) == data.images_dir / "7.jpg"
+    assert data.box_offsets.tolist() == [0, 1, 3, 3]
+    assert data.boxes_xywh_px.tolist() == [[0, 0, 6.5, 8], [10, 5, 20, 30], [30, 20, 30, 20]]
+    assert data.annotation_ids.tolist() == [12, 11, 13]
+    assert data.areas.tolist() == [52, 500, 600], "the annotated area, and width x height where there is none"
+    assert data.max_boxes_per_image == 2
+
+
+def test_classes_are_numbered_by_ascending_category_id(document: Document, write_coco: WriteCoco) -> None:
+    data = load_coco(write_coco(document))
+    assert data.class_names == ("ball", "player")
+    assert data.category_ids == (10, 20)
+    assert data.box_classes.tolist() == [0, 1, 0]
+
+
+def test_images_without_boxes_are_kept_and_mentioned(document: Document, write_coco: WriteCoco) -> None:
+    data = load_coco(write_coco(document))
+    assert len(data.training_targets(2)[0]) == 0
+    assert [notice.rpartition(": ")[2] for notice in data.notices] == [
+        "1 of 3 images have no boxes and are kept"
+    ]
+
+
+def test_crowd_boxes_serve_evaluation_but_not_training(document: Document, write_coco: WriteCoco) -> None:
+    document["annotations"][0]["iscrowd"] = 1
+    data = load_coco(write_coco(document))
+    assert data.training_targets(1)[0].tolist() == [[30, 20, 30, 20]]
+    assert data.training_targets(1)[1].tolist() == [0]
+    assert [a["iscrowd"] for a in data.to_coco_dict()["annotations"]] == [0, 1, 0]
+    assert data.max_boxes_per_image == 1
+    assert "1 crowd boxes" in data.notices[0]
+
+
+def test_boxes_are_clipped_to_their_image_or_dropped_and_counted(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    boxes = [[-5, 10, 10, 10], [50, 30, 20, 20], [70, 10, 5, 5], [10, 10, 0, 5], [0, 0, 60, 40]]
+    document["annotations"] = [
+        {"id": i, "image_id": 3, "category_id": 10, "bbox": box} for i, box in enumerate(boxes)
+    ]
+    data = load_coco(write_coco(document))
+    assert data.boxes_xywh_px.tolist() == [[0, 10, 5, 10], [50, 30, 10, 10], [0, 0, 60, 40]]
+    assert data.areas.tolist() == [50, 100, 2400]
+    assert data.notices[0].endswith(
+        "2 boxes reached outside their image and were clipped, first annotation 0"
+    )
+    assert data.notices[1].endswith(
+        "2 boxes have no extent inside their image and were dropped, first annotation 2"
+    )
+
+
+def test_boxes_inside_their_image_keep_every_bit(document: Document, write_coco: WriteCoco) -> None:
+    box = [0.1, 0.2, 0.30000000000000004, 1 / 3]
+    document["annotations"][0]["bbox"] = box
+    assert load_coco(write_coco(document)).boxes_xywh_px[1].tolist() == box
+
+
+def test_the_ground_truth_for_evaluation_has_class_indices_and_numbers_from_one(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    truth = load_coco(write_coco(document)).to_coco_dict()
+    assert truth["categories"] == [{"id": 0, "name": "ball"}, {"id": 1, "name": "player"}]
+    assert truth["images"][1] == {"id": 3, "height": 40, "width": 60}
+    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
+    assert truth["annotations"][1] == {
+        "id": 2, "image_id": 3, "category_id": 1, "bbox": [10, 5, 20, 30], "area": 500, "iscrowd": 0
+    }  # fmt: skip
+
+
+def test_sizes_that_the_json_lacks_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:
+    folder = write_coco(document)
+    del document["images"][0]["width"], document["images"][1]["height"]
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    assert load_coco(folder).sizes_hw.tolist() == [[40, 60]] * 3
+
+
+def test_file_names_may_hold_folders(document: Document, write_coco: WriteCoco) -> None:
+    document["images"][0]["file_name"] = "night/été/7.jpg"
+    data = load_coco(write_coco(document))
+    assert data.image_path(0).is_file()
+
+
+def test_no_column_is_made_of_python_objects(document: Document, write_coco: WriteCoco) -> None:
+    data = load_coco(write_coco(document))
+    columns = [value for name in data.__slots__ if isinstance(value := getattr(data, name), np.ndarray)]
+    assert len(columns) == 9
+    assert not any(column.dtype.hasobject for column in columns)
+
+
+def test_all_layouts_are_found(document: Document, write_coco: WriteCoco, tmp_path: Path) -> None:
+    folder = write_coco(document)
+    for name in ("annotations.json", "whatever.json"):
+        shutil.move(next(folder.glob("*.json")), folder / name)
+        assert find_annotations(folder) == (folder / name, folder)
+    (folder / "._whatever.json").write_text("left by a copy from a Mac")
+    assert find_annotations(folder) == (folder / "whatever.json", folder)
+    coco = tmp_path / "coco"
+    (coco / "annotations").mkdir(parents=True)
+    shutil.move(folder / "whatever.json", coco / "annotations" / "instances.json")
+    folder.rename(coco / "images")
+    assert find_annotations(coco) == (coco / "annotations" / "instances.json", coco / "images")
+    assert len(load_coco(coco)) == 3
+
+
+def test_a_group_without_boxes_is_no_class(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"] = [
+        {"id": 0, "name": "ball", "supercategory": "none"},  # Roboflow's, here with the name of a class
+        {"id": 10, "name": "ball", "supercategory": "ball"},
+        {"id": 20, "name": "player", "supercategory": "player"},
+        {"id": 30, "name": "referee", "supercategory": "ball"},
+    ]
+    data = load_coco(write_coco(document))
+    assert data.class_names == ("ball", "player", "referee"), "a class without boxes that groups none is kept"
+    assert data.category_ids == (10, 20, 30)
+    assert any("'ball' only groups others" in notice for notice in data.notices)
+
+
+def test_a_group_with_boxes_is_a_class(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"][0]["supercategory"] = "ball"
+    assert load_coco(write_coco(document)).class_names == ("ball", "player")
+
+
+def test_validation_classes_follow_the_training_classes_by_name(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    train = load_coco(write_coco(document))
+    document["categories"][0]["id"], document["categories"][1]["id"] = 1, 2
+    for annotation in document["annotations"]:
+        annotation["category_id"] = {20: 1, 10: 2}[annotation["category_id"]]
+    val = load_coco(write_coco(document, "val"), classes=train.class_names)
+    assert val.class_names == ("ball", "player")
+    assert val.category_ids == (2, 1)
+    assert val.box_classes.tolist() == train.box_classes.tolist()
+    check_same_classes(train, val)
+
+
+def test_a_group_in_one_set_may_be_a_class_in_the_other(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"][0]["supercategory"] = "ball"
+    train = load_coco(write_coco(document))
+    document["annotations"] = document["annotations"][:1]
+    val = load_coco(write_coco(document, "val"), classes=train.class_names)
+    assert val.class_names == ("ball", "player"), (
+        "ball has no box here and groups player, but is a training class"
+    )
+    assert load_coco(write_coco(document, "alone")).class_names == ("player",)
+
+
+def test_a_group_in_validation_alone_is_no_difference(document: Document, write_coco: WriteCoco) -> None:
+    train = load_coco(write_coco(document))
+    document["categories"].append({"id": 1, "name": "match", "supercategory": "none"})
+    document["categories"][0]["supercategory"] = "match"
+    assert load_coco(write_coco(document, "val"), classes=train.class_names).class_names == train.class_names
+
+
+def test_classes_that_differ_are_named(document: Document, write_coco: WriteCoco) -> None:
+    train = load_coco(write_coco(document))
+    document["categories"][0]["name"] = "referee"
+    folder = write_coco(document, "val")
+    message = (
+        r"val/.*: its classes differ from those of .*'player' only in .*'referee' only here.*agree by name"
+    )
+    with pytest.raises(DataError, match=message):
+        load_coco(folder, classes=train.class_names)
+    with pytest.raises(DataError, match=message):
+        check_same_classes(train, load_coco(folder))
+
+
+def change(path: str, value: object) -> Callable[[Document], None]:
+    """Set the value at a path like `images/0/id`; None removes it."""
+
+    def apply(document: Any) -> None:
+        *parents, last = (int(key) if key.isdigit() else key for key in path.split("/"))
+        for key in parents:
+            document = document[key]
+        if value is None:
+            del document[last]
+        else:
+            document[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (change("annotations", None), "has no 'annotations'"),
+        (change("images", {}), "'images' is {}; it must be a list"),
+        (change("images", []), "lists no images"),
+        (change("images/1", 5), r"images\[1\]: must be an object"),
+        (change("images/1/id", None), r"images\[1\]: has no 'id'"),
+        (change("images/1/id", "x3"), r"images\[1\] \(id 'x3'\): 'id' is 'x3'; it must be a whole number"),
+        (change("images/1/id", 2**70), "it must be a whole number"),
+        (change("images/1/id", 7), "several images have the id 7"),
+        (change("images/1/file_name", 3), r"\(id 3\): 'file_name' is 3; it must be a text"),
+        (change("images/1/width", 0), r"images\[1\] \(id 3\): width and height must be at least 1"),
+        (change("images/1/width", 60.5), "'width' is 60.5; it must be a whole number"),
+        (change("annotations/2/bbox", None), r"annotations\[2\] \(id 13\): has no 'bbox'"),
+        (change("annotations/2/bbox", [1, 2, 3]), r"13\): 'bbox' is \[1, 2, 3\]; it must be four finite"),
+        (change("annotations/2/bbox", [1, 2, 3, "4"]), r"\(id 13\): 'bbox' is .* four finite numbers"),
+        (change("annotations/2/bbox", [1, 2, 3, float("nan")]), r"13\): 'bbox' is .* four finite numbers"),
+        (change("annotations/2/bbox", [1, 2, -3, 4]), r"13\): 'bbox' \[1.0, .*, 4.0\] has a negative size"),
+        (change("annotations/2/image_id", 99), r"13\): belongs to image 99, which 'images' does not list"),
+        (change("annotations/2/category_id", 99), r"13\): has category_id 99, which 'categories'"),
+        (change("annotations/2/area", "big"), r"\(id 13\): 'area' is 'big'; it must be a number"),
+        (change("annotations/2/iscrowd", "no"), r"\(id 13\): 'iscrowd' is 'no'; it must be a whole number"),
+        (change("categories/0/name", "ball"), "several categories have the name 'ball'"),
+        (change("categories/0/id", 10), "several categories have the id 10"),
+    ],
+)  # fmt: skip
+def test_damaged_records_are_named_in_one_line(
+    document: Document, write_coco: WriteCoco, damage: Callable[[Document], None], message: str
+) -> None:
+    folder = write_coco(document)
+    damage(document)
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=message) as caught:
+        load_coco(folder)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_without_categories_is_refused(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"], document["annotations"] = [], []
+    with pytest.raises(DataError, match="no usable category"):
+        load_coco(write_coco(document))
+
+
+def test_missing_files_are_counted_and_the_first_named(document: Document, write_coco: WriteCoco) -> None:
+    folder = write_coco(document)
+    (folder / "3.jpg").unlink()
+    (folder / "5.jpg").unlink()
+    with pytest.raises(DataError, match=r"2 of 3 images are missing in .*, first '3.jpg'"):
+        load_coco(folder)
+    assert len(load_coco(folder, check_files=False)) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [,]}', "broken JSON at line 1, column 13"),
+        ("", "broken JSON at line 1, column 1"),
+        ("[]", "holds a list"),
+        ("\xff\xfe\xfd", "not a JSON file"),
+    ],
+)
+def test_a_file_that_is_no_coco_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=message):
+        load_coco(tmp_path)
+
+
+def test_folders_without_one_clear_json_are_refused(document: Document, write_coco: WriteCoco) -> None:
+    folder = write_coco(document)
+    with pytest.raises(DataError, match=r"nowhere: does not exist"):
+        load_coco(folder / "nowhere")
+    with pytest.raises(DataError, match=r"7.jpg: is a file"):
+        load_coco(folder / "7.jpg")
+    (folder / "copy.json").write_text("{}")
+    with pytest.raises(DataError, match=r"2 JSON files.*'_annotations.coco.json', 'copy.json'"):
+        load_coco(folder)
+    for path in folder.glob("*.json"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"no JSON file"):
+        load_coco(folder)
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "a.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has annotations/ but no images/"):
+        load_coco(folder)

@@ -1,0 +1,171 @@
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from detr_dist.data.batching import Batch, collate
+from detr_dist.data.coco import load_coco
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.transforms import Augmentation, build_transform
+from detr_dist.errors import DataError
+
+Document = dict[str, Any]
+WriteCoco = Callable[..., Path]
+
+
+def make_dataset(
+    folder: Path, augmentation: Augmentation = "none", *, train: bool = True, seed: int = 0
+) -> CocoDetectionDataset:
+    transform = build_transform(augmentation, 32, 64, train)
+    return CocoDetectionDataset(load_coco(folder), transform, seed=seed, train=train)
+
+
+def test_a_sample_has_boxes_relative_to_its_own_size(document: Document, write_coco: WriteCoco) -> None:
+    sample = make_dataset(write_coco(document))[0, 1]
+    assert sample.image.dtype == torch.uint8
+    assert sample.image.shape == (3, 32, 48)
+    assert type(sample.image) is type(sample.boxes_cxcywh) is type(sample.labels) is torch.Tensor
+    assert sample.image_id == 3
+    assert sample.original_size_hw == (40, 60)
+    expected = torch.tensor([[20 / 60, 20 / 40, 20 / 60, 30 / 40], [45 / 60, 30 / 40, 30 / 60, 20 / 40]])
+    torch.testing.assert_close(sample.boxes_cxcywh, expected, atol=1e-6, rtol=0)  # float32 near 1
+    assert sample.labels.tolist() == [1, 0]
+    assert sample.unreadable == ()
+
+
+def test_an_image_without_boxes_is_a_sample(document: Document, write_coco: WriteCoco) -> None:
+    sample = make_dataset(write_coco(document), "detr")[0, 2]
+    assert sample.boxes_cxcywh.shape == (0, 4)
+    assert sample.labels.shape == (0,)
+    assert sample.labels.dtype == torch.int64
+
+
+def test_crowd_boxes_are_no_targets(document: Document, write_coco: WriteCoco) -> None:
+    document["annotations"][0]["iscrowd"] = 1
+    assert make_dataset(write_coco(document))[0, 1].labels.tolist() == [0]
+
+
+def batches_of(dataset: CocoDetectionDataset, num_workers: int, batch_size: int) -> list[Batch]:
+    keys = [(epoch, index) for epoch in range(2) for index in range(len(dataset))]
+    groups = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    context = "fork" if num_workers else None
+    return list(
+        DataLoader(
+            dataset,
+            batch_sampler=groups,
+            num_workers=num_workers,
+            collate_fn=collate,
+            multiprocessing_context=context,
+        )
+    )
+
+
+def pictures(batches: list[Batch]) -> list[torch.Tensor]:
+    return [
+        image[:, :height, :width].clone()
+        for batch in batches
+        for image, (height, width) in zip(batch.images, batch.sizes_hw.tolist(), strict=True)
+    ]
+
+
+def test_a_sample_looks_the_same_from_any_process_and_in_any_batch(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    dataset = make_dataset(write_coco(document), "detr")
+    alone, inside, outside = (batches_of(dataset, *how) for how in ((0, 1), (0, 4), (2, 3)))
+    for other in (inside, outside):
+        for one, same in zip(pictures(alone), pictures(other), strict=True):
+            assert torch.equal(one, same)
+        for name in ("boxes_cxcywh", "labels"):
+            one, same = (torch.cat([getattr(b, name) for b in batches]) for batches in (alone, other))
+            assert torch.equal(one, same)
+
+
+def test_a_sample_looks_different_in_another_epoch_and_with_another_seed(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    folder = write_coco(document)
+    looks = {
+        (seed, epoch): make_dataset(folder, "light", seed=seed)[epoch, 0].image.numpy().tobytes()
+        for seed in range(6)
+        for epoch in range(6)
+    }
+    # A quarter is the picture and a quarter its mirror image, unchanged; the others have their own colours.
+    assert len(set(looks.values())) > 10
+    for fixed in range(6):
+        assert len({looks[fixed, epoch] for epoch in range(6)}) > 1
+        assert len({looks[seed, fixed] for seed in range(6)}) > 1
+
+
+def test_an_unreadable_image_is_replaced_by_the_next_in_training(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    folder = write_coco(document)
+    dataset = make_dataset(folder, "light")
+    expected = dataset[4, 0]
+    (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:300])
+    (folder / "5.jpg").unlink()
+    sample = dataset[4, 1]
+    assert sample.unreadable == (str(folder / "3.jpg"), str(folder / "5.jpg"))
+    assert sample.image_id == 7, "past the end it starts from the beginning"
+    assert torch.equal(sample.image, expected.image)
+    assert collate([expected, sample]).unreadable == list(sample.unreadable)
+
+
+def test_an_unreadable_image_is_black_in_evaluation(document: Document, write_coco: WriteCoco) -> None:
+    folder = write_coco(document)
+    dataset = make_dataset(folder, train=False)
+    (folder / "3.jpg").write_text("no picture")
+    sample = dataset[0, 1]
+    assert sample.image_id == 3
+    assert sample.image.shape == (3, 32, 48)
+    assert int(sample.image.max()) == 0
+    assert len(sample.boxes_cxcywh) == 2
+    assert sample.unreadable == (str(folder / "3.jpg"),)
+
+
+def test_many_unreadable_images_in_a_row_end_the_run(document: Document, write_coco: WriteCoco) -> None:
+    folder = write_coco(document)
+    dataset = make_dataset(folder)
+    for path in folder.glob("*.jpg"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"10 images in a row cannot be read, .*jpg: No such file"):
+        dataset[0, 0]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_image_of_another_size_than_annotated_is_an_error(
+    document: Document, write_coco: WriteCoco, train: bool
+) -> None:
+    folder = write_coco(document)
+    dataset = make_dataset(folder, train=train)
+    Image.new("RGB", (40, 60)).save(folder / "3.jpg")
+    with pytest.raises(DataError, match=r"3.jpg: the image is 40x60 but its annotation says 60x40.*EXIF"):
+        dataset[0, 1]
+    Image.new("RGB", (41, 60)).save(folder / "3.jpg")
+    with pytest.raises(DataError, match=r"3.jpg: the image is 41x60 but its annotation says 60x40; correct"):
+        dataset[0, 1]
+
+
+def test_reading_leaves_global_randomness_alone(document: Document, write_coco: WriteCoco) -> None:
+    dataset = make_dataset(write_coco(document), "detr")
+    torch_state = torch.get_rng_state()
+    numpy_state = json.dumps(np.random.get_state()[1].tolist())  # noqa: NPY002
+    dataset[0, 1]
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert json.dumps(np.random.get_state()[1].tolist()) == numpy_state  # noqa: NPY002
+
+
+def test_a_data_set_can_be_sent_to_a_process_that_is_not_forked(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    dataset = make_dataset(write_coco(document), "detr")
+    sent = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(sent[0, 1].image, dataset[0, 1].image)

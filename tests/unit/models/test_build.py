@@ -1,0 +1,137 @@
+"""Every member of the family comes out as one kind of module, with what its paper says."""
+
+import pytest
+import torch
+from transformers import AutoModelForObjectDetection
+
+from detr_dist.config import ModelConfig
+from detr_dist.errors import UsageError
+from detr_dist.models.build import ARCHITECTURES, Detector, build_detector, plain_network
+
+CLASS_NAMES = ["player", "ball"]
+TINY = {
+    "backbone": {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "pretrained_backbone": False,
+    "hidden_dim": 32,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 3,
+    "num_queries": 6,
+    "config_overrides": {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+}
+
+
+def tiny_detector(architecture: str, **settings: object) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(ModelConfig(**TINY | {"model_architecture": architecture} | settings), CLASS_NAMES)
+
+
+def two_images() -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randint(
+        0, 255, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    return images, torch.tensor([[64, 96], [50, 70]])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_all_decoder_layers_predict_and_every_parameter_learns(architecture: str) -> None:
+    detector = tiny_detector(architecture).train()
+    outputs = detector(*two_images())
+    columns = len(CLASS_NAMES) + (detector.loss_settings.kind == "softmax")
+    assert outputs["pred_logits"].shape == (3, 2, 6, columns)
+    assert outputs["pred_boxes"].shape == (3, 2, 6, 4)
+    (outputs["pred_logits"].square().sum() + outputs["pred_boxes"].square().sum()).backward()
+    without = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []  # DDP would wait for them
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(architecture: str) -> None:
+    detector = tiny_detector(architecture)
+    for _ in range(3):
+        detector.train()(*two_images())  # moves the statistics of batch norm
+    detector.eval()
+    images, sizes_hw = two_images()
+    plain = plain_network(detector)
+    assert type(plain) is type(AutoModelForObjectDetection.from_config(detector.network.config))
+    assert "_loss_function" not in vars(plain)
+    pixels = (images - detector.mean) / detector.std
+    mask = torch.zeros(2, 64, 96)
+    for i, (height, width) in enumerate(sizes_hw.tolist()):
+        mask[i, :height, :width] = 1
+    with torch.no_grad():
+        expected = plain(pixel_values=pixels * mask[:, None], pixel_mask=mask)
+        outputs = detector(images, sizes_hw)
+    # Another order of float32 sums: the library computes the last layer by itself.
+    assert torch.allclose(outputs["pred_logits"][-1], expected.logits, atol=1e-5)
+    assert torch.allclose(outputs["pred_boxes"][-1], expected.pred_boxes, atol=1e-5)
+
+
+def test_what_lies_in_the_padding_does_not_matter() -> None:
+    detector = tiny_detector("detr").eval()
+    images, sizes_hw = two_images()
+    outputs = detector(images, sizes_hw)
+    images[1, :, 50:] = 7
+    images[1, :, :, 70:] = 200
+    assert torch.equal(outputs["pred_boxes"], detector(images, sizes_hw)["pred_boxes"])
+
+
+@pytest.mark.parametrize(("freeze", "trainable"), [("auto", True), (True, False), (False, True)])
+def test_batch_norm_from_scratch_learns_unless_frozen(freeze: object, trainable: bool) -> None:
+    detector = tiny_detector("detr", freeze_batch_norm=freeze)
+    norms = [m for m in detector.network.model.backbone.modules() if "BatchNorm2d" in type(m).__name__]
+    assert norms
+    assert all(isinstance(norm, torch.nn.BatchNorm2d) == trainable for norm in norms)
+
+
+def test_the_weights_of_the_losses_are_the_papers() -> None:
+    weights = {name: tiny_detector(name).loss_settings for name in ARCHITECTURES}
+    assert {name: (w.kind, w.cost_class, w.weight_ce) for name, w in weights.items()} == {
+        "detr": ("softmax", 1, 1),
+        "conditional_detr": ("sigmoid", 2, 2),
+        "deformable_detr": ("sigmoid", 2, 2),
+        "dab_detr": ("sigmoid", 2, 1),
+    }
+    assert all(
+        (w.cost_bbox, w.cost_giou, w.weight_bbox, w.weight_giou) == (5, 2, 5, 2) for w in weights.values()
+    )
+
+
+def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_norm(tmp_path) -> None:
+    trained = tiny_detector("conditional_detr")
+    plain_network(trained).save_pretrained(tmp_path / "trained")
+    config = ModelConfig(model_architecture="conditional_detr", pretrained=str(tmp_path / "trained"))
+    tuned = build_detector(config, ["a", "b", "c", "d"])
+    assert tuned.class_names == ("a", "b", "c", "d")
+    assert tuned.network.class_labels_classifier.out_features == 4
+    before, after = trained.network.state_dict(), tuned.network.state_dict()
+    kept = [key for key in after if torch.equal(before[key], after[key])]
+    assert len(kept) > 0.9 * len(after)
+    frozen = {name for name, p in tuned.named_parameters() if not p.requires_grad}
+    assert frozen
+    assert all("embedder" in name or "stages.0." in name for name in frozen)
+
+
+def test_a_pretrained_detector_of_another_kind_is_refused(tmp_path) -> None:
+    plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
+    with pytest.raises(UsageError, match=r"model\.model_architecture"):
+        build_detector(
+            ModelConfig(model_architecture="dab_detr", pretrained=str(tmp_path / "trained")), CLASS_NAMES
+        )
+    with pytest.raises(UsageError, match="num_queries 6"):
+        build_detector(ModelConfig(pretrained=str(tmp_path / "trained"), num_queries=50), CLASS_NAMES)
+
+
+def test_weights_that_cannot_be_had_are_answered_with_the_setting_that_goes_without(monkeypatch) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(UsageError, match=r"no network.*model\.pretrained_backbone=false"):
+        build_detector(ModelConfig(hidden_dim=32, num_encoder_layers=1, num_decoder_layers=1), CLASS_NAMES)

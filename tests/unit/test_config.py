@@ -1,0 +1,67 @@
+"""Configuration: what ships loads, what is wrong is named."""
+
+from pathlib import Path
+
+import pytest
+
+from detr_dist.config import Config, describe_keys, load_config
+from detr_dist.errors import UsageError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    load_config(path)
+
+
+def test_the_resolved_configuration_loads_as_itself(tmp_path: Path) -> None:
+    config = load_config(CONFIGS[0], ["training.mixed_precision=no", "model.freeze_batch_norm=true"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert load_config(path) == config
+
+
+def test_a_bare_no_in_yaml_is_the_precision_no(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training:\n  mixed_precision: no\n")
+    assert load_config(path).training.mixed_precision == "no"
+
+
+def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None:
+    deep = load_config(None, ["model.config_overrides.encoder_ffn_dim=64", "training.learning_rate=5e-4"])
+    assert deep.model.config_overrides == {"encoder_ffn_dim": 64}
+    assert deep.training.learning_rate == 5e-4
+    quickstart = next(path for path in CONFIGS if path.name == "quickstart.yaml")
+    assert load_config(quickstart, ["model.backbone=resnet18"]).model.backbone == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("training.batchsize=1", "training.batch_size"),
+        ("trainig.batch_size=1", "training"),
+        ("data.batch_size=1", "training.batch_size"),
+        ("training.seed=true", "training.seed"),
+        ("training.mixed_precision=fp8", "'bf16'"),
+        ("model.model_architecture=yolo", "'dab_detr'"),
+    ],
+)
+def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=hint):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1\n", "\x00"])
+def test_a_file_that_is_no_mapping_is_named(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"broken\.yaml"):
+        load_config(path)
+
+
+def test_every_key_has_an_explanation() -> None:
+    keys = list(describe_keys())
+    assert len(keys) > 30
+    assert all(meaning.endswith(".") for _, _, meaning in keys)
+    assert Config() == load_config(None)
