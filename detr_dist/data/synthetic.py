@@ -23,6 +23,7 @@ NUM_TRAIN, NUM_VAL, SEED = 512, 128, 0
 CATEGORIES = {1: "player", 2: "ball"}
 PLAYER_ID, BALL_ID = CATEGORIES
 MIN_VISIBLE_SHARE = 0.25  # an object that is hidden or cut off further than this gets no box
+PLACING_ATTEMPTS = 5  # to find a place where a player hides nobody; then one may
 NO_PLAYER_SHARE, NO_BALL_SHARE, BALL_IN_AIR_SHARE = 0.05, 0.15, 0.25
 MAX_PLAYERS = 7
 PLAYER_M = 1.8
@@ -145,11 +146,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def _place_camera(rng: np.random.Generator) -> Camera:
-    near_px, far_px, far_row = (
-        rng.uniform(46, 62),
-        rng.uniform(19, 28),
-        35,
-    )  # heights of players at the bottom, far off
+    near_px, far_px, far_row = rng.uniform(46, 62), rng.uniform(19, 28), 35  # heights of players near and far
     growth = (near_px - far_px) / (HEIGHT - far_row)
     x_m, y_m = LANDMARKS_M[int(rng.integers(len(LANDMARKS_M)))]
     target_m = (x_m + rng.normal(0, 2), y_m + rng.normal(0, 2))
@@ -162,15 +159,26 @@ def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int) -> li
     things: list[_Thing] = []
     centre: Point = (rng.uniform(0.2, 0.8) * WIDTH, rng.uniform(0.4, 0.8) * HEIGHT)
     for _ in range(num_players):
-        spread = 30 if rng.random() < 0.5 else 70  # half of them are near the action
-        column = _near(rng, centre[0], spread, (-2, WIDTH + 2))
-        row = _near(rng, centre[1], 0.7 * spread, (max(38, stand_px + 16), HEIGHT + 12))
+        column, row = _place_player(rng, centre, things, stand_px)
         height_px = float(camera.px_per_m(row)) * PLAYER_M * rng.uniform(0.93, 1.07)
         sprite = draw_player(rng, kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))], height_px * SUPERSAMPLING)
         things.append(_Thing(PLAYER_ID, sprite, column, row))
     if rng.random() >= NO_BALL_SHARE:
         things.append(_place_ball(rng, camera, things, stand_px))
     return things
+
+
+def _place_player(
+    rng: np.random.Generator, centre: Point, others: list[_Thing], stand_px: int
+) -> tuple[float, float]:
+    """Column and row of a player's feet: near the action or anywhere, mostly at some distance from others."""
+    spread = 40 if rng.random() < 0.4 else 80
+    for _ in range(PLACING_ATTEMPTS):
+        column = _near(rng, centre[0], spread, (-2, WIDTH + 2))
+        row = _near(rng, centre[1], 0.7 * spread, (max(38, stand_px + 16), HEIGHT + 12))
+        if all(abs(column - other.column_px) > 18 or abs(row - other.row_px) > 30 for other in others):
+            break
+    return column, row
 
 
 def _near(rng: np.random.Generator, value: float, spread: float, limits: tuple[float, float]) -> float:

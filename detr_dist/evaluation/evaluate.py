@@ -4,12 +4,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from detr_dist.config import Config
-from detr_dist.data.batching import Batch, collate
+from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
@@ -35,12 +35,10 @@ class Evaluator:
             process_index=host.process_index,
             multiple=32,
         )
-        self._loader = DataLoader(
+        self._loader = BatchLoader(
             CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
-            batch_sampler=[[(0, index) for index in batch.indices] for batch in self._batches],
-            collate_fn=collate,
-            num_workers=config.data.num_workers,
-            prefetch_factor=config.data.prefetch_factor if config.data.num_workers else None,
+            [[(0, index) for index in batch.indices] for batch in self._batches],
+            config.data,
             pin_memory=accelerator.device.type == "cuda",
         )
 

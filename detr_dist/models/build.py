@@ -89,8 +89,8 @@ class Detector(nn.Module):
         columns = torch.arange(width, device=images.device) < sizes_hw[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
         pixels = (images - self.mean) / self.std * mask[:, None]
-        if self.channels_last:
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pixels = pixels.contiguous(memory_format=layout)
         # Any labels but None make the library call its loss function, which hands us all layers instead.
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
         return cast(dict[str, Tensor], output.loss_dict)

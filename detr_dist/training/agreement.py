@@ -69,6 +69,6 @@ class StepAgreement:
         image_ids = self._host.all_gather_objects(self._image_ids)
         where = "; ".join(f"process {process}, image ids {image_ids[process]}" for process in processes)
         raise TrainingError(
-            f"the loss of step {step} is not finite ({where}); look at these images with check-data, lower "
+            f"the loss of step {step} is not finite ({where}); look at these images and their boxes, lower "
             "training.learning_rate, set training.gradient_clip, or use bf16 instead of fp16"
         )

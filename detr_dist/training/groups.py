@@ -3,17 +3,13 @@
 import time
 from collections.abc import Iterator
 
-from torch.utils.data import DataLoader
-
 from detr_dist.config import Config
-from detr_dist.data.batching import Batch, collate
+from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
-from detr_dist.errors import DataError
-
-_RAISED_IN_WORKER = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
 class GroupStream:
@@ -39,12 +35,10 @@ class GroupStream:
         )
         seed = config.training.seed
         self._group_size = config.training.gradient_accumulation_steps
-        self._loader = DataLoader(
+        self._loader = BatchLoader(
             CocoDetectionDataset(data, transform, seed=seed, train=True),
-            batch_sampler=MicroBatchSampler(plan, seed, process_index, first_step, total_steps - first_step),
-            collate_fn=collate,
-            num_workers=config.data.num_workers,
-            prefetch_factor=config.data.prefetch_factor if config.data.num_workers else None,
+            MicroBatchSampler(plan, seed, process_index, first_step, total_steps - first_step),
+            config.data,
             pin_memory=pin_memory,
         )
         self._micro_batches: Iterator[Batch] | None = None
@@ -59,11 +53,7 @@ class GroupStream:
         began_at = time.perf_counter()
         if self._micro_batches is None:
             self._micro_batches = iter(self._loader)
-        try:
-            group = [next(self._micro_batches) for _ in range(self._group_size)]
-        except DataError as error:
-            # From a loader process it comes with that process's traceback, the message last.
-            raise DataError(str(error).strip().splitlines()[-1].removeprefix(_RAISED_IN_WORKER)) from error
+        group = [next(self._micro_batches) for _ in range(self._group_size)]
         self.waited_s += time.perf_counter() - began_at
         for batch in group:
             self.num_images += len(batch.image_ids)

@@ -20,8 +20,8 @@ from detr_dist.training.loop import StepDone, Training
 from detr_dist.training.progress import Progress
 from detr_dist.training.state import TrainState
 
-MAX_UNREADABLE_SHARE = 0.05
-"""A run ends when more of the images it asked for than this could not be read and were replaced by others."""
+TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
+"""A run ends when more training images than these, in number and of all it asked for, could not be read."""
 
 
 class RunObserver:
@@ -80,10 +80,10 @@ class RunObserver:
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
         )
         images, unreadable, waits = (list(column) for column in zip(*seen, strict=True))
-        if sum(unreadable) > MAX_UNREADABLE_SHARE * sum(images):
+        if sum(unreadable) > max(TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE * sum(images)):
             raise TrainingError(
-                f"{sum(unreadable):.0f} of {sum(images):.0f} images could not be read; run check-data on "
-                f"the training data"
+                f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; the warnings above "
+                "name them: mend the files or the disk"
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at

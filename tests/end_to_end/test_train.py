@@ -9,19 +9,38 @@ import pytest
 import torch
 from transformers import pipeline
 
-GUIDE_PARAMS = set(
-    """
-    batch_size learning_rate num_epochs weight_decay gradient_clip gradient_accumulation_steps mixed_precision
-    compile_model channels_last model_architecture backbone num_classes hidden_dim num_encoder_layers
-    num_decoder_layers train_samples val_samples num_workers prefetch_factor
-    """.split()
-)
-GUIDE_METRICS = set(
-    """
-    train_loss train_loss_ce train_loss_bbox train_loss_giou learning_rate memory_ram_gb val_map val_player_map
-    val_ball_map
-    """.split()
-)
+GUIDE_PARAMS = {
+    "batch_size",
+    "learning_rate",
+    "num_epochs",
+    "weight_decay",
+    "gradient_clip",
+    "gradient_accumulation_steps",
+    "mixed_precision",
+    "compile_model",
+    "channels_last",
+    "model_architecture",
+    "backbone",
+    "num_classes",
+    "hidden_dim",
+    "num_encoder_layers",
+    "num_decoder_layers",
+    "train_samples",
+    "val_samples",
+    "num_workers",
+    "prefetch_factor",
+}
+GUIDE_METRICS = {
+    "train_loss",
+    "train_loss_ce",
+    "train_loss_bbox",
+    "train_loss_giou",
+    "learning_rate",
+    "memory_ram_gb",
+    "val_map",
+    "val_player_map",
+    "val_ball_map",
+}
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Every member of the family comes out as one kind of module, with what its paper says."""
 
 import pytest
+import timm
 import torch
 from transformers import AutoModelForObjectDetection
 
@@ -129,8 +130,12 @@ def test_a_pretrained_detector_of_another_kind_is_refused(tmp_path) -> None:
 
 
 def test_weights_that_cannot_be_had_are_answered_with_the_setting_that_goes_without(monkeypatch) -> None:
-    def offline(*_: object, **__: object) -> None:
-        raise OSError("no network")
+    create_model = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
+        if pretrained:
+            raise OSError("no network")
+        return create_model(name, **options)
 
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(UsageError, match=r"no network.*model\.pretrained_backbone=false"):

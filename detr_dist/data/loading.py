@@ -1,0 +1,46 @@
+"""Loader processes: batches of a data set in the order of a batch sampler."""
+
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+from torch.utils.data import DataLoader
+
+from detr_dist.config import DataConfig
+from detr_dist.data.batching import Batch, collate
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.sampling import SampleKey
+from detr_dist.errors import DataError
+
+_RAISED_IN_WORKER = f"{DataError.__module__}.{DataError.__qualname__}: "
+
+
+class BatchLoader:
+    """Iterates over batches; each iteration has loader processes of its own.
+
+    Raises:
+        DataError: while iterating, with the one line that was raised in a loader process.
+    """
+
+    def __init__(
+        self,
+        dataset: CocoDetectionDataset,
+        batch_sampler: Iterable[list[SampleKey]],
+        config: DataConfig,
+        *,
+        pin_memory: bool,
+    ) -> None:
+        self._loader: DataLoader[Batch] = DataLoader(
+            cast("CocoDetectionDataset", dataset),
+            batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are pairs here, and torch does not mind
+            collate_fn=collate,
+            num_workers=config.num_workers,
+            prefetch_factor=config.prefetch_factor if config.num_workers else None,
+            pin_memory=pin_memory,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from self._loader
+        except DataError as error:
+            # From a loader process it comes with that process's traceback, the message last.
+            raise DataError(str(error).strip().splitlines()[-1].removeprefix(_RAISED_IN_WORKER)) from error
