@@ -78,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         app(arguments, prog_name="detr-dist", standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _fail(f"{message.rstrip('.')}; see detr-dist {' '.join(arguments[:1])} --help", exit_code=2)
+        if message:  # without any argument the help has been printed already
+            known = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+            command = [name for name in arguments[:1] if name in known]
+            _fail(f"{message.rstrip('.')}; see {' '.join(['detr-dist', *command, '--help'])}", exit_code=2)
+        raise SystemExit(2) from None
     except DetrDistError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
+from torch import nn
 
 from detr_dist.errors import DetrDistError, UsageError
 
@@ -108,20 +109,33 @@ class HostGroup:
         return gathered
 
     def on_main_process(self, action: Callable[[], T]) -> T | None:
-        """Run `action` on the main process; what it raises for the user is raised on every process.
+        """Run `action` on the main process; what it raises is raised on every process.
 
         Returns its result on the main process, None elsewhere.
         """
-        result, error = None, None
+        result: T | None = None
+        error: DetrDistError | None = None
         if self.process_index == 0:
             try:
                 result = action()
             except DetrDistError as raised:
                 error = raised
+            except Exception as raised:  # anything else would leave the other processes waiting
+                error = DetrDistError(f"{type(raised).__name__}: {' '.join(str(raised).split())}")
         error = self.broadcast(error)
         if error is not None:
             raise error
         return result
+
+    def synchronise_buffers(self, module: nn.Module) -> None:
+        """Give every process the main process's buffers.
+
+        The statistics of batch norm follow each process's own images; the main process's are the ones that
+        are saved.
+        """
+        if self._group is not None:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
 
     def broadcast(self, value: Any) -> Any:
         """The main process's value, on every process."""

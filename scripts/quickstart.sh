@@ -39,7 +39,8 @@ results = json.load(open(sys.argv[1]))
 for name, value in sorted(results["metrics"].items(), key=lambda item: (item[0] != "val_map", item[0])):
     if name.endswith("_map"):
         print(f"{name:<20} {value:.3f}")
-print(f"{'MLflow run':<20} {results['run_id']}")
-open_ui = shlex.join(["bash", "scripts/start_mlflow_ui.sh", results["tracking_uri"]])
-print(f"To see it in the browser: cd {shlex.quote(os.getcwd())} && {open_ui}")
+if "run_id" in results:
+    print(f"{'MLflow run':<20} {results['run_id']}")
+    open_ui = shlex.join(["bash", "scripts/start_mlflow_ui.sh", results["tracking_uri"]])
+    print(f"To see it in the browser: cd {shlex.quote(os.getcwd())} && {open_ui}")
 PY

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Open MLflow's pages on what was trained from this folder: start_mlflow_ui.sh [TRACKING_URI] [--port 5000] [option of `mlflow ui` ...]
-# Without a URI: $MLFLOW_TRACKING_URI, or sqlite:///mlflow.db, or file:./mlruns, whichever is there first.
+# Without a URI: sqlite:///mlflow.db or file:./mlruns, whichever is there first.
 set -euo pipefail
 
 fail() {
@@ -8,7 +8,7 @@ fail() {
   exit 1
 }
 
-uri="${MLFLOW_TRACKING_URI:-}"
+uri=""
 if [[ $# -gt 0 && "$1" != -* ]]; then
   uri="$1"
   shift

@@ -107,14 +107,20 @@ class Workplace:
 
     def run(self, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
         """A command of ours, under `accelerate launch` where it shall have several processes."""
-        command = [sys.executable, "-m", "detr_dist"]
         if num_processes > 1:
-            launch = ["-m", "accelerate.commands.launch", "--num_processes", str(num_processes)]
-            launch += ["--config_file", str(REPOSITORY / "accelerate_configs" / "multi_cpu.yaml")]
-            command = [sys.executable, *launch, "-m", "detr_dist"]
+            return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
+        return self._execute("-m", "detr_dist", *arguments)
+
+    def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
+        """A script (or -m and a module) with its arguments, in several processes on the CPU."""
+        config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
+        launcher = ("-m", "accelerate.commands.launch", "--config_file", config)
+        return self._execute(*launcher, "--num_processes", str(num_processes), *arguments)
+
+    def _execute(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MLFLOW_"))}
         return subprocess.run(
-            [*command, *map(str, arguments)],
+            [sys.executable, *map(str, arguments)],
             cwd=self.folder,
             env=environment | {"OMP_NUM_THREADS": "1"},
             capture_output=True,

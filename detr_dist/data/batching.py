@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     boxes_cxcywh: Tensor  # float32 [T, 4], normalised by H and W
     image_id: int
     original_size_hw: tuple[int, int]  # before the resize
-    unreadable: tuple[str, ...] = ()  # paths that could not be read when this sample was made
+    unreadable: tuple[str, ...] = ()  # "path: reason" of images that could not be read for this sample
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Batch:
     num_boxes: list[int]  # per image
     image_ids: list[int]
     original_sizes_hw: list[tuple[int, int]]  # before the resize
-    unreadable: list[str]  # paths that could not be read and were replaced
+    unreadable: list[str]  # "path: reason" of images that could not be read and were replaced
 
     def pin_memory(self) -> "Batch":
         """The loader calls this by name, in its own thread."""

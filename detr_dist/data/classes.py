@@ -57,13 +57,13 @@ def map_classes_onto(
     own = [c for c in categories if not c.only_groups]
     own += [c for c in categories if c.only_groups and c.name in set(names) - {o.name for o in own}]
     _refuse_equal_names(section.path, [c.name for c in own])
-    check_same_names(names, [c.name for c in own], source, section.path)
+    _check_same_names(names, [c.name for c in own], source, section.path)
     by_name = {c.name: c for c in own}
     dropped = tuple(c.name for c in categories if c not in own)
     return ClassMap(tuple(names), tuple(by_name[name].id for name in names), dropped)
 
 
-def check_same_names(names: Sequence[str], own: Sequence[str], source: str, path: Path) -> None:
+def _check_same_names(names: Sequence[str], own: Sequence[str], source: str, path: Path) -> None:
     lacking = [name for name in names if name not in set(own)]
     foreign = [name for name in own if name not in set(names)]
     if not (lacking or foreign):

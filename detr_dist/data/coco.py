@@ -12,11 +12,11 @@ from PIL import Image
 
 from detr_dist.data.annotations import Section, read_sections
 from detr_dist.data.box_columns import read_boxes
-from detr_dist.data.classes import ClassMap, check_same_names, map_classes, map_classes_onto
+from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
 from detr_dist.data.layout import check_images_exist, find_annotations, shown
 from detr_dist.errors import DataError
 
-__all__ = ["CocoData", "check_same_classes", "find_annotations", "load_coco"]
+__all__ = ["CocoData", "find_annotations", "load_coco"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,22 +74,23 @@ class CocoData:
         return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
 
     def to_coco_dict(self) -> dict[str, Any]:
-        """The ground truth in COCO's form; the class index is the category id, boxes are clipped.
+        """The ground truth in COCO's form, with rows as image ids and class indices as category ids; boxes
+        are clipped.
 
         Annotations are numbered from 1: pycocotools takes id 0 for "no match", and a JSON may repeat an id.
         """
         columns = (
-            self.image_ids[self.image_rows].tolist(),
+            self.image_rows.tolist(),
             self.box_classes.tolist(),
             self.boxes_xywh_px.tolist(),
             self.areas.tolist(),
             self.iscrowd.astype(int).tolist(),
         )
         keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-        sizes = zip(self.image_ids.tolist(), self.sizes_hw.tolist(), strict=True)
         return {
             "images": [
-                {"id": image_id, "height": height, "width": width} for image_id, (height, width) in sizes
+                {"id": row, "height": height, "width": width}
+                for row, (height, width) in enumerate(self.sizes_hw.tolist())
             ],
             "annotations": [
                 dict(zip(keys, row, strict=True))
@@ -147,11 +148,6 @@ def load_coco(
         areas=np.where(np.isfinite(boxes.areas), boxes.areas, box_areas)[order],
         annotation_ids=boxes.annotation_ids[order],
     )
-
-
-def check_same_classes(train: CocoData, val: CocoData) -> None:
-    """Refuse class names that differ; `load_coco(classes=...)` does so too, and maps the indices."""
-    check_same_names(train.class_names, val.class_names, str(train.annotations_path), val.annotations_path)
 
 
 def _read_image_ids(images: Section) -> NDArray[np.int64]:

@@ -25,8 +25,9 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     How a sample looks depends on the seed and its key alone, whichever process makes it and when.
 
-    An image that cannot be read is reported in `Sample.unreadable`. In training the next one that can be read
-    takes its place; in evaluation, where each image must appear once, a black one of the annotated size does.
+    An image that cannot be read, or is not of the annotated size, is reported in `Sample.unreadable`. In
+    training the next one that can be read takes its place; in evaluation, where each image must appear once,
+    a black one of the annotated size does.
     """
 
     def __init__(self, data: CocoData, transform: DetectionTransform, *, seed: int, train: bool) -> None:
@@ -48,7 +49,7 @@ class CocoDetectionDataset(Dataset[Sample]):
             try:
                 return self._sample(epoch, row, self._read_image(row), unreadable)
             except UnreadableImageError as error:
-                unreadable.append(str(self.data.image_path(row)))
+                unreadable.append(str(error))
                 last_error = error
         raise DataError(
             f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {last_error}; "
@@ -58,9 +59,9 @@ class CocoDetectionDataset(Dataset[Sample]):
     def _evaluation_sample(self, epoch: int, index: int) -> Sample:
         try:
             return self._sample(epoch, index, self._read_image(index), [])
-        except UnreadableImageError:
+        except UnreadableImageError as error:
             blank = torch.zeros(3, *self.data.size_hw(index), dtype=torch.uint8)
-            return self._sample(epoch, index, blank, [str(self.data.image_path(index))])
+            return self._sample(epoch, index, blank, [str(error)])
 
     def _read_image(self, row: int) -> Tensor:
         path = self.data.image_path(row)
@@ -98,7 +99,7 @@ def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, 
     if found_hw != annotated_hw:
         (height, width), (annotated_height, annotated_width) = found_hw, annotated_hw
         turned = "; its EXIF rotation is not applied" if found_hw == annotated_hw[::-1] else ""
-        raise DataError(
+        raise UnreadableImageError(
             f"{path}: the image is {width}x{height} but its annotation says "
             f"{annotated_width}x{annotated_height}{turned}; "
             "correct the JSON or save the image in the annotated size"

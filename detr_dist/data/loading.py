@@ -1,7 +1,7 @@
 """Loader processes: batches of a data set in the order of a batch sampler."""
 
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any
 
 from torch.utils.data import DataLoader
 
@@ -29,9 +29,9 @@ class BatchLoader:
         *,
         pin_memory: bool,
     ) -> None:
-        self._loader: DataLoader[Batch] = DataLoader(
-            cast("CocoDetectionDataset", dataset),
-            batch_sampler=batch_sampler,  # type: ignore[arg-type]  # keys are pairs here, and torch does not mind
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_sampler=batch_sampler,
             collate_fn=collate,
             num_workers=config.num_workers,
             prefetch_factor=config.prefetch_factor if config.num_workers else None,

@@ -106,7 +106,7 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(
-    sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int, multiple: int = 64
+    sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int, multiple: int = 32
 ) -> list[EvaluationBatch]:
     """This process's share of all images, each image in one batch of one process.
 

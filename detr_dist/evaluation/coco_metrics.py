@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 class DetectionRecords:
     """Detections of some images as columns, D rows. Nothing of an image's logits or pixels is kept."""
 
-    evaluated_ids: NDArray[np.int64]
-    """COCO ids of the images that were looked at, with or without detections."""
-    image_ids: NDArray[np.int64]
+    evaluated_rows: NDArray[np.int64]
+    """Rows in the data set of the images that were looked at, with or without detections."""
+    image_rows: NDArray[np.int64]
     """[D], which image a detection is in."""
     boxes_xyxy_px: NDArray[np.float32]
     """[D, 4], in pixels of the original image."""
@@ -27,15 +27,15 @@ class DetectionRecords:
 
     @classmethod
     def concatenate(cls, parts: Sequence["DetectionRecords"]) -> "DetectionRecords":
-        """All parts' rows, ordered by image id, so that the order does not depend on who had which image."""
+        """All parts' rows, ordered by image, so that the order does not depend on who had which image."""
         columns = {
             name: np.concatenate([getattr(part, name) for part in parts])
-            for name in ("evaluated_ids", "image_ids", "boxes_xyxy_px", "scores", "labels")
+            for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels")
         }
-        order = np.argsort(columns["image_ids"], kind="stable")
-        for name in ("image_ids", "boxes_xyxy_px", "scores", "labels"):
+        order = np.argsort(columns["image_rows"], kind="stable")
+        for name in ("image_rows", "boxes_xyxy_px", "scores", "labels"):
             columns[name] = columns[name][order]
-        columns["evaluated_ids"] = np.sort(columns["evaluated_ids"])
+        columns["evaluated_rows"] = np.sort(columns["evaluated_rows"])
         return cls(**columns)
 
 
@@ -45,13 +45,14 @@ def average_precision(
     """`map` over all classes and `<class>_map` for each class that has ground truth, AP at IoU
     0.50:0.05:0.95.
 
-    `ground_truth` is a COCO dictionary with class indices as category ids.
+    `ground_truth` is a COCO dictionary with rows of the data set as image ids and class indices as category
+    ids.
     """
     truth = COCO(ground_truth)
     boxes = records.boxes_xyxy_px.astype(np.float64)
     rows = np.column_stack(
         [
-            records.image_ids,
+            records.image_rows,
             boxes[:, :2],
             boxes[:, 2:] - boxes[:, :2],
             records.scores.astype(np.float64),
@@ -78,12 +79,15 @@ def metric_names(class_names: Sequence[str]) -> list[str]:
     """Each class name as it stands in metric names: lower case, anything but letters, digits and _ replaced
     by _.
 
-    Names that become equal get their class index appended.
+    A name that another class has already gets its class index appended.
     """
-    names = [re.sub(r"\W+", "_", name.lower()).strip("_") or "class" for name in class_names]
-    return [
-        f"{name}_{i}" if names.count(name) > 1 or name == "class" else name for i, name in enumerate(names)
-    ]
+    names: list[str] = []
+    for index, class_name in enumerate(class_names):
+        name = re.sub(r"\W+", "_", class_name.lower()).strip("_") or "class"
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
+    return names
 
 
 def _silent(*_: object) -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 from detr_dist.config import Config
 from detr_dist.data.batching import Batch
@@ -13,8 +12,9 @@ from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
+from detr_dist.errors import DetrDistError
 from detr_dist.evaluation.coco_metrics import DetectionRecords, average_precision
-from detr_dist.models.build import Detector
+from detr_dist.models.detector import Detector
 from detr_dist.models.postprocess import postprocess
 
 
@@ -33,7 +33,6 @@ class Evaluator:
             config.training.batch_size,
             num_processes=host.num_processes,
             process_index=host.process_index,
-            multiple=32,
         )
         self._loader = BatchLoader(
             CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
@@ -50,41 +49,51 @@ class Evaluator:
         """
         was_training = detector.training
         detector.eval()
-        parts = self._host.gather_objects(self._detect(detector))
+        part: DetectionRecords | DetrDistError
+        try:
+            part = self._detect(detector)
+        except DetrDistError as error:
+            part = error
         detector.train(was_training)
-        metrics = None
-        if self._ground_truth is not None:
-            records = DetectionRecords.concatenate(parts)
-            if not np.array_equal(records.evaluated_ids, np.sort(self.data.image_ids)):
-                raise AssertionError("an image was evaluated twice or never")
-            metrics = average_precision(self._ground_truth, records, self.data.class_names)
-        result: dict[str, float] = self._host.broadcast(metrics)
-        return result
+        parts = self._host.gather_objects(part)
+        metrics: dict[str, float] = self._host.broadcast(
+            self._host.on_main_process(lambda: self._score(parts))
+        )
+        return metrics
+
+    def _score(self, parts: list[DetectionRecords | DetrDistError]) -> dict[str, float]:
+        for part in parts:
+            if isinstance(part, DetrDistError):
+                raise part
+        records = DetectionRecords.concatenate([part for part in parts if isinstance(part, DetectionRecords)])
+        if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
+            raise AssertionError("an image was evaluated twice or never")
+        assert self._ground_truth is not None
+        return average_precision(self._ground_truth, records, self.data.class_names)
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> DetectionRecords:
         """This process's images, as records on the host."""
         parts = [_no_records()]
         for planned, batch in zip(self._batches, self._loader, strict=True):
-            for path in batch.unreadable:
-                print(f"warning: {path} cannot be read; it counts as an image without detections", flush=True)
-            readable = np.array(
-                [str(self.data.image_path(i)) not in batch.unreadable for i in planned.indices]
-            )
-            parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), readable))
+            for reason in batch.unreadable:
+                print(f"warning: {reason}; it counts as an image without detections", flush=True)
+            parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), planned.indices))
         return DetectionRecords.concatenate(parts)
 
-    def _detect_batch(
-        self, detector: Detector, batch: Batch, readable: NDArray[np.bool_]
-    ) -> DetectionRecords:
+    def _detect_batch(self, detector: Detector, batch: Batch, indices: list[int]) -> DetectionRecords:
         on_device = batch.to(self._accelerator.device)
         outputs = detector(on_device.images, on_device.sizes_hw)
         sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
         detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
-        image_ids = np.array(batch.image_ids, dtype=np.int64)
+        rows = np.array(indices, dtype=np.int64)
+        paths = [f"{self.data.image_path(row)}:" for row in indices]
+        readable = np.array(
+            [not any(reason.startswith(path) for reason in batch.unreadable) for path in paths]
+        )
         return DetectionRecords(
-            evaluated_ids=image_ids,
-            image_ids=np.repeat(image_ids[readable], detections.scores.shape[1]),
+            evaluated_rows=rows,
+            image_rows=np.repeat(rows[readable], detections.scores.shape[1]),
             boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
             scores=detections.scores.cpu().numpy()[readable].reshape(-1),
             labels=detections.labels.cpu().numpy()[readable].reshape(-1),

@@ -1,9 +1,9 @@
-"""From configuration to network: members of the DETR family out of `transformers`, behind one uniform
-module."""
+"""From configuration to network: members of the DETR family out of `transformers`, new or with pretrained
+weights."""
 
-import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Sequence
 from typing import Any, cast
 
 import timm
@@ -13,90 +13,19 @@ from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConf
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.models.criterion import LossSettings
-from detr_dist.models.matcher import ClassKind
+from detr_dist.models.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    further_options,
+    loss_settings_of,
+    shape_options,
+)
+from detr_dist.models.detector import Detector, backbone_body
 
-# Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What sets one member of the family apart for us.
-
-    `weight_ce` and `config_defaults` hold what the paper's own code trains with where transformers differs.
-    """
-
-    model_type: str
-    loss_kind: ClassKind
-    weight_ce: float = 1.0
-    width_option: str = "d_model"
-    config_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-# Sources: Carion et al. 2020 (DETR), Meng et al. 2021 (Conditional DETR), Zhu et al. 2021 (Deformable DETR),
-# Liu et al. 2022 (DAB-DETR), and the training options of their released code.
-ARCHITECTURES = {
-    "detr": Architecture("detr", "softmax"),
-    "conditional_detr": Architecture("conditional_detr", "sigmoid", weight_ce=2.0),
-    "deformable_detr": Architecture(
-        "deformable_detr", "sigmoid", weight_ce=2.0, config_defaults={"class_cost": 2}
-    ),
-    "dab_detr": Architecture("dab-detr", "sigmoid", width_option="hidden_size"),
-}
-
-
-class Detector(nn.Module):
-    """A `transformers` detector that takes uint8 images and returns the predictions of every decoder layer.
-
-    Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
-    travel. `network` is the plain library module; its state dict is what gets saved.
-    """
-
-    def __init__(
-        self, network: PreTrainedModel, loss_settings: LossSettings, *, channels_last: bool = False
-    ) -> None:
-        super().__init__()
-        network.loss_function = _every_layer
-        self.network = network
-        self.loss_settings = loss_settings
-        self.channels_last = channels_last
-        if channels_last:
-            nn.Module.to(network, memory_format=torch.channels_last)
-        self.mean = nn.Buffer(torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.std = nn.Buffer(torch.tensor(IMAGE_STD).view(1, 3, 1, 1) * 255, persistent=False)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        names = cast(dict[int, str], self.network.config.id2label)
-        return tuple(names[index] for index in range(len(names)))
-
-    @property
-    def num_queries(self) -> int:
-        return num_queries(self.network.config)
-
-    def forward(self, images: Tensor, sizes_hw: Tensor) -> dict[str, Tensor]:
-        """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
-        in pixels.
-
-        Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
-        [L, B, Q, 4], cxcywh as shares of the image's own size; L decoder layers, the last one is the
-        prediction.
-        """
-        height, width = images.shape[-2:]
-        rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
-        columns = torch.arange(width, device=images.device) < sizes_hw[:, 1:]
-        mask = rows[:, :, None] & columns[:, None, :]
-        pixels = (images - self.mean) / self.std * mask[:, None]
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        pixels = pixels.contiguous(memory_format=layout)
-        # Any labels but None make the library call its loss function, which hands us all layers instead.
-        output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
-        return cast(dict[str, Tensor], output.loss_dict)
-
-    def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        return _backbone_body(self.network).parameters()
+# Sigmoid class heads begin with this probability for every class, or the first hundred steps learn nothing
+# but that most queries are background. Source: Lin et al. 2017 (focal loss), section 3.3, and the released
+# codes.
+PRIOR_PROBABILITY = 0.01
 
 
 def build_detector(
@@ -108,7 +37,7 @@ def build_detector(
 ) -> Detector:
     """The detector that `config` describes, with one output per class name.
 
-    From pretrained weights the backbone's stem and first stage stay fixed, as in the DETR paper (appendix
+    A ResNet with pretrained weights keeps its stem and first stage fixed, as in the DETR paper (appendix
     A.4); from scratch everything learns.
 
     Raises:
@@ -133,123 +62,97 @@ def build_detector(
         if config.pretrained_backbone:
             _load_backbone_weights(config, network)
     has_pretrained_backbone = config.pretrained is not None or config.pretrained_backbone
-    body = _backbone_body(network)
+    body = backbone_body(network)
     freeze = has_pretrained_backbone if config.freeze_batch_norm == "auto" else config.freeze_batch_norm
     if not freeze:
         _thaw_batch_norm(body)
     for name, parameter in body.named_parameters():
         parameter.requires_grad_(train_backbone and not (has_pretrained_backbone and _is_stem(name)))
-    return Detector(network, _loss_settings(network.config, architecture), channels_last=channels_last)
-
-
-def num_queries(network_config: PreTrainedConfig) -> int:
-    """The most objects that a network with this configuration can find in one image."""
-    if getattr(network_config, "two_stage", False):
-        return int(network_config.two_stage_num_proposals)
-    return int(network_config.num_queries)
-
-
-def plain_network(detector: Detector) -> PreTrainedModel:
-    """A copy on the CPU that is all the library's own: loss function and frozen batch norm, as if never
-    trained here.
-
-    Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
-    """
-    network = AutoModelForObjectDetection.from_config(detector.network.config)
-    weights = {
-        k: v.cpu() for k, v in detector.network.state_dict().items() if not k.endswith("num_batches_tracked")
-    }
-    network.load_state_dict(weights)
-    return cast(PreTrainedModel, network.eval())
-
-
-def _every_layer(
-    logits: Tensor,
-    labels: object,
-    device: object,
-    pred_boxes: Tensor,
-    config: object,
-    outputs_class: Tensor,
-    outputs_coord: Tensor,
-    **_: object,
-) -> tuple[None, dict[str, Tensor], None]:
-    """Stands where the library computes its loss (which is wrong with several processes) and computes
-    nothing."""
-    return None, {"pred_logits": outputs_class, "pred_boxes": outputs_coord}, None
-
-
-def _shape_options(config: ModelConfig, architecture: Architecture) -> dict[str, Any]:
-    options = {
-        architecture.width_option: config.hidden_dim,
-        "encoder_layers": config.num_encoder_layers,
-        "decoder_layers": config.num_decoder_layers,
-        "num_queries": config.num_queries,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+    detector = Detector(network, loss_settings_of(network.config, architecture), channels_last=channels_last)
+    _check_forward(detector)
+    return detector
 
 
 def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[str, Any]) -> PreTrainedModel:
-    known = type(AutoConfig.for_model(architecture.model_type)).__dataclass_fields__
-    for name in config.config_overrides:
-        if name not in known or name in ("backbone_config", "id2label", "label2id", "auxiliary_loss"):
-            raise UsageError(
-                f"model.config_overrides.{name}: not an option for {config.model_architecture}; it has: "
-                + ", ".join(
-                    sorted(set(known) - {"backbone_config", "id2label", "label2id", "auxiliary_loss"})
-                )
-            )
-    options = architecture.config_defaults | labels | {"auxiliary_loss": True}
-    options |= _shape_options(config, architecture)
-    if config.dropout is not None:
-        options["dropout"] = config.dropout
+    options = further_options(config, architecture) | labels | shape_options(config, architecture)
     if isinstance(config.backbone, str):
         options["backbone"] = config.backbone
     else:
         options["backbone_config"] = config.backbone
     try:
-        network_config = AutoConfig.for_model(architecture.model_type, **options | config.config_overrides)
-        return cast(PreTrainedModel, AutoModelForObjectDetection.from_config(network_config))
+        network_config = AutoConfig.for_model(architecture.model_type, **options)
+        network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many kinds for a value they refuse
         reason = " ".join(str(error).split())
-        raise UsageError(
-            f"model: transformers cannot build this {config.model_architecture}: {reason}"
-        ) from error
+        raise UsageError(f"model: transformers cannot build it as configured: {reason}") from error
+    _begin_class_head(network, architecture, renew=False)
+    return network
 
 
 def _pretrained_network(
     config: ModelConfig, architecture: Architecture, labels: dict[str, Any]
 ) -> PreTrainedModel:
+    """Weights of a whole detector; the class head is made anew unless it stands for the same classes."""
     source = cast(str, config.pretrained)
     try:
         network_config = AutoConfig.from_pretrained(source)
-        if network_config.model_type != architecture.model_type:
-            raise UsageError(
-                f"model.pretrained {source} is a {network_config.model_type}, not a "
-                f"{architecture.model_type}; "
-                "set model.model_architecture to match"
-            )
-        for name, wanted in _shape_options(config, architecture).items():
-            found = getattr(network_config, name)
-            if found != wanted:
-                raise UsageError(
-                    f"model.pretrained {source} has {name} {found}, the configuration says {wanted}; "
-                    f"leave that key out of the model section or make it {found}"
-                )
-        options = dict(config.config_overrides) | {"auxiliary_loss": True}
-        if config.dropout is not None:
-            options["dropout"] = config.dropout
-        for name, value in (options | labels).items():
+        _check_pretrained(source, network_config, config, architecture)
+        same_classes = list(network_config.id2label.values()) == list(labels["id2label"].values())
+        for name, value in (further_options(config, architecture) | labels).items():
             setattr(network_config, name, value)
-        network = AutoModelForObjectDetection.from_pretrained(
-            source, config=network_config, ignore_mismatched_sizes=True, dtype=torch.float32
+        network, report = AutoModelForObjectDetection.from_pretrained(
+            source,
+            config=network_config,
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
-    except OSError as error:
-        reason = str(error).splitlines()[0]
+    except UsageError:
+        raise
+    except Exception as error:  # the hub, safetensors and transformers raise many kinds
+        reason = " ".join(str(error).split())[:300]
         raise UsageError(
             f"model.pretrained {source} cannot be loaded ({reason}); give a folder that holds it, or set "
             "model.pretrained=null and model.pretrained_backbone=false to train from scratch"
         ) from error
+    lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    lacking = {key for key in lacking if architecture.class_head not in key}
+    if lacking:
+        raise UsageError(
+            f"model.pretrained {source} has no weights that fit {len(lacking)} parts of the network, such as "
+            f"{min(lacking)}; leave out model.config_overrides that change its shape"
+        )
+    if not same_classes:
+        _begin_class_head(network, architecture, renew=True)
     return cast(PreTrainedModel, network)
+
+
+def _check_pretrained(
+    source: str, network_config: PreTrainedConfig, config: ModelConfig, architecture: Architecture
+) -> None:
+    if network_config.model_type != architecture.model_type:
+        raise UsageError(
+            f"model.pretrained {source} is a {network_config.model_type}, not a {architecture.model_type}; "
+            "set model.model_architecture to match"
+        )
+    if getattr(network_config, "two_stage", False):
+        raise UsageError(f"model.pretrained {source} has two stages, and proposals have no loss here")
+    for name, wanted in shape_options(config, architecture).items():
+        found = getattr(network_config, name)
+        if found != wanted:
+            raise UsageError(
+                f"model.pretrained {source} has {name} {found}, the configuration says {wanted}; "
+                f"leave that key out of the model section or make it {found}"
+            )
+
+
+def _begin_class_head(network: PreTrainedModel, architecture: Architecture, *, renew: bool) -> None:
+    head: nn.Module = getattr(network, architecture.class_head)
+    for layer in (module for module in head.modules() if isinstance(module, nn.Linear)):
+        if renew:
+            layer.reset_parameters()
+        if architecture.loss_kind == "sigmoid":
+            nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
 
 
 def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> None:
@@ -269,21 +172,14 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
             "set model.pretrained_backbone=false to train without them"
         ) from error
-    body = _backbone_body(network)
+    body = backbone_body(network)
     getattr(body, "_backbone", body).load_state_dict(source.state_dict())
 
 
-def _backbone_body(network: PreTrainedModel) -> nn.Module:
-    encoder = network.model.backbone
-    return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
-
-
 def _is_stem(name: str) -> bool:
-    """Whether a ResNet parameter belongs to the stem or the first stage, in timm's or transformers'
-    naming."""
-    return any(part in name for part in ("conv1.", "bn1.", "layer1.", "embedder.", "stages.0.")) and not any(
-        part in name for part in ("layer2.", "layer3.", "layer4.", "stages.1.", "stages.2.", "stages.3.")
-    )
+    """Whether a parameter belongs to a ResNet's stem or first stage, in timm's or transformers' naming."""
+    timm, transformers = r"(_backbone\.)?(conv1|bn1|layer1)\.", r"embedder\.embedder\.|encoder\.stages\.0\."
+    return re.match(f"{timm}|{transformers}", name) is not None
 
 
 def _thaw_batch_norm(module: nn.Module) -> None:
@@ -297,16 +193,14 @@ def _thaw_batch_norm(module: nn.Module) -> None:
             _thaw_batch_norm(child)
 
 
-def _loss_settings(network_config: PreTrainedConfig, architecture: Architecture) -> LossSettings:
-    return LossSettings(
-        kind=architecture.loss_kind,
-        cost_class=float(network_config.class_cost),
-        cost_bbox=float(network_config.bbox_cost),
-        cost_giou=float(network_config.giou_cost),
-        weight_ce=architecture.weight_ce,
-        weight_bbox=float(network_config.bbox_loss_coefficient),
-        weight_giou=float(network_config.giou_loss_coefficient),
-        eos_coef=float(getattr(network_config, "eos_coefficient", 0.1)),
-        focal_alpha=float(getattr(network_config, "focal_alpha", 0.25)),
-        num_classes=cast(int, network_config.num_labels),
-    )
+def _check_forward(detector: Detector) -> None:
+    """Some values that transformers accepts fail only when the network runs: better now than after the
+    start."""
+    try:
+        with torch.no_grad():
+            detector.eval()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), torch.tensor([[128, 128]]))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"model: it cannot run as configured ({reason}); change the model section"
+        ) from error

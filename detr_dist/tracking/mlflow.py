@@ -7,6 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +39,18 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self.uri = config.mlflow_tracking_uri
         _prepare_store(self.uri)
         try:
-            self.client = MlflowClient(tracking_uri=self.uri)
-            experiment = self.client.get_experiment_by_name(config.mlflow_experiment_name)
-            if experiment is None:
-                experiment_id = self.client.create_experiment(config.mlflow_experiment_name)
-            else:
-                experiment_id = experiment.experiment_id
-            run = self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=_source_tags())
+            with _impatience():
+                self.client = MlflowClient(tracking_uri=self.uri)
+                experiment = self.client.get_experiment_by_name(config.mlflow_experiment_name)
+                if experiment is None:
+                    experiment_id = self.client.create_experiment(config.mlflow_experiment_name)
+                else:
+                    experiment_id = experiment.experiment_id
+                run = self.client.create_run(
+                    experiment_id, run_name=config.mlflow_run_name, tags=_source_tags()
+                )
         except Exception as error:  # each kind of store raises its own
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:500]
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: cannot begin a run there ({reason}); correct it, "
                 f"or set "
@@ -95,12 +100,32 @@ def is_file_store(uri: str) -> bool:
 def _prepare_store(uri: str) -> None:
     for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    if uri.startswith("sqlite:///"):
+        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+        if not os.access(folder, os.W_OK):  # SQLAlchemy would try for minutes
+            raise UsageError(
+                f"logging.mlflow_tracking_uri {uri}: no folder {folder} that can be written to; correct it"
+            )
     if is_file_store(uri) and os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true") == "true":
         print(
             f"MLflow keeps file stores such as {uri} only with MLFLOW_ALLOW_FILE_STORE=true, set for this "
             f"run; set it "
             "for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
         )
+
+
+@contextmanager
+def _impatience() -> Iterator[None]:
+    """While a run is opened a server that does not answer is an error within seconds, not minutes."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: value for name, value in names.items() if before[name] is None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
 
 
 def _source_tags() -> dict[str, str]:

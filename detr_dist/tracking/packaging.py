@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from detr_dist.config import DataConfig
-from detr_dist.models.build import IMAGE_MEAN, IMAGE_STD
+from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
 
 REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
 """What loading the model needs; this package is not among them."""

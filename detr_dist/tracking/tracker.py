@@ -4,30 +4,18 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.models.build import Detector
-from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.models.detector import Detector
 
 
-def start_trackers(accelerator: Accelerator, config: Config, output_dir: Path) -> MLflowTracker | None:
-    """Give the main process's Accelerator its trackers; other processes get none.
-
-    Returns the MLflow tracker, where there is one.
-    """
-    if not accelerator.is_main_process:
-        return None
-    mlflow_tracker = MLflowTracker(config.logging) if config.logging.mlflow else None
-    if mlflow_tracker is not None:
-        accelerator.trackers.append(mlflow_tracker)
-    if config.logging.tensorboard:
-        tensorboard = TensorBoardTracker("tensorboard", output_dir)
-        tensorboard.start()
-        accelerator.trackers.append(tensorboard)
-    return mlflow_tracker
+def tensorboard_tracker(output_dir: Path) -> TensorBoardTracker:
+    """Writes event files to `output_dir`/tensorboard."""
+    tracker = TensorBoardTracker("tensorboard", output_dir)
+    tracker.start()
+    return tracker
 
 
 def run_params(
@@ -39,7 +27,7 @@ def run_params(
     backbone = (
         model.backbone if isinstance(model.backbone, str) else model.backbone.get("model_type", "custom")
     )
-    return {
+    params = {
         "batch_size": training.batch_size,
         "learning_rate": training.learning_rate,
         "learning_rate_backbone": training.learning_rate_backbone,
@@ -76,3 +64,4 @@ def run_params(
         "global_batch_size": training.batch_size * num_processes * training.gradient_accumulation_steps,
         "python_version": platform.python_version(),
     }
+    return {name: value for name, value in params.items() if value is not None}

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_model
 
 from detr_dist.config import Config
-from detr_dist.models.build import Detector
+from detr_dist.models.detector import Detector
 from detr_dist.training.loop import Training
 from detr_dist.training.state import TrainState
 

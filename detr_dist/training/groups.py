@@ -58,6 +58,6 @@ class GroupStream:
         for batch in group:
             self.num_images += len(batch.image_ids)
             self.num_unreadable += len(batch.unreadable)
-            for path in batch.unreadable:
-                print(f"warning: {path} cannot be read; the next image takes its place", flush=True)
+            for reason in batch.unreadable:
+                print(f"warning: {reason}; the next image takes its place", flush=True)
         return group

@@ -13,11 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from detr_dist.data.batching import Batch
 from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.criterion import SetCriterion
-from detr_dist.training.agreement import StepAgreement
+from detr_dist.training.agreement import Agreed, StepAgreement
 from detr_dist.training.state import TrainState
-
-Group = list[Batch]
-"""The micro-batches of one optimizer step on this process."""
 
 
 class StepDone(NamedTuple):
@@ -50,7 +47,7 @@ class Training:
     gradient_clip: float
 
 
-def fit(training: Training, state: TrainState, groups: Iterator[Group], observer: Observer) -> None:
+def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
     """Train from `state` to `total_steps`; an epoch that `total_steps` cuts short counts as one.
 
     Collective.
@@ -60,26 +57,26 @@ def fit(training: Training, state: TrainState, groups: Iterator[Group], observer
             (state.epoch(training.plan) + 1) * training.plan.steps_per_epoch, training.total_steps
         )
         while state.step < epoch_end:
-            done = train_step(training, state.step, next(groups))
+            agreed = training.agreement.next_step(state.step, groups)
+            done = train_step(training, state.step, agreed)
             state.step += 1
             observer.after_step(state, done)
-        training.agreement.check(state.step)
+        training.agreement.check(state.step, training.model)
         observer.after_epoch(state)
 
 
-def train_step(training: Training, step: int, group: Group) -> StepDone:
+def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     """One optimizer step, number `step` from 0.
 
     Collective.
     """
     accelerator = training.accelerator
-    agreed = training.agreement.next_step(step, group)
     # Dropout is a function of these three alone, so that a resumed run needs no generator state.
     dropout = random_numbers(Purpose.DROPOUT, training.seed, step, accelerator.process_index)
     torch.manual_seed(int(dropout.integers(2**63)))
-    learning_rate = training.scheduler.get_last_lr()[0]
+    learning_rate = float(training.scheduler.get_last_lr()[0])
     shares = torch.zeros(4, device=accelerator.device)
-    for micro_batch in group:
+    for micro_batch in agreed.group:
         with accelerator.accumulate(training.model):
             batch = micro_batch.to(accelerator.device).pad_to(*agreed.canvas_hw)
             outputs = training.model(batch.images, batch.sizes_hw)
@@ -88,7 +85,7 @@ def train_step(training: Training, step: int, group: Group) -> StepDone:
             )
             training.agreement.report(finite=losses.finite)
             # The losses are shares of a sum; DDP and accumulation are about to take means of their gradients.
-            accelerator.backward(losses.loss * (accelerator.num_processes * len(group)))
+            accelerator.backward(losses.loss * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:
                 accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)
             training.optimizer.step()

@@ -10,7 +10,7 @@ from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluate import Evaluator
-from detr_dist.models.build import Detector, plain_network
+from detr_dist.models.detector import Detector, plain_network
 from detr_dist.tracking.memory import memory_metrics
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
@@ -54,6 +54,7 @@ class RunObserver:
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
+        self._paused_s = 0.0  # by evaluation and saving since then
 
     def after_step(self, state: TrainState, done: StepDone) -> None:
         self._progress.step()
@@ -65,13 +66,17 @@ class RunObserver:
 
     def after_epoch(self, state: TrainState) -> None:
         """Evaluate and save what is due; at the end of training everything is."""
+        began_at = time.perf_counter()
         is_last = state.step == self._training.total_steps
         num_epochs = -(-state.step // self._training.plan.steps_per_epoch)
-        is_best = False
+        self._host.synchronise_buffers(self._detector)
+        is_best = was_evaluated = False
         if is_last or num_epochs % self._config.evaluation.every_epochs == 0:
-            is_best = self._evaluate(state)
+            is_best, was_evaluated = self._evaluate(state), True
+        val_map = self.results.get("val_map") if was_evaluated else None
         if self._is_main_process:
-            self._save(state, num_epochs, is_best=is_best, is_last=is_last)
+            self._save(state, num_epochs, val_map, is_best=is_best, is_last=is_last)
+        self._paused_s += time.perf_counter() - began_at
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses over all processes; the host waits for the device here and nowhere else."""
@@ -82,11 +87,12 @@ class RunObserver:
         images, unreadable, waits = (list(column) for column in zip(*seen, strict=True))
         if sum(unreadable) > max(TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE * sum(images)):
             raise TrainingError(
-                f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; the warnings above "
+                f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; the "
+                f"warnings above "
                 "name them: mend the files or the disk"
             )
         now = time.perf_counter()
-        elapsed_s = now - self._logged_at
+        elapsed_s = now - self._logged_at - self._paused_s
         metrics = {
             "train_loss": total[0],
             "train_loss_ce": total[1],
@@ -98,6 +104,7 @@ class RunObserver:
             "train_data_wait_share": (max(waits) - self._logged_waited_s) / elapsed_s,
         }
         self._logged_at, self._logged_images, self._logged_waited_s = now, sum(images), max(waits)
+        self._paused_s = 0.0
         self._training.accelerator.log(metrics, step=state.step)
         self._progress.metrics(state.step, metrics)
 
@@ -119,10 +126,11 @@ class RunObserver:
         is_best = state.best_map is None or val_map > state.best_map
         if is_best:
             state.best_map, state.best_step = val_map, state.step
-        self._logged_at = time.perf_counter()  # the time belongs to evaluation, not to training speed
         return is_best
 
-    def _save(self, state: TrainState, num_epochs: int, *, is_best: bool, is_last: bool) -> None:
+    def _save(
+        self, state: TrainState, num_epochs: int, val_map: float | None, *, is_best: bool, is_last: bool
+    ) -> None:
         checkpoints = self._output_dir / "checkpoints"
         names = ["best"] if is_best else []
         if is_last or num_epochs % self._config.checkpoint.every_epochs == 0:
@@ -138,10 +146,9 @@ class RunObserver:
             )
             if self._tracker is not None:
                 self._tracker.log_folder(checkpoints / name, f"checkpoints/{name}")
-        self._save_model(num_epochs, is_best=is_best)
-        self._logged_at = time.perf_counter()
+        self._save_model(num_epochs, val_map, is_best=is_best)
 
-    def _save_model(self, num_epochs: int, *, is_best: bool) -> None:
+    def _save_model(self, num_epochs: int, val_map: float | None, *, is_best: bool) -> None:
         """The model of every epoch goes to MLflow, the best one stays in the output folder as well."""
         if self._tracker is None and not is_best:
             return
@@ -150,7 +157,7 @@ class RunObserver:
         )
         metadata = {
             "epoch": num_epochs,
-            "val_map": self.results.get("val_map") if is_best else None,
+            "val_map": val_map,
             "is_best": is_best,
             "config": self._config.model_dump(mode="json"),
         }

@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from detr_dist.config import TrainingConfig
-from detr_dist.models.build import Detector
+from detr_dist.models.detector import Detector
 
 
 def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
@@ -41,7 +41,7 @@ def build_scheduler(optimizer: Optimizer, config: TrainingConfig, total_steps: i
     """Step it once per optimizer step that was not skipped."""
     schedules: dict[str, Callable[[int], float]] = {
         "constant": partial(_warm_up, config.warmup_steps),
-        "step": partial(_step, config.warmup_steps, total_steps * 2 // 3),
+        "step": partial(_step, config.warmup_steps, max(1, total_steps * 2 // 3)),
         "cosine": partial(_cosine, config.warmup_steps, total_steps),
     }
     return LambdaLR(optimizer, schedules[config.lr_schedule])

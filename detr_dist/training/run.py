@@ -1,6 +1,7 @@
 """A training run from its options to its results: everything is assembled here, nothing is computed."""
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +13,16 @@ from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config
-from detr_dist.data.coco import CocoData, check_same_classes, load_coco
+from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup, build_accelerator
 from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
-from detr_dist.models.build import Detector, build_detector
+from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.models.detector import Detector
 from detr_dist.tracking.mlflow import MLflowTracker
-from detr_dist.tracking.tracker import run_params, start_trackers
+from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training, fit
@@ -47,12 +49,18 @@ def train(config: Config, *, train_dir: Path, val_dir: Path, output_dir: Path) -
     )
     try:
         host = HostGroup(accelerator)
-        tracker = host.on_main_process(lambda: _open_output(config, accelerator, output_dir))
+        plan = StepPlan(
+            len(train_data),
+            config.training.batch_size,
+            accelerator.num_processes,
+            config.training.gradient_accumulation_steps,
+        )
+        tracker = host.on_main_process(lambda: _open_run(config, output_dir))
         with _run_status(tracker):
-            training = _assemble(config, accelerator, host, detector, num_samples=len(train_data))
+            host.on_main_process(lambda: _open_output(config, accelerator, tracker, output_dir))
+            training = _assemble(config, accelerator, host, detector, plan)
             observer = _run(training, host, config, detector, train_data, val_data, tracker, output_dir)
-            if accelerator.is_main_process:
-                _write_results(config, observer, tracker, output_dir)
+            host.on_main_process(lambda: _write_results(config, observer, tracker, output_dir))
     finally:
         accelerator.end_training()
 
@@ -60,7 +68,6 @@ def train(config: Config, *, train_dir: Path, val_dir: Path, output_dir: Path) -
 def _load_data(train_dir: Path, val_dir: Path) -> tuple[CocoData, CocoData]:
     train_data = load_coco(train_dir)
     val_data = load_coco(val_dir, classes=train_data.class_names)
-    check_same_classes(train_data, val_data)
     return train_data, val_data
 
 
@@ -84,12 +91,9 @@ def _build_network(config: Config, train_data: CocoData) -> Detector:
 
 
 def _assemble(
-    config: Config, accelerator: Accelerator, host: HostGroup, detector: Detector, *, num_samples: int
+    config: Config, accelerator: Accelerator, host: HostGroup, detector: Detector, plan: StepPlan
 ) -> Training:
     settings = config.training
-    plan = StepPlan(
-        num_samples, settings.batch_size, accelerator.num_processes, settings.gradient_accumulation_steps
-    )
     total_steps = settings.num_epochs * plan.steps_per_epoch
     if settings.max_steps is not None:
         total_steps = min(total_steps, settings.max_steps)
@@ -137,7 +141,11 @@ def _run(
     progress = Progress(
         is_main_process=accelerator.is_main_process, first_step=state.step, total_steps=training.total_steps
     )
-    for line in (*train_data.notices, *val_data.notices, *_describe(training, train_data, val_data)):
+    for line in (
+        *train_data.notices,
+        *val_data.notices,
+        *_describe(training, train_data, val_data, config.training.warmup_steps),
+    ):
         progress.say(line)
     observer = RunObserver(
         training,
@@ -157,43 +165,56 @@ def _run(
     return observer
 
 
-def _describe(training: Training, train_data: CocoData, val_data: CocoData) -> list[str]:
+def _describe(training: Training, train_data: CocoData, val_data: CocoData, warmup_steps: int) -> list[str]:
     plan, accelerator = training.plan, training.accelerator
     left_out = f", {plan.num_dropped} images of each epoch left out" if plan.num_dropped else ""
     classes = ", ".join(train_data.class_names)
-    return [
+    lines = [
         f"{len(train_data)} images to train on, {len(val_data)} to validate; classes: {classes}",
         f"{accelerator.num_processes} processes ({accelerator.device}, precision "
         f"{accelerator.mixed_precision}) x batch "
         f"{plan.batch_size} x accumulation {plan.accumulation} = {plan.global_batch_size} images a step; "
         f"{plan.steps_per_epoch} steps an epoch{left_out}, {training.total_steps} steps in all",
     ]
+    if warmup_steps >= training.total_steps:
+        lines.append(
+            f"training.warmup_steps {warmup_steps}: the learning rate does not reach its peak in this run"
+        )
+    return lines
 
 
-def _open_output(config: Config, accelerator: Accelerator, output_dir: Path) -> MLflowTracker | None:
-    """Make the output folder and the trackers; an earlier run in the folder is kept, aside. Main process."""
-    ours = [
-        output_dir / name
-        for name in ("checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json")
-    ]
+def _open_run(config: Config, output_dir: Path) -> MLflowTracker | None:
+    """Make sure of the output folder, then begin the MLflow run. Main process."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        earlier = [path for path in ours if path.exists()]
-        if earlier:
-            aside = output_dir / "earlier_runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
-            aside.mkdir(parents=True)
-            for path in earlier:
-                path.rename(aside / path.name)
-            print(f"{output_dir} held an earlier run: moved to {aside}", flush=True)
-        (output_dir / "config.yaml").write_text(config.to_yaml())
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
     except OSError as error:
         raise UsageError(
             f"--output-dir {output_dir}: {error.strerror}; give a folder that can be written to"
         ) from error
-    tracker = start_trackers(accelerator, config, output_dir)
+    return MLflowTracker(config.logging) if config.logging.mlflow else None
+
+
+def _open_output(
+    config: Config, accelerator: Accelerator, tracker: MLflowTracker | None, output_dir: Path
+) -> None:
+    """Give the main process its trackers and the run its files; an earlier run in the folder is kept,
+    aside."""
+    names = ("checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json")
+    earlier = [output_dir / name for name in names if (output_dir / name).exists()]
+    if earlier:
+        aside = output_dir / "earlier_runs" / time.strftime("%Y-%m-%d_%H-%M-%S")
+        aside.mkdir(parents=True)
+        for path in earlier:
+            path.rename(aside / path.name)
+        print(f"{output_dir} held an earlier run: moved to {aside}", flush=True)
+    (output_dir / "config.yaml").write_text(config.to_yaml())
     if tracker is not None:
+        accelerator.trackers.append(tracker)
         tracker.log_file(output_dir / "config.yaml")
-    return tracker
+    if config.logging.tensorboard:
+        accelerator.trackers.append(tensorboard_tracker(output_dir))
 
 
 @contextmanager
@@ -203,11 +224,19 @@ def _run_status(tracker: MLflowTracker | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if tracker is not None:
-            tracker.set_tags({"error": f"{type(error).__name__}: {error}"[:5000]})
-            tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            _close_failed(tracker, error)
         raise
     if tracker is not None:
         tracker.end("FINISHED")
+
+
+def _close_failed(tracker: MLflowTracker, error: BaseException) -> None:
+    try:
+        tracker.set_tags({"error": f"{type(error).__name__}: {error}"[:5000]})
+        tracker.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+    except Exception as trouble:  # must not hide what went wrong first
+        reason = " ".join(str(trouble).split())
+        print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)
 
 
 def _write_results(

@@ -47,3 +47,18 @@ def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace,
         split_weights = load_file(workplace.folder / name / "model" / "model.safetensors")
         for key, tensor in weights.items():
             assert (split_weights[key] - tensor).abs().max() < 1e-5, (name, key)
+
+
+@pytest.mark.dist
+def test_another_family_trains_in_two_processes_with_bf16_and_channels_last(workplace, tiny_data: Path) -> None:
+    finished = workplace.train(
+        tiny_data,
+        "model.model_architecture=deformable_detr",
+        "model.config_overrides.num_feature_levels=1",
+        "training.mixed_precision=bf16",
+        "training.channels_last=true",
+        "training.max_steps=3",
+        num_processes=2,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert [step for step, _ in workplace.history("train_loss")] == [1, 2, 3]

@@ -68,7 +68,7 @@ def error_lines(workplace, data: Path, capsys, *overrides: str) -> tuple[int, li
     ]
     with pytest.raises(SystemExit) as exit_info:
         main([str(part) for part in ["train", "--config", workplace.config, *folders, *overrides]])
-    assert not (workplace.folder / "out").exists()
+    assert not list((workplace.folder / "out").glob("*"))
     return exit_info.value.code, capsys.readouterr().err.strip().splitlines()
 
 
@@ -93,6 +93,9 @@ def test_unusable_data_is_one_line_that_names_the_culprit(name, workplace, data,
         ("batch_size", 2, "section.key=value"),
         ("model.num_classes=5", 2, "model.num_classes is 5"),
         ("model.num_queries=2", 1, "3 boxes"),
+        ("training.batch_size=999", 2, "training data has 40"),
+        ("logging.mlflow_tracking_uri=sqlite:////no/such/folder/x.db", 2, "logging.mlflow_tracking_uri"),
+        ("logging.mlflow_tracking_uri=gopher://x", 2, "logging.mlflow_tracking_uri"),
         ("model.config_overrides.num_feature_levels=3", 2, "num_feature_levels"),
         ("model.backbone=resnet_of_nobody", 2, "resnet_of_nobody"),
         ("model.pretrained=/no/such/folder", 2, "/no/such/folder"),
@@ -137,3 +140,15 @@ def test_every_process_says_what_is_wrong_and_none_hangs(workplace, data) -> Non
     for process in (0, 1):
         assert f"[process {process}] error: " in finished.stderr
     assert "003.jpg" in finished.stderr
+
+
+@pytest.mark.dist
+def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data) -> None:
+    for path in (data / "train").glob("*.jpg"):
+        path.write_bytes(b"not a picture")
+    finished = workplace.train(data, "logging.mlflow=false", num_processes=2)
+    assert finished.returncode != 0
+    for process in (0, 1):
+        assert (
+            f"[process {process}] error: stopped at step 0: process 0: 10 images in a row" in finished.stderr
+        )

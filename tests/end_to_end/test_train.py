@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_step_process_and_ima
     )
     assert finished.returncode != 0
     for process in (0, 1):
-        assert f"[process {process}] error: the loss of step" in finished.stderr
+        assert f"[process {process}] error: stopped at step" in finished.stderr
     assert "image ids [" in finished.stderr
     client = mlflow.MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("detr_training").experiment_id])
@@ -181,3 +181,19 @@ def test_an_image_that_breaks_in_the_middle_is_replaced_and_reported(
     assert finished.returncode == 0, finished.stderr
     assert "005.jpg" in finished.stdout
     assert "002.jpg" in finished.stdout
+
+
+def test_a_last_step_that_ruins_the_weights_saves_nothing(workplace, tiny_data: Path) -> None:
+    finished = workplace.train(
+        tiny_data, "training.max_steps=1", "training.learning_rate=1e39", "training.gradient_clip=0"
+    )
+    assert finished.returncode == 1
+    assert "weights are not finite" in finished.stderr
+    assert not (workplace.folder / "out" / "checkpoints").exists()
+
+
+def test_the_guides_file_store_works_and_says_what_mlflow_wants(workplace, tiny_data: Path) -> None:
+    finished = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("MLFLOW_ALLOW_FILE_STORE") == 1
+    assert list((workplace.folder / "mlruns").rglob("train_loss"))

@@ -102,7 +102,7 @@ def test_evaluation_sees_every_image_once_on_a_canvas_that_its_size_decides(
     for canvas_hw, indices in batches:
         assert 0 < len(indices) <= batch_size
         for index in indices:
-            assert canvas_hw == tuple(-(-side // 64) * 64 for side in SIZES_HW[index])
+            assert canvas_hw == tuple(-(-side // 32) * 32 for side in SIZES_HW[index])
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 

@@ -38,8 +38,8 @@ def odd_scene(rng: np.random.Generator) -> tuple[dict[str, Any], DetectionRecord
                 rows.append((image_id, x, y, x + max(w, 1), y + max(h, 1), score, int(rng.integers(0, 4))))
     table = np.array(rows)
     records = DetectionRecords(
-        evaluated_ids=np.arange(3, 40),
-        image_ids=table[:, 0].astype(np.int64),
+        evaluated_rows=np.arange(3, 40),
+        image_rows=table[:, 0].astype(np.int64),
         boxes_xyxy_px=table[:, 1:5].astype(np.float32),
         scores=table[:, 5].astype(np.float32),
         labels=table[:, 6].astype(np.int64),
@@ -55,7 +55,7 @@ def reference(truth: dict[str, Any], records: DetectionRecords) -> np.ndarray:
         coco.createIndex()
         boxes = records.boxes_xyxy_px.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
-        rows = zip(records.image_ids, boxes, records.scores, records.labels, strict=True)
+        rows = zip(records.image_rows, boxes, records.scores, records.labels, strict=True)
         results = [
             {"image_id": int(i), "bbox": box.tolist(), "score": float(score), "category_id": int(label)}
             for i, box, score, label in rows
@@ -80,10 +80,10 @@ def test_ap_over_all_and_per_class_equals_pycocotools(seed: int) -> None:
 def test_no_detection_at_all_scores_zero() -> None:
     truth, records = odd_scene(np.random.default_rng(0))
     nothing = DetectionRecords(
-        records.evaluated_ids,
+        records.evaluated_rows,
         *(
             column[:0]
-            for column in (records.image_ids, records.boxes_xyxy_px, records.scores, records.labels)
+            for column in (records.image_rows, records.boxes_xyxy_px, records.scores, records.labels)
         ),
     )
     assert average_precision(truth, nothing, CLASS_NAMES)["map"] == 0
@@ -93,10 +93,10 @@ def test_records_are_the_same_whoever_had_which_image() -> None:
     _, records = odd_scene(np.random.default_rng(1))
 
     def of(ids: np.ndarray) -> DetectionRecords:
-        rows = np.isin(records.image_ids, ids)
+        rows = np.isin(records.image_rows, ids)
         return DetectionRecords(
             ids,
-            records.image_ids[rows],
+            records.image_rows[rows],
             records.boxes_xyxy_px[rows],
             records.scores[rows],
             records.labels[rows],
@@ -104,15 +104,18 @@ def test_records_are_the_same_whoever_had_which_image() -> None:
 
     whole = DetectionRecords.concatenate([of(np.arange(3, 40))])
     dealt = DetectionRecords.concatenate([of(np.arange(4, 40, 2)), of(np.arange(3, 40, 2))])
-    for name in ("evaluated_ids", "image_ids", "boxes_xyxy_px", "scores", "labels"):
+    for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels"):
         assert np.array_equal(getattr(whole, name), getattr(dealt, name)), name
 
 
 def test_class_names_become_distinct_names_of_metrics() -> None:
-    assert metric_names(["RBC", "Goal post!", "ball", "Ball", "%"]) == [
+    assert metric_names(["RBC", "Goal post!", "ball", "Ball", "%", "a b", "a_b", "a_b_6"]) == [
         "rbc",
         "goal_post",
-        "ball_2",
+        "ball",
         "ball_3",
-        "class_4",
+        "class",
+        "a_b",
+        "a_b_6",
+        "a_b_6_7",
     ]

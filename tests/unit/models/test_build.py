@@ -7,7 +7,9 @@ from transformers import AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.models.build import ARCHITECTURES, Detector, build_detector, plain_network
+from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.models.build import build_detector
+from detr_dist.models.detector import Detector, plain_network
 
 CLASS_NAMES = ["player", "ball"]
 TINY = {
@@ -140,3 +142,64 @@ def test_weights_that_cannot_be_had_are_answered_with_the_setting_that_goes_with
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(UsageError, match=r"no network.*model\.pretrained_backbone=false"):
         build_detector(ModelConfig(hidden_dim=32, num_encoder_layers=1, num_decoder_layers=1), CLASS_NAMES)
+
+
+@pytest.mark.parametrize("architecture", ["conditional_detr", "deformable_detr", "dab_detr"])
+def test_sigmoid_heads_begin_with_rare_objects(architecture: str) -> None:
+    logits = tiny_detector(architecture)(*two_images())["pred_logits"]
+    assert 0.002 < float(logits.detach().sigmoid().mean()) < 0.05
+
+
+def test_fine_tuning_on_the_same_classes_keeps_their_head_and_on_others_makes_it_anew(tmp_path) -> None:
+    trained = tiny_detector("detr")
+    torch.nn.init.constant_(trained.network.class_labels_classifier.weight, 7.0)
+    plain_network(trained).save_pretrained(tmp_path / "trained")
+    config = ModelConfig(pretrained=str(tmp_path / "trained"))
+    same = build_detector(config, CLASS_NAMES).network.class_labels_classifier.weight
+    other = build_detector(config, ["cat", "dog"]).network.class_labels_classifier.weight
+    assert (same == 7).all()
+    assert (other.abs() < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "hint"),
+    [
+        ({"nonsense": 1}, "encoder_ffn_dim"),
+        ({"d_model": 64}, r"model\.hidden_dim"),
+        ({"decoder_layers": 4}, r"model\.num_decoder_layers"),
+        ({"encoder_attention_heads": 5}, "cannot"),
+        ({"encoder_ffn_dim": 77}, "no weights that fit"),
+    ],
+)
+def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(overrides, hint, tmp_path) -> None:
+    plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
+    with pytest.raises(UsageError, match=hint):
+        build_detector(
+            ModelConfig(pretrained=str(tmp_path / "trained"), config_overrides=overrides), CLASS_NAMES
+        )
+
+
+def test_two_stages_are_refused() -> None:
+    overrides = {"two_stage": True, "with_box_refine": True}
+    with pytest.raises(UsageError, match="two_stage"):
+        tiny_detector("deformable_detr", config_overrides=overrides)
+
+
+def test_a_damaged_pretrained_folder_is_one_clear_error(tmp_path) -> None:
+    plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
+    weights = tmp_path / "trained" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UsageError, match=r"model\.pretrained .* cannot be loaded"):
+        build_detector(ModelConfig(pretrained=str(tmp_path / "trained")), CLASS_NAMES)
+
+
+def test_only_the_stem_of_a_pretrained_resnet_stays_fixed(monkeypatch) -> None:
+    create_model = timm.create_model
+    monkeypatch.setattr(
+        "timm.create_model", lambda name, pretrained=False, **rest: create_model(name, **rest)
+    )
+    for backbone, some in (("resnet18", {"conv1", "layer1"}), ("regnety_002", set())):
+        config = ModelConfig(backbone=backbone, hidden_dim=32, num_encoder_layers=1, num_decoder_layers=1)
+        detector = build_detector(config, CLASS_NAMES)
+        body = detector.network.model.backbone.model
+        assert {n.split(".")[0] for n, p in body.named_parameters() if not p.requires_grad} == some

@@ -1,0 +1,101 @@
+"""A `transformers` detector as the one module that training, evaluation and packaging work with."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForObjectDetection, PreTrainedModel
+
+from detr_dist.models.criterion import LossSettings
+
+# Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+
+class Detector(nn.Module):
+    """A `transformers` detector that takes uint8 images and returns the predictions of every decoder layer.
+
+    Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
+    travel. `network` is the plain library module; its state dict is what gets saved.
+    """
+
+    def __init__(
+        self, network: PreTrainedModel, loss_settings: LossSettings, *, channels_last: bool = False
+    ) -> None:
+        super().__init__()
+        network.loss_function = _every_layer
+        self.network = network
+        self.loss_settings = loss_settings
+        self.channels_last = channels_last
+        if channels_last:
+            nn.Module.to(network, memory_format=torch.channels_last)
+        self.mean = nn.Buffer(torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.std = nn.Buffer(torch.tensor(IMAGE_STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names = cast(dict[int, str], self.network.config.id2label)
+        return tuple(names[index] for index in range(len(names)))
+
+    @property
+    def num_queries(self) -> int:
+        """The most objects that can be found in one image."""
+        return int(self.network.config.num_queries)
+
+    def forward(self, images: Tensor, sizes_hw: Tensor) -> dict[str, Tensor]:
+        """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
+        in pixels.
+
+        Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
+        [L, B, Q, 4], cxcywh as shares of the image's own size; L decoder layers, the last one is the
+        prediction.
+        """
+        height, width = images.shape[-2:]
+        rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
+        columns = torch.arange(width, device=images.device) < sizes_hw[:, 1:]
+        mask = rows[:, :, None] & columns[:, None, :]
+        pixels = (images - self.mean) / self.std * mask[:, None]
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        pixels = pixels.contiguous(memory_format=layout)
+        # Any labels but None make the library call its loss function, which hands us all layers instead.
+        output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
+        return cast(dict[str, Tensor], output.loss_dict)
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        return backbone_body(self.network).parameters()
+
+
+def plain_network(detector: Detector) -> PreTrainedModel:
+    """A copy on the CPU that is all the library's own: loss function and frozen batch norm, as if never
+    trained here.
+
+    Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
+    """
+    network = AutoModelForObjectDetection.from_config(detector.network.config)
+    weights = {
+        k: v.cpu() for k, v in detector.network.state_dict().items() if not k.endswith("num_batches_tracked")
+    }
+    network.load_state_dict(weights)
+    return cast(PreTrainedModel, network.eval())
+
+
+def backbone_body(network: PreTrainedModel) -> nn.Module:
+    encoder = network.model.backbone
+    return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
+
+
+def _every_layer(
+    logits: Tensor,
+    labels: object,
+    device: object,
+    pred_boxes: Tensor,
+    config: object,
+    outputs_class: Tensor,
+    outputs_coord: Tensor,
+    **_: object,
+) -> tuple[None, dict[str, Tensor], None]:
+    """Stands where the library computes its loss (which is wrong with several processes) and computes
+    nothing."""
+    return None, {"pred_logits": outputs_class, "pred_boxes": outputs_coord}, None
