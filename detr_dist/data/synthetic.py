@@ -146,7 +146,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def _place_camera(rng: np.random.Generator) -> Camera:
-    near_px, far_px, far_row = rng.uniform(46, 62), rng.uniform(19, 28), 35  # heights of players near and far
+    near_px, far_px, far_row = rng.uniform(56, 74), rng.uniform(26, 36), 35  # heights of players near and far
     growth = (near_px - far_px) / (HEIGHT - far_row)
     x_m, y_m = LANDMARKS_M[int(rng.integers(len(LANDMARKS_M)))]
     target_m = (x_m + rng.normal(0, 2), y_m + rng.normal(0, 2))
@@ -196,7 +196,7 @@ def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing],
         column = _near(rng, owner.column_px, 14, (4, WIDTH - 4))
         row = _near(rng, owner.row_px + 2, 5, (least_row, HEIGHT - 1))
     lift = rng.uniform(0, 0.6 * row) if rng.random() < BALL_IN_AIR_SHARE else 0.0
-    diameter_px = 4 + 0.17 * PLAYER_M * float(camera.px_per_m(row))
+    diameter_px = 5 + 0.19 * PLAYER_M * float(camera.px_per_m(row))
     return _Thing(BALL_ID, draw_ball(rng, diameter_px * SUPERSAMPLING), column, row, lift)
 
 

@@ -22,11 +22,6 @@ from detr_dist.models.architectures import (
 )
 from detr_dist.models.detector import Detector, backbone_body
 
-# Sigmoid class heads begin with this probability for every class, or the first hundred steps learn nothing
-# but that most queries are background. Source: Lin et al. 2017 (focal loss), section 3.3, and the released
-# codes.
-PRIOR_PROBABILITY = 0.01
-
 
 def build_detector(
     config: ModelConfig,
@@ -152,7 +147,11 @@ def _begin_class_head(network: PreTrainedModel, architecture: Architecture, *, r
         if renew:
             layer.reset_parameters()
         if architecture.loss_kind == "sigmoid":
-            nn.init.constant_(layer.bias, -math.log((1 - PRIOR_PROBABILITY) / PRIOR_PROBABILITY))
+            # Each class begins with probability 1 / (C + 1), which for COCO's 91 classes is the 0.01 of the
+            # released codes, or the first steps teach little but that most queries are background. Source:
+            # Lin et al. 2017 (focal loss), section 3.3; the rule for other C is that of DAB-DETR in
+            # transformers.
+            nn.init.constant_(layer.bias, -math.log(layer.out_features))
 
 
 def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> None:
