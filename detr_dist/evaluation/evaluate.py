@@ -68,6 +68,11 @@ class Evaluator:
         records = DetectionRecords.concatenate([part for part in parts if isinstance(part, DetectionRecords)])
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
+        if not (np.isfinite(records.scores).all() and np.isfinite(records.boxes_xyxy_px).all()):
+            raise DetrDistError(
+                "predictions on the validation images are not finite: the weights are spoilt; lower "
+                "training.learning_rate or set training.gradient_clip"
+            )
         assert self._ground_truth is not None
         return average_precision(self._ground_truth, records, self.data.class_names)
 

@@ -185,10 +185,10 @@ def test_an_image_that_breaks_in_the_middle_is_replaced_and_reported(
 
 def test_a_last_step_that_ruins_the_weights_saves_nothing(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
-        tiny_data, "training.max_steps=1", "training.learning_rate=1e39", "training.gradient_clip=0"
+        tiny_data, "training.max_steps=1", "training.learning_rate=1e30", "training.gradient_clip=0"
     )
     assert finished.returncode == 1
-    assert "weights are not finite" in finished.stderr
+    assert "not finite" in finished.stderr
     assert not (workplace.folder / "out" / "checkpoints").exists()
 
 

@@ -1,0 +1,62 @@
+"""What stops a run at an optimizer step."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from detr_dist.data.batching import Batch
+from detr_dist.distributed import HostGroup
+from detr_dist.errors import DataError, TrainingError
+from detr_dist.training.agreement import StepAgreement
+
+
+@pytest.fixture
+def agreement() -> StepAgreement:
+    return StepAgreement(HostGroup(Accelerator(cpu=True)))
+
+
+def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -> Batch:
+    return Batch(
+        images=torch.zeros(len(image_ids), 3, height, width, dtype=torch.uint8),
+        sizes_hw=torch.tensor([[height, width]] * len(image_ids)),
+        labels=torch.zeros(sum(num_boxes), dtype=torch.int64),
+        boxes_cxcywh=torch.zeros(sum(num_boxes), 4),
+        num_boxes=num_boxes,
+        image_ids=image_ids,
+        original_sizes_hw=[(height, width)] * len(image_ids),
+        unreadable=[],
+    )
+
+
+def test_counts_and_canvas_cover_all_micro_batches(agreement: StepAgreement) -> None:
+    group = [batch(40, 60, [2, 0], [1, 2]), batch(50, 30, [1], [3])]
+    agreed = agreement.next_step(0, iter([group]))
+    assert agreed.group is group
+    assert (agreed.counts.num_boxes, agreed.counts.num_images) == (3, 3)
+    assert agreed.canvas_hw == (50, 60)
+
+
+def test_a_step_that_was_not_finite_stops_the_next_with_its_own_images(agreement: StepAgreement) -> None:
+    groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
+    agreement.next_step(4, groups)
+    agreement.report(finite=False)
+    with pytest.raises(TrainingError, match=r"step 5: process 0: the loss is not finite, image ids \[17\]"):
+        agreement.next_step(5, groups)
+
+
+def test_weights_that_are_not_finite_are_found_before_anything_is_saved(agreement: StepAgreement) -> None:
+    layer = torch.nn.Linear(2, 2)
+    agreement.check(1, layer)
+    with torch.no_grad():
+        layer.bias[1] = torch.inf
+    with pytest.raises(TrainingError, match="step 1: process 0: the weights are not finite"):
+        agreement.check(1, layer)
+
+
+def test_data_that_fail_stop_the_step_with_their_own_words(agreement: StepAgreement) -> None:
+    def broken():
+        raise DataError("the disk is gone")
+        yield
+
+    with pytest.raises(TrainingError, match=r"step 0: process 0: the disk is gone$"):
+        agreement.next_step(0, broken())
