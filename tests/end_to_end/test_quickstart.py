@@ -1,0 +1,33 @@
+"""The README's first command, as a person runs it."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("CI"), reason="replaces models/quickstart of this checkout; runs in CI"
+)
+def test_the_quickstart_trains_evaluates_and_says_where_to_look() -> None:
+    finished = subprocess.run(
+        ["bash", "scripts/quickstart.sh", "training.max_steps=2"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    results = json.loads((REPOSITORY / "models" / "quickstart" / "results.json").read_text())
+    summary = finished.stdout.splitlines()[-6:]
+    for name in ("val_map", "val_player_map", "val_ball_map"):
+        assert any(line.startswith(name) for line in summary)
+        assert name in results["metrics"]
+    assert any(results["run_id"] in line for line in summary)
+    assert "start_mlflow_ui.sh sqlite:///mlflow.db" in summary[-1]
