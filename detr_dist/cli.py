@@ -79,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # without any argument the help has been printed already
-            known = [command.name or command.callback.__name__ for command in app.registered_commands]  # type: ignore[union-attr]
+            known = [
+                each.callback.__name__.replace("_", "-") for each in app.registered_commands if each.callback
+            ]
             command = [name for name in arguments[:1] if name in known]
             _fail(f"{message.rstrip('.')}; see {' '.join(['detr-dist', *command, '--help'])}", exit_code=2)
         raise SystemExit(2) from None
