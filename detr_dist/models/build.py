@@ -42,8 +42,7 @@ def build_detector(
     if config.num_classes is not None and config.num_classes != len(class_names):
         raise UsageError(
             f"model.num_classes is {config.num_classes}, but the training data hold {len(class_names)} "
-            f"classes "
-            f"({', '.join(class_names)}); correct it or leave it out"
+            f"classes ({', '.join(class_names)}); correct it or leave it out"
         )
     architecture = ARCHITECTURES[config.model_architecture]
     labels = {

@@ -50,7 +50,6 @@ class RunObserver:
         self._tracker = tracker
         self._output_dir = output_dir
         self._progress = progress
-        self._is_main_process = training.accelerator.is_main_process
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
@@ -74,12 +73,14 @@ class RunObserver:
         if is_last or num_epochs % self._config.evaluation.every_epochs == 0:
             is_best, was_evaluated = self._evaluate(state), True
         val_map = self.results.get("val_map") if was_evaluated else None
-        if self._is_main_process:
-            self._save(state, num_epochs, val_map, is_best=is_best, is_last=is_last)
+        # Whatever goes wrong while saving is raised on every process: none waits for one that has stopped.
+        self._host.on_main_process(
+            lambda: self._save(state, num_epochs, val_map, is_best=is_best, is_last=is_last)
+        )
         self._paused_s += time.perf_counter() - began_at
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
-        """Log the step's losses over all processes; the host waits for the device here and nowhere else."""
+        """Log the step's losses, summed over all processes. Waits for the device."""
         total = self._training.accelerator.reduce(done.shares, reduction="sum").tolist()
         seen = self._host.gather_rows(
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
@@ -87,9 +88,8 @@ class RunObserver:
         images, unreadable, waits = (list(column) for column in zip(*seen, strict=True))
         if sum(unreadable) > max(TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE * sum(images)):
             raise TrainingError(
-                f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; the "
-                f"warnings above "
-                "name them: mend the files or the disk"
+                f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; "
+                "the warnings above name them: mend the files or the disk"
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at - self._paused_s

@@ -82,8 +82,7 @@ def _build_network(config: Config, train_data: CocoData) -> Detector:
     if train_data.max_boxes_per_image > detector.num_queries:
         raise DataError(
             f"{train_data.annotations_path}: an image has {train_data.max_boxes_per_image} boxes, but the "
-            f"model finds at "
-            f"most {detector.num_queries}; set model.num_queries to at least {train_data.max_boxes_per_image}"
+            f"model finds at most {detector.num_queries}; raise model.num_queries"
         )
     if config.training.compile_model:
         detector.network.compile()
