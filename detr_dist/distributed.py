@@ -46,9 +46,8 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise UsageError(
-            f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: they "
-            f"would train "
-            "separately; start with one of accelerate_configs/*.yaml (multi_cpu.yaml without GPUs)"
+            f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: "
+            "they would train separately; start with one of accelerate_configs/*.yaml (multi_cpu.yaml without GPUs)"
         )
     return accelerator
 

@@ -53,8 +53,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
             reason = " ".join(str(error).split())[:500]
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: cannot begin a run there ({reason}); correct it, "
-                f"or set "
-                "logging.mlflow=false"
+                "or set logging.mlflow=false"
             ) from error
         self.run_id = run.info.run_id
 
@@ -109,8 +108,7 @@ def _prepare_store(uri: str) -> None:
     if is_file_store(uri) and os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true") == "true":
         print(
             f"MLflow keeps file stores such as {uri} only with MLFLOW_ALLOW_FILE_STORE=true, set for this "
-            f"run; set it "
-            "for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
+            "run; set it for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
         )
 
 
