@@ -47,7 +47,8 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int)
     if accelerator.num_processes != wanted:
         raise UsageError(
             f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: "
-            "they would train separately; start with one of accelerate_configs/*.yaml (multi_cpu.yaml without GPUs)"
+            "they would train separately; start with one of accelerate_configs/*.yaml "
+            "(multi_cpu.yaml without GPUs)"
         )
     return accelerator
 
