@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from detr_dist.config import describe_keys, load_config
-from detr_dist.errors import DetrDistError
+from detr_dist.errors import DetrDistError, StopRequested
 
 app = typer.Typer(
     name="detr-dist",
@@ -39,6 +39,21 @@ def train(
     val_dir: Annotated[Path, typer.Option(help="Folder with the validation images and their COCO JSON.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, the best model and results.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on with a run, exactly: `auto` (the newest whole checkpoint in the output folder, or a "
+            "new run if there is none), a checkpoint's folder, an MLflow run id, or an artifact URI such as "
+            "runs:/RUN_ID/checkpoints/last."
+        ),
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(
+            help="Begin a new run with these weights: a model's or checkpoint's folder, runs:/RUN_ID/model, "
+            "models:/NAME/VERSION, or a hub id."
+        ),
+    ] = None,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -46,11 +61,15 @@ def train(
 
     One process by itself; several with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml
     scripts/train_detr.py` and the same options.
+
+    SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 make it save and exit with 75 after the current step; `--resume auto`
+    goes on from there. A second Ctrl-C ends it at once.
     """
     settings = load_config(config, overrides or ())
+    from detr_dist.training.run import RunOptions
     from detr_dist.training.run import train as run_training
 
-    run_training(settings, train_dir=train_dir, val_dir=val_dir, output_dir=output_dir)
+    run_training(settings, RunOptions(train_dir, val_dir, output_dir, resume, init_from))
 
 
 @app.command()
@@ -69,7 +88,7 @@ def make_data(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command and exit: 0 done, 1 failed, 2 wrong usage or configuration.
+    """Run a command and exit: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request.
 
     An error prints one clear line, on every process.
     """
@@ -85,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             command = [name for name in arguments[:1] if name in known]
             _fail(f"{message.rstrip('.')}; see {' '.join(['detr-dist', *command, '--help'])}", exit_code=2)
         raise SystemExit(2) from None
+    except StopRequested as request:
+        if os.environ.get("RANK", "0") == "0":
+            print(request, file=sys.stderr, flush=True)
+        raise SystemExit(request.exit_code) from None
     except DetrDistError as error:
         if "--debug" in arguments:
             traceback.print_exc()

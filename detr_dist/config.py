@@ -126,6 +126,11 @@ class TrainingConfig(Section):
     stays."""
     warmup_steps: CountOrZero = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
+    ema_decay: Probability = 0.0
+    """Evaluate and save a moving average of the weights, e.g. 0.9998; shorter in the first steps; 0 does not
+    average."""
+    early_stopping_patience: CountOrZero = 0
+    """End after so many evaluations in a row without a better `val_map`; 0 never does."""
 
 
 class EvaluationConfig(Section):
@@ -135,7 +140,12 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every_epochs: Count = 10
-    """Save a full checkpoint after every so many epochs, and always at the end."""
+    """Save checkpoints/epoch_<N> after every so many epochs, and always at the end."""
+    every_steps: Count | None = None
+    """Save checkpoints/step_<N> after every so many optimizer steps as well; set `keep_last` with it."""
+    keep_last: Count | None = None
+    """Keep only so many of the newest epoch_<N> and step_<N> in the output folder, beside `best` and `last`;
+    unset keeps all."""
 
 
 class LoggingConfig(Section):

@@ -6,7 +6,8 @@ the device.
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -71,6 +72,28 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
         )
 
 
+def is_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone: gloo and NCCL say it in words only."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+    return any(sign in str(error) for sign in signs)
+
+
+@dataclass(frozen=True)
+class _Outcome(Generic[T]):
+    result: T | None = None
+    error: DetrDistError | None = None
+
+
+def _attempt(action: Callable[[], T]) -> _Outcome[T]:
+    """What an action gives or raises, as something that can travel to other processes."""
+    try:
+        return _Outcome(result=action())
+    except DetrDistError as error:
+        return _Outcome(error=error)
+    except Exception as error:  # anything else would leave the other processes waiting
+        return _Outcome(error=DetrDistError(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+
+
 class HostGroup:
     """Exchanges small host values between the processes of a run; with one process it costs nothing.
 
@@ -80,6 +103,7 @@ class HostGroup:
     def __init__(self, accelerator: Accelerator) -> None:
         self.num_processes = accelerator.num_processes
         self.process_index = accelerator.process_index
+        self.local_process_index = accelerator.local_process_index
         self._group: Any = dist.new_group(backend="gloo") if self.num_processes > 1 else None
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
@@ -113,19 +137,25 @@ class HostGroup:
 
         Returns its result on the main process, None elsewhere.
         """
-        result: T | None = None
-        error: DetrDistError | None = None
-        if self.process_index == 0:
-            try:
-                result = action()
-            except DetrDistError as raised:
-                error = raised
-            except Exception as raised:  # anything else would leave the other processes waiting
-                error = DetrDistError(f"{type(raised).__name__}: {' '.join(str(raised).split())}")
-        error = self.broadcast(error)
+        outcome = _attempt(action) if self.process_index == 0 else _Outcome[T]()
+        error = self.broadcast(outcome.error)
         if error is not None:
             raise error
-        return result
+        return outcome.result
+
+    def once_per_machine(self, action: Callable[[], T]) -> T:
+        """Run `action` on the first process of each machine; what it raises on any is raised on every
+        process.
+
+        Returns the result of one's own machine, which must be picklable.
+        """
+        outcome = _attempt(action) if self.local_process_index == 0 else _Outcome[T]()
+        outcomes = self.all_gather_objects(outcome)
+        for each in outcomes:
+            if each.error is not None:
+                raise each.error
+        own: _Outcome[T] = outcomes[self.process_index - self.local_process_index]
+        return cast(T, own.result)
 
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's buffers.

@@ -20,3 +20,13 @@ class DataError(DetrDistError):
 
 class TrainingError(DetrDistError):
     """Training cannot go on."""
+
+
+class CheckpointError(DetrDistError):
+    """A checkpoint is not whole, or holds what it must not."""
+
+
+class StopRequested(DetrDistError):
+    """The run was asked to stop, has saved, and wants to be run again."""
+
+    exit_code = 75

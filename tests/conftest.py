@@ -5,7 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +95,25 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _launcher(num_processes: int) -> tuple[str | Path, ...]:
+    config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", config)
+    return (*launcher, "--num_processes", str(num_processes))
+
+
+def _command(arguments: Iterable[str | Path], num_processes: int) -> tuple[str | Path, ...]:
+    return (*(_launcher(num_processes) if num_processes > 1 else ()), "-m", "detr_dist", *arguments)
+
+
+def _folders(data: Path, output: str) -> tuple[str | Path, ...]:
+    return ("--train-dir", data / "train", "--val-dir", data / "val", "--output-dir", output)
+
+
+def _environment() -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MLFLOW_"))}
+    return inherited | {"OMP_NUM_THREADS": "1"}
+
+
 @dataclass
 class Workplace:
     """A folder to run commands in, with a configuration and an MLflow database of its own."""
@@ -107,22 +126,36 @@ class Workplace:
 
     def run(self, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
         """A command of ours, under `accelerate launch` where it shall have several processes."""
-        if num_processes > 1:
-            return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
-        return self._execute("-m", "detr_dist", *arguments)
+        return self._execute(*_command(arguments, num_processes))
 
     def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
         """A script (or -m and a module) with its arguments, in several processes on the CPU."""
-        config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
-        launcher = ("-m", "accelerate.commands.launch", "--config_file", config)
-        return self._execute(*launcher, "--num_processes", str(num_processes), *arguments)
+        return self._execute(*_launcher(num_processes), *arguments)
+
+    def start(
+        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
+    ) -> subprocess.Popen[str]:
+        """`train` in the background, with everything it prints in the file `log`."""
+        arguments = ("train", "--config", self.config, *_folders(data, output), *overrides)
+        with (self.folder / "log").open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, *map(str, _command(arguments, num_processes))],
+                cwd=self.folder,
+                env=_environment(),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
 
     def _execute(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "MLFLOW_"))}
         return subprocess.run(
             [sys.executable, *map(str, arguments)],
             cwd=self.folder,
-            env=environment | {"OMP_NUM_THREADS": "1"},
+            env=_environment(),
             capture_output=True,
             text=True,
             timeout=100,
@@ -132,8 +165,8 @@ class Workplace:
     def train(
         self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
     ) -> subprocess.CompletedProcess[str]:
-        folders = ("--train-dir", data / "train", "--val-dir", data / "val", "--output-dir", output)
-        return self.run("train", "--config", self.config, *folders, *overrides, num_processes=num_processes)
+        arguments = ("--config", self.config, *_folders(data, output), *overrides)
+        return self.run("train", *arguments, num_processes=num_processes)
 
     def results(self, output: str = "out") -> dict[str, object]:
         results: dict[str, object] = json.loads((self.folder / output / "results.json").read_text())

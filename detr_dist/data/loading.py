@@ -1,6 +1,7 @@
 """Loader processes: batches of a data set in the order of a batch sampler."""
 
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Generator, Iterable
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -14,8 +15,16 @@ from detr_dist.errors import DataError
 _RAISED_IN_WORKER = f"{DataError.__module__}.{DataError.__qualname__}: "
 
 
+def _leave_signals_to_the_trainer(worker_id: int) -> None:
+    """A request to stop often goes to all processes of a job. A loader process that ended by it would take
+    the trainer with it, before it has saved; so it ends with its trainer, or a minute later."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 class BatchLoader:
-    """Iterates over batches; each iteration has loader processes of its own.
+    """Iterates over batches; each iteration has loader processes of its own, until it is closed.
 
     Raises:
         DataError: while iterating, with the one line that was raised in a loader process.
@@ -36,9 +45,10 @@ class BatchLoader:
             num_workers=config.num_workers,
             prefetch_factor=config.prefetch_factor if config.num_workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=_leave_signals_to_the_trainer,
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         try:
             yield from self._loader
         except DataError as error:

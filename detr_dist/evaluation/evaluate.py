@@ -1,5 +1,8 @@
 """Distributed evaluation: every process looks at its own images, every image counts exactly once."""
 
+from collections.abc import Callable
+from contextlib import closing
+
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -12,17 +15,26 @@ from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
-from detr_dist.errors import DetrDistError
+from detr_dist.errors import DetrDistError, StopRequested
 from detr_dist.evaluation.coco_metrics import DetectionRecords, average_precision
 from detr_dist.models.detector import Detector
 from detr_dist.models.postprocess import postprocess
 
 
 class Evaluator:
-    """Scores a detector on one data set, again and again during training."""
+    """Scores a detector on one data set, again and again during training, until it is told to stop."""
 
-    def __init__(self, data: CocoData, config: Config, accelerator: Accelerator, host: HostGroup) -> None:
+    def __init__(
+        self,
+        data: CocoData,
+        config: Config,
+        accelerator: Accelerator,
+        host: HostGroup,
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.data = data
+        self._stop_requested = stop_requested
         self._accelerator = accelerator
         self._host = host
         self._ground_truth = data.to_coco_dict() if accelerator.is_main_process else None
@@ -46,6 +58,9 @@ class Evaluator:
 
         Collective. The detector must hold the same weights and statistics on every process; it is left in the
         mode it came in.
+
+        Raises:
+            StopRequested: on every process, when any of them was asked to stop meanwhile.
         """
         was_training = detector.training
         detector.eval()
@@ -80,10 +95,13 @@ class Evaluator:
     def _detect(self, detector: Detector) -> DetectionRecords:
         """This process's images, as records on the host."""
         parts = [_no_records()]
-        for planned, batch in zip(self._batches, self._loader, strict=True):
-            for reason in batch.unreadable:
-                print(f"warning: {reason}; it counts as an image without detections", flush=True)
-            parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), planned.indices))
+        with closing(iter(self._loader)) as batches:
+            for planned, batch in zip(self._batches, batches, strict=True):
+                if self._stop_requested():
+                    raise StopRequested("asked to stop during an evaluation")
+                for reason in batch.unreadable:
+                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
+                parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), planned.indices))
         return DetectionRecords.concatenate(parts)
 
     def _detect_batch(self, detector: Detector, batch: Batch, indices: list[int]) -> DetectionRecords:

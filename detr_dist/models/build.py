@@ -4,6 +4,7 @@ weights."""
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import timm
@@ -29,8 +30,12 @@ def build_detector(
     *,
     channels_last: bool = False,
     train_backbone: bool = True,
+    structure: Path | None = None,
 ) -> Detector:
     """The detector that `config` describes, with one output per class name.
+
+    With `structure`, a folder that holds a transformers `config.json`, the network is built by that one and
+    its weights are for the caller to load: nothing is downloaded.
 
     A ResNet with pretrained weights keeps its stem and first stage fixed, as in the DETR paper (appendix
     A.4); from scratch everything learns.
@@ -49,7 +54,9 @@ def build_detector(
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
     }
-    if config.pretrained is not None:
+    if structure is not None:
+        network = AutoModelForObjectDetection.from_config(AutoConfig.from_pretrained(structure))
+    elif config.pretrained is not None:
         network = _pretrained_network(config, architecture, labels)
     else:
         network = _new_network(config, architecture, labels)

@@ -11,9 +11,10 @@ from detr_dist.data.coco import CocoData
 from detr_dist.models.detector import Detector
 
 
-def tensorboard_tracker(output_dir: Path) -> TensorBoardTracker:
-    """Writes event files to `output_dir`/tensorboard."""
-    tracker = TensorBoardTracker("tensorboard", output_dir)
+def tensorboard_tracker(output_dir: Path, *, first_step: int) -> TensorBoardTracker:
+    """Writes event files to `output_dir`/tensorboard; what earlier files hold after `first_step` is
+    hidden."""
+    tracker = TensorBoardTracker("tensorboard", output_dir, purge_step=first_step + 1 if first_step else None)
     tracker.start()
     return tracker
 

@@ -8,8 +8,9 @@ from torch import nn
 
 from detr_dist.data.batching import Batch
 from detr_dist.distributed import HostGroup
-from detr_dist.errors import DetrDistError, TrainingError
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError
 from detr_dist.models.criterion import StepCounts
+from detr_dist.training.preemption import StopSignals
 
 
 class Agreed(NamedTuple):
@@ -26,13 +27,14 @@ class Agreed(NamedTuple):
 class StepAgreement:
     """Sums and checks over all processes, once per optimizer step.
 
-    What goes wrong on one process is raised on all of them. Whether the predictions of a step were finite is
-    known on the host only after its forward passes; it travels with the next exchange, so that no step waits
-    just to check. Nothing may be saved before `check`.
+    What goes wrong on one process is raised on all of them, and so is a request to stop. Whether the
+    predictions of a step were finite is known on the host only after its forward passes; it travels with the
+    next exchange, so that no step waits just to check. Nothing may be saved before `check`.
     """
 
-    def __init__(self, host: HostGroup) -> None:
+    def __init__(self, host: HostGroup, signals: StopSignals) -> None:
         self._host = host
+        self._signals = signals
         self._problem = ""
         self._image_ids: list[int] = []
 
@@ -49,19 +51,25 @@ class StepAgreement:
         Raises:
             TrainingError: on all processes, when on any of them the previous step was not finite or there are
             no data.
+            StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
         try:
             group = next(groups)
         except DetrDistError as error:
             self._problem = str(error)
-        boxes, images, heights, widths = self._exchange(
+        stops, boxes, images, heights, widths = self._exchange(
             step,
+            float(self._signals.is_requested),
             sum(sum(batch.num_boxes) for batch in group),
             sum(len(batch.image_ids) for batch in group),
             max((batch.images.shape[-2] for batch in group), default=0),
             max((batch.images.shape[-1] for batch in group), default=0),
         )
+        if any(stops):
+            raise StopRequested(
+                f"asked to stop ({self._signals.received or 'another process'}) at step {step}"
+            )
         self._image_ids = [image_id for batch in group for image_id in batch.image_ids]
         return Agreed(group, StepCounts(sum(boxes), sum(images)), (int(max(heights)), int(max(widths))))
 

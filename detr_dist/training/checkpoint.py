@@ -1,58 +1,222 @@
-"""Checkpoints on disk: written beside their final name and renamed when whole."""
+"""A checkpoint: a folder from which training goes on, and which shows whether it is whole.
 
+    model.safetensors   the network's weights
+    ema.safetensors     their moving average, where there is one
+    optimizer.pt        optimizer, scheduler and loss scaler: tensors and numbers only
+    config.json         the network's structure, as transformers writes it
+    state.json          where the run stands, and all that it depends on
+    manifest.json       size and SHA-256 of the others, written last
+
+Nothing in it is ever executed: what comes from a shared server may be foreign.
+"""
+
+import hashlib
 import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
+from accelerate.utils import recursively_apply
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from detr_dist.config import Config
+from detr_dist.errors import CheckpointError
 from detr_dist.models.detector import Detector
+from detr_dist.training.durable import link_folder, new_folder
 from detr_dist.training.loop import Training
-from detr_dist.training.state import TrainState
+from detr_dist.training.state import RunFacts, TrainState
+
+NETWORK, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
+STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
+
+# Both stand in state.json, side by side.
+_STATE, _FACTS = TypeAdapter(TrainState), TypeAdapter(RunFacts)
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `folder` (and the place of what had it) only when it is
-    whole."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.replace(replaced)
-    partial.replace(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that a checkpoint holds, copied to the host: training may go on while it is written."""
+
+    network: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
+    structure: str
+    document: dict[str, Any]
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    detector: Detector,
-    training: Training,
-    state: TrainState,
-    config: Config,
-    facts: dict[str, Any],
-) -> None:
-    """Write everything that training goes on from. Main process only; `facts` go into `state.json` as they
-    are."""
-    with new_folder(folder) as partial:
-        save_model(detector.network, str(partial / "model.safetensors"))
-        torch.save(
+def take_snapshot(training: Training, detector: Detector, state: TrainState, facts: RunFacts) -> Snapshot:
+    """Copy the run as it stands. Waits for the device."""
+    scaler = training.accelerator.scaler
+    averaged = training.average.detector
+    return Snapshot(
+        network=_to_host(detector.network.state_dict()),
+        average=None if averaged is detector else _to_host(averaged.network.state_dict()),
+        optimizer=_to_host(
             {
-                "optimizer": training.optimizer.state_dict(),
+                "optimizer": training.optimizer.state_dict()["state"],
                 "scheduler": training.scheduler.state_dict(),
-                "scaler": training.accelerator.scaler.state_dict() if training.accelerator.scaler else None,
-            },
-            partial / "optimizer.pt",
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+        ),
+        structure=detector.network.config.to_json_string(),
+        document=_STATE.dump_python(state)
+        | {
+            "epoch": state.step / training.plan.steps_per_epoch,
+            "samples_seen": state.step * training.plan.global_batch_size,
+            "saved_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        | _FACTS.dump_python(facts, mode="json"),
+    )
+
+
+def _to_host(tree: Any) -> Any:
+    return recursively_apply(lambda tensor: tensor.detach().to("cpu", copy=True).contiguous(), tree)
+
+
+def write_checkpoint(checkpoints_dir: Path, names: Sequence[str], snapshot: Snapshot) -> None:
+    """Write a snapshot under each of `names`; whatever happens, each of them is whole or as it was.
+
+    Raises:
+        OSError: the disk is full, gone or read-only.
+    """
+    first, *others = names
+    with new_folder(checkpoints_dir / first) as partial:
+        save_file(snapshot.network, partial / NETWORK)
+        if snapshot.average is not None:
+            save_file(snapshot.average, partial / AVERAGE)
+        torch.save(snapshot.optimizer, partial / OPTIMIZER)
+        (partial / STRUCTURE).write_text(snapshot.structure)
+        (partial / STATE).write_text(json.dumps(snapshot.document, indent=2) + "\n")
+        manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    for name in others:
+        link_folder(checkpoints_dir / first, checkpoints_dir / name)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was whole when it was opened.
+
+    Raises:
+        CheckpointError: from every method, naming the file, when its content is not what belongs there.
+    """
+
+    folder: Path
+    state: TrainState
+    facts: RunFacts
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Sorts the checkpoints of a run from the oldest to the newest."""
+        return self.state.step, self.state.closed_step
+
+    def network(self) -> dict[str, Tensor]:
+        return self._tensors(NETWORK)
+
+    def average(self) -> dict[str, Tensor] | None:
+        return self._tensors(AVERAGE) if (self.folder / AVERAGE).exists() else None
+
+    def optimizer(self) -> dict[str, Any]:
+        path = self.folder / OPTIMIZER
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{path}: holds something else than tensors and numbers, or is damaged; nothing of it was "
+                f"run. "
+                f"Use another checkpoint ({_one_line(error)[:200]})"
+            ) from None
+        if not isinstance(content, dict) or content.keys() != {"optimizer", "scheduler", "scaler"}:
+            raise CheckpointError(
+                f"{path}: does not hold optimizer, scheduler and scaler; use another checkpoint"
+            )
+        return content
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.folder / name}: no safetensors file ({_one_line(error)}); use another checkpoint"
+            ) from None
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder looks like a checkpoint, whole or not."""
+    return (folder / STATE).exists() or (folder / MANIFEST).exists()
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Check every file of a checkpoint and read its state.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or not as it was written.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    expected = {NETWORK, OPTIMIZER, STRUCTURE, STATE}
+    if not expected <= manifest.keys() <= expected | {AVERAGE}:
+        raise CheckpointError(f"{folder / MANIFEST}: does not list the files of a checkpoint")
+    for name, written in manifest.items():
+        path = folder / name
+        try:
+            found = _fingerprint(path)
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror}, but its checkpoint lists it") from None
+        if found != written:
+            raise CheckpointError(f"{path}: not as it was written (size or SHA-256 differs)")
+    document = _read_json(folder / STATE)
+    try:
+        return Checkpoint(
+            folder,
+            _STATE.validate_python(document),
+            _FACTS.validate_python(document),
         )
-        text = json.dumps(asdict(state) | facts | {"config": config.model_dump(mode="json")}, indent=2)
-        (partial / "state.json").write_text(text + "\n")
+    except ValidationError as error:
+        wrong = ", ".join(str(problem["loc"][0]) for problem in error.errors())
+        raise CheckpointError(f"{folder / STATE}: {wrong} not as this version writes it") from None
+
+
+def newest_checkpoint(checkpoints_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest whole checkpoint in a folder of checkpoints; says which newer ones are not whole."""
+    folders = sorted(path for path in checkpoints_dir.glob("*") if path.is_dir())
+    for folder in sorted(folders, key=claimed_age, reverse=True):
+        try:
+            return open_checkpoint(folder)
+        except CheckpointError as error:
+            say(f"passed over a checkpoint that is not whole: {error}")
+    return None
+
+
+def claimed_age(folder: Path) -> tuple[float, float]:
+    """Age by `state.json`, unchecked; one that cannot tell goes first, so that it is named."""
+    try:
+        document = _read_json(folder / STATE)
+        return float(document["step"]), float(document["closed_step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return float("inf"), 0.0
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not JSON"
+        raise CheckpointError(f"{path}: {reason}; its checkpoint is not whole") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a JSON object; its checkpoint is not whole")
+    return content
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

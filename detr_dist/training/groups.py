@@ -1,7 +1,7 @@
 """The stream of training data: groups of micro-batches, one group per optimizer step."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from detr_dist.config import Config
 from detr_dist.data.batching import Batch
@@ -41,7 +41,7 @@ class GroupStream:
             config.data,
             pin_memory=pin_memory,
         )
-        self._micro_batches: Iterator[Batch] | None = None
+        self._micro_batches: Generator[Batch] | None = None
         self.waited_s = 0.0
         self.num_images = 0
         self.num_unreadable = 0
@@ -61,3 +61,8 @@ class GroupStream:
             for reason in batch.unreadable:
                 print(f"warning: {reason}; the next image takes its place", flush=True)
         return group
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._micro_batches is not None:
+            self._micro_batches.close()

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from detr_dist.data.batching import Batch
 from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
+from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.training.agreement import Agreed, StepAgreement
 from detr_dist.training.state import TrainState
@@ -28,6 +29,7 @@ class Observer(Protocol):
     """What happens around the loop. Called on every process, in the same order."""
 
     def after_step(self, state: TrainState, done: StepDone) -> None: ...
+    def evaluate(self, state: TrainState) -> None: ...
     def after_epoch(self, state: TrainState) -> None: ...
 
 
@@ -38,6 +40,7 @@ class Training:
     accelerator: Accelerator
     agreement: StepAgreement
     model: nn.Module
+    average: WeightAverage
     criterion: SetCriterion
     optimizer: AcceleratedOptimizer
     scheduler: LambdaLR
@@ -45,23 +48,34 @@ class Training:
     total_steps: int
     seed: int
     gradient_clip: float
+    patience: int
+
+    def is_over(self, state: TrainState) -> bool:
+        """Whether all steps are done and closed, or `patience` evaluations have brought nothing better."""
+        is_stale = 0 < self.patience <= state.evaluations_since_best
+        return state.closed_step >= self.total_steps or is_stale
 
 
 def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
-    """Train from `state` to `total_steps`; an epoch that `total_steps` cuts short counts as one.
+    """Train from `state`, at any step of an epoch, to `total_steps`; an epoch that these cut short counts as
+    one.
 
     Collective.
+
+    Raises:
+        StopRequested: between two steps; `state` is what to save.
     """
-    while state.step < training.total_steps:
-        epoch_end = min(
-            (state.epoch(training.plan) + 1) * training.plan.steps_per_epoch, training.total_steps
-        )
-        while state.step < epoch_end:
+    steps_per_epoch = training.plan.steps_per_epoch
+    while not training.is_over(state):
+        epoch_end = (state.closed_step // steps_per_epoch + 1) * steps_per_epoch
+        while state.step < min(epoch_end, training.total_steps):
             agreed = training.agreement.next_step(state.step, groups)
             done = train_step(training, state.step, agreed)
             state.step += 1
             observer.after_step(state, done)
         training.agreement.check(state.step, training.model)
+        observer.evaluate(state)
+        state.closed_step = state.step
         observer.after_epoch(state)
 
 
@@ -71,12 +85,13 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     Collective.
     """
     accelerator = training.accelerator
-    # Dropout is a function of these three alone, so that a resumed run needs no generator state.
-    dropout = random_numbers(Purpose.DROPOUT, training.seed, step, accelerator.process_index)
-    torch.manual_seed(int(dropout.integers(2**63)))
     learning_rate = float(training.scheduler.get_last_lr()[0])
     shares = torch.zeros(4, device=accelerator.device)
-    for micro_batch in agreed.group:
+    for index, micro_batch in enumerate(agreed.group, accelerator.process_index * len(agreed.group)):
+        # Dropout is a function of seed, step and place in the step, so that a resumed run needs no generator
+        # state, and two processes drop what one that accumulates twice would.
+        dropout = random_numbers(Purpose.DROPOUT, training.seed, step, index)
+        torch.manual_seed(int(dropout.integers(2**63)))
         with accelerator.accumulate(training.model):
             batch = micro_batch.to(accelerator.device).pad_to(*agreed.canvas_hw)
             outputs = training.model(batch.images, batch.sizes_hw)
@@ -93,4 +108,5 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             shares += torch.stack(losses[:4]).detach()
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
+        training.average.update(step)
     return StepDone(shares, learning_rate)

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,11 +15,13 @@ from detr_dist.models.detector import Detector, plain_network
 from detr_dist.tracking.memory import memory_metrics
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
-from detr_dist.training.checkpoint import new_folder, save_checkpoint
+from detr_dist.training.checkpoint import take_snapshot
+from detr_dist.training.durable import new_folder
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
 from detr_dist.training.progress import Progress
-from detr_dist.training.state import TrainState
+from detr_dist.training.saver import CheckpointSaver
+from detr_dist.training.state import RunFacts, TrainState
 
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
 """A run ends when more training images than these, in number and of all it asked for, could not be read."""
@@ -39,8 +42,9 @@ class RunObserver:
         tracker: MLflowTracker | None,
         output_dir: Path,
         progress: Progress,
+        saver: CheckpointSaver | None,
+        facts: RunFacts,
     ) -> None:
-        self.results: dict[str, float] = {}
         self._training = training
         self._detector = detector
         self._config = config
@@ -50,6 +54,9 @@ class RunObserver:
         self._tracker = tracker
         self._output_dir = output_dir
         self._progress = progress
+        self._saver = saver  # on the main process
+        self._facts = facts
+        self._is_best = self._was_evaluated = False  # at the end of this epoch
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
@@ -63,21 +70,67 @@ class RunObserver:
         if state.step % every.memory_every_steps == 0 or is_last:
             self._log_memory(state)
 
-    def after_epoch(self, state: TrainState) -> None:
-        """Evaluate and save what is due; at the end of training everything is."""
+        every_steps = self._config.checkpoint.every_steps
+        if every_steps is not None and state.step % every_steps == 0:
+            self._save_checkpoint(state, [f"step_{state.step}", "last"])
+
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluate, log and remember, if an evaluation is due; at the end of training it is."""
+        is_last = state.step >= self._training.total_steps
+        self._was_evaluated = is_last or self._num_epochs(state) % self._config.evaluation.every_epochs == 0
+        self._is_best = False
+        if not self._was_evaluated:
+            return
         began_at = time.perf_counter()
-        is_last = state.step == self._training.total_steps
-        num_epochs = -(-state.step // self._training.plan.steps_per_epoch)
-        self._host.synchronise_buffers(self._detector)
-        is_best = was_evaluated = False
-        if is_last or num_epochs % self._config.evaluation.every_epochs == 0:
-            is_best, was_evaluated = self._evaluate(state), True
-        val_map = self.results.get("val_map") if was_evaluated else None
-        # Whatever goes wrong while saving is raised on every process: none waits for one that has stopped.
-        self._host.on_main_process(
-            lambda: self._save(state, num_epochs, val_map, is_best=is_best, is_last=is_last)
-        )
+        self._host.synchronise_buffers(self._averaged)
+        metrics = self._evaluator.evaluate(self._averaged)
+        self._is_best = state.evaluated({f"val_{name}": value for name, value in metrics.items()})
+        took_s = time.perf_counter() - began_at
+        self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
+        self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
+        self._paused_s += took_s
+
+    def after_epoch(self, state: TrainState) -> None:
+        """Save what is due. The model first: a run that resumes from the checkpoint does not save it
+        again."""
+        began_at = time.perf_counter()
+        is_over, num_epochs = self._training.is_over(state), self._num_epochs(state)
+        if is_over and state.step < self._training.total_steps:
+            self._progress.say(
+                f"ending early: {state.evaluations_since_best} evaluations in a row without a better val_map "
+                f"than {state.best_map:.4f} (training.early_stopping_patience)"
+            )
+        self._host.on_main_process(lambda: self._save_model(state, is_over=is_over))
+        names = ["best"] if self._is_best else []
+        if is_over or num_epochs % self._config.checkpoint.every_epochs == 0:
+            names.insert(0, f"epoch_{num_epochs}")
+        if names:
+            self._save_checkpoint(state, [*names, "last"])
         self._paused_s += time.perf_counter() - began_at
+
+    def save_last(self, state: TrainState) -> None:
+        """Save at once, wherever the run stands, because it is about to stop."""
+        self._save_checkpoint(state, ["last"])
+
+    def finish(self) -> None:
+        """Wait until everything is saved. Raises TrainingError if the last checkpoint could not be."""
+        self._host.on_main_process(lambda: self._saver.finish() if self._saver else None)
+
+    def close(self) -> None:
+        """End the bar and the threads, whatever has happened. Local."""
+        self._progress.close()
+        if self._saver is not None:
+            self._saver.close()
+
+    @property
+    def _averaged(self) -> Detector:
+        """What is evaluated and saved as the model."""
+        return self._training.average.detector
+
+    def _num_epochs(self, state: TrainState) -> int:
+        """Epochs begun so far, from 1."""
+        return -(-state.step // self._training.plan.steps_per_epoch)
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses, summed over all processes. Waits for the device."""
@@ -113,59 +166,54 @@ class RunObserver:
         highest = torch.tensor(self._host.gather_rows(list(metrics.values()))).amax(0).tolist()
         self._training.accelerator.log(dict(zip(metrics, highest, strict=True)), step=state.step)
 
-    def _evaluate(self, state: TrainState) -> bool:
-        """Evaluate, log and remember; says whether this is the best so far."""
-        began_at = time.perf_counter()
-        metrics = self._evaluator.evaluate(self._detector)
-        self.results = {f"val_{name}": value for name, value in metrics.items()}
-        took_s = time.perf_counter() - began_at
-        self._training.accelerator.log(self.results | {"val_seconds": took_s}, step=state.step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in self.results.items())
-        self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
-        val_map = metrics.get("map", 0.0)
-        is_best = state.best_map is None or val_map > state.best_map
-        if is_best:
-            state.best_map, state.best_step = val_map, state.step
-        return is_best
-
-    def _save(
-        self, state: TrainState, num_epochs: int, val_map: float | None, *, is_best: bool, is_last: bool
-    ) -> None:
-        checkpoints = self._output_dir / "checkpoints"
-        names = ["best"] if is_best else []
-        if is_last or num_epochs % self._config.checkpoint.every_epochs == 0:
-            names.append(f"epoch_{num_epochs}")
-        for name in names:
-            save_checkpoint(
-                checkpoints / name,
-                detector=self._detector,
-                training=self._training,
-                state=state,
-                config=self._config,
-                facts={"epoch": num_epochs, "class_names": list(self._detector.class_names)},
+    def _save_checkpoint(self, state: TrainState, names: Sequence[str]) -> None:
+        """Make sure that the weights are worth it, take a copy of them and go on. What goes wrong up to here
+        is raised on every process: none waits for one that has stopped."""
+        self._training.agreement.check(state.step, self._training.model)
+        self._host.on_main_process(
+            lambda: (
+                self._saver.save(
+                    lambda: take_snapshot(self._training, self._detector, state, self._facts), names
+                )
+                if self._saver
+                else None
             )
-            if self._tracker is not None:
-                self._tracker.log_folder(checkpoints / name, f"checkpoints/{name}")
-        self._save_model(num_epochs, val_map, is_best=is_best)
+        )
 
-    def _save_model(self, num_epochs: int, val_map: float | None, *, is_best: bool) -> None:
-        """The model of every epoch goes to MLflow, the best one stays in the output folder as well."""
-        if self._tracker is None and not is_best:
+    def _save_model(self, state: TrainState, *, is_over: bool) -> None:
+        """The model of every epoch goes to MLflow, the best one stays in the output folder as well.
+
+        A disk or server in trouble is one line on the screen, except at the very end.
+        """
+        try:
+            self._write_model(self._num_epochs(state), state.metrics if self._was_evaluated else {})
+        except OSError as error:
+            failure = (
+                f"{self._output_dir}: the model of this epoch could not be saved ({error.strerror or error})"
+            )
+            if is_over:
+                raise TrainingError(failure) from error
+            self._progress.say(f"warning: {failure}; training goes on")
+
+    def _write_model(self, num_epochs: int, metrics: dict[str, float]) -> None:
+        if self._tracker is None and not self._is_best:
             return
         folder = (
-            self._output_dir / "model" if is_best else self._output_dir / "models" / f"epoch_{num_epochs}"
+            self._output_dir / "model"
+            if self._is_best
+            else self._output_dir / "models" / f"epoch_{num_epochs}"
         )
         metadata = {
             "epoch": num_epochs,
-            "val_map": val_map,
-            "is_best": is_best,
+            "val_map": metrics.get("val_map"),
+            "is_best": self._is_best,
             "config": self._config.model_dump(mode="json"),
         }
         with new_folder(folder) as partial:
-            write_model(plain_network(self._detector), partial, data=self._config.data, metadata=metadata)
+            write_model(plain_network(self._averaged), partial, data=self._config.data, metadata=metadata)
         if self._tracker is not None:
             self._tracker.log_folder(folder, f"models/epoch_{num_epochs}")
-            if is_best:
+            if self._is_best:
                 self._tracker.log_folder(folder, "model")
             else:
                 shutil.rmtree(folder)

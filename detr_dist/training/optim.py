@@ -37,14 +37,18 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
     )
 
 
-def build_scheduler(optimizer: Optimizer, config: TrainingConfig, total_steps: int) -> LambdaLR:
-    """Step it once per optimizer step that was not skipped."""
+def build_scheduler(
+    optimizer: Optimizer, config: TrainingConfig, total_steps: int, *, done_steps: int = 0
+) -> LambdaLR:
+    """Step it once per optimizer step that was not skipped; `done_steps` of them are behind the optimizer."""
     schedules: dict[str, Callable[[int], float]] = {
         "constant": partial(_warm_up, config.warmup_steps),
         "step": partial(_step, config.warmup_steps, max(1, total_steps * 2 // 3)),
         "cosine": partial(_cosine, config.warmup_steps, total_steps),
     }
-    return LambdaLR(optimizer, schedules[config.lr_schedule])
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return LambdaLR(optimizer, schedules[config.lr_schedule], last_epoch=done_steps - 1)
 
 
 def _warm_up(warmup_steps: int, step: int) -> float:

@@ -1,8 +1,8 @@
 """Where a run stands: the few numbers from which everything else follows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from detr_dist.data.sampling import StepPlan
+from detr_dist.config import Config
 
 
 @dataclass
@@ -11,11 +11,38 @@ class TrainState:
 
     step: int = 0
     """Optimizer steps done."""
+    closed_step: int = 0
+    """Steps done at the last epoch's end whose evaluation, if one was due, is behind us."""
     best_map: float | None = None
     """Highest `val_map` of any evaluation so far."""
     best_step: int | None = None
     """Optimizer step of that evaluation."""
+    evaluations_since_best: int = 0
+    """Evaluations in a row that did not raise `best_map`: what early stopping counts."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation."""
 
-    def epoch(self, plan: StepPlan) -> int:
-        """Epochs begun and finished, counted from 0: the epoch that the next step belongs to."""
-        return self.step // plan.steps_per_epoch
+    def evaluated(self, metrics: dict[str, float]) -> bool:
+        """Take in an evaluation of the current step; says whether it is the best so far."""
+        self.metrics = metrics
+        val_map = metrics.get("val_map", 0.0)
+        if self.best_map is None or val_map > self.best_map:
+            self.best_map, self.best_step, self.evaluations_since_best = val_map, self.step, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run depends on beside its progress; a resumed run is compared with it."""
+
+    config: Config
+    class_names: list[str]
+    num_train_images: int
+    num_processes: int
+    global_batch_size: int
+    init_from: str | None
+    """Where the first weights came from, if not from the configuration."""
+    mlflow_run_id: str | None
+    versions: dict[str, str]

@@ -1,0 +1,49 @@
+"""A moving average of the weights, which is often the better model."""
+
+import copy
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from detr_dist.models.detector import Detector
+
+
+class WeightAverage:
+    """Exponential moving average (EMA) of a detector's weights and buffers, kept on its device.
+
+    `detector` is the averaged one; with `decay` 0 there is nothing to average and it is the trained one
+    itself. In the first steps the average is short, so that it does not hang on to the initial weights: after
+    t updates its decay is min(decay, 1 - (1 + t)^(-2/3)).
+
+    Source: Polyak and Juditsky 1992 for the average; the warm-up is that of timm's ModelEmaV3, which itself
+    is not used because it averages weights that two layers share twice per step.
+    """
+
+    def __init__(self, trained: Detector, decay: float) -> None:
+        self.decay = decay
+        self.detector = copy.deepcopy(trained).requires_grad_(False) if decay else trained
+        self._trained = trained
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimizer step `step`, counted from 0."""
+        if not self.decay:
+            return
+        averaged, current, counters = self._tensors
+        decay = min(self.decay, 1 - (2 + step) ** (-2 / 3))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+        for averaged_counter, counter in counters:
+            averaged_counter.copy_(counter)
+
+    @cached_property
+    def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Averaged and trained tensors, then those that only count. Taken at the first update: moving a model
+        to its device puts new buffers in place of the old ones."""
+        pairs = [
+            *zip(self.detector.parameters(), self._trained.parameters(), strict=True),
+            *zip(self.detector.buffers(), self._trained.buffers(), strict=True),
+        ]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        return [averaged for averaged, _ in floats], [current for _, current in floats], counters

@@ -1,0 +1,83 @@
+"""Artifacts of MLflow as local folders."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import mlflow.artifacts
+from mlflow.exceptions import MlflowException
+
+from detr_dist.errors import UsageError
+from detr_dist.tracking.mlflow import one_line, open_client
+
+
+def is_run_id(text: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def is_artifact_uri(text: str) -> bool:
+    """Whether this names something in MLflow or in an artifact store, and not a local path."""
+    return re.match(r"[a-z0-9+.-]+:/", text) is not None
+
+
+def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
+    """The artifact folder as a local one, within `into`.
+
+    Raises:
+        UsageError: there is no such artifact, or the server cannot be reached.
+    """
+    open_client(tracking_uri)
+    try:
+        path = _fetch(artifact_uri, tracking_uri, into)
+    except (MlflowException, OSError) as error:
+        raise UsageError(
+            f"{artifact_uri}: cannot be fetched from MLflow at {tracking_uri} ({one_line(error)}); correct "
+            f"it, or "
+            "logging.mlflow_tracking_uri"
+        ) from error
+    if not path.is_dir():
+        raise UsageError(f"{artifact_uri}: there is no such folder in MLflow at {tracking_uri}")
+    return path
+
+
+def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
+    """The checkpoints of a run, by what their state.json say, the newest first.
+
+    Raises:
+        UsageError: there is no such run, or it has none.
+    """
+    client = open_client(tracking_uri)
+    try:
+        names = [item.path for item in client.list_artifacts(run_id, "checkpoints") if item.is_dir]
+    except (MlflowException, OSError) as error:
+        raise UsageError(
+            f"MLflow run {run_id} is not to be had from {tracking_uri} ({one_line(error)}); correct the run "
+            f"id, or "
+            "logging.mlflow_tracking_uri"
+        ) from error
+    steps: dict[str, float] = {}
+    for name in names:
+        uri = f"runs:/{run_id}/{name}"
+        try:
+            state = json.loads(_fetch(f"{uri}/state.json", tracking_uri, scratch).read_text())
+            steps[uri] = float(state["step"])
+        except (MlflowException, OSError, ValueError, KeyError, TypeError):
+            steps[uri] = float("-inf")  # the upload did not get that far
+    if not steps:
+        raise UsageError(
+            f"MLflow run {run_id} at {tracking_uri} has no checkpoints yet; it cannot be resumed"
+        )
+    return sorted(steps, key=lambda uri: steps[uri], reverse=True)
+
+
+def _fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return Path(
+        mlflow.artifacts.download_artifacts(
+            artifact_uri=artifact_uri,
+            dst_path=str(into),
+            tracking_uri=tracking_uri,
+            registry_uri=tracking_uri,  # for models:/...
+        )
+    )

@@ -1,0 +1,89 @@
+"""Folders that are there whole or not at all, whatever moment the machine stops at."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the name `folder` (and the place of what had it) once it is whole and on
+    disk.
+
+    Whoever may read the folder may read its files: some libraries write theirs for the owner alone. An
+    exception on the way leaves `folder` as it was, and no trace of the new one.
+    """
+    partial, replaced = _partial(folder), _replaced(folder)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.replace(replaced)
+    partial.replace(folder)
+    _flush_entry(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def link_folder(source: Path, folder: Path) -> None:
+    """Give the files of `source` to the new folder `folder` as well: as hard links where the file system has
+    them."""
+    with new_folder(folder) as partial:
+        for path in source.iterdir():
+            try:
+                os.link(path, partial / path.name)
+            except OSError:
+                shutil.copyfile(path, partial / path.name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder, never leaving half of it under its name."""
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.replace(partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def finish_interrupted(parent: Path) -> None:
+    """Bring to an end what `new_folder` and `remove_folder` were doing in `parent` when their process was
+    killed."""
+    for replaced in list(parent.glob(".*.replaced")):
+        folder = parent / replaced.name.removeprefix(".").removesuffix(".replaced")
+        # The old folder gives up its name only when the new one is whole.
+        if not folder.exists():
+            (_partial(folder) if _partial(folder).exists() else replaced).replace(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+    for partial in list(parent.glob(".*.partial")):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk take all that was written below `folder`."""
+    mode = folder.stat().st_mode & 0o666
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(mode)
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

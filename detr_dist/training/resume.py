@@ -1,0 +1,128 @@
+"""Going on from a checkpoint: what may have changed since, and putting everything back in its place."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from detr_dist.config import Config
+from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.models.average import WeightAverage
+from detr_dist.models.detector import Detector
+from detr_dist.training.checkpoint import Checkpoint
+from detr_dist.training.state import RunFacts
+
+FREE_SECTIONS = {"evaluation", "checkpoint", "logging"}
+FREE_KEYS = {
+    "data.num_workers",
+    "data.prefetch_factor",
+    "training.num_epochs",
+    "training.max_steps",
+    "training.batch_size",  # with the number of processes and the accumulation: their product is compared
+    "training.gradient_accumulation_steps",
+    "training.compile_model",
+    "training.channels_last",
+    "training.early_stopping_patience",
+}
+"""What a resumed run may set otherwise; all other keys decide what is learned."""
+
+
+def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
+    """What has changed since the checkpoint and may, one line each.
+
+    Raises:
+        UsageError: something has changed that would make it another run; names everything that has.
+    """
+    taken: list[str] = []
+    refused: list[str] = []
+    for (key, before), (_, after) in zip(_leaves(saved.config), _leaves(now.config), strict=True):
+        if before != after:
+            is_free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
+            (taken if is_free else refused).append(f"{key} {_shown(before)} -> {_shown(after)}")
+    if saved.class_names != now.class_names:
+        refused.append(f"classes of the data {_shown(saved.class_names)} -> {_shown(now.class_names)}")
+    if saved.num_train_images != now.num_train_images:
+        refused.append(f"number of training images {saved.num_train_images} -> {now.num_train_images}")
+    if saved.global_batch_size != now.global_batch_size:
+        refused.append(_global_batch(saved, now))
+    if refused:
+        raise UsageError(
+            f"this is not the run that was saved: {'; '.join(refused)}. Set it as it was to resume, or "
+            f"begin a new "
+            "run, if you like from its weights with --init-from"
+        )
+    if saved.num_processes != now.num_processes:
+        taken.append(f"number of processes {saved.num_processes} -> {now.num_processes}")
+    taken += [
+        f"{name} {saved.versions.get(name)} -> {version}"
+        for name, version in now.versions.items()
+        if saved.versions.get(name) != version
+    ]
+    return taken
+
+
+def _global_batch(saved: RunFacts, now: RunFacts) -> str:
+    training = now.config.training
+    per_micro_step = training.batch_size * now.num_processes
+    way_out = ""
+    if saved.global_batch_size % per_micro_step == 0:
+        way_out = (
+            f", training.gradient_accumulation_steps={saved.global_batch_size // per_micro_step} keeps it"
+        )
+    return (
+        f"global batch size {saved.global_batch_size} -> {now.global_batch_size} (training.batch_size "
+        f"{training.batch_size} x {now.num_processes} processes x training.gradient_accumulation_steps "
+        f"{training.gradient_accumulation_steps}{way_out})"
+    )
+
+
+def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
+    """Each section.key with its value."""
+    for section, values in config:
+        for key, value in values:
+            yield f"{section}.{key}", value
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def restore_weights(checkpoint: Checkpoint, detector: Detector) -> None:
+    """Raises CheckpointError if the weights are those of another network."""
+    _load(checkpoint, detector, checkpoint.network())
+
+
+def restore_average(checkpoint: Checkpoint, average: WeightAverage) -> None:
+    weights = checkpoint.average()
+    if weights is not None:
+        _load(checkpoint, average.detector, weights)
+
+
+def _load(checkpoint: Checkpoint, detector: Detector, weights: dict[str, torch.Tensor]) -> None:
+    try:
+        detector.network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its weights do not fit the network ({' '.join(str(error).split())[:300]})"
+        ) from None
+
+
+def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: GradScaler | None) -> int:
+    """Put back what the optimizer remembers of each parameter, and the loss scale; the optimizer's options
+    come from the configuration.
+
+    Returns how many steps the learning-rate schedule has behind it.
+    """
+    saved = checkpoint.optimizer()
+    try:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        if scaler is not None and saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        return int(saved["scheduler"]["last_epoch"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its optimizer state does not fit the network ({error})"
+        ) from None

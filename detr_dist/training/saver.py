@@ -1,0 +1,109 @@
+"""Checkpoints are written and uploaded in the background: training waits for a copy to the host only."""
+
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from detr_dist.errors import TrainingError
+from detr_dist.training.checkpoint import Snapshot, write_checkpoint
+from detr_dist.training.durable import finish_interrupted, remove_folder
+
+
+class CheckpointSaver:
+    """Writes one checkpoint at a time to `checkpoints_dir`, prunes the old ones, uploads. Main process only.
+
+    A checkpoint that cannot be written or uploaded is one line on the screen, and training goes on: those
+    written before are as they were. `finish` is strict about the last one.
+    """
+
+    def __init__(
+        self,
+        checkpoints_dir: Path,
+        *,
+        keep_last: int | None,
+        upload: Callable[[Path, str], None] | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self._checkpoints_dir = checkpoints_dir
+        self._keep_last = keep_last
+        self._upload = upload
+        self._say = say
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._failure = ""
+        finish_interrupted(checkpoints_dir)
+
+    def save(self, take: Callable[[], Snapshot], names: Sequence[str]) -> None:
+        """Write what `take` returns under each of `names`. Waits until the one before is written, so that
+        there is one copy in memory at most."""
+        self.wait()
+        self._pending = self._thread.submit(self._save, take(), names)
+
+    def wait(self) -> None:
+        """Until nothing is being written or uploaded."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def finish(self) -> None:
+        """Wait until everything is written and uploaded.
+
+        Raises:
+            TrainingError: the last checkpoint could not be written.
+        """
+        self.wait()
+        if self._failure:
+            raise TrainingError(self._failure)
+
+    def close(self) -> None:
+        """End the thread, once it has done what it was given."""
+        self._thread.shutdown()
+
+    def _save(self, snapshot: Snapshot, names: Sequence[str]) -> None:
+        folders = ", ".join(str(self._checkpoints_dir / name) for name in names)
+        try:
+            write_checkpoint(self._checkpoints_dir, names, snapshot)
+            self._failure = ""
+            self._prune()
+        except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
+            self._failure = (
+                f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
+                f"({_reason(error, self._checkpoints_dir)}); the earlier ones are intact"
+            )
+            self._say(f"warning: {self._failure}, and training goes on; make room for the next one")
+            return
+        if self._upload is not None:
+            try:
+                self._upload_all(names)
+            except Exception as error:  # each kind of store raises its own
+                self._say(f"warning: {folders}: not uploaded ({_reason(error, self._checkpoints_dir)})")
+
+    def _upload_all(self, names: Sequence[str]) -> None:
+        assert self._upload is not None
+        if list(names) == ["last"]:  # an upload that is cut short must not spoil the only copy there is
+            self._upload(self._checkpoints_dir / "last", "checkpoints/last_copy")
+        for name in names:
+            self._upload(self._checkpoints_dir / name, f"checkpoints/{name}")
+
+    def _prune(self) -> None:
+        """Delete the oldest epoch_<N> and step_<N>. `best` and `last` hold their own files, and the newest
+        stays."""
+        if self._keep_last is None:
+            return
+        numbered = [
+            path for path in self._checkpoints_dir.iterdir() if re.fullmatch(r"(epoch|step)_\d+", path.name)
+        ]
+        numbered.sort(key=lambda path: path.stat().st_mtime_ns)
+        for folder in numbered[: -self._keep_last]:
+            remove_folder(folder)
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """What went wrong, and how full the disk is when that may be it."""
+    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300]
+    try:
+        free_mib = shutil.disk_usage(folder).free / 2**20
+    except OSError:
+        return reason
+    return f"{reason}; {free_mib:.0f} MiB free"

@@ -1,0 +1,123 @@
+"""Where a run's first state comes from: a checkpoint or weights, on disk, in MLflow or on the hub."""
+
+import tempfile
+from pathlib import Path
+
+from detr_dist.distributed import HostGroup
+from detr_dist.errors import CheckpointError, DataError, UsageError
+from detr_dist.tracking.download import checkpoint_uris, download_folder, is_artifact_uri, is_run_id
+from detr_dist.training.checkpoint import (
+    AVERAGE,
+    NETWORK,
+    STRUCTURE,
+    Checkpoint,
+    is_checkpoint,
+    newest_checkpoint,
+    open_checkpoint,
+)
+from detr_dist.training.durable import finish_interrupted
+
+
+class Sources:
+    """Finds checkpoints and weights, for all processes of a run. Collective, but for `download`.
+
+    What is in MLflow is downloaded by one process of each machine, into a folder that `close` removes, or
+    else the end of that process.
+    """
+
+    def __init__(self, host: HostGroup, output_dir: Path, tracking_uri: str) -> None:
+        self._host = host
+        self._output_dir = output_dir
+        self._tracking_uri = tracking_uri
+        self._scratch = tempfile.TemporaryDirectory(prefix="detr_dist_")  # of its own for each process
+
+    def close(self) -> None:
+        """Remove what was downloaded, once every process has read it."""
+        self._host.gather_rows([0.0])
+        self._scratch.cleanup()
+
+    def download(self, artifact_uri: str) -> Path:
+        """A folder of MLflow as a local one, on this process alone.
+
+        Raises:
+            UsageError: there is no such folder, or it cannot be fetched.
+        """
+        into = Path(tempfile.mkdtemp(dir=self._scratch.name))
+        return download_folder(artifact_uri, self._tracking_uri, into)
+
+    def checkpoint(self, resume: str) -> Checkpoint | None:
+        """The checkpoint that `--resume` names, verified; None if `auto` finds none.
+
+        Raises:
+            UsageError: there is no such thing.
+            CheckpointError: the one that was named is not whole.
+        """
+        self._host.on_main_process(lambda: finish_interrupted(self._output_dir / "checkpoints"))
+        found = self._host.once_per_machine(lambda: self._find(resume))
+        states = self._host.all_gather_objects(found and found.state)
+        if any(state != states[0] for state in states):
+            steps = ", ".join("none" if state is None else f"step {state.step}" for state in states)
+            raise DataError(
+                f"--resume {resume}: the machines find different checkpoints (by process: {steps}); put "
+                "--output-dir on a disk that all of them share"
+            )
+        return found
+
+    def weights(self, init_from: str) -> str:
+        """What `--init-from` names, as a folder or hub id that transformers loads; of a checkpoint its
+        averaged weights, if it has any.
+
+        Raises:
+            UsageError: there is no such thing.
+            CheckpointError: the checkpoint that was named is not whole.
+        """
+        return self._host.once_per_machine(lambda: self._find_weights(init_from))
+
+    def _find(self, resume: str) -> Checkpoint | None:
+        if resume == "auto":
+            return newest_checkpoint(self._output_dir / "checkpoints", self._say)
+        folder = Path(resume)
+        if folder.is_dir():
+            if is_checkpoint(folder):
+                return open_checkpoint(folder)
+            newest = newest_checkpoint(folder / "checkpoints", self._say)
+            if newest is None:
+                raise UsageError(f"--resume {folder}: holds no whole checkpoint; give the folder of one")
+            return newest
+        if is_run_id(resume):
+            return self._newest_of_run(resume)
+        if is_artifact_uri(resume):
+            return open_checkpoint(self.download(resume))
+        raise UsageError(
+            f"--resume {resume}: not an existing folder; give one, `auto`, an MLflow run id (32 hexadecimal "
+            "digits) or an artifact URI such as runs:/<run id>/checkpoints/last"
+        )
+
+    def _newest_of_run(self, run_id: str) -> Checkpoint:
+        for uri in checkpoint_uris(run_id, self._tracking_uri, Path(self._scratch.name)):
+            try:
+                return open_checkpoint(self.download(uri))
+            except CheckpointError as error:
+                self._say(f"passed over {uri}, which is not whole: {error}")
+        raise UsageError(
+            f"--resume {run_id}: MLflow run {run_id} has no whole checkpoint; it cannot be resumed"
+        )
+
+    def _find_weights(self, init_from: str) -> str:
+        folder = Path(init_from)
+        if not folder.is_dir():
+            if not is_artifact_uri(init_from):
+                return init_from  # a hub id, which transformers resolves
+            folder = self.download(init_from)
+        if not is_checkpoint(folder):
+            return str(folder)
+        open_checkpoint(folder)
+        weights = AVERAGE if (folder / AVERAGE).exists() else NETWORK
+        initial = Path(tempfile.mkdtemp(dir=self._scratch.name))
+        for name, source in ((STRUCTURE, STRUCTURE), ("model.safetensors", weights)):
+            (initial / name).symlink_to((folder / source).absolute())
+        return str(initial)
+
+    def _say(self, line: str) -> None:
+        if self._host.process_index == 0:
+            print(line, flush=True)
