@@ -3,13 +3,16 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch.distributed as dist
 import yaml
@@ -95,18 +98,10 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _launcher(num_processes: int) -> tuple[str | Path, ...]:
+def _launcher(num_processes: int) -> tuple[str, ...]:
     config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
-    launcher = ("-m", "accelerate.commands.launch", "--config_file", config)
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config))
     return (*launcher, "--num_processes", str(num_processes))
-
-
-def _command(arguments: Iterable[str | Path], num_processes: int) -> tuple[str | Path, ...]:
-    return (*(_launcher(num_processes) if num_processes > 1 else ()), "-m", "detr_dist", *arguments)
-
-
-def _folders(data: Path, output: str) -> tuple[str | Path, ...]:
-    return ("--train-dir", data / "train", "--val-dir", data / "val", "--output-dir", output)
 
 
 def _environment() -> dict[str, str]:
@@ -114,11 +109,72 @@ def _environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1"}
 
 
+class CommandServer:
+    """Starts our commands in processes of their own, from one that has imported what they need."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name("command_server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            text=True,
+        )
+
+    def start(
+        self, arguments: Iterable[str | Path], folder: Path, stdout: Path, stderr: Path
+    ) -> "ForkedCommand":
+        request = {
+            "arguments": [*map(str, arguments)],
+            "folder": str(folder),
+            "environment": _environment(),
+            "stdout": str(stdout),
+            "stderr": str(stderr),
+        }
+        return ForkedCommand(self, self.ask(request))
+
+    def ask(self, request: object) -> int:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.communicate(timeout=10)
+
+
+@dataclass
+class ForkedCommand:
+    """What of `subprocess.Popen` the tests use, for a process that is the server's child."""
+
+    server: CommandServer
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE:
+            self.returncode = self.server.ask(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                psutil.Process(self.pid).kill()
+                raise subprocess.TimeoutExpired("detr-dist", timeout)
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
 @dataclass
 class Workplace:
     """A folder to run commands in, with a configuration and an MLflow database of its own."""
 
     folder: Path
+    server: CommandServer
 
     @property
     def config(self) -> Path:
@@ -126,34 +182,21 @@ class Workplace:
 
     def run(self, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
         """A command of ours, under `accelerate launch` where it shall have several processes."""
-        return self._execute(*_command(arguments, num_processes))
+        if num_processes > 1:
+            return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
+        paths = self.folder / "stdout", self.folder / "stderr"
+        command = self.server.start(arguments, self.folder, *paths)
+        command.wait(timeout=100)
+        stdout, stderr = (path.read_text() for path in paths)
+        for path in paths:
+            path.unlink()
+        assert command.returncode is not None
+        return subprocess.CompletedProcess([*map(str, arguments)], command.returncode, stdout, stderr)
 
     def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
         """A script (or -m and a module) with its arguments, in several processes on the CPU."""
-        return self._execute(*_launcher(num_processes), *arguments)
-
-    def start(
-        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
-    ) -> subprocess.Popen[str]:
-        """`train` in the background, with everything it prints in the file `log`."""
-        arguments = ("train", "--config", self.config, *_folders(data, output), *overrides)
-        with (self.folder / "log").open("w") as log:
-            return subprocess.Popen(
-                [sys.executable, *map(str, _command(arguments, num_processes))],
-                cwd=self.folder,
-                env=_environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def _execute(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *map(str, arguments)],
+            [sys.executable, *_launcher(num_processes), *map(str, arguments)],
             cwd=self.folder,
             env=_environment(),
             capture_output=True,
@@ -165,8 +208,33 @@ class Workplace:
     def train(
         self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
     ) -> subprocess.CompletedProcess[str]:
-        arguments = ("--config", self.config, *_folders(data, output), *overrides)
-        return self.run("train", *arguments, num_processes=num_processes)
+        return self.run(*self._training(data, output), *overrides, num_processes=num_processes)
+
+    def start(
+        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
+    ) -> "subprocess.Popen[str] | ForkedCommand":
+        """`train` in the background, with everything it prints in the file `log`."""
+        arguments, log = (*self._training(data, output), *overrides), self.folder / "log"
+        log.unlink(missing_ok=True)
+        if num_processes == 1:
+            return self.server.start(arguments, self.folder, log, log)
+        with log.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, *_launcher(num_processes), "-m", "detr_dist", *map(str, arguments)],
+                cwd=self.folder,
+                env=_environment(),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def _training(self, data: Path, output: str) -> tuple[str | Path, ...]:
+        folders = ("--train-dir", data / "train", "--val-dir", data / "val", "--output-dir", output)
+        return ("train", "--config", self.config, *folders)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
 
     def results(self, output: str = "out") -> dict[str, object]:
         results: dict[str, object] = json.loads((self.folder / output / "results.json").read_text())
@@ -182,12 +250,19 @@ class Workplace:
 
 
 @pytest.fixture(scope="session")
-def new_workplace(empty_store: Path) -> Callable[[Path], Workplace]:
+def command_server() -> Iterator[CommandServer]:
+    server = CommandServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def new_workplace(empty_store: Path, command_server: CommandServer) -> Callable[[Path], Workplace]:
     """Makes a workplace in an existing folder, for fixtures that several tests share."""
 
     def make(folder: Path) -> Workplace:
         shutil.copy(empty_store, folder / "mlflow.db")
-        place = Workplace(folder)
+        place = Workplace(folder, command_server)
         place.config.write_text(yaml.safe_dump(TINY_CONFIG))
         return place
 

@@ -102,10 +102,11 @@ def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
     assert artifacts(mlflow_run) == {"checkpoints", "config.yaml", "model", "models"}
     assert artifacts(mlflow_run, "models") == {"models/epoch_1", "models/epoch_2"}
     assert artifacts(mlflow_run, "checkpoints") == {
-        "checkpoints/best", "checkpoints/epoch_1", "checkpoints/epoch_2"
+        "checkpoints/best", "checkpoints/epoch_1", "checkpoints/epoch_2", "checkpoints/last"
     }  # fmt: skip
     assert artifacts(mlflow_run, "checkpoints/best") == {
-        f"checkpoints/best/{name}" for name in ("model.safetensors", "optimizer.pt", "state.json")
+        f"checkpoints/best/{name}"
+        for name in ("config.json", "manifest.json", "model.safetensors", "optimizer.pt", "state.json")
     }
 
 
