@@ -102,7 +102,8 @@ class TrainingConfig(Section):
     num_epochs: Count = 300
     """Passes over the training images."""
     max_steps: Count | None = None
-    """End after this many optimizer steps, if that comes before `num_epochs`."""
+    """End after this many optimizer steps, if that comes before `num_epochs`; the learning-rate schedule
+    still spans `num_epochs`, so that a run that was cut short and resumed is the whole run."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of everything but the backbone."""
     learning_rate_backbone: PositiveOrZero = 1e-5

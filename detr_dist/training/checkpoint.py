@@ -189,7 +189,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def newest_checkpoint(checkpoints_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint in a folder of checkpoints; says which newer ones are not whole."""
-    folders = sorted(path for path in checkpoints_dir.glob("*") if path.is_dir())
+    folders = sorted(path for path in checkpoints_dir.glob("[!.]*") if path.is_dir())
     for folder in sorted(folders, key=claimed_age, reverse=True):
         try:
             return open_checkpoint(folder)

@@ -51,17 +51,32 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def finish_interrupted(parent: Path) -> None:
+def finish_interrupted(parent: Path) -> list[str]:
     """Bring to an end what `new_folder` and `remove_folder` were doing in `parent` when their process was
-    killed."""
+    killed.
+
+    Returns the names of the folders of which there was only a part, now removed.
+    """
     for replaced in list(parent.glob(".*.replaced")):
         folder = parent / replaced.name.removeprefix(".").removesuffix(".replaced")
         # The old folder gives up its name only when the new one is whole.
         if not folder.exists():
             (_partial(folder) if _partial(folder).exists() else replaced).replace(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    for partial in list(parent.glob(".*.partial")):
+    partials = list(parent.glob(".*.partial"))
+    for partial in partials:
         shutil.rmtree(partial, ignore_errors=True)
+    return [partial.name.removeprefix(".").removesuffix(".partial") for partial in partials]
+
+
+def failure_on_disk(error: Exception, folder: Path) -> str:
+    """What went wrong while writing to `folder`, on one line, with the space that is left: torch and
+    safetensors wrap a full disk in words of their own."""
+    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300]
+    try:
+        return f"{reason}; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError:
+        return reason
 
 
 def _partial(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from detr_dist.tracking.memory import memory_metrics
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
 from detr_dist.training.checkpoint import take_snapshot
-from detr_dist.training.durable import new_folder
+from detr_dist.training.durable import failure_on_disk, new_folder
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
 from detr_dist.training.progress import Progress
@@ -57,6 +57,7 @@ class RunObserver:
         self._saver = saver  # on the main process
         self._facts = facts
         self._is_best = self._was_evaluated = False  # at the end of this epoch
+        self._failure = ""  # of the last attempt to save a model
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
@@ -101,7 +102,7 @@ class RunObserver:
                 f"ending early: {state.evaluations_since_best} evaluations in a row without a better val_map "
                 f"than {state.best_map:.4f} (training.early_stopping_patience)"
             )
-        self._host.on_main_process(lambda: self._save_model(state, is_over=is_over))
+        self._host.on_main_process(lambda: self._save_model(state))
         names = ["best"] if self._is_best else []
         if is_over or num_epochs % self._config.checkpoint.every_epochs == 0:
             names.insert(0, f"epoch_{num_epochs}")
@@ -114,8 +115,15 @@ class RunObserver:
         self._save_checkpoint(state, ["last"])
 
     def finish(self) -> None:
-        """Wait until everything is saved. Raises TrainingError if the last checkpoint could not be."""
-        self._host.on_main_process(lambda: self._saver.finish() if self._saver else None)
+        """Wait until everything is saved. Raises TrainingError if the last checkpoint or model could not
+        be."""
+        self._host.on_main_process(self._finish)
+
+    def _finish(self) -> None:
+        if self._saver is not None:
+            self._saver.finish()
+        if self._failure:
+            raise TrainingError(self._failure)
 
     def close(self) -> None:
         """End the bar and the threads, whatever has happened. Local."""
@@ -180,20 +188,20 @@ class RunObserver:
             )
         )
 
-    def _save_model(self, state: TrainState, *, is_over: bool) -> None:
+    def _save_model(self, state: TrainState) -> None:
         """The model of every epoch goes to MLflow, the best one stays in the output folder as well.
 
-        A disk or server in trouble is one line on the screen, except at the very end.
+        A disk or server in trouble is one line on the screen; `finish` raises it if nothing better followed.
         """
         try:
             self._write_model(self._num_epochs(state), state.metrics if self._was_evaluated else {})
-        except OSError as error:
-            failure = (
-                f"{self._output_dir}: the model of this epoch could not be saved ({error.strerror or error})"
+            self._failure = ""
+        except Exception as error:  # of a full disk each library says it in its own kind
+            self._failure = (
+                f"{self._output_dir}: the model of step {state.step} could not be saved "
+                f"({failure_on_disk(error, self._output_dir)})"
             )
-            if is_over:
-                raise TrainingError(failure) from error
-            self._progress.say(f"warning: {failure}; training goes on")
+            self._progress.say(f"warning: {self._failure}; training goes on")
 
     def _write_model(self, num_epochs: int, metrics: dict[str, float]) -> None:
         if self._tracker is None and not self._is_best:

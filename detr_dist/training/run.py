@@ -238,9 +238,7 @@ def _bring_best(setup: _Setup, resumed: Checkpoint) -> None:
 def _assemble(setup: _Setup, signals: StopSignals) -> Training:
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
-    total_steps = settings.num_epochs * setup.plan.steps_per_epoch
-    if settings.max_steps is not None:
-        total_steps = min(total_steps, settings.max_steps)
+    steps_of_all_epochs = settings.num_epochs * setup.plan.steps_per_epoch
     detector.to(accelerator.device)
     average = WeightAverage(detector, settings.ema_decay)
     optimizer = build_optimizer(detector, settings)
@@ -249,7 +247,7 @@ def _assemble(setup: _Setup, signals: StopSignals) -> Training:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
         setup.sources.close()
-    scheduler = build_scheduler(optimizer, settings, total_steps, done_steps=done_steps)
+    scheduler = build_scheduler(optimizer, settings, steps_of_all_epochs, done_steps=done_steps)
     model, prepared_optimizer = accelerator.prepare(detector.train(), optimizer)
     return Training(
         accelerator=accelerator,
@@ -260,7 +258,7 @@ def _assemble(setup: _Setup, signals: StopSignals) -> Training:
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         plan=setup.plan,
-        total_steps=total_steps,
+        total_steps=min(steps_of_all_epochs, settings.max_steps or steps_of_all_epochs),
         seed=settings.seed,
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,

@@ -1,14 +1,13 @@
 """Checkpoints are written and uploaded in the background: training waits for a copy to the host only."""
 
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from detr_dist.errors import TrainingError
 from detr_dist.training.checkpoint import Snapshot, write_checkpoint
-from detr_dist.training.durable import finish_interrupted, remove_folder
+from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
 
 
 class CheckpointSaver:
@@ -69,7 +68,7 @@ class CheckpointSaver:
         except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
             self._failure = (
                 f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
-                f"({_reason(error, self._checkpoints_dir)}); the earlier ones are intact"
+                f"({failure_on_disk(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
             self._say(f"warning: {self._failure}, and training goes on; make room for the next one")
             return
@@ -77,7 +76,9 @@ class CheckpointSaver:
             try:
                 self._upload_all(names)
             except Exception as error:  # each kind of store raises its own
-                self._say(f"warning: {folders}: not uploaded ({_reason(error, self._checkpoints_dir)})")
+                self._say(
+                    f"warning: {folders}: not uploaded ({failure_on_disk(error, self._checkpoints_dir)})"
+                )
 
     def _upload_all(self, names: Sequence[str]) -> None:
         assert self._upload is not None
@@ -97,13 +98,3 @@ class CheckpointSaver:
         numbered.sort(key=lambda path: path.stat().st_mtime_ns)
         for folder in numbered[: -self._keep_last]:
             remove_folder(folder)
-
-
-def _reason(error: Exception, folder: Path) -> str:
-    """What went wrong, and how full the disk is when that may be it."""
-    reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:300]
-    try:
-        free_mib = shutil.disk_usage(folder).free / 2**20
-    except OSError:
-        return reason
-    return f"{reason}; {free_mib:.0f} MiB free"

@@ -52,7 +52,7 @@ class Sources:
             UsageError: there is no such thing.
             CheckpointError: the one that was named is not whole.
         """
-        self._host.on_main_process(lambda: finish_interrupted(self._output_dir / "checkpoints"))
+        self._host.on_main_process(self._clear_up)
         found = self._host.once_per_machine(lambda: self._find(resume))
         states = self._host.all_gather_objects(found and found.state)
         if any(state != states[0] for state in states):
@@ -72,6 +72,12 @@ class Sources:
             CheckpointError: the checkpoint that was named is not whole.
         """
         return self._host.once_per_machine(lambda: self._find_weights(init_from))
+
+    def _clear_up(self) -> None:
+        for name in finish_interrupted(self._output_dir / "checkpoints"):
+            self._say(
+                f"checkpoint {name} was being written when its process ended: removed what there was of it"
+            )
 
     def _find(self, resume: str) -> Checkpoint | None:
         if resume == "auto":

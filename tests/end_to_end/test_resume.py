@@ -1,16 +1,21 @@
 """A run that is stopped or killed, and goes on as if it had not been."""
 
+import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from detr_dist.training.checkpoint import newest_checkpoint
 
 STEPS = 40
 EVERYTHING_THAT_DRAWS_OR_REMEMBERS = (
@@ -39,21 +44,25 @@ def logged_step(workplace) -> int:
     return step or 0
 
 
-def wait_for_step(workplace, process: subprocess.Popen, step: int) -> None:
+def wait_for_step(workplace, process, step: int) -> None:
+    wait_until(lambda: logged_step(workplace) >= step, process, workplace)
+
+
+def wait_until(condition: Callable[[], bool], process, workplace) -> None:
     deadline = time.monotonic() + 60
-    while logged_step(workplace) < step:
+    while not condition():
         assert process.poll() is None, workplace.log
         assert time.monotonic() < deadline, workplace.log
         time.sleep(0.005)
 
 
-def trainers(process: subprocess.Popen, num_processes: int) -> list[psutil.Process]:
+def trainers(process, num_processes: int) -> list[psutil.Process]:
     """The training processes, without launcher and loader processes, in the order of their start."""
     started = psutil.Process(process.pid)
     return [started] if num_processes == 1 else started.children()
 
 
-def stop(process: subprocess.Popen, how: signal.Signals, num_processes: int) -> None:
+def stop(process, how: signal.Signals, num_processes: int) -> None:
     """End a run: SIGKILL takes everything at once, SIGUSR1 goes to the last training process alone, the
     others to what was started (a launcher passes them on)."""
     if how == signal.SIGKILL:
@@ -64,6 +73,14 @@ def stop(process: subprocess.Popen, how: signal.Signals, num_processes: int) -> 
         trainers(process, num_processes)[-1].send_signal(how)
     else:
         process.send_signal(how)
+
+
+def newest_run(workplace):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("detr_training").experiment_id])
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +146,249 @@ def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
     assert (workplace.folder / "out" / "model" / "config.json").exists()
 
 
-def newest_run(workplace):
-    from mlflow import MlflowClient
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data: Path) -> None:
+    """One process that accumulates twice makes the micro-batches of two, so that even dropout is the same."""
+    splits = {2: "training.gradient_accumulation_steps=1", 1: "training.gradient_accumulation_steps=2"}
+    common = ("training.num_epochs=4", "data.augmentation=detr", "model.freeze_batch_norm=true")
+    finished = workplace.train(tiny_data, *common, splits[2], output="whole", num_processes=2)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    for num_processes, steps in ((2, 7), (1, 13), (2, 20)):  # of 20, five an epoch
+        finished = workplace.train(
+            tiny_data,
+            *common,
+            splits[num_processes],
+            f"training.max_steps={steps}",
+            "--resume",
+            "auto",
+            num_processes=num_processes,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "number of processes 1 -> 2" in finished.stdout
+    assert "training.gradient_accumulation_steps 2 -> 1" in finished.stdout
+    # Sums in another order: float32 rounding, nothing more.
+    assert workplace.history("train_loss") == [
+        (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "whole")
+    ]
 
-    client = MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
-    (run,) = client.search_runs([client.get_experiment_by_name("detr_training").experiment_id])
-    return run
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_twenty_kills_at_random_moments_never_leave_a_run_without_a_whole_checkpoint(
+    workplace, tiny_data: Path
+) -> None:
+    random = np.random.default_rng(0)
+    overrides = (
+        "training.max_steps=100000",
+        "training.num_epochs=100000",
+        "training.lr_schedule=constant",
+        "evaluation.every_epochs=1",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=2",
+        "logging.mlflow=false",
+    )
+    checkpoints_dir, resumed_at = workplace.folder / "out" / "checkpoints", 0
+    for kill in range(20):
+        process = workplace.start(tiny_data, *overrides, "--resume", "auto")
+        wait_until(lambda step=resumed_at: saved_step(checkpoints_dir) > step, process, workplace)
+        time.sleep(random.uniform(0, 0.5))
+        stop(process, signal.SIGKILL, 1)
+        process.wait(60)
+        assert ("going on from out/checkpoints/" in workplace.log) == (kill > 0)
+        assert "not whole" not in workplace.log  # what a kill tears has no name of a checkpoint
+        newest = newest_checkpoint(checkpoints_dir, say=pytest.fail)
+        assert newest is not None
+        assert newest.state.step >= resumed_at
+        resumed_at = newest.state.step
+    assert resumed_at >= 20
+
+
+def saved_step(checkpoints_dir: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in checkpoints_dir.glob("step_*")), default=0)
+
+
+def test_a_disk_that_is_full_is_said_and_spoils_nothing(workplace, tiny_data: Path) -> None:
+    disk = workplace.folder / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk], check=False)
+    if mounted.returncode != 0:
+        need = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        need("a small disk needs the right to mount one")
+    try:
+        finished = workplace.train(
+            tiny_data, "training.num_epochs=3", "checkpoint.every_steps=3", output="disk/out"
+        )
+        kept: list[str] = []
+        newest = newest_checkpoint(disk / "out" / "checkpoints", say=kept.append)
+        leftovers = list(disk.rglob(".*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+    assert finished.returncode == 1
+    (error,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    assert "could not be" in error
+    assert "0 MiB free" in error
+    assert "training goes on" in finished.stdout
+    assert "step 30/30" in finished.stdout
+    assert kept == leftovers == []
+    assert newest is not None
+    assert newest.state.step in (6, 9)
+
+
+@pytest.fixture(scope="module")
+def stopped_early(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
+    """A finished run of 12 steps, one epoch and a bit, with averaged weights."""
+    place = new_workplace(tmp_path_factory.mktemp("stopped_early"))
+    finished = place.train(
+        tiny_data,
+        "training.max_steps=12",
+        "training.num_epochs=2",
+        "training.ema_decay=0.9",
+        "checkpoint.every_steps=5",
+    )
+    assert finished.returncode == 0, finished.stderr
+    return place
+
+
+@pytest.fixture
+def copied(stopped_early, tmp_path: Path, command_server):
+    """A copy of that run to spoil. Its MLflow artifacts stay where they were."""
+    folder = Path(shutil.copytree(stopped_early.folder, tmp_path / "copy"))
+    return type(stopped_early)(folder, command_server)
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()  # `last` shares its files with another checkpoint
+    path.write_bytes(content)
+
+
+def test_a_checkpoint_with_one_flipped_byte_is_refused_by_name_and_passed_over_by_auto(
+    copied, tiny_data: Path
+) -> None:
+    last = Path("out") / "checkpoints" / "last"
+    flip_a_byte(copied.folder / last / "optimizer.pt")
+    overrides = ("training.max_steps=12", "training.num_epochs=2", "training.ema_decay=0.9")
+    refused = copied.train(tiny_data, *overrides, "--resume", str(last))
+    assert refused.returncode == 1
+    assert f"error: {last / 'optimizer.pt'}: not as it was written" in refused.stderr
+    shutil.rmtree(copied.folder / "out" / "checkpoints" / "epoch_2")
+    shutil.rmtree(copied.folder / "out" / "checkpoints" / "best")
+    passed = copied.train(tiny_data, *overrides, "--resume", "auto")
+    assert passed.returncode == 0, passed.stderr
+    assert f"passed over a checkpoint that is not whole: {last / 'optimizer.pt'}" in passed.stdout
+    assert "step_10 at step 10, 40 samples seen" in passed.stdout
+
+
+def test_a_config_that_makes_it_another_run_is_one_error_that_names_the_keys(copied, tiny_data: Path) -> None:
+    refused = copied.train(
+        tiny_data,
+        "training.max_steps=12",
+        "training.num_epochs=3",
+        "training.ema_decay=0.9",
+        "training.seed=7",
+        "training.batch_size=2",
+        "model.num_queries=9",
+        "--resume",
+        "auto",
+    )
+    assert refused.returncode == 2
+    (error,) = refused.stderr.splitlines()
+    assert "training.seed 42 -> 7" in error
+    assert "model.num_queries 8 -> 9" in error
+    assert "training.gradient_accumulation_steps=2 keeps it" in error
+    assert "num_epochs" not in error
+    assert (copied.folder / "out" / "checkpoints" / "last").exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do_until_it_is_given_more(copied, tiny_data: Path) -> None:
+    overrides = ("training.num_epochs=2", "training.ema_decay=0.9", "--resume", "auto")
+    again = copied.train(tiny_data, "training.max_steps=12", *overrides)
+    assert again.returncode == 0, again.stderr
+    assert "nothing left to do" in again.stdout
+    assert set(copied.results()["metrics"]) == {"val_map", "val_player_map", "val_ball_map"}
+    more = copied.train(tiny_data, "training.max_steps=15", *overrides)
+    assert more.returncode == 0, more.stderr
+    assert "changed since: training.max_steps 12 -> 15" in more.stdout
+    assert [step for step, _ in copied.history("train_loss")] == list(range(1, 16))
+    assert newest_run(copied).data.tags["resumed_at_steps"] == "12; 12"
+
+
+def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_data: Path) -> None:
+    run_id = copied.results()["run_id"]
+    for number, source in enumerate(("out/checkpoints/last", f"runs:/{run_id}/model")):
+        output = f"next_{number}"
+        finished = copied.train(
+            tiny_data,
+            "training.max_steps=1",
+            "training.learning_rate=1e-30",  # what is saved is what was taken
+            "training.learning_rate_backbone=1e-30",
+            "model.freeze_batch_norm=true",
+            "--init-from",
+            source,
+            "--resume",
+            "auto",  # nothing there: what a scheduler repeats may begin like this
+            output=output,
+        )
+        assert finished.returncode == 0, finished.stderr
+        assert copied.results(output)["run_id"] != run_id
+        taken = load_file(copied.folder / output / "checkpoints" / "last" / "model.safetensors")
+        averaged = load_file(copied.folder / "out" / "checkpoints" / "last" / "ema.safetensors")
+        for key, tensor in taken.items():
+            assert torch.allclose(tensor, averaged[key], atol=1e-6), key
+
+
+def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
+    for resume, part in (
+        ("nowhere", "--resume nowhere: not an existing folder"),
+        ("0" * 32, f"MLflow run {'0' * 32} is not to be had"),
+        (f"runs:/{'0' * 32}/checkpoints/last", "cannot be fetched from MLflow"),
+    ):
+        finished = workplace.train(tiny_data, "--resume", resume)
+        assert finished.returncode == 2
+        (error,) = finished.stderr.splitlines()
+        assert part in error
+    both = workplace.train(tiny_data, "--resume", "out", "--init-from", "out")
+    assert both.returncode == 2
+    assert "leave one of them out" in both.stderr
+
+
+def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_data: Path) -> None:
+    overrides = (
+        "training.num_epochs=9",
+        "training.early_stopping_patience=3",
+        "training.learning_rate=1e-9",  # nothing gets better
+        "evaluation.every_epochs=1",
+    )
+    first = workplace.train(tiny_data, *overrides, "training.max_steps=20")
+    assert first.returncode == 0, first.stderr
+    second = workplace.train(tiny_data, *overrides, "--resume", "auto")
+    assert second.returncode == 0, second.stderr
+    assert "ending early: 3 evaluations in a row" in second.stdout
+    assert [step for step, _ in workplace.history("val_map")] == [10, 20, 30, 40]
+    assert (workplace.folder / "out" / "checkpoints" / "epoch_4").exists()
+
+
+@pytest.mark.dist
+def test_a_process_that_is_killed_ends_the_other_within_a_minute_and_tears_nothing(
+    workplace, tiny_data: Path
+) -> None:
+    process = workplace.start(
+        tiny_data,
+        "training.num_epochs=10000",
+        "checkpoint.every_steps=1",
+        "checkpoint.keep_last=2",
+        num_processes=2,
+    )
+    wait_for_step(workplace, process, 3)
+    family = psutil.Process(process.pid).children(recursive=True)
+    trainers(process, 2)[1].kill()
+    killed_at = time.monotonic()
+    assert process.wait(60) != 0
+    psutil.wait_procs(family, timeout=60 - (time.monotonic() - killed_at))
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in family)
+    assert "[process 0] error: lost contact with another process" in workplace.log
+    assert newest_checkpoint(workplace.folder / "out" / "checkpoints", say=pytest.fail) is not None
+    assert newest_run(workplace).info.status == "FAILED"

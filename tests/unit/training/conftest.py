@@ -1,0 +1,102 @@
+"""A tiny detector in training, and checkpoints of it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from detr_dist.config import Config, ModelConfig, TrainingConfig
+from detr_dist.data.sampling import StepPlan
+from detr_dist.distributed import HostGroup
+from detr_dist.models.average import WeightAverage
+from detr_dist.models.build import build_detector
+from detr_dist.models.criterion import SetCriterion
+from detr_dist.models.detector import Detector
+from detr_dist.training.agreement import StepAgreement
+from detr_dist.training.checkpoint import Snapshot, take_snapshot, write_checkpoint
+from detr_dist.training.loop import Training
+from detr_dist.training.optim import build_optimizer, build_scheduler
+from detr_dist.training.preemption import StopSignals
+from detr_dist.training.state import RunFacts, TrainState
+
+CLASS_NAMES = ["player", "ball"]
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> ModelConfig:
+    return ModelConfig(
+        backbone={
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 8, 8],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage4"],
+        },
+        pretrained_backbone=False,
+        hidden_dim=32,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        config_overrides={"encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+    )
+
+
+@pytest.fixture
+def detector(tiny_model: ModelConfig) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(tiny_model, CLASS_NAMES)
+
+
+@pytest.fixture
+def training(detector: Detector) -> Training:
+    """One optimizer step done, on gradients of 1; the average has moved as well."""
+    settings, accelerator = TrainingConfig(warmup_steps=5), Accelerator(cpu=True)
+    optimizer = build_optimizer(detector, settings)
+    scheduler = build_scheduler(optimizer, settings, total_steps=20)
+    average = WeightAverage(detector, decay=0.9)
+    for parameter in detector.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    average.update(0)
+    return Training(
+        accelerator=accelerator,
+        agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
+        model=detector,
+        average=average,
+        criterion=SetCriterion(detector.loss_settings),
+        optimizer=accelerator.prepare(optimizer),
+        scheduler=scheduler,
+        plan=StepPlan(num_samples=40, batch_size=4, num_processes=1, accumulation=1),
+        total_steps=20,
+        seed=42,
+        gradient_clip=0.1,
+        patience=0,
+    )
+
+
+@pytest.fixture
+def facts(tiny_model: ModelConfig) -> RunFacts:
+    return RunFacts(
+        config=Config(model=tiny_model),
+        class_names=CLASS_NAMES,
+        num_train_images=40,
+        num_processes=1,
+        global_batch_size=4,
+        init_from=None,
+        mlflow_run_id="0" * 32,
+        versions={"torch": torch.__version__},
+    )
+
+
+@pytest.fixture
+def snapshot_of(training: Training, detector: Detector, facts: RunFacts) -> Callable[[TrainState], Snapshot]:
+    """A snapshot of the tiny detector, with a state to choose."""
+    return lambda state: take_snapshot(training, detector, state, facts)
+
+
+@pytest.fixture
+def small_snapshot(snapshot_of: Callable[[TrainState], Snapshot]) -> Callable[[int], Snapshot]:
+    """Of a step of one's choice; the weights are few, for tests that write many."""
