@@ -66,8 +66,8 @@ def train(
     goes on from there. A second Ctrl-C ends it at once.
     """
     settings = load_config(config, overrides or ())
-    from detr_dist.training.run import RunOptions
     from detr_dist.training.run import train as run_training
+    from detr_dist.training.setup import RunOptions
 
     run_training(settings, RunOptions(train_dir, val_dir, output_dir, resume, init_from))
 

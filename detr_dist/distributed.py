@@ -60,15 +60,15 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
     if launched not in ("no", mixed_precision):
         raise UsageError(
             f"mixed precision is {launched} for accelerate launch, but training.mixed_precision is "
-            f"{mixed_precision}; "
-            f"set training.mixed_precision={launched} or take it out of Accelerate's settings"
+            f"{mixed_precision}; set training.mixed_precision={launched} or take it out of Accelerate's "
+            "settings"
         )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if accumulation not in ("1", str(gradient_accumulation_steps)):
         raise UsageError(
             f"gradient accumulation is {accumulation} for accelerate launch, but "
-            f"training.gradient_accumulation_steps "
-            f"is {gradient_accumulation_steps}; make them agree or take it out of Accelerate's settings"
+            f"training.gradient_accumulation_steps is {gradient_accumulation_steps}; make them agree or "
+            "take it out of Accelerate's settings"
         )
 
 

@@ -101,6 +101,6 @@ def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, 
         turned = "; its EXIF rotation is not applied" if found_hw == annotated_hw[::-1] else ""
         raise UnreadableImageError(
             f"{path}: the image is {width}x{height} but its annotation says "
-            f"{annotated_width}x{annotated_height}{turned}; "
-            "correct the JSON or save the image in the annotated size"
+            f"{annotated_width}x{annotated_height}{turned}; correct the JSON or save the image in the "
+            "annotated size"
         )

@@ -49,8 +49,8 @@ class StepPlan:
     def __post_init__(self) -> None:
         if self.steps_per_epoch == 0:
             raise UsageError(
-                f"an optimizer step takes {self.global_batch_size} images "
-                f"(training.batch_size {self.batch_size} x {self.num_processes} processes x "
+                f"an optimizer step takes {self.global_batch_size} images (training.batch_size "
+                f"{self.batch_size} x {self.num_processes} processes x "
                 f"training.gradient_accumulation_steps {self.accumulation}), but the training data has "
                 f"{self.num_samples}; lower one of the three"
             )

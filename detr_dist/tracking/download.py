@@ -33,8 +33,7 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     except (MlflowException, OSError) as error:
         raise UsageError(
             f"{artifact_uri}: cannot be fetched from MLflow at {tracking_uri} ({one_line(error)}); correct "
-            f"it, or "
-            "logging.mlflow_tracking_uri"
+            "it, or logging.mlflow_tracking_uri"
         ) from error
     if not path.is_dir():
         raise UsageError(f"{artifact_uri}: there is no such folder in MLflow at {tracking_uri}")
@@ -52,9 +51,8 @@ def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
         names = [item.path for item in client.list_artifacts(run_id, "checkpoints") if item.is_dir]
     except (MlflowException, OSError) as error:
         raise UsageError(
-            f"MLflow run {run_id} is not to be had from {tracking_uri} ({one_line(error)}); correct the run "
-            f"id, or "
-            "logging.mlflow_tracking_uri"
+            f"MLflow run {run_id} is not to be had from {tracking_uri} ({one_line(error)}); correct the "
+            "run id, or logging.mlflow_tracking_uri"
         ) from error
     steps: dict[str, float] = {}
     for name in names:

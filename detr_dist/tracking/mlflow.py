@@ -18,7 +18,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from detr_dist.config import LoggingConfig
-from detr_dist.errors import UsageError
+from detr_dist.errors import StopRequested, UsageError
 
 # Limits of MLflow's API.
 _MAX_PARAMS_PER_BATCH = 100
@@ -51,8 +51,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         except Exception as error:  # each kind of store raises its own
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: cannot begin a run there ({one_line(error)}); "
-                f"correct "
-                "it, or set logging.mlflow=false"
+                "correct it, or set logging.mlflow=false"
             ) from error
 
     def _begin(self, config: LoggingConfig) -> str:
@@ -68,9 +67,8 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         except MlflowException as error:
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: MLflow run {run_id}, to which the checkpoint "
-                f"belongs, "
-                f"is not to be had there ({one_line(error)}); give the URI it was tracked at, or set "
-                "logging.mlflow=false"
+                f"belongs, is not to be had there ({one_line(error)}); give the URI it was tracked at, or "
+                "set logging.mlflow=false"
             ) from error
         if run.info.lifecycle_stage != "active":
             raise UsageError(
@@ -145,6 +143,31 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
 
     def finish(self) -> None:
         """Accelerate calls this whatever happened, so it says nothing about success; `end` does."""
+
+
+@contextmanager
+def run_status(tracker: MLflowTracker | None) -> Iterator[None]:
+    """Close the MLflow run with what became of it."""
+    try:
+        yield
+    except BaseException as error:
+        if tracker is not None:
+            _close_unfinished(tracker, error)
+        raise
+    if tracker is not None:
+        tracker.end("FINISHED")
+
+
+def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
+    try:
+        if isinstance(error, (KeyboardInterrupt, StopRequested)):
+            tracker.end("KILLED")
+        else:
+            tracker.set_tags({"error": f"{type(error).__name__}: {error}"[:5000]})
+            tracker.end("FAILED")
+    except Exception as trouble:  # must not hide what went wrong first
+        reason = " ".join(str(trouble).split())
+        print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)
 
 
 def is_file_store(uri: str) -> bool:

@@ -94,8 +94,7 @@ class StepAgreement:
             ]
             advice = (
                 "; look at these images and their boxes, lower training.learning_rate, set "
-                "training.gradient_clip, or use "
-                "bf16 instead of fp16"
+                "training.gradient_clip, or use bf16 instead of fp16"
                 if any("finite" in problem for problem in told)
                 else ""
             )

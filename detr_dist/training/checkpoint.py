@@ -134,8 +134,7 @@ class Checkpoint:
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
             raise CheckpointError(
                 f"{path}: holds something else than tensors and numbers, or is damaged; nothing of it was "
-                f"run. "
-                f"Use another checkpoint ({_one_line(error)[:200]})"
+                f"run. Use another checkpoint ({_one_line(error)[:200]})"
             ) from None
         if not isinstance(content, dict) or content.keys() != {"optimizer", "scheduler", "scaler"}:
             raise CheckpointError(

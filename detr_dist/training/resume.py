@@ -50,8 +50,7 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
     if refused:
         raise UsageError(
             f"this is not the run that was saved: {'; '.join(refused)}. Set it as it was to resume, or "
-            f"begin a new "
-            "run, if you like from its weights with --init-from"
+            "begin a new run, if you like from its weights with --init-from"
         )
     if saved.num_processes != now.num_processes:
         taken.append(f"number of processes {saved.num_processes} -> {now.num_processes}")

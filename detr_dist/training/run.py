@@ -1,29 +1,19 @@
 """A training run from its options to its results: everything is assembled here, nothing is computed."""
 
-import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from pathlib import Path
 
-import torch
-from accelerate import Accelerator
 from transformers.utils import logging as transformers_logging
 
-from detr_dist import __version__
 from detr_dist.config import Config
-from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.sampling import StepPlan
-from detr_dist.distributed import HostGroup, build_accelerator, is_lost_contact
-from detr_dist.errors import CheckpointError, DataError, StopRequested, TrainingError, UsageError
+from detr_dist.data.coco import load_coco
+from detr_dist.distributed import build_accelerator, is_lost_contact
+from detr_dist.errors import CheckpointError, StopRequested, TrainingError, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
-from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
-from detr_dist.models.detector import Detector
-from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.tracking.mlflow import MLflowTracker, run_status
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import MANIFEST, Checkpoint
@@ -34,26 +24,10 @@ from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, check_writable, make_room, write_results
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.progress import Progress
-from detr_dist.training.resume import (
-    compare_with_saved,
-    restore_average,
-    restore_optimizer,
-    restore_weights,
-)
+from detr_dist.training.resume import restore_average, restore_optimizer
 from detr_dist.training.saver import CheckpointSaver
-from detr_dist.training.sources import Sources
-from detr_dist.training.state import RunFacts, TrainState
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says beside the configuration."""
-
-    train_dir: Path
-    val_dir: Path
-    output_dir: Path
-    resume: str | None = None
-    init_from: str | None = None
+from detr_dist.training.setup import RunOptions, Setup, set_up
+from detr_dist.training.state import TrainState
 
 
 def train(config: Config, options: RunOptions) -> None:
@@ -75,122 +49,24 @@ def train(config: Config, options: RunOptions) -> None:
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
     )
     try:
-        setup = _set_up(config, options, train_data, val_data, accelerator)
+        setup = set_up(config, options, train_data, val_data, accelerator)
         with StopSignals() as signals:
             tracker = setup.host.on_main_process(lambda: _open_run(setup))
-            with _run_status(tracker):
+            with run_status(tracker):
                 setup.host.on_main_process(lambda: _open_output(setup, tracker))
                 _run(setup, _assemble(setup, signals), signals, tracker)
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_lost_contact(error):
             raise TrainingError(
                 "lost contact with another process, which has ended or cannot be reached: the cause is what "
-                "that "
-                f"one says, or the exit code that the launcher reports ({' '.join(str(error).split())[:200]})"
+                f"it says itself, or its exit code in the launcher's report ({' '.join(str(error).split())[:200]})"
             ) from error
         raise
     finally:
         accelerator.end_training()
 
 
-@dataclass(frozen=True)
-class _Setup:
-    """What is known of a run before anything of it is visible from outside."""
-
-    config: Config
-    options: RunOptions
-    train_data: CocoData
-    val_data: CocoData
-    accelerator: Accelerator
-    host: HostGroup
-    plan: StepPlan
-    sources: Sources
-    resumed: Checkpoint | None
-    facts: RunFacts
-    changes: list[str]
-    """Settings that differ from the resumed run's, in words."""
-    detector: Detector
-
-
-def _set_up(
-    config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
-) -> _Setup:
-    host = HostGroup(accelerator)
-    plan = StepPlan(
-        len(train_data),
-        config.training.batch_size,
-        accelerator.num_processes,
-        config.training.gradient_accumulation_steps,
-    )
-    sources = Sources(host, options.output_dir, config.logging.mlflow_tracking_uri)
-    resumed = sources.checkpoint(options.resume) if options.resume is not None else None
-    facts = RunFacts(
-        config=config,
-        class_names=list(train_data.class_names),
-        num_train_images=len(train_data),
-        num_processes=accelerator.num_processes,
-        global_batch_size=plan.global_batch_size,
-        init_from=options.init_from if resumed is None else resumed.facts.init_from,
-        mlflow_run_id=None,
-        versions=_versions(),
-    )
-    return _Setup(
-        config=config,
-        options=options,
-        train_data=train_data,
-        val_data=val_data,
-        accelerator=accelerator,
-        host=host,
-        plan=plan,
-        sources=sources,
-        resumed=resumed,
-        facts=facts,
-        changes=compare_with_saved(resumed.facts, facts) if resumed is not None else [],
-        detector=_build_network(facts, train_data, sources, resumed),
-    )
-
-
-def _versions() -> dict[str, str]:
-    libraries = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    return {"detr_dist": __version__, "python": platform.python_version(), **libraries}
-
-
-def _build_network(
-    facts: RunFacts, train_data: CocoData, sources: Sources, resumed: Checkpoint | None
-) -> Detector:
-    """The network with its first weights, or those of the checkpoint."""
-    settings, model = facts.config.training, facts.config.model
-    if facts.init_from is not None:
-        source = facts.init_from if resumed is not None else sources.weights(facts.init_from)
-        model = model.model_copy(update={"pretrained": source})
-    torch.manual_seed(settings.seed)
-    try:
-        detector = build_detector(
-            model,
-            train_data.class_names,
-            channels_last=settings.channels_last,
-            train_backbone=settings.learning_rate_backbone > 0,
-            structure=resumed.folder if resumed is not None else None,
-        )
-    except UsageError as error:
-        raise UsageError(
-            str(error).replace(f"model.pretrained {model.pretrained}", f"--init-from {facts.init_from}")
-            if facts.init_from is not None
-            else str(error)
-        ) from error
-    if train_data.max_boxes_per_image > detector.num_queries:
-        raise DataError(
-            f"{train_data.annotations_path}: an image has {train_data.max_boxes_per_image} boxes, but the "
-            f"model finds at most {detector.num_queries}; raise model.num_queries"
-        )
-    if resumed is not None:
-        restore_weights(resumed, detector)
-    if settings.compile_model:
-        detector.network.compile()
-    return detector
-
-
-def _open_run(setup: _Setup) -> MLflowTracker | None:
+def _open_run(setup: Setup) -> MLflowTracker | None:
     """Make sure of the output folder, then begin the MLflow run, or go on with it. Main process."""
     check_writable(setup.options.output_dir)
     if not setup.config.logging.mlflow:
@@ -202,7 +78,7 @@ def _open_run(setup: _Setup) -> MLflowTracker | None:
     return tracker
 
 
-def _open_output(setup: _Setup, tracker: MLflowTracker | None) -> None:
+def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
     """Give the run its files and the main process its trackers. Main process."""
     output_dir, config, resumed = setup.options.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
@@ -222,7 +98,7 @@ def _open_output(setup: _Setup, tracker: MLflowTracker | None) -> None:
         each.store_init_configuration(params)
 
 
-def _bring_best(setup: _Setup, resumed: Checkpoint) -> None:
+def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
     """The best model so far belongs to the run as well; it lies beside the checkpoint, or in MLflow."""
     try:
         best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
@@ -235,7 +111,7 @@ def _bring_best(setup: _Setup, resumed: Checkpoint) -> None:
         print(f"warning: the best model so far could not be brought here ({error})", flush=True)
 
 
-def _assemble(setup: _Setup, signals: StopSignals) -> Training:
+def _assemble(setup: Setup, signals: StopSignals) -> Training:
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     steps_of_all_epochs = settings.num_epochs * setup.plan.steps_per_epoch
@@ -265,7 +141,7 @@ def _assemble(setup: _Setup, signals: StopSignals) -> Training:
     )
 
 
-def _run(setup: _Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:
+def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:
     """Train to the end, or to a request to stop. Collective."""
     config, accelerator, host, options = setup.config, setup.accelerator, setup.host, setup.options
     state = setup.resumed.state if setup.resumed is not None else TrainState()
@@ -322,7 +198,7 @@ def _run(setup: _Setup, training: Training, signals: StopSignals, tracker: MLflo
     host.on_main_process(lambda: _leave_results(setup, state, tracker))
 
 
-def _leave_results(setup: _Setup, state: TrainState, tracker: MLflowTracker | None) -> None:
+def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | None) -> None:
     where = {"run_id": tracker.run_id, "tracking_uri": tracker.uri} if tracker is not None else {}
     write_results(setup.options.output_dir, state.metrics, where)
     if tracker is not None:
@@ -331,7 +207,7 @@ def _leave_results(setup: _Setup, state: TrainState, tracker: MLflowTracker | No
         print(f"see it with: mlflow ui --backend-store-uri {tracker.uri}", flush=True)
 
 
-def _describe(setup: _Setup, training: Training, state: TrainState) -> Iterator[str]:
+def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
     """What there is to know before the first step."""
     plan, accelerator, train_data = training.plan, setup.accelerator, setup.train_data
     yield from train_data.notices
@@ -343,15 +219,14 @@ def _describe(setup: _Setup, training: Training, state: TrainState) -> Iterator[
     )
     yield (
         f"{accelerator.num_processes} processes ({accelerator.device}, precision "
-        f"{accelerator.mixed_precision}) x batch "
-        f"{plan.batch_size} x accumulation {plan.accumulation} = {plan.global_batch_size} images a step; "
-        f"{plan.steps_per_epoch} steps an epoch{left_out}, {training.total_steps} steps in all"
+        f"{accelerator.mixed_precision}) x batch {plan.batch_size} x accumulation {plan.accumulation} = "
+        f"{plan.global_batch_size} images a step; {plan.steps_per_epoch} steps an epoch{left_out}, "
+        f"{training.total_steps} steps in all"
     )
     if setup.config.training.warmup_steps >= training.total_steps:
         yield (
             f"training.warmup_steps {setup.config.training.warmup_steps}: the learning rate does not reach "
-            f"its "
-            "peak in this run"
+            "its peak in this run"
         )
     if setup.resumed is not None:
         yield (
@@ -363,28 +238,3 @@ def _describe(setup: _Setup, training: Training, state: TrainState) -> Iterator[
             yield "there is nothing left to do: raise training.num_epochs or training.max_steps to train on"
     elif setup.options.resume is not None:
         yield f"no checkpoint in {setup.options.output_dir}: a new run begins"
-
-
-@contextmanager
-def _run_status(tracker: MLflowTracker | None) -> Iterator[None]:
-    """Close the MLflow run with what became of it."""
-    try:
-        yield
-    except BaseException as error:
-        if tracker is not None:
-            _close_unfinished(tracker, error)
-        raise
-    if tracker is not None:
-        tracker.end("FINISHED")
-
-
-def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
-    try:
-        if isinstance(error, (KeyboardInterrupt, StopRequested)):
-            tracker.end("KILLED")
-        else:
-            tracker.set_tags({"error": f"{type(error).__name__}: {error}"[:5000]})
-            tracker.end("FAILED")
-    except Exception as trouble:  # must not hide what went wrong first
-        reason = " ".join(str(trouble).split())
-        print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)

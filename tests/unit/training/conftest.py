@@ -1,5 +1,7 @@
 """A tiny detector in training, and checkpoints of it."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
 from detr_dist.training.agreement import StepAgreement
-from detr_dist.training.checkpoint import Snapshot, take_snapshot, write_checkpoint
+from detr_dist.training.checkpoint import MANIFEST, Snapshot, take_snapshot, write_checkpoint
 from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.preemption import StopSignals
@@ -92,11 +94,26 @@ def facts(tiny_model: ModelConfig) -> RunFacts:
 
 
 @pytest.fixture
-def snapshot_of(training: Training, detector: Detector, facts: RunFacts) -> Callable[[TrainState], Snapshot]:
-    """A snapshot of the tiny detector, with a state to choose."""
-    return lambda state: take_snapshot(training, detector, state, facts)
+def snapshot_at(training: Training, detector: Detector, facts: RunFacts) -> Callable[..., Snapshot]:
+    """Makes a snapshot of the tiny detector at a step, with what else of the state is given."""
+    return lambda step, **state: take_snapshot(training, detector, TrainState(step=step, **state), facts)
 
 
 @pytest.fixture
-def small_snapshot(snapshot_of: Callable[[TrainState], Snapshot]) -> Callable[[int], Snapshot]:
-    """Of a step of one's choice; the weights are few, for tests that write many."""
+def checkpoint(snapshot_at: Callable[..., Snapshot], tmp_path: Path) -> Path:
+    """A checkpoint with all its files."""
+    write_checkpoint(tmp_path / "checkpoints", ["epoch_1"], snapshot_at(10, closed_step=10))
+    return tmp_path / "checkpoints" / "epoch_1"
+
+
+def rewrite(folder: Path, name: str, content: bytes) -> None:
+    (folder / name).write_bytes(content)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.fixture(name="rewrite")
+def rewrite_fixture() -> Callable[[Path, str, bytes], None]:
+    """Puts other content into a file of a checkpoint, as a forger would: the manifest says the same."""
+    return rewrite

@@ -3,24 +3,9 @@
 import pytest
 import torch
 
-from detr_dist.config import ModelConfig, TrainingConfig
-from detr_dist.models.build import build_detector
+from detr_dist.config import TrainingConfig
+from detr_dist.models.detector import Detector
 from detr_dist.training.optim import build_optimizer, build_scheduler
-
-TINY = ModelConfig(
-    backbone={
-        "model_type": "resnet",
-        "layer_type": "basic",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 8, 8],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage4"],
-    },
-    pretrained_backbone=False,
-    hidden_dim=32,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-)
 
 
 def learning_rates(total_steps: int, **settings: object) -> list[float]:
@@ -35,8 +20,7 @@ def learning_rates(total_steps: int, **settings: object) -> list[float]:
     return rates
 
 
-def test_the_backbone_learns_at_its_own_rate_and_norms_and_biases_do_not_decay() -> None:
-    detector = build_detector(TINY, ["player", "ball"])
+def test_the_backbone_learns_at_its_own_rate_and_norms_and_biases_do_not_decay(detector: Detector) -> None:
     optimizer = build_optimizer(detector, TrainingConfig(weight_decay=0.1))
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     backbone = {id(p) for p in detector.backbone_parameters()}

@@ -1,0 +1,130 @@
+"""What is known of a run before anything of it is visible from outside."""
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from detr_dist import __version__
+from detr_dist.config import Config
+from detr_dist.data.coco import CocoData
+from detr_dist.data.sampling import StepPlan
+from detr_dist.distributed import HostGroup
+from detr_dist.errors import DataError, UsageError
+from detr_dist.models.build import build_detector
+from detr_dist.models.detector import Detector
+from detr_dist.training.checkpoint import Checkpoint
+from detr_dist.training.resume import compare_with_saved, restore_weights
+from detr_dist.training.sources import Sources
+from detr_dist.training.state import RunFacts
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the configuration."""
+
+    train_dir: Path
+    val_dir: Path
+    output_dir: Path
+    resume: str | None = None
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run that is ready to be assembled. All that can be known to be wrong has been found."""
+
+    config: Config
+    options: RunOptions
+    train_data: CocoData
+    val_data: CocoData
+    accelerator: Accelerator
+    host: HostGroup
+    plan: StepPlan
+    sources: Sources
+    resumed: Checkpoint | None
+    facts: RunFacts
+    changes: list[str]
+    """Settings that differ from the resumed run's, in words."""
+    detector: Detector
+
+
+def set_up(
+    config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
+) -> Setup:
+    host = HostGroup(accelerator)
+    plan = StepPlan(
+        len(train_data),
+        config.training.batch_size,
+        accelerator.num_processes,
+        config.training.gradient_accumulation_steps,
+    )
+    sources = Sources(host, options.output_dir, config.logging.mlflow_tracking_uri)
+    resumed = sources.checkpoint(options.resume) if options.resume is not None else None
+    facts = RunFacts(
+        config=config,
+        class_names=list(train_data.class_names),
+        num_train_images=len(train_data),
+        num_processes=accelerator.num_processes,
+        global_batch_size=plan.global_batch_size,
+        init_from=options.init_from if resumed is None else resumed.facts.init_from,
+        mlflow_run_id=None,
+        versions=_versions(),
+    )
+    return Setup(
+        config=config,
+        options=options,
+        train_data=train_data,
+        val_data=val_data,
+        accelerator=accelerator,
+        host=host,
+        plan=plan,
+        sources=sources,
+        resumed=resumed,
+        facts=facts,
+        changes=compare_with_saved(resumed.facts, facts) if resumed is not None else [],
+        detector=_build_network(facts, train_data, sources, resumed),
+    )
+
+
+def _versions() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"detr_dist": __version__, "python": platform.python_version(), **libraries}
+
+
+def _build_network(
+    facts: RunFacts, train_data: CocoData, sources: Sources, resumed: Checkpoint | None
+) -> Detector:
+    """The network with its first weights, or those of the checkpoint."""
+    settings, model = facts.config.training, facts.config.model
+    if facts.init_from is not None:
+        source = facts.init_from if resumed is not None else sources.weights(facts.init_from)
+        model = model.model_copy(update={"pretrained": source})
+    torch.manual_seed(settings.seed)
+    try:
+        detector = build_detector(
+            model,
+            train_data.class_names,
+            channels_last=settings.channels_last,
+            train_backbone=settings.learning_rate_backbone > 0,
+            structure=resumed.folder if resumed is not None else None,
+        )
+    except UsageError as error:
+        raise UsageError(
+            str(error).replace(f"model.pretrained {model.pretrained}", f"--init-from {facts.init_from}")
+            if facts.init_from is not None
+            else str(error)
+        ) from error
+    if train_data.max_boxes_per_image > detector.num_queries:
+        raise DataError(
+            f"{train_data.annotations_path}: an image has {train_data.max_boxes_per_image} boxes, but the "
+            f"model finds at most {detector.num_queries}; raise model.num_queries"
+        )
+    if resumed is not None:
+        restore_weights(resumed, detector)
+    if settings.compile_model:
+        detector.network.compile()
+    return detector
