@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from detr_dist.config import ModelConfig
-from detr_dist.errors import UsageError
+from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.architectures import (
     ARCHITECTURES,
     Architecture,
@@ -55,7 +55,7 @@ def build_detector(
         "label2id": {name: i for i, name in enumerate(class_names)},
     }
     if structure is not None:
-        network = AutoModelForObjectDetection.from_config(AutoConfig.from_pretrained(structure))
+        network = _network_like(structure)
     elif config.pretrained is not None:
         network = _pretrained_network(config, architecture, labels)
     else:
@@ -72,6 +72,16 @@ def build_detector(
     detector = Detector(network, loss_settings_of(network.config, architecture), channels_last=channels_last)
     _check_forward(detector)
     return detector
+
+
+def _network_like(structure: Path) -> PreTrainedModel:
+    """Only what transformers has itself: code that lies beside a config.json is not run."""
+    try:
+        network_config = AutoConfig.from_pretrained(structure, trust_remote_code=False)
+        return cast(PreTrainedModel, AutoModelForObjectDetection.from_config(network_config))
+    except Exception as error:  # the library raises many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{structure}: transformers cannot build its network ({reason})") from error
 
 
 def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[str, Any]) -> PreTrainedModel:
@@ -96,7 +106,7 @@ def _pretrained_network(
     """Weights of a whole detector; the class head is made anew unless it stands for the same classes."""
     source = cast(str, config.pretrained)
     try:
-        network_config = AutoConfig.from_pretrained(source)
+        network_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check_pretrained(source, network_config, config, architecture)
         same_classes = list(network_config.id2label.values()) == list(labels["id2label"].values())
         for name, value in (further_options(config, architecture) | labels).items():
@@ -107,6 +117,7 @@ def _pretrained_network(
             ignore_mismatched_sizes=True,
             dtype=torch.float32,
             output_loading_info=True,
+            trust_remote_code=False,
         )
     except UsageError:
         raise

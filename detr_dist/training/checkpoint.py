@@ -12,7 +12,6 @@ Nothing in it is ever executed: what comes from a shared server may be foreign.
 
 import hashlib
 import json
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ class Checkpoint:
         path = self.folder / OPTIMIZER
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        except Exception as error:  # of what it cannot read torch raises nearly everything
             raise CheckpointError(
                 f"{path}: holds something else than tensors and numbers, or is damaged; nothing of it was "
                 f"run. Use another checkpoint ({_one_line(error)[:200]})"
@@ -209,7 +208,7 @@ def claimed_age(folder: Path) -> tuple[float, float]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise CheckpointError(f"{path}: {reason}; its checkpoint is not whole") from None
     if not isinstance(content, dict):

@@ -15,9 +15,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Whoever may read the folder may read its files: some libraries write theirs for the owner alone. An
     exception on the way leaves `folder` as it was, and no trace of the new one.
     """
+    _finish(folder)
     partial, replaced = _partial(folder), _replaced(folder)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -57,16 +56,21 @@ def finish_interrupted(parent: Path) -> list[str]:
 
     Returns the names of the folders of which there was only a part, now removed.
     """
-    for replaced in list(parent.glob(".*.replaced")):
-        folder = parent / replaced.name.removeprefix(".").removesuffix(".replaced")
+    leftovers = [*parent.glob(".*.partial"), *parent.glob(".*.replaced")]
+    names = sorted({path.stem.removeprefix(".") for path in leftovers})
+    return [name for name in names if _finish(parent / name)]
+
+
+def _finish(folder: Path) -> bool:
+    """Finish one folder; says whether there was only a part of it, now removed."""
+    partial, replaced = _partial(folder), _replaced(folder)
+    if replaced.exists() and not folder.exists():
         # The old folder gives up its name only when the new one is whole.
-        if not folder.exists():
-            (_partial(folder) if _partial(folder).exists() else replaced).replace(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
-    partials = list(parent.glob(".*.partial"))
-    for partial in partials:
-        shutil.rmtree(partial, ignore_errors=True)
-    return [partial.name.removeprefix(".").removesuffix(".partial") for partial in partials]
+        (partial if partial.exists() else replaced).replace(folder)
+    was_torn = partial.exists()
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return was_torn
 
 
 def failure_on_disk(error: Exception, folder: Path) -> str:

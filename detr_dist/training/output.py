@@ -43,6 +43,8 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
         what = "an earlier run"
     else:
         leaving = [path for path in checkpoints_dir.iterdir() if claimed_age(path) > resumed.age]
+        if checkpoints_dir / "best" in leaving and (output_dir / "model").exists():
+            leaving.append(output_dir / "model")  # made of the same weights
         what = f"checkpoints that are newer than step {resumed.state.step}, or not whole"
     if leaving:
         aside = _unused(output_dir / "earlier_runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))

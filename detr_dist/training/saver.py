@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from detr_dist.errors import TrainingError
-from detr_dist.training.checkpoint import Snapshot, write_checkpoint
+from detr_dist.training.checkpoint import Snapshot, claimed_age, write_checkpoint
 from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
 
 
@@ -64,7 +64,6 @@ class CheckpointSaver:
         try:
             write_checkpoint(self._checkpoints_dir, names, snapshot)
             self._failure = ""
-            self._prune()
         except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
             self._failure = (
                 f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
@@ -72,6 +71,10 @@ class CheckpointSaver:
             )
             self._say(f"warning: {self._failure}, and training goes on; make room for the next one")
             return
+        try:
+            self._prune()
+        except OSError as error:
+            self._say(f"warning: {self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
         if self._upload is not None:
             try:
                 self._upload_all(names)
@@ -95,6 +98,5 @@ class CheckpointSaver:
         numbered = [
             path for path in self._checkpoints_dir.iterdir() if re.fullmatch(r"(epoch|step)_\d+", path.name)
         ]
-        numbered.sort(key=lambda path: path.stat().st_mtime_ns)
-        for folder in numbered[: -self._keep_last]:
+        for folder in sorted(numbered, key=claimed_age)[: -self._keep_last]:
             remove_folder(folder)

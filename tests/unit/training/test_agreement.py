@@ -6,13 +6,14 @@ from accelerate import Accelerator
 
 from detr_dist.data.batching import Batch
 from detr_dist.distributed import HostGroup
-from detr_dist.errors import DataError, TrainingError
+from detr_dist.errors import DataError, StopRequested, TrainingError
 from detr_dist.training.agreement import StepAgreement
+from detr_dist.training.preemption import StopSignals
 
 
 @pytest.fixture
 def agreement() -> StepAgreement:
-    return StepAgreement(HostGroup(Accelerator(cpu=True)))
+    return StepAgreement(HostGroup(Accelerator(cpu=True)), StopSignals())
 
 
 def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -> Batch:
@@ -60,3 +61,13 @@ def test_data_that_fail_stop_the_step_with_their_own_words(agreement: StepAgreem
 
     with pytest.raises(TrainingError, match=r"step 0: process 0: the disk is gone$"):
         agreement.next_step(0, broken())
+
+
+def test_a_request_to_stop_ends_it_before_the_next_step_is_begun() -> None:
+    signals = StopSignals()
+    agreement = StepAgreement(HostGroup(Accelerator(cpu=True)), signals)
+    groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
+    agreement.next_step(4, groups)
+    signals.received = "SIGTERM"
+    with pytest.raises(StopRequested, match=r"asked to stop \(SIGTERM\) at step 5"):
+        agreement.next_step(5, groups)

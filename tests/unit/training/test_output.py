@@ -1,0 +1,187 @@
+"""An output folder holds one run: what belongs to another is set aside, and nothing of it is deleted."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.training.checkpoint import (
+    NETWORK,
+    Snapshot,
+    newest_checkpoint,
+    open_checkpoint,
+    write_checkpoint,
+)
+from detr_dist.training.output import bring_best, check_writable, make_room, write_results
+
+SnapshotAt = Callable[..., Snapshot]
+RUN = {"checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json"}
+OTHERS = {"mlflow.db", "notes"}
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path, snapshot_at: SnapshotAt) -> Path:
+    """Of a run of two epochs, the first of which was the better one; and of its user."""
+    folder = tmp_path / "out"
+    for names, step, closed_step in (
+        (["epoch_1", "best"], 10, 10),
+        (["step_20"], 20, 10),
+        (["epoch_2", "last"], 20, 20),
+    ):
+        snapshot = snapshot_at(step, closed_step=closed_step, best_step=10)
+        write_checkpoint(folder / "checkpoints", names, snapshot)
+    for name in ("model", "models", "tensorboard", "notes"):
+        (folder / name).mkdir()
+        (folder / name / "content").write_text(name)
+    for name in ("config.yaml", "results.json", "mlflow.db"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def set_aside(output_dir: Path) -> Path:
+    (folder,) = (output_dir / "earlier_runs").iterdir()
+    return folder
+
+
+def test_a_new_run_sets_everything_of_an_earlier_one_aside_and_says_so(
+    output_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_room(output_dir, None)
+    aside = set_aside(output_dir)
+    assert names_in(output_dir) == OTHERS | {"earlier_runs"}
+    assert names_in(aside) == RUN
+    assert capsys.readouterr().out == f"{output_dir} held an earlier run: moved to {aside}\n"
+    newest = newest_checkpoint(aside / "checkpoints", say=pytest.fail)
+    assert newest is not None
+    assert newest.state.step == 20
+    assert (aside / "results.json").read_text() == "results.json"
+
+
+def test_in_an_empty_folder_there_is_nothing_to_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_room(tmp_path, None)
+    assert names_in(tmp_path) == set()
+    assert capsys.readouterr().out == ""
+
+
+def test_runs_that_are_set_aside_in_the_same_second_do_not_mix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "strftime", lambda form: "now")
+    for number in range(3):
+        (tmp_path / "config.yaml").write_text(str(number))
+        make_room(tmp_path, None)
+    kept = {
+        folder.name: (folder / "config.yaml").read_text() for folder in (tmp_path / "earlier_runs").iterdir()
+    }
+    assert kept == {"now": "0", "now_2": "1", "now_3": "2"}
+
+
+def test_a_run_that_goes_on_keeps_all_but_newer_checkpoints_and_old_results(
+    output_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "step_20"))
+    aside = set_aside(output_dir)
+    assert names_in(output_dir / "checkpoints") == {"epoch_1", "best", "step_20"}
+    assert names_in(aside) == {"checkpoints"}
+    assert names_in(aside / "checkpoints") == {"epoch_2", "last"}  # closed their epoch, which is newer
+    assert names_in(output_dir) == RUN - {"results.json"} | OTHERS | {"earlier_runs"}
+    assert "newer than step 20" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_from_its_newest_checkpoint_sets_nothing_aside(
+    output_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(output_dir.parent)
+    (output_dir.parent / "link").symlink_to(output_dir)
+    make_room(output_dir, open_checkpoint(Path("link", "checkpoints", "last")))
+    assert names_in(output_dir) == RUN - {"results.json"} | OTHERS
+    assert capsys.readouterr().out == ""
+
+
+def test_what_does_not_say_its_age_is_set_aside_as_not_whole(output_dir: Path) -> None:
+    checkpoints_dir = output_dir / "checkpoints"
+    (checkpoints_dir / "last" / "state.json").unlink()
+    (checkpoints_dir / "epoch_9").mkdir()
+    make_room(output_dir, open_checkpoint(checkpoints_dir / "epoch_2"))
+    assert names_in(checkpoints_dir) == {"epoch_1", "best", "step_20", "epoch_2"}
+    assert names_in(set_aside(output_dir) / "checkpoints") == {"last", "epoch_9"}
+
+
+def test_a_run_that_goes_on_from_elsewhere_takes_the_place_of_what_was_there(
+    output_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(output_dir / "checkpoints" / "last", tmp_path / "other" / "last"))
+    make_room(output_dir, open_checkpoint(elsewhere))
+    assert names_in(output_dir) == OTHERS | {"earlier_runs"}
+    assert names_in(set_aside(output_dir)) == RUN
+
+
+def test_the_model_of_a_best_checkpoint_that_is_set_aside_goes_with_it(
+    output_dir: Path, snapshot_at: SnapshotAt
+) -> None:
+    snapshot = snapshot_at(20, closed_step=20, best_step=20)
+    write_checkpoint(output_dir / "checkpoints", ["epoch_2", "best", "last"], snapshot)
+    make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "epoch_1"))
+    assert "best" in names_in(set_aside(output_dir) / "checkpoints")
+    assert not (output_dir / "model").exists()
+
+
+def test_the_best_checkpoint_and_model_are_brought_along(output_dir: Path, tmp_path: Path) -> None:
+    resumed = open_checkpoint(output_dir / "checkpoints" / "last")
+    bring_best(tmp_path / "new", resumed, output_dir / "checkpoints" / "best", output_dir / "model")
+    brought = open_checkpoint(tmp_path / "new" / "checkpoints" / "best")
+    assert brought.state.step == 10
+    torch.testing.assert_close(brought.network(), resumed.network(), rtol=0, atol=0)
+    assert names_in(tmp_path / "new") == {"checkpoints", "model"}
+    assert (tmp_path / "new" / "model" / "content").read_text() == "model"
+
+
+def test_a_best_checkpoint_of_another_step_is_not_brought(output_dir: Path, tmp_path: Path) -> None:
+    checkpoints_dir = output_dir / "checkpoints"
+    with pytest.raises(
+        CheckpointError, match=f"{checkpoints_dir / 'step_20'}: is of step 20, the best was 10"
+    ):
+        bring_best(
+            tmp_path / "new",
+            open_checkpoint(checkpoints_dir / "last"),
+            checkpoints_dir / "step_20",
+            output_dir / "model",
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_best_checkpoint_that_is_not_whole_is_not_brought(output_dir: Path, tmp_path: Path) -> None:
+    best = output_dir / "checkpoints" / "best"
+    resumed = open_checkpoint(output_dir / "checkpoints" / "last")
+    (best / NETWORK).unlink()
+    with pytest.raises(CheckpointError, match=str(best / NETWORK)):
+        bring_best(tmp_path / "new", resumed, best, output_dir / "model")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    check_writable(tmp_path / "deeper" / "out")
+    assert names_in(tmp_path / "deeper" / "out") == set()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UsageError, match=f"--output-dir {tmp_path / 'file'}: File exists"):
+        check_writable(tmp_path / "file")
+
+
+def test_the_results_are_printed_and_left_with_where_the_run_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(tmp_path, {"val_map": 0.123456}, {"run_id": "abc"})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc"}
+    assert capsys.readouterr().out.split() == ["val_map", "0.1235"]

@@ -1,0 +1,82 @@
+"""Signals ask, and do nothing else; only a repeated Ctrl-C ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from detr_dist.training.preemption import SIGNALS, StopSignals
+
+TWO_INTERRUPTS = """
+import os, signal, sys, time
+from detr_dist.training.preemption import StopSignals
+with StopSignals() as signals:
+    os.kill(os.getpid(), signal.SIGINT)
+    print(signals.received, flush=True)
+    time.sleep(float(sys.argv[1]))
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on", flush=True)
+"""
+
+
+def interrupt_twice(pause_s: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", TWO_INTERRUPTS, str(pause_s)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_noted_and_everything_goes_on(number: signal.Signals) -> None:
+    with StopSignals() as signals:
+        assert not signals.is_requested
+        os.kill(os.getpid(), number)
+        assert signals.is_requested
+        assert signals.received == number.name
+    assert signals.is_requested
+
+
+def test_the_first_signal_is_the_one_that_is_told() -> None:
+    with StopSignals() as signals:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+    assert signals.received == "SIGUSR1"
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
+def test_the_handlers_from_before_are_back_afterwards(error: type[BaseException] | None) -> None:
+    def own_handler(number: int, frame: object) -> None: ...
+
+    default = signal.signal(signal.SIGUSR1, own_handler)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        with StopSignals():
+            during = [signal.getsignal(number) for number in SIGNALS]
+            if error is not None:
+                raise error
+    except (RuntimeError, KeyboardInterrupt):
+        pass
+    finally:
+        after = [signal.getsignal(number) for number in SIGNALS]
+        signal.signal(signal.SIGUSR1, default)
+    assert after == before
+    assert not set(during) & set(before)
+
+
+def test_a_second_interrupt_within_half_a_second_is_the_same_request() -> None:
+    process = interrupt_twice(pause_s=0)
+    assert (process.returncode, process.stdout) == (0, "SIGINT\ngoes on\n")
+
+
+def test_a_later_interrupt_ends_the_process_at_once() -> None:
+    process = interrupt_twice(pause_s=0.7)
+    assert (process.returncode, process.stdout, process.stderr) == (-signal.SIGINT, "SIGINT\n", "")
+
+
+def test_a_later_signal_of_another_kind_ends_nothing() -> None:
+    script = TWO_INTERRUPTS.replace(
+        "os.kill(os.getpid(), signal.SIGINT)", "os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    command = [sys.executable, "-c", script, "0.7"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert (process.returncode, process.stdout) == (0, "SIGTERM\ngoes on\n")

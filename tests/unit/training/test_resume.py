@@ -1,0 +1,269 @@
+"""What may change between two parts of a run, and putting back what was saved."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_dist.config import ModelConfig, TrainingConfig, describe_keys, load_config
+from detr_dist.data.sampling import StepPlan
+from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.models.average import WeightAverage
+from detr_dist.models.build import build_detector
+from detr_dist.models.detector import Detector
+from detr_dist.training.checkpoint import OPTIMIZER, open_checkpoint
+from detr_dist.training.loop import Training
+from detr_dist.training.optim import build_optimizer
+from detr_dist.training.resume import (
+    FREE_KEYS,
+    FREE_SECTIONS,
+    compare_with_saved,
+    restore_average,
+    restore_optimizer,
+    restore_weights,
+)
+from detr_dist.training.state import RunFacts
+
+DECIDE_WHAT_IS_LEARNED = {
+    "data.shortest_edge",
+    "data.longest_edge",
+    "data.augmentation",
+    "model.model_architecture",
+    "model.backbone",
+    "model.pretrained",
+    "model.pretrained_backbone",
+    "model.freeze_batch_norm",
+    "model.num_classes",
+    "model.hidden_dim",
+    "model.num_encoder_layers",
+    "model.num_decoder_layers",
+    "model.num_queries",
+    "model.dropout",
+    "model.config_overrides",
+    "training.learning_rate",
+    "training.learning_rate_backbone",
+    "training.weight_decay",
+    "training.gradient_clip",
+    "training.mixed_precision",
+    "training.seed",
+    "training.lr_schedule",
+    "training.warmup_steps",
+    "training.ema_decay",
+}
+
+
+def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
+    """The facts of a run with these settings."""
+    config = load_config(None, overrides)
+    settings = config.training
+    plan = StepPlan(80, settings.batch_size, num_processes, settings.gradient_accumulation_steps)
+    facts = RunFacts(
+        config=config,
+        class_names=["player", "ball"],
+        num_train_images=80,
+        num_processes=num_processes,
+        global_batch_size=plan.global_batch_size,
+        init_from=None,
+        mlflow_run_id=None,
+        versions={"torch": "2.11"},
+    )
+    return replace(facts, **others)
+
+
+def with_another_value(facts: RunFacts, keys: set[str]) -> RunFacts:
+    """These settings are something else, whatever it is."""
+    config = facts.config
+    for key in keys:
+        section, name = key.split(".")
+        changed = getattr(config, section).model_copy(update={name: "another value"})
+        config = config.model_copy(update={section: changed})
+    return replace(facts, config=config)
+
+
+def refusal(saved: RunFacts, now: RunFacts) -> str:
+    with pytest.raises(UsageError) as refused:
+        compare_with_saved(saved, now)
+    return str(refused.value)
+
+
+def restored_state(training: Training) -> dict[int, dict[str, torch.Tensor]]:
+    state: dict[int, dict[str, torch.Tensor]] = training.optimizer.state_dict()["state"]
+    return state
+
+
+def test_the_same_run_has_no_changes() -> None:
+    assert compare_with_saved(run(), run(mlflow_run_id="1" * 32)) == []
+
+
+def test_what_does_not_decide_what_is_learned_may_change_and_is_said() -> None:
+    changed = compare_with_saved(
+        run(),
+        run(
+            "data.num_workers=0",
+            "training.num_epochs=5",
+            "training.max_steps=100",
+            "training.early_stopping_patience=3",
+            "evaluation.every_epochs=1",
+            "checkpoint.keep_last=2",
+            "logging.mlflow=false",
+            versions={"torch": "2.12", "accelerate": "1.15"},
+        ),
+    )
+    assert changed == [
+        "data.num_workers 4 -> 0",
+        "training.num_epochs 300 -> 5",
+        "training.max_steps unset -> 100",
+        "training.early_stopping_patience 0 -> 3",
+        "evaluation.every_epochs 10 -> 1",
+        "checkpoint.keep_last unset -> 2",
+        "logging.mlflow True -> False",
+        "torch 2.11 -> 2.12",
+        "accelerate None -> 1.15",
+    ]
+
+
+def test_every_key_of_the_configuration_is_either_free_or_decides() -> None:
+    keys = {key for key, _, _ in describe_keys()}
+    free = {key for key in keys if key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS}
+    assert keys >= FREE_KEYS
+    assert keys - free == DECIDE_WHAT_IS_LEARNED
+    assert len(compare_with_saved(run(), with_another_value(run(), free))) == len(free)
+
+
+def test_all_that_makes_it_another_run_is_named_in_one_error() -> None:
+    now = replace(
+        with_another_value(run(), DECIDE_WHAT_IS_LEARNED | {"training.num_epochs"}),
+        class_names=["ball", "player"],
+        num_train_images=81,
+    )
+    message = refusal(run(), now)
+    assert "\n" not in message
+    for key in DECIDE_WHAT_IS_LEARNED:
+        assert f"{key} " in message
+    assert message.count("-> another value") == len(DECIDE_WHAT_IS_LEARNED)
+    assert "classes of the data ['player', 'ball'] -> ['ball', 'player']" in message
+    assert "number of training images 80 -> 81" in message
+    assert "--init-from" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ("training.seed=7", "training.seed 42 -> 7"),
+        ("model.dropout=0.2", "model.dropout unset -> 0.2"),
+    ],
+)
+def test_one_key_that_decides_is_enough(overrides: str, part: str) -> None:
+    message = refusal(run(), run(overrides, "training.num_epochs=5"))
+    assert part in message
+    assert message.count("->") == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "part"),
+    [
+        ({"class_names": ["player"]}, "classes of the data"),
+        ({"num_train_images": 79}, "number of training images 80 -> 79"),
+    ],
+)
+def test_other_data_make_it_another_run(others: dict[str, object], part: str) -> None:
+    assert part in refusal(run(), run(**others))
+
+
+def test_another_number_of_processes_is_taken_if_the_global_batch_is_the_same() -> None:
+    saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)
+    now = run("training.batch_size=2", "training.gradient_accumulation_steps=1", num_processes=4)
+    assert compare_with_saved(saved, now) == [
+        "training.batch_size 4 -> 2",
+        "training.gradient_accumulation_steps 2 -> 1",
+        "number of processes 1 -> 4",
+    ]
+
+
+def test_another_global_batch_is_refused_with_the_accumulation_that_would_keep_it() -> None:
+    saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=2)
+    now = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)
+    message = refusal(saved, now)
+    assert "global batch size 16 -> 8" in message
+    assert "training.gradient_accumulation_steps=4 keeps it" in message
+    kept = run("training.batch_size=4", "training.gradient_accumulation_steps=4", num_processes=1)
+    assert compare_with_saved(saved, kept)
+
+
+def test_where_no_accumulation_keeps_the_global_batch_none_is_advised() -> None:
+    message = refusal(run("training.batch_size=4"), run("training.batch_size=3"))
+    assert "global batch size 4 -> 3" in message
+    assert "keeps it" not in message
+
+
+def test_weights_and_average_are_put_back(
+    checkpoint: Path, training: Training, detector: Detector, tiny_model: ModelConfig
+) -> None:
+    torch.manual_seed(1)
+    other = build_detector(tiny_model, detector.class_names)
+    average = WeightAverage(other, decay=0.9)
+    restore_weights(open_checkpoint(checkpoint), other)
+    restore_average(open_checkpoint(checkpoint), average)
+    for restored, saved in ((other, detector), (average.detector, training.average.detector)):
+        torch.testing.assert_close(restored.state_dict(), saved.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(next(other.parameters()), next(average.detector.parameters()))
+
+
+def test_the_optimizer_goes_on_as_if_it_had_not_been_interrupted(
+    checkpoint: Path, training: Training, detector: Detector, tiny_model: ModelConfig
+) -> None:
+    other = build_detector(tiny_model, detector.class_names)
+    restore_weights(open_checkpoint(checkpoint), other)
+    optimizer = build_optimizer(other, TrainingConfig(learning_rate=0.5))
+    assert restore_optimizer(open_checkpoint(checkpoint), optimizer, scaler=None) == 1
+    assert optimizer.param_groups[0]["lr"] == 0.5  # the options are the configuration's
+    for group, of_training in zip(optimizer.param_groups, training.optimizer.param_groups, strict=True):
+        group["lr"] = of_training["lr"]
+    for parameter in (*detector.parameters(), *other.parameters()):
+        parameter.grad = torch.full_like(parameter, -0.5)
+    optimizer.step()
+    training.optimizer.step()
+    torch.testing.assert_close(other.state_dict(), detector.state_dict(), rtol=0, atol=0)
+
+
+def test_the_scale_of_the_loss_is_put_back(checkpoint: Path, rewrite: Callable, detector: Detector) -> None:
+    grown = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    content = open_checkpoint(checkpoint).optimizer() | {"scaler": grown.state_dict()}
+    rewrite(checkpoint, OPTIMIZER, saved_by_torch(content))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    restore_optimizer(open_checkpoint(checkpoint), build_optimizer(detector, TrainingConfig()), scaler)
+    assert scaler.get_scale() == 1024.0
+
+
+def saved_by_torch(content: object) -> bytes:
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def test_the_weights_of_another_network_are_refused(checkpoint: Path, tiny_model: ModelConfig) -> None:
+    wider = build_detector(tiny_model.model_copy(update={"num_queries": 9}), ["player", "ball"])
+    with pytest.raises(CheckpointError, match=f"{checkpoint}: its weights do not fit the network"):
+        restore_weights(open_checkpoint(checkpoint), wider)
+    with pytest.raises(CheckpointError, match=f"{checkpoint}: its weights do not fit the network"):
+        restore_average(open_checkpoint(checkpoint), WeightAverage(wider, decay=0.9))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"optimizer": 7, "scheduler": {"last_epoch": 1}, "scaler": None},
+        {"optimizer": {}, "scheduler": {}, "scaler": None},
+        {"optimizer": {}, "scheduler": {"last_epoch": "soon"}, "scaler": None},
+    ],
+)
+def test_an_optimizer_state_of_another_kind_is_refused(
+    content: dict[str, object], checkpoint: Path, rewrite: Callable, detector: Detector
+) -> None:
+    rewrite(checkpoint, OPTIMIZER, saved_by_torch(content))
+    optimizer = build_optimizer(detector, TrainingConfig())
+    with pytest.raises(CheckpointError, match=f"{checkpoint}: its optimizer state does not fit"):
+        restore_optimizer(open_checkpoint(checkpoint), optimizer, scaler=None)

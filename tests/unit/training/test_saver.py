@@ -1,0 +1,236 @@
+"""Checkpoints are written, pruned and uploaded behind the back of the training."""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from detr_dist.errors import TrainingError
+from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
+from detr_dist.training.saver import CheckpointSaver
+
+SnapshotAt = Callable[..., Snapshot]
+NewSaver = Callable[..., CheckpointSaver]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    """What the savers of the test say."""
+    return []
+
+
+@pytest.fixture
+def new_saver(tmp_path: Path, said: list[str]) -> Iterator[NewSaver]:
+    savers = []
+
+    def make(
+        *, keep_last: int | None = None, upload: Callable[[Path, str], None] | None = None
+    ) -> CheckpointSaver:
+        savers.append(CheckpointSaver(tmp_path, keep_last=keep_last, upload=upload, say=said.append))
+        return savers[-1]
+
+    yield make
+    for saver in savers:
+        saver.close()
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_only_the_newest_numbered_checkpoints_are_kept_and_what_has_a_name_stays(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    for name in ("epoch_final", "my_epoch_1", "step_"):
+        (tmp_path / name).mkdir()
+    saver = new_saver(keep_last=2)
+    for step, names in (
+        (5, ["step_5", "last"]),
+        (10, ["epoch_1", "best", "last"]),
+        (15, ["step_15", "last"]),
+        (20, ["epoch_2", "last"]),
+    ):
+        saver.save(lambda step=step: snapshot_at(step), names)
+    saver.finish()
+    steps = {"step_15": 15, "epoch_2": 20, "best": 10, "last": 20}
+    assert names_in(tmp_path) == {*steps, "epoch_final", "my_epoch_1", "step_"}
+    assert {name: open_checkpoint(tmp_path / name).state.step for name in steps} == steps
+
+
+def test_the_newest_stays_if_only_one_is_kept(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    saver = new_saver(keep_last=1)
+    for step in (9, 10, 11):  # by name the last would be the first
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+        saver.wait()
+        assert names_in(tmp_path) == {f"step_{step}"}
+
+
+def test_without_a_limit_all_are_kept(new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path) -> None:
+    saver = new_saver(keep_last=None)
+    for step in (1, 2, 3):
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}", "last"])
+    saver.finish()
+    assert names_in(tmp_path) == {"step_1", "step_2", "step_3", "last"}
+
+
+def test_a_copied_output_folder_is_pruned_by_step_all_the_same(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    saver = new_saver()
+    for step in (10, 9):  # as `cp -r` orders them
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+    saver.finish()
+    saver = new_saver(keep_last=2)
+    saver.save(lambda: snapshot_at(11), ["step_11"])
+    saver.finish()
+    assert names_in(tmp_path) == {"step_10", "step_11"}
+
+
+def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
+    new_saver: NewSaver,
+    snapshot_at: SnapshotAt,
+    tmp_path: Path,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    saver = new_saver(keep_last=1)
+    saver.save(lambda: snapshot_at(1), ["epoch_1", "last"])
+    saver.finish()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_disk)  # the weights are written by then
+        saver.save(lambda: snapshot_at(2), ["epoch_2", "last"])
+        with pytest.raises(TrainingError, match="the checkpoint of step 2 could not be written"):
+            saver.finish()
+    (warning,) = said
+    assert warning.startswith(f"warning: {tmp_path / 'epoch_2'}, {tmp_path / 'last'}: ")
+    assert "(No space left on device; " in warning
+    assert "MiB free" in warning
+    assert names_in(tmp_path) == {"epoch_1", "last"}
+    newest = newest_checkpoint(tmp_path, say=pytest.fail)
+    assert newest is not None
+    assert newest.state.step == 1
+    saver.save(lambda: snapshot_at(3), ["epoch_3", "last"])
+    saver.finish()
+    assert {open_checkpoint(path).state.step for path in tmp_path.iterdir()} == {3}
+    assert said == [warning]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    uploaded: list[str] = []
+    saver = new_saver(keep_last=1, upload=lambda folder, name: uploaded.append(name))
+    monkeypatch.setattr("detr_dist.training.saver.remove_folder", refuse)
+    for step in (1, 2):
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+    saver.finish()
+    assert uploaded == ["checkpoints/step_1", "checkpoints/step_2"]
+
+
+def test_what_could_not_be_written_is_not_uploaded(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uploaded: list[str] = []
+    saver = new_saver(upload=lambda folder, name: uploaded.append(name))
+    monkeypatch.setattr(torch, "save", full_disk)
+    saver.save(lambda: snapshot_at(1), ["last"])
+    saver.wait()
+    assert uploaded == []
+
+
+def test_a_copy_that_fails_is_raised_at_once_and_spoils_nothing(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    saver = new_saver()
+    saver.save(lambda: snapshot_at(1), ["last"])
+    with pytest.raises(ZeroDivisionError):
+        saver.save(lambda: 1 / 0, ["last"])
+    saver.finish()
+    assert open_checkpoint(tmp_path / "last").state.step == 1
+
+
+def test_an_upload_that_fails_is_a_warning_only(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, said: list[str]
+) -> None:
+    def refuse(folder: Path, name: str) -> None:
+        raise RuntimeError("the server\nis away")  # each kind of store has errors of its own
+
+    saver = new_saver(upload=refuse)
+    saver.save(lambda: snapshot_at(1), ["epoch_1", "last"])
+    saver.finish()
+    (warning,) = said
+    assert warning.startswith(f"warning: {tmp_path / 'epoch_1'}, {tmp_path / 'last'}: not uploaded (")
+    assert "the server is away" in warning
+    assert open_checkpoint(tmp_path / "last").state.step == 1
+
+
+def test_whole_checkpoints_are_uploaded_in_their_order_and_a_lone_last_under_another_name_before(
+    new_saver: NewSaver, snapshot_at: SnapshotAt
+) -> None:
+    uploaded: list[tuple[str, int, str]] = []
+
+    def upload(folder: Path, name: str) -> None:
+        uploaded.append((folder.name, open_checkpoint(folder).state.step, name))
+
+    saver = new_saver(keep_last=1, upload=upload)
+    saver.save(lambda: snapshot_at(1), ["epoch_1", "best", "last"])
+    saver.save(lambda: snapshot_at(2), ["last"])
+    saver.finish()
+    assert uploaded == [
+        ("epoch_1", 1, "checkpoints/epoch_1"),
+        ("best", 1, "checkpoints/best"),
+        ("last", 1, "checkpoints/last"),
+        ("last", 2, "checkpoints/last_copy"),
+        ("last", 2, "checkpoints/last"),
+    ]
+
+
+def test_a_save_goes_on_behind_the_training_and_the_next_waits_for_it_before_it_copies(
+    new_saver: NewSaver, snapshot_at: SnapshotAt
+) -> None:
+    events: list[str] = []
+    may_end = threading.Event()
+
+    def upload(folder: Path, name: str) -> None:
+        may_end.wait(30)
+        events.append("uploaded")
+
+    def copy() -> Snapshot:
+        events.append("copied")
+        return snapshot_at(1)
+
+    saver = new_saver(upload=upload)
+    saver.save(copy, ["epoch_1"])
+    assert events == ["copied"]
+    timer = threading.Timer(0.2, may_end.set)  # time enough for a second copy, if it did not wait
+    timer.start()
+    saver.save(copy, ["epoch_2"])
+    saver.finish()
+    timer.join()
+    assert events == ["copied", "uploaded", "copied", "uploaded"]
+
+
+def test_a_new_saver_brings_to_an_end_what_a_kill_interrupted(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    saver = new_saver()
+    saver.save(lambda: snapshot_at(1), ["last"])
+    saver.finish()
+    (tmp_path / "last").rename(tmp_path / ".last.replaced")
+    (tmp_path / ".step_1.partial").mkdir()
+    new_saver()
+    assert names_in(tmp_path) == {"last"}
+    assert open_checkpoint(tmp_path / "last").state.step == 1
