@@ -58,8 +58,8 @@ def train(config: Config, options: RunOptions) -> None:
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_lost_contact(error):
             raise TrainingError(
-                "lost contact with another process, which has ended or cannot be reached; the cause is what it "
-                f"says itself, or how the launcher says it ended ({' '.join(str(error).split())[:200]})"
+                "lost contact with another process, which has ended or cannot be reached; the cause is what "
+                f"it says itself, or how the launcher says it ended ({' '.join(str(error).split())[:200]})"
             ) from error
         raise
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_dist.errors import TrainingError
+from detr_dist.errors import CheckpointError, TrainingError
 from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
 from detr_dist.training.saver import CheckpointSaver
 
@@ -75,6 +75,23 @@ def test_the_newest_stays_if_only_one_is_kept(
         assert names_in(tmp_path) == {f"step_{step}"}
 
 
+@pytest.mark.xfail(
+    reason="bug: what does not say its age counts as the newest of all", raises=CheckpointError
+)
+def test_damaged_checkpoints_do_not_take_the_place_of_the_newest(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    saver = new_saver(keep_last=2)
+    for step in (1, 2):
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+    saver.wait()
+    for step in (1, 2):
+        (tmp_path / f"step_{step}" / "state.json").write_bytes(b"")
+    saver.save(lambda: snapshot_at(3), ["step_3"])
+    saver.finish()
+    assert open_checkpoint(tmp_path / "step_3").state.step == 3
+
+
 def test_without_a_limit_all_are_kept(new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path) -> None:
     saver = new_saver(keep_last=None)
     for step in (1, 2, 3):
@@ -113,6 +130,7 @@ def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
             saver.finish()
     (warning,) = said
     assert warning.startswith(f"warning: {tmp_path / 'epoch_2'}, {tmp_path / 'last'}: ")
+    assert "\n" not in warning
     assert "(No space left on device; " in warning
     assert "MiB free" in warning
     assert names_in(tmp_path) == {"epoch_1", "last"}
