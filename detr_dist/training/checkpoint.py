@@ -34,6 +34,9 @@ from detr_dist.training.state import RunFacts, TrainState
 NETWORK, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
 
+UNREADABLE = (float("inf"), 0.0)
+"""The age that a folder claims whose state.json cannot be read."""
+
 # Both stand in state.json, side by side.
 _STATE, _FACTS = TypeAdapter(TrainState), TypeAdapter(RunFacts)
 
@@ -201,8 +204,8 @@ def claimed_age(folder: Path) -> tuple[float, float]:
     try:
         document = _read_json(folder / STATE)
         return float(document["step"]), float(document["closed_step"])
-    except (CheckpointError, KeyError, TypeError, ValueError):
-        return float("inf"), 0.0
+    except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
+        return UNREADABLE
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
     """Set aside, within the output folder, what does not belong to the run that is about to go on.
 
     For a new run, or one whose checkpoint comes from elsewhere, that is everything; otherwise the checkpoints
-    that are newer than the resumed one, and those that are not whole.
+    that are newer than the resumed one, or do not tell.
     """
     checkpoints_dir = output_dir / "checkpoints"
     if resumed is None or resumed.folder.parent.resolve() != checkpoints_dir.resolve():

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from detr_dist.errors import TrainingError
-from detr_dist.training.checkpoint import Snapshot, claimed_age, write_checkpoint
+from detr_dist.training.checkpoint import UNREADABLE, Snapshot, claimed_age, write_checkpoint
 from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
 
 
@@ -91,12 +91,14 @@ class CheckpointSaver:
             self._upload(self._checkpoints_dir / name, f"checkpoints/{name}")
 
     def _prune(self) -> None:
-        """Delete the oldest epoch_<N> and step_<N>. `best` and `last` hold their own files, and the newest
-        stays."""
+        """Delete the oldest epoch_<N> and step_<N>, and first those that are damaged. `best` and `last` hold
+        their own files, and the newest stays."""
         if self._keep_last is None:
             return
         numbered = [
             path for path in self._checkpoints_dir.iterdir() if re.fullmatch(r"(epoch|step)_\d+", path.name)
         ]
-        for folder in sorted(numbered, key=claimed_age)[: -self._keep_last]:
+        ages = {path: claimed_age(path) for path in numbered}
+        numbered.sort(key=lambda path: (ages[path] != UNREADABLE, ages[path]))
+        for folder in numbered[: -self._keep_last]:
             remove_folder(folder)

@@ -11,8 +11,6 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 
-BATCH_NORM_COUNTER = "num_batches_tracked"
-
 
 @pytest.fixture
 def detector() -> Detector:
@@ -54,7 +52,7 @@ def floats(detector: Detector) -> dict[str, Tensor]:
 
 def counters(detector: Detector) -> dict[str, int]:
     return {
-        name: int(tensor) for name, tensor in detector.named_buffers() if name.endswith(BATCH_NORM_COUNTER)
+        name: int(tensor) for name, tensor in detector.named_buffers() if name.endswith("num_batches_tracked")
     }
 
 

@@ -74,11 +74,6 @@ def flip_a_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def forge_state(checkpoint: Path, rewrite: Rewrite, **values: object) -> None:
-    document = json.loads((checkpoint / STATE).read_text()) | values
-    rewrite(checkpoint, STATE, json.dumps(document).encode())
-
-
 def test_a_checkpoint_gives_back_what_was_saved(
     training: Training, detector: Detector, facts: RunFacts, tmp_path: Path
 ) -> None:
@@ -188,7 +183,8 @@ def test_a_manifest_that_is_none_is_refused(content: str, checkpoint: Path) -> N
 def test_a_state_that_this_version_does_not_know_is_refused_by_its_key(
     checkpoint: Path, rewrite: Rewrite
 ) -> None:
-    forge_state(checkpoint, rewrite, step="many")
+    document = json.loads((checkpoint / STATE).read_text()) | {"step": "many"}
+    rewrite(checkpoint, STATE, json.dumps(document).encode())
     with pytest.raises(CheckpointError, match=f"{checkpoint / STATE}: step not as this version writes it"):
         open_checkpoint(checkpoint)
 

@@ -89,9 +89,10 @@ def refusal(saved: RunFacts, now: RunFacts) -> str:
     return str(refused.value)
 
 
-def restored_state(training: Training) -> dict[int, dict[str, torch.Tensor]]:
-    state: dict[int, dict[str, torch.Tensor]] = training.optimizer.state_dict()["state"]
-    return state
+def saved_by_torch(content: object) -> bytes:
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
 
 
 def test_the_same_run_has_no_changes() -> None:
@@ -236,12 +237,6 @@ def test_the_scale_of_the_loss_is_put_back(checkpoint: Path, rewrite: Callable, 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     restore_optimizer(open_checkpoint(checkpoint), build_optimizer(detector, TrainingConfig()), scaler)
     assert scaler.get_scale() == 1024.0
-
-
-def saved_by_torch(content: object) -> bytes:
-    buffer = BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 def test_the_weights_of_another_network_are_refused(checkpoint: Path, tiny_model: ModelConfig) -> None:
