@@ -87,6 +87,17 @@ def make_data(
     print(f"{num_train} scenes in {output_dir / 'train'}, {num_val} in {output_dir / 'val'}")
 
 
+@app.command()
+def sync(
+    output_dir: Annotated[Path, typer.Argument(help="The --output-dir of a run.")],
+    debug: Debug = False,
+) -> None:
+    """Deliver to MLflow what a run could not, because the server was away."""
+    from detr_dist.tracking.sync import sync as deliver
+
+    deliver(output_dir)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request.
 

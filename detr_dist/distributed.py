@@ -74,8 +74,16 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
 
 def is_lost_contact(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone: gloo and NCCL say it in words only."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-    return any(sign in str(error) for sign in signs)
+    signs = (
+        "by peer",
+        "Broken pipe",
+        "Socket closed",
+        "imed out",
+        "remote process",
+        "ncclRemote",
+        "ncclSystem",
+    )
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A COCO data set in numpy columns: nothing in it grows when a forked loader process reads it."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,21 @@ class CocoData:
         rows = self.box_rows(row)
         single = ~self.iscrowd[rows]
         return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that training sees but the pixels: images, boxes and classes, in their
+        order."""
+        digest = hashlib.sha256()
+        for column in (
+            self.file_names,
+            self.sizes_hw,
+            self.box_offsets,
+            self.boxes_xywh_px,
+            self.box_classes,
+        ):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        digest.update(np.ascontiguousarray(self.iscrowd).tobytes())
+        return digest.hexdigest()
 
     def to_coco_dict(self) -> dict[str, Any]:
         """The ground truth in COCO's form, with rows as image ids and class indices as category ids; boxes

@@ -18,6 +18,7 @@ _RAISED_IN_WORKER = f"{DataError.__module__}.{DataError.__qualname__}: "
 def _leave_signals_to_the_trainer(worker_id: int) -> None:
     """A request to stop often goes to all processes of a job. A loader process that ended by it would take
     the trainer with it, before it has saved; so it ends with its trainer, or a minute later."""
+    signal.set_wakeup_fd(-1)  # the trainer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))

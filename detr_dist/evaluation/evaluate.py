@@ -106,7 +106,9 @@ class Evaluator:
 
     def _detect_batch(self, detector: Detector, batch: Batch, indices: list[int]) -> DetectionRecords:
         on_device = batch.to(self._accelerator.device)
-        outputs = detector(on_device.images, on_device.sizes_hw)
+        with self._accelerator.autocast():  # an averaged detector does not bring its own
+            outputs = detector(on_device.images, on_device.sizes_hw)
+        outputs = {name: predictions.float() for name, predictions in outputs.items()}
         sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
         detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
         rows = np.array(indices, dtype=np.int64)

@@ -9,7 +9,8 @@ import mlflow.artifacts
 from mlflow.exceptions import MlflowException
 
 from detr_dist.errors import UsageError
-from detr_dist.tracking.mlflow import one_line, open_client
+from detr_dist.tracking.delivery import one_line, patience
+from detr_dist.tracking.mlflow import open_client
 
 
 def is_run_id(text: str) -> bool:
@@ -41,41 +42,43 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
 
 
 def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
-    """The checkpoints of a run, by what their state.json say, the newest first.
+    """The checkpoints of a run, the one that was saved last first, whatever step a run that went back is at.
 
     Raises:
         UsageError: there is no such run, or it has none.
     """
     client = open_client(tracking_uri)
     try:
-        names = [item.path for item in client.list_artifacts(run_id, "checkpoints") if item.is_dir]
+        with patience(timeout_s=20):
+            names = [item.path for item in client.list_artifacts(run_id, "checkpoints") if item.is_dir]
     except (MlflowException, OSError) as error:
         raise UsageError(
             f"MLflow run {run_id} is not to be had from {tracking_uri} ({one_line(error)}); correct the "
             "run id, or logging.mlflow_tracking_uri"
         ) from error
-    steps: dict[str, float] = {}
+    saved_at: dict[str, str] = {}
     for name in names:
         uri = f"runs:/{run_id}/{name}"
         try:
             state = json.loads(_fetch(f"{uri}/state.json", tracking_uri, scratch).read_text())
-            steps[uri] = float(state["step"])
+            saved_at[uri] = str(state["saved_at"])
         except (MlflowException, OSError, ValueError, KeyError, TypeError):
-            steps[uri] = float("-inf")  # the upload did not get that far
-    if not steps:
+            saved_at[uri] = ""  # the upload did not get that far
+    if not saved_at:
         raise UsageError(
             f"MLflow run {run_id} at {tracking_uri} has no checkpoints yet; it cannot be resumed"
         )
-    return sorted(steps, key=lambda uri: steps[uri], reverse=True)
+    return sorted(saved_at, key=lambda uri: saved_at[uri], reverse=True)
 
 
 def _fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    return Path(
-        mlflow.artifacts.download_artifacts(
-            artifact_uri=artifact_uri,
-            dst_path=str(into),
-            tracking_uri=tracking_uri,
-            registry_uri=tracking_uri,  # for models:/...
+    with patience(timeout_s=120):
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=artifact_uri,
+                dst_path=str(into),
+                tracking_uri=tracking_uri,
+                registry_uri=tracking_uri,  # for models:/...
+            )
         )
-    )

@@ -8,26 +8,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
 from detr_dist.config import LoggingConfig
 from detr_dist.errors import StopRequested, UsageError
+from detr_dist.tracking.delivery import Delivery, DeliveryThread, one_line, patience
+from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 
-# Limits of MLflow's API.
-_MAX_PARAMS_PER_BATCH = 100
-_MAX_PARAM_LENGTH = 6000
-_MAX_TAG_LENGTH = 5000
+# A scheduler that has asked a run to stop gives it some tens of seconds.
+_PATIENCE_AT_THE_END_S = 20.0
 
 
 class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
-    """One MLflow run. Build it on the main process only.
+    """One MLflow run. What is logged goes to an outbox on disk, and from there to MLflow in the background.
+
+    Build it on the main process only, and `open` it before anything is logged.
 
     Raises:
         UsageError: the tracking URI cannot be used.
@@ -37,14 +38,16 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
     requires_logging_directory = False
 
     def __init__(self, config: LoggingConfig, *, run_id: str | None = None) -> None:
-        """Begin a run, or go on with `run_id`: what that one has of a metric is not logged a second time."""
+        """Begin a run, or go on with `run_id`."""
         super().__init__()
         self.uri = config.mlflow_tracking_uri
         self.client = open_client(self.uri)
-        self._known_params: set[str] = set()
-        self._logged_until: dict[str, int] = {}
+        self._outbox: Outbox | None = None
+        self._thread: DeliveryThread | None = None
+        self._resources = ExitStack()
+        self._tags_before: dict[str, str] = {}
         try:
-            with _impatience():
+            with patience(timeout_s=20):
                 self.run_id = self._begin(config) if run_id is None else self._go_on(run_id)
         except UsageError:
             raise
@@ -75,13 +78,28 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 f"MLflow run {run_id}, to which the checkpoint belongs, was deleted; bring it back with "
                 f"`mlflow runs restore --run-id {run_id}`, or set logging.mlflow=false"
             )
-        self.client.update_run(run_id, status="RUNNING")
+        self._tags_before = run.data.tags
         if "error" in run.data.tags:
             self.client.delete_tag(run_id, "error")
-        self._known_params = set(run.data.params)
-        # The latest entry of a metric is the one with its highest step.
-        self._logged_until = {metric.key: metric.step for metric in run.to_proto().data.metrics}
         return run_id
+
+    def open(self, folder: Path) -> None:
+        """Begin to deliver from the outbox in `folder`, first what an earlier process left there.
+
+        Raises:
+            DataError: another process delivers from it.
+        """
+        outbox = Outbox(folder / self.run_id, Address(self.uri, self.run_id))
+        reader = OutboxReader(outbox.folder)
+        self._resources.enter_context(reader.locked())
+        self._resources.callback(outbox.close)
+        self._outbox = outbox
+        self._thread = DeliveryThread(Delivery(reader, self.client, say), outbox.appended, say)
+
+    @property
+    def outbox(self) -> Outbox:
+        assert self._outbox is not None, "open it first"
+        return self._outbox
 
     @property
     def tracker(self) -> MlflowClient:
@@ -89,37 +107,30 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Log the params that the run does not have yet: MLflow refuses to change one."""
-        params = [
-            Param(name, str(value)[:_MAX_PARAM_LENGTH])
-            for name, value in values.items()
-            if name not in self._known_params
-        ]
-        for start in range(0, len(params), _MAX_PARAMS_PER_BATCH):
-            self.client.log_batch(self.run_id, params=params[start : start + _MAX_PARAMS_PER_BATCH])
+        self.outbox.append("params", values={name: str(value) for name, value in values.items()})
 
     def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
-        now_ms, at = int(time.time() * 1000), step or 0
-        metrics = [
-            Metric(name, float(value), now_ms, at)
-            for name, value in values.items()
-            if at > self._logged_until.get(name, -1)
-        ]
-        if metrics:
-            self.client.log_batch(self.run_id, metrics=metrics)
+        self.outbox.append(
+            "metrics",
+            step=step or 0,
+            at_ms=int(time.time() * 1000),
+            values={name: float(value) for name, value in values.items()},
+        )
 
     def set_tags(self, tags: dict[str, str]) -> None:
-        self.client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.outbox.append("tags", values=tags)
 
     def note_resume(self, step: int, changes: Sequence[str]) -> None:
-        """Leave in the run's tags where it went on, and with what that was different before."""
-        tags = self.client.get_run(self.run_id).data.tags
+        """The run is running again; its tags tell where it went on, and with what that was different
+        before."""
+        self.outbox.append("status", status="RUNNING")
         noted = {
             "resumed_at_steps": [str(step)],
             "resumed_with": [f"step {step}: {each}" for each in changes],
         }
         self.set_tags(
             {
-                name: "; ".join([*filter(None, [tags.get(name)]), *lines])[:_MAX_TAG_LENGTH]
+                name: "; ".join([*filter(None, [self._tags_before.get(name)]), *lines])
                 for name, lines in noted.items()
                 if lines
             }
@@ -127,22 +138,52 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
         """Upload the files of `folder` as artifacts below `artifact_path`; with `last` that file after all
-        others."""
-        if last is None:
-            self.client.log_artifacts(self.run_id, str(folder), artifact_path)
-            return
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == last):
-            self.client.log_artifact(self.run_id, str(path), artifact_path)
+        others. The files themselves must not change any more; the folder may go."""
+        self.outbox.append_folder(folder, artifact_path, last=last)
 
-    def log_file(self, path: Path, artifact_path: str | None = None) -> None:
-        self.client.log_artifact(self.run_id, str(path), artifact_path)
+    def log_file(self, path: Path) -> None:
+        """Upload a small file as it is now."""
+        self.outbox.append_file(path)
 
     def end(self, status: str) -> None:
-        """Close the run as FINISHED, FAILED or KILLED."""
-        self.client.set_terminated(self.run_id, status)
+        """Close the run as FINISHED, FAILED or KILLED, once all that was logged has been delivered; waits for
+        that, but not for ever."""
+        if self._thread is None:
+            self.client.set_terminated(self.run_id, status)
+            return
+        self.outbox.append("status", status=status)
+        num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
+        folder = self.outbox.folder
+        self._resources.close()
+        if num_left:
+            say(
+                f"warning: {num_left} records are not in MLflow yet ({self.uri}); they are kept in "
+                f"{folder}, and `detr-dist sync {folder.parent.parent}` delivers them"
+            )
 
     def finish(self) -> None:
         """Accelerate calls this whatever happened, so it says nothing about success; `end` does."""
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of the tracking store at `uri`.
+
+    Raises:
+        UsageError: there can be none.
+    """
+    _prepare_store(uri)
+    try:
+        with patience(timeout_s=20):
+            return MlflowClient(tracking_uri=uri)
+    except Exception as error:  # each kind of store raises its own
+        raise UsageError(
+            f"logging.mlflow_tracking_uri {uri}: cannot be used ({one_line(error)}); correct it, or set "
+            "logging.mlflow=false"
+        ) from error
 
 
 @contextmanager
@@ -175,28 +216,6 @@ def is_file_store(uri: str) -> bool:
     return uri.startswith("file:") or "://" not in uri
 
 
-def open_client(uri: str) -> MlflowClient:
-    """A client of the tracking store at `uri`.
-
-    Raises:
-        UsageError: there can be none.
-    """
-    _prepare_store(uri)
-    try:
-        with _impatience():
-            return MlflowClient(tracking_uri=uri)
-    except Exception as error:  # each kind of store raises its own
-        raise UsageError(
-            f"logging.mlflow_tracking_uri {uri}: cannot be used ({one_line(error)}); correct it, or set "
-            "logging.mlflow=false"
-        ) from error
-
-
-def one_line(error: Exception) -> str:
-    """What an error of MLflow says, on one line of bearable length."""
-    return " ".join(str(error).split())[:500]
-
-
 def _prepare_store(uri: str) -> None:
     for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -206,25 +225,12 @@ def _prepare_store(uri: str) -> None:
             raise UsageError(
                 f"logging.mlflow_tracking_uri {uri}: no folder {folder} that can be written to; correct it"
             )
-    if is_file_store(uri) and os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true") == "true":
+    if is_file_store(uri) and "MLFLOW_ALLOW_FILE_STORE" not in os.environ:
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
         print(
             f"MLflow keeps file stores such as {uri} only with MLFLOW_ALLOW_FILE_STORE=true, set for this "
             "run; set it for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
         )
-
-
-@contextmanager
-def _impatience() -> Iterator[None]:
-    """While a run is opened a server that does not answer is an error within seconds, not minutes."""
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: value for name, value in names.items() if before[name] is None})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
 
 
 def _source_tags() -> dict[str, str]:

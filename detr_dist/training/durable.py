@@ -44,10 +44,10 @@ def link_folder(source: Path, folder: Path) -> None:
 
 def remove_folder(folder: Path) -> None:
     """Delete a folder, never leaving half of it under its name."""
-    partial = _partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    folder.replace(partial)
-    shutil.rmtree(partial, ignore_errors=True)
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.replace(removed)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def finish_interrupted(parent: Path) -> list[str]:
@@ -56,6 +56,8 @@ def finish_interrupted(parent: Path) -> list[str]:
 
     Returns the names of the folders of which there was only a part, now removed.
     """
+    for removed in parent.glob(".*.removed"):
+        shutil.rmtree(removed, ignore_errors=True)
     leftovers = [*parent.glob(".*.partial"), *parent.glob(".*.replaced")]
     names = sorted({path.stem.removeprefix(".") for path in leftovers})
     return [name for name in names if _finish(parent / name)]

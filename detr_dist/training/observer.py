@@ -57,7 +57,7 @@ class RunObserver:
         self._saver = saver  # on the main process
         self._facts = facts
         self._is_best = self._was_evaluated = False  # at the end of this epoch
-        self._failure = ""  # of the last attempt to save a model
+        self._failure = ""  # why the best model could not be saved
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
@@ -191,17 +191,20 @@ class RunObserver:
     def _save_model(self, state: TrainState) -> None:
         """The model of every epoch goes to MLflow, the best one stays in the output folder as well.
 
-        A disk or server in trouble is one line on the screen; `finish` raises it if nothing better followed.
+        A disk or server in trouble is one line on the screen; `finish` raises it if it was the best model.
         """
         try:
             self._write_model(self._num_epochs(state), state.metrics if self._was_evaluated else {})
-            self._failure = ""
+            if self._is_best:
+                self._failure = ""
         except Exception as error:  # of a full disk each library says it in its own kind
-            self._failure = (
+            failure = (
                 f"{self._output_dir}: the model of step {state.step} could not be saved "
                 f"({failure_on_disk(error, self._output_dir)})"
             )
-            self._progress.say(f"warning: {self._failure}; training goes on")
+            self._progress.say(f"warning: {failure}; training goes on")
+            if self._is_best:
+                self._failure = failure
 
     def _write_model(self, num_epochs: int, metrics: dict[str, float]) -> None:
         if self._tracker is None and not self._is_best:

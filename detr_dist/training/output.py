@@ -12,7 +12,7 @@ from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, open_checkpoint
 from detr_dist.training.durable import new_folder
 
-OF_A_RUN = ("checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json")
+OF_A_RUN = ("checkpoints", "model", "models", "outbox", "tensorboard", "config.yaml", "results.json")
 
 
 def check_writable(output_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -14,14 +16,13 @@ _SAME_INTERRUPT_S = 0.5
 
 class StopSignals:
     """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process at
-    once.
+    once, with exit code 130.
 
     Main thread only.
     """
 
     def __init__(self) -> None:
         self.received = ""
-        self._interrupted_at: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -30,6 +31,13 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Python's own handlers wait for the main thread, which may hang in a collective: a thread that reads
+        # what arrived does not.
+        self._arrivals, self._written = socket.socketpair()
+        self._written.setblocking(False)
+        signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="second-interrupt", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(
@@ -38,16 +46,21 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        signal.set_wakeup_fd(-1)
+        self._written.close()
+        self._watcher.join()
+        self._arrivals.close()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted_at is None:
-            self._interrupted_at = now
-        elif now - self._interrupted_at > _SAME_INTERRUPT_S:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
+
+    def _watch(self) -> None:
+        interrupted_at: float | None = None
+        while arrived := self._arrivals.recv(1):
+            if arrived[0] != signal.SIGINT:
+                continue
+            if interrupted_at is not None and time.monotonic() - interrupted_at > _SAME_INTERRUPT_S:
+                os._exit(130)
+            interrupted_at = interrupted_at or time.monotonic()

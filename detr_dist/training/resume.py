@@ -45,6 +45,10 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
         refused.append(f"classes of the data {_shown(saved.class_names)} -> {_shown(now.class_names)}")
     if saved.num_train_images != now.num_train_images:
         refused.append(f"number of training images {saved.num_train_images} -> {now.num_train_images}")
+    elif saved.data_sha256 != now.data_sha256:
+        refused.append(
+            "annotations of the training data, which have other images, boxes or another order now"
+        )
     if saved.global_batch_size != now.global_batch_size:
         refused.append(_global_batch(saved, now))
     if refused:
@@ -118,6 +122,10 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: Grad
     try:
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
+        for parameter, memory in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                # In the parameter's own memory format, which fused optimizers insist on.
+                memory[name] = torch.empty_like(parameter).copy_(memory[name].view(parameter.shape))
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         return int(saved["scheduler"]["last_epoch"])

@@ -48,6 +48,7 @@ def train(config: Config, options: RunOptions) -> None:
         mixed_precision=config.training.mixed_precision,
         gradient_accumulation_steps=config.training.gradient_accumulation_steps,
     )
+    is_whole = False
     try:
         setup = set_up(config, options, train_data, val_data, accelerator)
         with StopSignals() as signals:
@@ -55,6 +56,10 @@ def train(config: Config, options: RunOptions) -> None:
             with run_status(tracker):
                 setup.host.on_main_process(lambda: _open_output(setup, tracker))
                 _run(setup, _assemble(setup, signals), signals, tracker)
+        is_whole = True
+    except StopRequested:
+        is_whole = True
+        raise
     except RuntimeError as error:
         if accelerator.num_processes > 1 and is_lost_contact(error):
             raise TrainingError(
@@ -63,7 +68,10 @@ def train(config: Config, options: RunOptions) -> None:
             ) from error
         raise
     finally:
-        accelerator.end_training()
+        for each in accelerator.trackers:
+            each.finish()
+        if is_whole:  # a group that has lost a process could wait for it for minutes
+            accelerator.state.destroy_process_group()
 
 
 def _open_run(setup: Setup) -> MLflowTracker | None:
@@ -71,11 +79,8 @@ def _open_run(setup: Setup) -> MLflowTracker | None:
     check_writable(setup.options.output_dir)
     if not setup.config.logging.mlflow:
         return None
-    resumed = setup.resumed
-    tracker = MLflowTracker(setup.config.logging, run_id=resumed.facts.mlflow_run_id if resumed else None)
-    if resumed is not None:
-        tracker.note_resume(resumed.state.step, setup.changes)
-    return tracker
+    run_id = setup.resumed.facts.mlflow_run_id if setup.resumed is not None else None
+    return MLflowTracker(setup.config.logging, run_id=run_id)
 
 
 def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
@@ -87,7 +92,10 @@ def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
     (output_dir / "config.yaml").write_text(config.to_yaml())
     trackers = setup.accelerator.trackers
     if tracker is not None:
+        tracker.open(output_dir / "outbox")
         trackers.append(tracker)
+        if resumed is not None:
+            tracker.note_resume(resumed.state.step, setup.changes)
         tracker.log_file(output_dir / "config.yaml")
     if config.logging.tensorboard:
         trackers.append(tensorboard_tracker(output_dir, first_step=resumed.state.step if resumed else 0))
@@ -102,7 +110,8 @@ def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
     """The best model so far belongs to the run as well; it lies beside the checkpoint, or in MLflow."""
     try:
         best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
-        if not (best.exists() and model.exists()) and resumed.facts.mlflow_run_id is not None:
+        is_here = best.exists() and model.exists()
+        if not is_here and setup.config.logging.mlflow and resumed.facts.mlflow_run_id is not None:
             of_run = f"runs:/{resumed.facts.mlflow_run_id}"
             best = setup.sources.download(f"{of_run}/checkpoints/best")
             model = setup.sources.download(f"{of_run}/model")
@@ -122,7 +131,7 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
     if resumed is not None:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
-        setup.sources.close()
+    setup.sources.close()
     scheduler = build_scheduler(optimizer, settings, steps_of_all_epochs, done_steps=done_steps)
     model, prepared_optimizer = accelerator.prepare(detector.train(), optimizer)
     return Training(
@@ -180,12 +189,13 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         output_dir=options.output_dir,
         progress=progress,
         saver=saver,
-        facts=replace(setup.facts, mlflow_run_id=tracker.run_id if tracker is not None else None),
+        facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
     try:
         fit(training, state, groups, observer)
         observer.finish()
     except StopRequested as request:
+        groups.close()  # its loader processes may be about to end, as all processes were asked to
         observer.save_last(state)
         observer.finish()
         raise StopRequested(
@@ -235,6 +245,9 @@ def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[s
         )
         yield from (f"  changed since: {change}" for change in setup.changes)
         if training.is_over(state):
-            yield "there is nothing left to do: raise training.num_epochs or training.max_steps to train on"
+            limit = "training.num_epochs or training.max_steps"
+            if state.closed_step < training.total_steps:
+                limit = "training.early_stopping_patience"
+            yield f"there is nothing left to do: raise {limit} to train on"
     elif setup.options.resume is not None:
         yield f"no checkpoint in {setup.options.output_dir}: a new run begins"

@@ -31,7 +31,7 @@ class CheckpointSaver:
         self._say = say
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
-        self._failure = ""
+        self._failures: dict[str, str] = {}  # by name, of what every run shall have at its end
         finish_interrupted(checkpoints_dir)
 
     def save(self, take: Callable[[], Snapshot], names: Sequence[str]) -> None:
@@ -41,19 +41,19 @@ class CheckpointSaver:
         self._pending = self._thread.submit(self._save, take(), names)
 
     def wait(self) -> None:
-        """Until nothing is being written or uploaded."""
+        """Until nothing is being written."""
         if self._pending is not None:
             self._pending.result()
 
     def finish(self) -> None:
-        """Wait until everything is written and uploaded.
+        """Wait until everything is written.
 
         Raises:
-            TrainingError: the last checkpoint could not be written.
+            TrainingError: `best` or `last` could not be.
         """
         self.wait()
-        if self._failure:
-            raise TrainingError(self._failure)
+        for failure in self._failures.values():
+            raise TrainingError(failure)
 
     def close(self) -> None:
         """End the thread, once it has done what it was given."""
@@ -63,13 +63,15 @@ class CheckpointSaver:
         folders = ", ".join(str(self._checkpoints_dir / name) for name in names)
         try:
             write_checkpoint(self._checkpoints_dir, names, snapshot)
-            self._failure = ""
+            for name in names:
+                self._failures.pop(name, None)
         except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
-            self._failure = (
+            failure = (
                 f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
                 f"({failure_on_disk(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
-            self._say(f"warning: {self._failure}, and training goes on; make room for the next one")
+            self._failures |= {name: failure for name in names if name in ("best", "last")}
+            self._say(f"warning: {failure}, and training goes on; make room for the next one")
             return
         try:
             self._prune()
@@ -84,15 +86,17 @@ class CheckpointSaver:
                 )
 
     def _upload_all(self, names: Sequence[str]) -> None:
+        """All but step_<N>, of which there may be thousands."""
         assert self._upload is not None
-        if list(names) == ["last"]:  # an upload that is cut short must not spoil the only copy there is
+        names = [name for name in names if not name.startswith("step_")]
+        if names == ["last"]:  # an upload that is cut short must not spoil the only copy there is
             self._upload(self._checkpoints_dir / "last", "checkpoints/last_copy")
         for name in names:
             self._upload(self._checkpoints_dir / name, f"checkpoints/{name}")
 
     def _prune(self) -> None:
-        """Delete the oldest epoch_<N> and step_<N>, and first those that are damaged. `best` and `last` hold
-        their own files, and the newest stays."""
+        """Delete the oldest epoch_<N> and step_<N>, and first those that are damaged. `best` and `last` keep
+        their files, and the newest stays."""
         if self._keep_last is None:
             return
         numbered = [

@@ -64,6 +64,11 @@ def set_up(
     )
     sources = Sources(host, options.output_dir, config.logging.mlflow_tracking_uri)
     resumed = sources.checkpoint(options.resume) if options.resume is not None else None
+    if resumed is not None and options.init_from not in (None, resumed.facts.init_from):
+        raise UsageError(
+            f"--init-from {options.init_from}: the run to be resumed began from {resumed.facts.init_from}; "
+            "give that or nothing, or another --output-dir for a new run"
+        )
     facts = RunFacts(
         config=config,
         class_names=list(train_data.class_names),
@@ -71,7 +76,8 @@ def set_up(
         num_processes=accelerator.num_processes,
         global_batch_size=plan.global_batch_size,
         init_from=options.init_from if resumed is None else resumed.facts.init_from,
-        mlflow_run_id=None,
+        mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
+        data_sha256=train_data.fingerprint(),
         versions=_versions(),
     )
     return Setup(

@@ -74,6 +74,7 @@ class Sources:
         return self._host.once_per_machine(lambda: self._find_weights(init_from))
 
     def _clear_up(self) -> None:
+        finish_interrupted(self._output_dir)  # the best model
         for name in finish_interrupted(self._output_dir / "checkpoints"):
             self._say(
                 f"checkpoint {name} was being written when its process ended: removed what there was of it"

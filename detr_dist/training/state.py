@@ -40,6 +40,8 @@ class RunFacts:
     config: Config
     class_names: list[str]
     num_train_images: int
+    data_sha256: str
+    """Of the training annotations: in another order, or with other boxes, they are other data."""
     num_processes: int
     global_batch_size: int
     init_from: str | None

@@ -67,6 +67,7 @@ def build_training(device: str, *, ema_decay: float) -> tuple[Training, Detector
         config=config,
         class_names=classes,
         num_train_images=plan.num_samples,
+        data_sha256="0",
         num_processes=1,
         global_batch_size=plan.global_batch_size,
         init_from=None,

@@ -85,6 +85,7 @@ def facts(tiny_model: ModelConfig) -> RunFacts:
         config=Config(model=tiny_model),
         class_names=CLASS_NAMES,
         num_train_images=40,
+        data_sha256="0",
         num_processes=1,
         global_batch_size=4,
         init_from=None,

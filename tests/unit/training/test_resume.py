@@ -64,6 +64,7 @@ def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
         config=config,
         class_names=["player", "ball"],
         num_train_images=80,
+        data_sha256="0",
         num_processes=num_processes,
         global_batch_size=plan.global_batch_size,
         init_from=None,
@@ -168,6 +169,7 @@ def test_one_key_that_decides_is_enough(overrides: str, part: str) -> None:
     [
         ({"class_names": ["player"]}, "classes of the data"),
         ({"num_train_images": 79}, "number of training images 80 -> 79"),
+        ({"data_sha256": "1"}, "annotations of the training data"),
     ],
 )
 def test_other_data_make_it_another_run(others: dict[str, object], part: str) -> None:

@@ -150,9 +150,9 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
     saver = new_saver(keep_last=1, upload=lambda folder, name: uploaded.append(name))
     monkeypatch.setattr("detr_dist.training.saver.remove_folder", refuse)
     for step in (1, 2):
-        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+        saver.save(lambda step=step: snapshot_at(step), [f"epoch_{step}"])
     saver.finish()
-    assert uploaded == ["checkpoints/step_1", "checkpoints/step_2"]
+    assert uploaded == ["checkpoints/epoch_1", "checkpoints/epoch_2"]
 
 
 def test_what_could_not_be_written_is_not_uploaded(

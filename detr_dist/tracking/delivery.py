@@ -1,0 +1,254 @@
+"""Brings the records of an outbox to MLflow, each once, through outages of the server."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy
+
+# Limits of MLflow's API.
+MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
+MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
+
+# Values are light and go first; folders and the run's status follow when all values before them are there.
+VALUES, FOLDERS = "values", "folders"
+KINDS_OF_VALUES = {"metrics", "params", "tags"}
+
+# The server has understood, and would say the same again.
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+
+# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
+_VALUES_TIMEOUT_S, _FOLDERS_TIMEOUT_S = 10, 300
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+
+
+class Delivery:
+    """Delivers what an outbox holds, as often as `work` is called.
+
+    What the server has already is asked, not assumed: after a crash, or an answer that got lost, nothing is
+    logged twice. For use by one thread.
+    """
+
+    def __init__(self, reader: OutboxReader, client: MlflowClient, say: Callable[[str], None]) -> None:
+        self._reader = reader
+        self._client = client
+        self._say = say
+        self._run_id = reader.address.run_id
+        self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
+        self._known_params: set[str] = set()
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_left == 0
+
+    @property
+    def num_left(self) -> int:
+        """Records that are still to be delivered."""
+        return self._reader.num_left(VALUES, FOLDERS)
+
+    def work(self) -> bool:
+        """Deliver a batch of values, then at most one folder; says whether there was anything to do.
+
+        Raises:
+            Exception: of MLflow's many kinds, while its server is away; call again later.
+        """
+        try:
+            with patience(_VALUES_TIMEOUT_S):
+                delivered_values = self._deliver_values()
+            with patience(_FOLDERS_TIMEOUT_S):
+                return self._deliver_folder() or delivered_values
+        except Exception:
+            self._logged_until = None
+            raise
+
+    def _deliver_values(self) -> bool:
+        records = list(_first_batch(self._reader.records(VALUES)))
+        if not records:
+            return False
+        try:
+            self._log(records)
+        except MlflowException as error:
+            if not _is_refusal(error):
+                raise
+            self._log_one_by_one(records)
+        self._reader.advance(VALUES, records[-1].end)
+        return True
+
+    def _log(self, records: Iterable[Record]) -> None:
+        if self._logged_until is None:
+            run = self._client.get_run(self._run_id)
+            # The latest entry of a metric is the one with its highest step.
+            self._logged_until = {metric.key: metric.step for metric in run.to_proto().data.metrics}
+            self._known_params = set(run.data.params)
+        metrics: list[Metric] = []
+        params: dict[str, str] = {}
+        tags: dict[str, str] = {}
+        for kind, content, _ in records:
+            if kind == "metrics":
+                metrics += [
+                    Metric(name, value, content["at_ms"], content["step"])
+                    for name, value in content["values"].items()
+                    if content["step"] > self._logged_until.get(name, -1)
+                ]
+            elif kind == "params":  # MLflow refuses to change one
+                params |= {k: v for k, v in content["values"].items() if k not in self._known_params}
+            elif kind == "tags":
+                tags |= content["values"]
+        if metrics or params or tags:
+            self._client.log_batch(
+                self._run_id,
+                metrics=metrics,
+                params=[Param(name, value[:MAX_PARAM_LENGTH]) for name, value in params.items()],
+                tags=[RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in tags.items()],
+            )
+        self._logged_until |= {metric.key: metric.step for metric in metrics}
+        self._known_params |= params.keys()
+
+    def _log_one_by_one(self, records: Iterable[Record]) -> None:
+        """What MLflow refuses must not keep back the rest."""
+        for record in records:
+            self._logged_until = None
+            try:
+                self._log([record])
+            except MlflowException as error:
+                if not _is_refusal(error):
+                    raise
+                self._say(f"warning: MLflow refuses {record.kind} {record.content} ({one_line(error)})")
+
+    def _deliver_folder(self) -> bool:
+        """The next record that is no value, once all values before it are there."""
+        for kind, content, end in self._reader.records(FOLDERS, limit=self._reader.position(VALUES)):
+            if kind in KINDS_OF_VALUES:
+                continue
+            if kind == "folder":
+                with self._reader.uploading(content["name"]) as folder:
+                    if folder is not None:
+                        self._upload(folder, content["artifact_path"], content["last"])
+            elif kind == "status":
+                self._set_status(content["status"])
+            self._reader.advance(FOLDERS, end)
+            return True
+        self._reader.advance(FOLDERS, self._reader.position(VALUES))
+        return False
+
+    def _upload(self, folder: Path, artifact_path: str, last: str | None) -> None:
+        """Upload file by file, the one named `last` after all others; into a store on this machine by
+        linking."""
+        uri = urlparse(self._client.get_run(self._run_id).info.artifact_uri)
+        store = Path(url2pathname(uri.path)) if uri.scheme in ("", "file") else None
+        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in sorted(paths, key=lambda path: path.name == last):
+            target = Path(artifact_path) / path.relative_to(folder)
+            if store is not None:
+                _link_over(path, store / target)
+            else:
+                into = str(target.parent) if target.parent != Path() else None
+                self._client.log_artifact(self._run_id, str(path), into)
+
+    def _set_status(self, status: str) -> None:
+        if status == "RUNNING":
+            self._client.update_run(self._run_id, status=status)
+        else:
+            self._client.set_terminated(self._run_id, status)
+
+
+class DeliveryThread:
+    """Delivers in the background, and tries again for as long as it takes while the server is away."""
+
+    def __init__(self, delivery: Delivery, appended: threading.Event, say: Callable[[str], None]) -> None:
+        self._delivery = delivery
+        self._appended = appended
+        self._say = say
+        self._ending = threading.Event()
+        self._is_away = False
+        self._thread = threading.Thread(target=self._run, name="mlflow-delivery", daemon=True)
+        self._thread.start()
+
+    def end(self, *, patience_s: float) -> int:
+        """Wait until everything is delivered, `patience_s` at most, and end; returns how many records are
+        left."""
+        deadline = time.monotonic() + patience_s
+        while not self._delivery.is_done and time.monotonic() < deadline and self._thread.is_alive():
+            time.sleep(0.02)
+        self._ending.set()
+        self._appended.set()
+        self._thread.join(max(1.0, deadline - time.monotonic()))
+        return self._delivery.num_left
+
+    def _run(self) -> None:
+        pause_s = _FIRST_PAUSE_S
+        while not self._ending.is_set():
+            self._appended.clear()
+            try:
+                worked = self._delivery.work()
+            except Exception as error:  # each kind of store raises its own
+                self._note(error)
+                self._ending.wait(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                continue
+            self._note(None)
+            pause_s = _FIRST_PAUSE_S
+            if not worked:
+                self._appended.wait()
+
+    def _note(self, error: Exception | None) -> None:
+        """Say when the server goes away and when it comes back, once each."""
+        if error is not None and not self._is_away:
+            self._say(
+                f"warning: MLflow cannot be reached ({one_line(error)}); training goes on, and what is "
+                "logged is kept and delivered later"
+            )
+        elif error is None and self._is_away:
+            self._say("MLflow can be reached again")
+        self._is_away = error is not None
+
+
+@contextmanager
+def patience(timeout_s: int) -> Iterator[None]:
+    """Within it MLflow's HTTP requests fail after `timeout_s` seconds without trying again; what the user has
+    set himself stays."""
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+    mine = {name: value for name, value in names.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
+
+
+def one_line(error: Exception) -> str:
+    """What an error of MLflow says, on one line of bearable length."""
+    return " ".join(str(error).split())[:500]
+
+
+def _is_refusal(error: MlflowException) -> bool:
+    return error.error_code in _REFUSALS
+
+
+def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
+    """As many values as MLflow takes at once."""
+    room = {"metrics": MAX_METRICS, "params": MAX_PARAMS, "tags": MAX_TAGS}
+    for record in records:
+        if record.kind in KINDS_OF_VALUES:
+            room[record.kind] -= len(record.content["values"])
+            if room[record.kind] < 0:
+                return
+        yield record
+
+
+def _link_over(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)
+    link_or_copy(source, partial)
+    partial.replace(target)

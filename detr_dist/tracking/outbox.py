@@ -1,0 +1,196 @@
+"""What MLflow is to be told, on disk first.
+
+A run appends each record to a file before anything else happens to it. Delivering it is somebody else's
+business and may take until long after the run; files to upload are hard-linked beside it, so that they can
+neither change nor vanish meanwhile.
+
+    run.json        tracking URI and run id: where everything goes
+    records.jsonl   the records, in the order they were made
+    delivered.json  how far each kind of delivery has come, in bytes of records.jsonl
+    files/          folders that wait to be uploaded
+"""
+
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detr_dist.errors import DataError
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where the records of an outbox go."""
+
+    tracking_uri: str
+    run_id: str
+
+
+class Record(NamedTuple):
+    kind: str
+    content: dict[str, Any]
+    end: int
+    """Bytes of the file up to the end of this record."""
+
+
+class Outbox:
+    """Appends records; thread-safe. A record that a crash cut in two was never made."""
+
+    def __init__(self, folder: Path, address: Address) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace_text(folder / "run.json", json.dumps(asdict(address), indent=2))
+        self.folder = folder
+        self.appended = threading.Event()
+        self._lock = threading.Lock()
+        path = folder / "records.jsonl"
+        with path.open("ab") as file:
+            file.truncate(_whole_size(path))
+        self._file = path.open("ab")
+        self._numbers = itertools.count(_next_number(folder / "files"))
+        self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
+
+    def append(self, kind: str, **content: Any) -> None:
+        """Note something of a kind that `delivery` knows. Costs some microseconds, whatever the server
+        does."""
+        line = json.dumps({"kind": kind} | content).encode() + b"\n"
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+        self.appended.set()
+
+    def append_folder(self, source: Path, artifact_path: str, *, last: str | None = None) -> None:
+        """Note the files of a folder for upload below `artifact_path`, the one named `last` after all others.
+
+        One that still waits for the same place is given up for it: an outage must not fill the disk.
+        """
+        waiting = self.folder / "files" / f"{next(self._numbers):06d}"
+        shutil.copytree(source, waiting, copy_function=link_or_copy)
+        self.append("folder", name=waiting.name, artifact_path=artifact_path, last=last)
+        superseded = self._waiting.get(artifact_path)
+        self._waiting[artifact_path] = waiting
+        if superseded is not None:
+            shutil.rmtree(superseded, ignore_errors=True)
+
+    def append_file(self, source: Path) -> None:
+        """Note a copy of a file for upload beside the folders."""
+        waiting = self.folder / "files" / f"{next(self._numbers):06d}"
+        waiting.mkdir(parents=True)
+        shutil.copyfile(source, waiting / source.name)
+        self.append("folder", name=waiting.name, artifact_path="", last=None)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class OutboxReader:
+    """What is in an outbox, and how far it has been delivered. One reader may deliver at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.address = Address(**json.loads((folder / "run.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise DataError(
+                f"{folder}: holds nothing for MLflow (run.json cannot be read: {error})"
+            ) from error
+        self._records_path = folder / "records.jsonl"
+        self._cursors: dict[str, int] = {}
+        if (folder / "delivered.json").exists():
+            self._cursors = json.loads((folder / "delivered.json").read_text())
+
+    def records(self, cursor: str, limit: int | None = None) -> Iterator[Record]:
+        """The records from a cursor on, up to byte `limit`."""
+        position = self._cursors.get(cursor, 0)
+        with self._records_path.open("rb") as file:
+            file.seek(position)
+            for line in file:
+                end = position + len(line)
+                if not line.endswith(b"\n") or (limit is not None and end > limit):
+                    return
+                content = json.loads(line)
+                yield Record(content.pop("kind"), content, end)
+                position = end
+
+    def position(self, cursor: str) -> int:
+        return self._cursors.get(cursor, 0)
+
+    def advance(self, cursor: str, position: int) -> None:
+        """Note that everything before `position` is delivered."""
+        if position == self.position(cursor):
+            return
+        self._cursors[cursor] = position
+        _replace_text(self.folder / "delivered.json", json.dumps(self._cursors))
+
+    def num_left(self, *cursors: str) -> int:
+        """Records that one of the cursors has not passed."""
+        first = min(cursors, key=self.position)
+        return sum(1 for _ in self.records(first))
+
+    @contextmanager
+    def uploading(self, name: str) -> Iterator[Path | None]:
+        """The folder of that name, out of reach for what supersedes it; None if it is gone or was
+        delivered."""
+        waiting = self.folder / "files" / name
+        taken = waiting.with_suffix(".uploading")
+        if waiting.exists():
+            waiting.replace(taken)
+        yield taken if taken.exists() else None
+        shutil.rmtree(taken, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other deliverers away.
+
+        Raises:
+            DataError: one is at work.
+        """
+        with (self.folder / "lock").open("w") as file:
+            try:
+                # Of this process alone: loader processes that outlive it for seconds do not inherit it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise DataError(
+                    f"{self.folder}: a run that is still going on delivers it; wait until it has ended"
+                ) from None
+            yield
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """The same file under another name, as a hard link where the file system has them."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _whole_size(path: Path) -> int:
+    """Bytes up to the end of the last whole line."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        while size:
+            chunk_start = max(0, size - 4096)
+            file.seek(chunk_start)
+            newline = file.read(size - chunk_start).rfind(b"\n")
+            if newline >= 0:
+                return chunk_start + newline + 1
+            size = chunk_start
+    return 0
+
+
+def _next_number(files: Path) -> int:
+    return max((int(path.stem) for path in files.glob("*")), default=-1) + 1
