@@ -103,12 +103,19 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.dist)])
-@pytest.mark.parametrize("kind", ["on request", "killed"])
+@pytest.mark.parametrize(
+    ("num_processes", "hows"),
+    [
+        pytest.param(1, (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1), id="one process, on request"),
+        pytest.param(1, (signal.SIGKILL,) * 3, id="one process, killed"),
+        pytest.param(
+            2, (signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM), marks=pytest.mark.dist, id="two processes"
+        ),
+    ],
+)
 def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
-    workplace, uninterrupted, tiny_data: Path, num_processes: int, kind: str
+    workplace, uninterrupted, tiny_data: Path, num_processes: int, hows: tuple[signal.Signals, ...]
 ) -> None:
-    hows = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1) if kind == "on request" else (signal.SIGKILL,) * 3
     resume = "auto"
     for step, how in zip((7, 13, 29), hows, strict=True):
         process = workplace.start(

@@ -1,0 +1,297 @@
+"""A real MLflow server that goes away while a run is tracked there, and what comes to it in the end."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+STEPS = 60
+CHECKPOINTS_OFTEN = (
+    f"training.max_steps={STEPS}",
+    "training.num_epochs=100",
+    "evaluation.every_epochs=1",
+    "checkpoint.every_epochs=2",
+    "checkpoint.every_steps=5",
+)
+
+
+class Server:
+    """`mlflow server` on a port of its own, with database and artifacts in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self):
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        if self._process is not None:
+            return
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server"),
+                    *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
+                    *("--artifacts-destination", str(self.folder / "artifacts")),
+                    *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
+                ],
+                cwd=self.folder,
+                env=inherited | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """With all its processes, in the middle of whatever they do."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def num_steps(self, run_id: str) -> int:
+        """Losses that the database has of a run; asks the file, as the server may be away."""
+        with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
+            query = "SELECT COUNT(*) FROM metrics WHERE key = 'train_loss' AND run_uuid = ?"
+            (number,) = database.execute(query, (run_id,)).fetchone()
+        return int(number)
+
+    def losses(self, run_id: str) -> list[tuple[int, float]]:
+        history = self.client.get_metric_history(run_id, "train_loss")
+        return sorted((entry.step, entry.value) for entry in history)
+
+    def files(self, run_id: str, folder: str) -> dict[str, bytes]:
+        """What it gives out of an artifact folder."""
+        target = self.folder / "downloads" / run_id
+        target.mkdir(parents=True, exist_ok=True)
+        return content_of(Path(self.client.download_artifacts(run_id, folder, str(target))))
+
+
+@pytest.fixture(scope="module")
+def one_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    server = Server(folder)
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def server(one_server: Server) -> Server:
+    """It runs, whatever the test before did to it."""
+    one_server.start()
+    return one_server
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_until(condition: Callable[[], bool], process, workplace) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, workplace.log
+        assert time.monotonic() < deadline, workplace.log
+        time.sleep(0.01)
+
+
+def records(workplace) -> list[dict]:
+    """What the run has put into its outbox."""
+    path = workplace.folder / "out" / "outbox" / tracked_run(workplace) / "records.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def noted_losses(workplace) -> list[tuple[int, float]]:
+    return [
+        (record["step"], record["values"]["train_loss"])
+        for record in records(workplace)
+        if record["kind"] == "metrics" and "train_loss" in record["values"]
+    ]
+
+
+def tracked_run(workplace) -> str:
+    (folder,) = (workplace.folder / "out" / "outbox").iterdir()
+    return folder.name
+
+
+@contextmanager
+def frozen(process) -> Iterator[None]:
+    """The run does nothing meanwhile: how long a server takes to start is not what is tested."""
+    started = psutil.Process(process.pid)
+    started.suspend()
+    try:
+        yield
+    finally:
+        started.resume()
+
+
+def start_and_cut_off(workplace, server: Server, data: Path):
+    """A run in the middle of which the server is killed."""
+    uri = f"logging.mlflow_tracking_uri={server.uri}"
+    process = workplace.start(data, *CHECKPOINTS_OFTEN, uri)
+    outbox_dir = workplace.folder / "out" / "outbox"
+    wait_until(lambda: bool(list(outbox_dir.glob("*"))), process, workplace)
+    wait_until(lambda: server.num_steps(tracked_run(workplace)) >= 5, process, workplace)
+    with frozen(process):
+        server.kill()
+        assert len(noted_losses(workplace)) < STEPS // 2
+    return process
+
+
+def check_that_all_is_there(workplace, server: Server, run_id: str) -> None:
+    """Each step once, checkpoints and models as they lie in the output folder."""
+    assert server.client.get_run(run_id).info.status == "FINISHED"
+    losses = server.losses(run_id)
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert dict(losses) == dict(noted_losses(workplace))
+    out = workplace.folder / "out"
+    for folder in ("checkpoints/last", "checkpoints/best", "model"):
+        assert server.files(run_id, folder) == content_of(out / folder), folder
+    models = {each.path for each in server.client.list_artifacts(run_id, "models")}
+    assert models == {f"models/epoch_{epoch}" for epoch in range(1, STEPS // 10 + 1)}
+    assert "config.yaml" in {each.path for each in server.client.list_artifacts(run_id)}
+    assert not list((out / "outbox" / run_id / "files").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_goes_on_while_the_server_is_away_and_the_server_gets_everything_once(
+    workplace, server: Server, tiny_data: Path
+) -> None:
+    process = start_and_cut_off(workplace, server, tiny_data)
+    run_id = tracked_run(workplace)
+    num_before = server.num_steps(run_id)
+    wait_until(lambda: len(noted_losses(workplace)) >= num_before + 10, process, workplace)
+    wait_until(lambda: "MLflow cannot be reached" in workplace.log, process, workplace)
+    with frozen(process):
+        assert server.num_steps(run_id) == num_before
+        server.start()
+    assert process.wait(90) == 0, workplace.log
+    assert workplace.log.count("MLflow cannot be reached") == 1
+    assert workplace.log.count("MLflow can be reached again") == 1
+    assert "are not in MLflow yet" not in workplace.log
+    assert workplace.results()["run_id"] == run_id
+    check_that_all_is_there(workplace, server, run_id)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and_the_rest_by_a_resume(
+    workplace, server: Server, tiny_data: Path
+) -> None:
+    process = start_and_cut_off(workplace, server, tiny_data)
+    run_id = tracked_run(workplace)
+    num_before = server.num_steps(run_id)
+    waiting = workplace.folder / "out" / "outbox" / run_id / "files"
+    wait_until(lambda: len(noted_losses(workplace)) >= num_before + 10, process, workplace)
+    wait_until(lambda: bool(list(waiting.iterdir())), process, workplace)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    noted = noted_losses(workplace)
+
+    in_vain = workplace.run("sync", "out")
+    assert in_vain.returncode == 1
+    assert "nothing is lost, try again" in in_vain.stderr
+    assert server.num_steps(run_id) == num_before
+
+    server.start()
+    first = workplace.run("sync", "out")
+    assert first.returncode == 0, first.stderr
+    assert f"records delivered to MLflow run {run_id}" in first.stdout
+    assert ": 0 records" not in first.stdout
+    assert server.losses(run_id) == noted
+    for record in records(workplace):
+        if record["kind"] == "folder" and record["artifact_path"]:
+            assert server.client.list_artifacts(run_id, record["artifact_path"]), record
+    assert not list(waiting.iterdir())
+
+    second = workplace.run("sync", "out")
+    assert second.returncode == 0, second.stderr
+    assert ": 0 records delivered" in second.stdout
+    assert server.losses(run_id) == noted
+
+    uri = f"logging.mlflow_tracking_uri={server.uri}"
+    resumed = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert tracked_run(workplace) == run_id
+    check_that_all_is_there(workplace, server, run_id)
+
+
+@contextmanager
+def silent_server(port: int) -> Iterator[list[socket.socket]]:
+    """Accepts connections and never says a word."""
+    accepted: list[socket.socket] = []
+
+    def accept(listener: socket.socket) -> None:
+        while True:
+            try:
+                accepted.append(listener.accept()[0])
+            except OSError:
+                return
+
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        thread = threading.Thread(target=accept, args=(listener,), daemon=True)
+        thread.start()
+        yield accepted
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        for each in accepted:
+            each.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_server_that_never_answers_holds_up_neither_training_nor_its_end_for_ever(
+    workplace, server: Server, tiny_data: Path
+) -> None:
+    process = start_and_cut_off(workplace, server, tiny_data)
+    run_id = tracked_run(workplace)
+    with silent_server(server.port) as accepted:
+        assert process.wait(90) == 0, workplace.log
+        assert accepted
+    assert len(noted_losses(workplace)) == STEPS
+    assert "records are not in MLflow yet" in workplace.log
+    assert "`detr-dist sync out` delivers them" in workplace.log
+    assert server.num_steps(run_id) < STEPS
+
+    server.start()
+    finished = workplace.run("sync", "out")
+    assert finished.returncode == 0, finished.stderr
+    check_that_all_is_there(workplace, server, run_id)
