@@ -1,5 +1,6 @@
 """Brings the records of an outbox to MLflow, each once, through outages of the server."""
 
+import math
 import os
 import threading
 import time
@@ -29,6 +30,7 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 # Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
 _VALUES_TIMEOUT_S, _FOLDERS_TIMEOUT_S = 10, 300
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
+_LOOK_EVERY_S = 0.5
 
 
 class Delivery:
@@ -162,13 +164,17 @@ class Delivery:
 
 
 class DeliveryThread:
-    """Delivers in the background, and tries again for as long as it takes while the server is away."""
+    """Delivers in the background, and tries again for as long as it takes while the server is away.
 
-    def __init__(self, delivery: Delivery, appended: threading.Event, say: Callable[[str], None]) -> None:
+    It looks by itself whether there is something new: to be woken at each record would cost the training
+    thread more than the record does.
+    """
+
+    def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
         self._delivery = delivery
-        self._appended = appended
         self._say = say
         self._ending = threading.Event()
+        self._give_up_at = math.inf
         self._is_away = False
         self._thread = threading.Thread(target=self._run, name="mlflow-delivery", daemon=True)
         self._thread.start()
@@ -176,29 +182,26 @@ class DeliveryThread:
     def end(self, *, patience_s: float) -> int:
         """Wait until everything is delivered, `patience_s` at most, and end; returns how many records are
         left."""
-        deadline = time.monotonic() + patience_s
-        while not self._delivery.is_done and time.monotonic() < deadline and self._thread.is_alive():
-            time.sleep(0.02)
+        self._give_up_at = time.monotonic() + patience_s
         self._ending.set()
-        self._appended.set()
-        self._thread.join(max(1.0, deadline - time.monotonic()))
+        self._thread.join(patience_s + 1.0)
         return self._delivery.num_left
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
-        while not self._ending.is_set():
-            self._appended.clear()
+        while time.monotonic() < self._give_up_at:
             try:
                 worked = self._delivery.work()
             except Exception as error:  # each kind of store raises its own
                 self._note(error)
-                self._ending.wait(pause_s)
+                if self._ending.wait(pause_s):
+                    time.sleep(_FIRST_PAUSE_S)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
             self._note(None)
             pause_s = _FIRST_PAUSE_S
-            if not worked:
-                self._appended.wait()
+            if not worked and self._ending.wait(_LOOK_EVERY_S) and self._delivery.is_done:
+                return
 
     def _note(self, error: Exception | None) -> None:
         """Say when the server goes away and when it comes back, once each."""

@@ -94,7 +94,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self._resources.enter_context(reader.locked())
         self._resources.callback(outbox.close)
         self._outbox = outbox
-        self._thread = DeliveryThread(Delivery(reader, self.client, say), outbox.appended, say)
+        self._thread = DeliveryThread(Delivery(reader, self.client, say), say)
 
     @property
     def outbox(self) -> Outbox:

@@ -47,7 +47,6 @@ class Outbox:
         folder.mkdir(parents=True, exist_ok=True)
         _replace_text(folder / "run.json", json.dumps(asdict(address), indent=2))
         self.folder = folder
-        self.appended = threading.Event()
         self._lock = threading.Lock()
         path = folder / "records.jsonl"
         with path.open("ab") as file:
@@ -63,7 +62,6 @@ class Outbox:
         with self._lock:
             self._file.write(line)
             self._file.flush()
-        self.appended.set()
 
     def append_folder(self, source: Path, artifact_path: str, *, last: str | None = None) -> None:
         """Note the files of a folder for upload below `artifact_path`, the one named `last` after all others.
