@@ -1,5 +1,6 @@
 """Brings the records of an outbox to MLflow, each once, through outages of the server."""
 
+import json
 import math
 import os
 import threading
@@ -11,8 +12,9 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy
 
@@ -135,6 +137,10 @@ class Delivery:
                 with self._reader.uploading(content["name"]) as folder:
                     if folder is not None:
                         self._upload(folder, content["artifact_path"], content["last"])
+            elif kind == "dataset":
+                self._note_dataset(**content)
+            elif kind == "registration":
+                self._register(content["name"])
             elif kind == "status":
                 self._set_status(content["status"])
             self._reader.advance(FOLDERS, end)
@@ -155,6 +161,27 @@ class Delivery:
             else:
                 into = str(target.parent) if target.parent != Path() else None
                 self._client.log_artifact(self._run_id, str(path), into)
+
+    def _note_dataset(
+        self, context: str, name: str, digest: str, source: str, profile: dict[str, int]
+    ) -> None:
+        dataset = Dataset(
+            name, digest, "local", json.dumps({"uri": source}), schema=None, profile=json.dumps(profile)
+        )
+        self._client.log_inputs(
+            self._run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])]
+        )
+
+    def _register(self, name: str) -> None:
+        if not self._client.search_registered_models(f"name = '{name}'"):
+            self._client.create_registered_model(name)
+        versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
+        if versions:  # delivered before a crash, but not noted
+            version = versions[0]
+        else:
+            source = f"{self._client.get_run(self._run_id).info.artifact_uri}/model"
+            version = self._client.create_model_version(name, source, self._run_id)
+        self._client.set_registered_model_alias(name, "best", version.version)
 
     def _set_status(self, status: str) -> None:
         if status == "RUNNING":

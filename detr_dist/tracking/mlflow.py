@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from detr_dist.config import LoggingConfig
+from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
 from detr_dist.tracking.delivery import Delivery, DeliveryThread, one_line, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
@@ -135,6 +136,22 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 if lines
             }
         )
+
+    def log_datasets(self, datasets: dict[str, CocoData]) -> None:
+        """Note the data sets of the run, by what they serve (`train`, `validation`)."""
+        for context, data in datasets.items():
+            self.outbox.append(
+                "dataset",
+                context=context,
+                name=data.annotations_path.parent.name,
+                digest=data.fingerprint()[:32],
+                source=str(data.annotations_path.absolute()),
+                profile={"num_images": len(data), "num_boxes": len(data.box_classes)},
+            )
+
+    def register_model(self, name: str) -> None:
+        """Make the model of the run a new version of `name` in the registry, with the alias `best`."""
+        self.outbox.append("registration", name=name)
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
         """Upload the files of `folder` as artifacts below `artifact_path`; with `last` that file after all

@@ -96,6 +96,10 @@ def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
         trackers.append(tracker)
         if resumed is not None:
             tracker.note_resume(resumed.state.step, setup.changes)
+        tracker.set_tags(
+            {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
+        )
+        tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
         tracker.log_file(output_dir / "config.yaml")
     if config.logging.tensorboard:
         trackers.append(tensorboard_tracker(output_dir, first_step=resumed.state.step if resumed else 0))
@@ -212,6 +216,8 @@ def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | Non
     where = {"run_id": tracker.run_id, "tracking_uri": tracker.uri} if tracker is not None else {}
     write_results(setup.options.output_dir, state.metrics, where)
     if tracker is not None:
+        if setup.config.logging.register_model_as is not None:
+            tracker.register_model(setup.config.logging.register_model_as)
         experiment = setup.config.logging.mlflow_experiment_name
         print(f"MLflow run {tracker.run_id} in experiment {experiment} ({tracker.uri})")
         print(f"see it with: mlflow ui --backend-store-uri {tracker.uri}", flush=True)

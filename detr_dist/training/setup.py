@@ -1,6 +1,7 @@
 """What is known of a run before anything of it is visible from outside."""
 
 import platform
+import socket
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,7 @@ class Setup:
     changes: list[str]
     """Settings that differ from the resumed run's, in words."""
     detector: Detector
+    host_names: list[str]
 
 
 def set_up(
@@ -93,6 +95,7 @@ def set_up(
         facts=facts,
         changes=compare_with_saved(resumed.facts, facts) if resumed is not None else [],
         detector=_build_network(facts, train_data, sources, resumed),
+        host_names=sorted(set(host.all_gather_objects(socket.gethostname()))),
     )
 
 

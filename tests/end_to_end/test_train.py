@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import mlflow
@@ -54,6 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: 
         "checkpoint.every_epochs=1",
         "logging.tensorboard=true",
         "logging.memory_every_steps=2",
+        "logging.register_model_as=players_and_balls",
         "data.num_workers=1",
         "training.batch_size=5",
         num_processes=2,
@@ -120,6 +122,24 @@ def test_a_model_loads_from_mlflow_as_a_plain_module_with_its_story(path: str, m
     metadata = mlflow.models.get_model_info(uri).metadata
     assert metadata["epoch"] in (1, 2)
     assert metadata["config"]["training"]["batch_size"] == 5
+
+
+def test_the_best_model_is_registered_with_an_alias(mlflow_run) -> None:
+    version = mlflow.MlflowClient().get_model_version_by_alias("players_and_balls", "best")
+    assert version.run_id == mlflow_run.info.run_id
+    model = mlflow.pytorch.load_model("models:/players_and_balls@best")
+    assert model.config.id2label == {0: "player", 1: "ball"}
+
+
+def test_the_run_tells_its_data_sets_hosts_and_command(mlflow_run) -> None:
+    datasets = {each.tags[0].value: each.dataset for each in mlflow_run.inputs.dataset_inputs}
+    assert {context: dataset.name for context, dataset in datasets.items()} == {
+        "train": "train", "validation": "val"
+    }  # fmt: skip
+    assert json.loads(datasets["train"].profile)["num_images"] == 40
+    assert mlflow_run.data.tags["host_names"] == socket.gethostname()
+    assert mlflow_run.data.tags["num_processes"] == "2"
+    assert "train" in mlflow_run.data.tags["launch_command"]
 
 
 def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
