@@ -93,18 +93,18 @@ class Delivery:
             # The latest entry of a metric is the one with its highest step.
             self._logged_until = {metric.key: metric.step for metric in run.to_proto().data.metrics}
             self._known_params = set(run.data.params)
+        logged_until = dict(self._logged_until)
         metrics: list[Metric] = []
         params: dict[str, str] = {}
         tags: dict[str, str] = {}
         for kind, content, _ in records:
             if kind == "metrics":
-                metrics += [
-                    Metric(name, value, content["at_ms"], content["step"])
-                    for name, value in content["values"].items()
-                    if content["step"] > self._logged_until.get(name, -1)
-                ]
+                step = content["step"]
+                new = {k: v for k, v in content["values"].items() if step > logged_until.get(k, -1)}
+                metrics += [Metric(name, value, content["at_ms"], step) for name, value in new.items()]
+                logged_until |= dict.fromkeys(new, step)
             elif kind == "params":  # MLflow refuses to change one
-                params |= {k: v for k, v in content["values"].items() if k not in self._known_params}
+                params = {k: v for k, v in content["values"].items() if k not in self._known_params} | params
             elif kind == "tags":
                 tags |= content["values"]
         if metrics or params or tags:
@@ -114,7 +114,7 @@ class Delivery:
                 params=[Param(name, value[:MAX_PARAM_LENGTH]) for name, value in params.items()],
                 tags=[RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in tags.items()],
             )
-        self._logged_until |= {metric.key: metric.step for metric in metrics}
+        self._logged_until = logged_until
         self._known_params |= params.keys()
 
     def _log_one_by_one(self, records: Iterable[Record]) -> None:
@@ -268,10 +268,10 @@ def _is_refusal(error: MlflowException) -> bool:
 def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
     """As many values as MLflow takes at once."""
     room = {"metrics": MAX_METRICS, "params": MAX_PARAMS, "tags": MAX_TAGS}
-    for record in records:
+    for number, record in enumerate(records):
         if record.kind in KINDS_OF_VALUES:
             room[record.kind] -= len(record.content["values"])
-            if room[record.kind] < 0:
+            if room[record.kind] < 0 and number > 0:  # one that is too large by itself the client splits
                 return
         yield record
 
@@ -282,3 +282,4 @@ def _link_over(source: Path, target: Path) -> None:
     partial.unlink(missing_ok=True)
     link_or_copy(source, partial)
     partial.replace(target)
+    partial.unlink(missing_ok=True)  # renaming does nothing where both are the same file already

@@ -20,7 +20,7 @@ from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
 from detr_dist.tracking.delivery import Delivery, DeliveryThread, one_line, patience
-from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.outbox import Address, Outbox, OutboxReader, locked
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
@@ -90,9 +90,9 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         Raises:
             DataError: another process delivers from it.
         """
+        self._resources.enter_context(locked(folder / self.run_id))
         outbox = Outbox(folder / self.run_id, Address(self.uri, self.run_id))
         reader = OutboxReader(outbox.folder)
-        self._resources.enter_context(reader.locked())
         self._resources.callback(outbox.close)
         self._outbox = outbox
         self._thread = DeliveryThread(Delivery(reader, self.client, say), say)

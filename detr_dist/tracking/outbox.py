@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +49,11 @@ class Outbox:
         self.folder = folder
         self._lock = threading.Lock()
         path = folder / "records.jsonl"
+        size = _whole_size(path)
         with path.open("ab") as file:
-            file.truncate(_whole_size(path))
+            file.truncate(size)
+        if any(position > size for position in _read_cursors(folder).values()):
+            (folder / "delivered.json").unlink()  # a power cut has taken records, but not the cursors
         self._file = path.open("ab")
         self._numbers = itertools.count(_next_number(folder / "files"))
         self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
@@ -73,8 +76,9 @@ class Outbox:
         self.append("folder", name=waiting.name, artifact_path=artifact_path, last=last)
         superseded = self._waiting.get(artifact_path)
         self._waiting[artifact_path] = waiting
-        if superseded is not None:
-            shutil.rmtree(superseded, ignore_errors=True)
+        if superseded is not None and superseded.exists():
+            with suppress(OSError):  # it is being uploaded
+                shutil.rmtree(superseded.replace(superseded.with_suffix(".superseded")), ignore_errors=True)
 
     def append_file(self, source: Path) -> None:
         """Note a copy of a file for upload beside the folders."""
@@ -99,9 +103,7 @@ class OutboxReader:
                 f"{folder}: holds nothing for MLflow (run.json cannot be read: {error})"
             ) from error
         self._records_path = folder / "records.jsonl"
-        self._cursors: dict[str, int] = {}
-        if (folder / "delivered.json").exists():
-            self._cursors = json.loads((folder / "delivered.json").read_text())
+        self._cursors = _read_cursors(folder)
 
     def records(self, cursor: str, limit: int | None = None) -> Iterator[Record]:
         """The records from a cursor on, up to byte `limit`."""
@@ -142,22 +144,24 @@ class OutboxReader:
         yield taken if taken.exists() else None
         shutil.rmtree(taken, ignore_errors=True)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other deliverers away.
 
-        Raises:
-            DataError: one is at work.
-        """
-        with (self.folder / "lock").open("w") as file:
-            try:
-                # Of this process alone: loader processes that outlive it for seconds do not inherit it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise DataError(
-                    f"{self.folder}: a run that is still going on delivers it; wait until it has ended"
-                ) from None
-            yield
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other deliverers away from an outbox.
+
+    Raises:
+        DataError: one is at work.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            # Of this process alone: loader processes that outlive it for seconds do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise DataError(
+                f"{folder}: a run that is still going on delivers it; wait until it has ended"
+            ) from None
+        yield
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
@@ -166,6 +170,13 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _read_cursors(folder: Path) -> dict[str, int]:
+    """None after a power cut: then everything is gone through again, and the server knows what it has."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((folder / "delivered.json").read_text()))
+    return {}
 
 
 def _replace_text(path: Path, text: str) -> None:

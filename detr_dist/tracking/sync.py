@@ -6,7 +6,7 @@ from pathlib import Path
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.tracking.delivery import Delivery, one_line
 from detr_dist.tracking.mlflow import open_client, say
-from detr_dist.tracking.outbox import OutboxReader
+from detr_dist.tracking.outbox import OutboxReader, locked
 
 # Attempts at a server that does not answer, and the seconds between them.
 _ATTEMPTS, _PAUSE_S = 5, 2.0
@@ -24,8 +24,8 @@ def sync(output_dir: Path) -> None:
     if not folders:
         raise UsageError(f"{output_dir}: has no outbox; give the --output-dir of a run that MLflow tracks")
     for folder in folders:
-        reader = OutboxReader(folder)
-        with reader.locked():
+        with locked(folder):
+            reader = OutboxReader(folder)
             delivery = Delivery(reader, open_client(reader.address.tracking_uri), say)
             num_records = delivery.num_left
             _deliver(delivery, reader)

@@ -171,7 +171,7 @@ def start_and_cut_off(workplace, server: Server, data: Path):
     wait_until(lambda: server.num_steps(tracked_run(workplace)) >= 5, process, workplace)
     with frozen(process):
         server.kill()
-        assert len(noted_losses(workplace)) < STEPS // 2
+    assert len(noted_losses(workplace)) < STEPS - 20, "the run is too far already to test anything"
     return process
 
 
@@ -269,11 +269,13 @@ def silent_server(port: int) -> Iterator[list[socket.socket]]:
     with socket.create_server(("127.0.0.1", port)) as listener:
         thread = threading.Thread(target=accept, args=(listener,), daemon=True)
         thread.start()
-        yield accepted
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join()
-        for each in accepted:
-            each.close()
+        try:
+            yield accepted
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for each in accepted:
+                each.close()
 
 
 @pytest.mark.slow
