@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-STEPS = 60
+STEPS = 120
 CHECKPOINTS_OFTEN = (
     f"training.max_steps={STEPS}",
     "training.num_epochs=100",
