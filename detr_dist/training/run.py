@@ -220,7 +220,10 @@ def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | Non
             tracker.register_model(setup.config.logging.register_model_as)
         experiment = setup.config.logging.mlflow_experiment_name
         print(f"MLflow run {tracker.run_id} in experiment {experiment} ({tracker.uri})")
-        print(f"see it with: mlflow ui --backend-store-uri {tracker.uri}", flush=True)
+        is_server = tracker.uri.startswith("http")
+        print(
+            f"see it {'at' if is_server else 'with: mlflow ui --backend-store-uri'} {tracker.uri}", flush=True
+        )
 
 
 def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
