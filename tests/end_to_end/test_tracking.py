@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -28,13 +28,21 @@ CHECKPOINTS_OFTEN = (
 )
 
 
+def free_port() -> int:
+    """Below the ports from which clients connect: one of those could be given to a client that looks for the
+    dead server, which then talks to itself and keeps the port."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
 class Server:
     """`mlflow server` on a port of its own, with database and artifacts in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -254,6 +262,18 @@ def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and
     check_that_all_is_there(workplace, server, run_id)
 
 
+def listening(port: int) -> socket.socket:
+    """As soon as what had the port is gone: a server that was killed may take a moment."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return socket.create_server(("127.0.0.1", port))
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 @contextmanager
 def silent_server(port: int) -> Iterator[list[socket.socket]]:
     """Accepts connections and never says a word."""
@@ -266,7 +286,7 @@ def silent_server(port: int) -> Iterator[list[socket.socket]]:
             except OSError:
                 return
 
-    with socket.create_server(("127.0.0.1", port)) as listener:
+    with listening(port) as listener:
         thread = threading.Thread(target=accept, args=(listener,), daemon=True)
         thread.start()
         try:

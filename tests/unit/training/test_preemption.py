@@ -17,6 +17,7 @@ with StopSignals() as signals:
     print(signals.received, flush=True)
     time.sleep(float(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1)
     print("goes on", flush=True)
 """
 
