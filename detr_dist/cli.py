@@ -105,7 +105,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        app(arguments, prog_name="detr-dist", standalone_mode=False)
+        # Typer makes an exit code, which it returns, of Ctrl-C.
+        if app(arguments, prog_name="detr-dist", standalone_mode=False) == 130:
+            raise KeyboardInterrupt
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:  # without any argument the help has been printed already

@@ -71,8 +71,8 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         except MlflowException as error:
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: MLflow run {run_id}, to which the checkpoint "
-                f"belongs, is not to be had there ({one_line(error)}); give the URI it was tracked at, or "
-                "set logging.mlflow=false"
+                f"belongs, is not to be had there ({one_line(error)}); start its server, give the URI it was "
+                "tracked at, or set logging.mlflow=false"
             ) from error
         if run.info.lifecycle_stage != "active":
             raise UsageError(

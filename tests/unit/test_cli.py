@@ -49,3 +49,16 @@ def test_debug_shows_the_traceback_as_well(capsys, tmp_path) -> None:
     _, _, error = run(capsys, "make-data", str(tmp_path), "--num-val", "0", "--debug")
     assert "Traceback" in error
     assert error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_an_interrupt_is_no_success(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detr_dist.cli.load_config", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["train", "--train-dir", "a", "--val-dir", "b", "--output-dir", "c"])
+    assert exit_.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
