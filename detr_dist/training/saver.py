@@ -14,7 +14,7 @@ class CheckpointSaver:
     """Writes one checkpoint at a time to `checkpoints_dir`, prunes the old ones, uploads. Main process only.
 
     A checkpoint that cannot be written or uploaded is one line on the screen, and training goes on: those
-    written before are as they were. `finish` is strict about the last one.
+    written before are as they were. `finish` is strict about `best` and `last`.
     """
 
     def __init__(
