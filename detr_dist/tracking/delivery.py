@@ -29,8 +29,6 @@ KINDS_OF_VALUES = {"metrics", "params", "tags"}
 # The server has understood, and would say the same again.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 
-# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
-_VALUES_TIMEOUT_S, _FOLDERS_TIMEOUT_S = 10, 300
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
 
@@ -66,10 +64,8 @@ class Delivery:
             Exception: of MLflow's many kinds, while its server is away; call again later.
         """
         try:
-            with patience(_VALUES_TIMEOUT_S):
-                delivered_values = self._deliver_values()
-            with patience(_FOLDERS_TIMEOUT_S):
-                return self._deliver_folder() or delivered_values
+            delivered_values = self._deliver_values()
+            return self._deliver_folder() or delivered_values
         except Exception:
             self._logged_until = None
             raise
@@ -141,8 +137,10 @@ class Delivery:
                 self._note_dataset(**content)
             elif kind == "registration":
                 self._register(content["name"])
+            elif kind == "resumption":
+                self._note_resumption(**content)
             elif kind == "status":
-                self._set_status(content["status"])
+                self._set_status(**content)
             self._reader.advance(FOLDERS, end)
             return True
         self._reader.advance(FOLDERS, self._reader.position(VALUES))
@@ -183,11 +181,24 @@ class Delivery:
             version = self._client.create_model_version(name, source, self._run_id)
         self._client.set_registered_model_alias(name, "best", version.version)
 
-    def _set_status(self, status: str) -> None:
-        if status == "RUNNING":
-            self._client.update_run(self._run_id, status=status)
-        else:
-            self._client.set_terminated(self._run_id, status)
+    def _note_resumption(self, step: int, changes: list[str]) -> None:
+        tags = self._client.get_run(self._run_id).data.tags
+        lines = {
+            "resumed_at_steps": [str(step)],
+            "resumed_with": [f"step {step}: {change}" for change in changes],
+        }
+        for name, new in lines.items():
+            noted = [line for line in tags.get(name, "").split("; ") if line]
+            if not set(new) <= set(noted):  # delivered before a crash, but not noted
+                self._client.set_tag(self._run_id, name, "; ".join(noted + new)[:MAX_TAG_LENGTH])
+        if "error" in tags:
+            self._client.delete_tag(self._run_id, "error")
+        self._client.update_run(self._run_id, status="RUNNING")
+
+    def _set_status(self, status: str, error: str | None = None) -> None:
+        if error is not None:
+            self._client.set_tag(self._run_id, "error", error[:MAX_TAG_LENGTH])
+        self._client.set_terminated(self._run_id, status)
 
 
 class DeliveryThread:
@@ -245,7 +256,11 @@ class DeliveryThread:
 @contextmanager
 def patience(timeout_s: int) -> Iterator[None]:
     """Within it MLflow's HTTP requests fail after `timeout_s` seconds without trying again; what the user has
-    set himself stays."""
+    set himself stays.
+
+    MLflow takes this from the environment only, which must not be changed while other threads may read it:
+    not from a background thread, nor while one trains.
+    """
     names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
     mine = {name: value for name, value in names.items() if name not in os.environ}
     os.environ.update(mine)
@@ -259,6 +274,11 @@ def patience(timeout_s: int) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """What an error of MLflow says, on one line of bearable length."""
     return " ".join(str(error).split())[:500]
+
+
+def is_away(error: Exception) -> bool:
+    """Whether the server cannot be reached or is in trouble: it may be asked again later."""
+    return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
 
 
 def _is_refusal(error: MlflowException) -> bool:

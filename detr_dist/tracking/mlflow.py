@@ -11,25 +11,30 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 
 from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
-from detr_dist.tracking.delivery import Delivery, DeliveryThread, one_line, patience
-from detr_dist.tracking.outbox import Address, Outbox, OutboxReader, locked
+from detr_dist.tracking.delivery import MAX_TAG_LENGTH, Delivery, DeliveryThread, is_away, one_line, patience
+from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
+
+# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
+_DELIVERY_TIMEOUT_S = 120
 
 
 class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
     """One MLflow run. What is logged goes to an outbox on disk, and from there to MLflow in the background.
 
-    Build it on the main process only, and `open` it before anything is logged.
+    Build it on the main process only, and `open` it before anything is logged. A new run needs its server;
+    one that goes on where it was tracked before (`run_id` at `known_uri`) does not, and delivers later.
 
     Raises:
         UsageError: the tracking URI cannot be used.
@@ -38,7 +43,9 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
     name = "mlflow"
     requires_logging_directory = False
 
-    def __init__(self, config: LoggingConfig, *, run_id: str | None = None) -> None:
+    def __init__(
+        self, config: LoggingConfig, *, run_id: str | None = None, known_uri: str | None = None
+    ) -> None:
         """Begin a run, or go on with `run_id`."""
         super().__init__()
         self.uri = config.mlflow_tracking_uri
@@ -46,10 +53,13 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self._outbox: Outbox | None = None
         self._thread: DeliveryThread | None = None
         self._resources = ExitStack()
-        self._tags_before: dict[str, str] = {}
         try:
             with patience(timeout_s=20):
-                self.run_id = self._begin(config) if run_id is None else self._go_on(run_id)
+                if run_id is None:
+                    self.run_id = self._begin(config)
+                else:
+                    self.run_id = run_id
+                    self._find(is_known=known_uri == self.uri)
         except UsageError:
             raise
         except Exception as error:  # each kind of store raises its own
@@ -65,35 +75,34 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         run = self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=_source_tags())
         return str(run.info.run_id)
 
-    def _go_on(self, run_id: str) -> str:
+    def _find(self, *, is_known: bool) -> None:
+        """Make sure that the run is there to go on with."""
         try:
-            run = self.client.get_run(run_id)
-        except MlflowException as error:
+            run = self.client.get_run(self.run_id)
+        except Exception as error:  # each kind of store raises its own
+            if is_known and is_away(error):
+                say(
+                    f"warning: MLflow at {self.uri} cannot be reached ({one_line(error)}); run {self.run_id} "
+                    "goes on all the same, and what is logged is delivered later"
+                )
+                return
             raise UsageError(
-                f"logging.mlflow_tracking_uri {self.uri}: MLflow run {run_id}, to which the checkpoint "
+                f"logging.mlflow_tracking_uri {self.uri}: MLflow run {self.run_id}, to which the checkpoint "
                 f"belongs, is not to be had there ({one_line(error)}); start its server, give the URI it was "
                 "tracked at, or set logging.mlflow=false"
             ) from error
         if run.info.lifecycle_stage != "active":
             raise UsageError(
-                f"MLflow run {run_id}, to which the checkpoint belongs, was deleted; bring it back with "
-                f"`mlflow runs restore --run-id {run_id}`, or set logging.mlflow=false"
+                f"MLflow run {self.run_id}, to which the checkpoint belongs, was deleted; bring it back with "
+                f"`mlflow runs restore --run-id {self.run_id}`, or set logging.mlflow=false"
             )
-        self._tags_before = run.data.tags
-        if "error" in run.data.tags:
-            self.client.delete_tag(run_id, "error")
-        return run_id
 
     def open(self, folder: Path) -> None:
-        """Begin to deliver from the outbox in `folder`, first what an earlier process left there.
-
-        Raises:
-            DataError: another process delivers from it.
-        """
-        self._resources.enter_context(locked(folder / self.run_id))
-        outbox = Outbox(folder / self.run_id, Address(self.uri, self.run_id))
+        """Begin to deliver from the outbox in `folder`, first what an earlier process left there."""
+        outbox = Outbox(folder / self.run_id, Address(absolute_uri(self.uri), self.run_id))
         reader = OutboxReader(outbox.folder)
         self._resources.callback(outbox.close)
+        self._resources.enter_context(patience(_DELIVERY_TIMEOUT_S))
         self._outbox = outbox
         self._thread = DeliveryThread(Delivery(reader, self.client, say), say)
 
@@ -124,18 +133,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
     def note_resume(self, step: int, changes: Sequence[str]) -> None:
         """The run is running again; its tags tell where it went on, and with what that was different
         before."""
-        self.outbox.append("status", status="RUNNING")
-        noted = {
-            "resumed_at_steps": [str(step)],
-            "resumed_with": [f"step {step}: {each}" for each in changes],
-        }
-        self.set_tags(
-            {
-                name: "; ".join([*filter(None, [self._tags_before.get(name)]), *lines])
-                for name, lines in noted.items()
-                if lines
-            }
-        )
+        self.outbox.append("resumption", step=step, changes=[*changes])
 
     def log_datasets(self, datasets: dict[str, CocoData]) -> None:
         """Note the data sets of the run, by what they serve (`train`, `validation`)."""
@@ -162,13 +160,15 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Upload a small file as it is now."""
         self.outbox.append_file(path)
 
-    def end(self, status: str) -> None:
+    def end(self, status: str, error: str | None = None) -> None:
         """Close the run as FINISHED, FAILED or KILLED, once all that was logged has been delivered; waits for
         that, but not for ever."""
         if self._thread is None:
+            if error is not None:
+                self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
             self.client.set_terminated(self.run_id, status)
             return
-        self.outbox.append("status", status=status)
+        self.outbox.append("status", status=status, error=error)
         num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
         folder = self.outbox.folder
         self._resources.close()
@@ -221,8 +221,7 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
         if isinstance(error, (KeyboardInterrupt, StopRequested)):
             tracker.end("KILLED")
         else:
-            tracker.set_tags({"error": f"{type(error).__name__}: {error}"[:5000]})
-            tracker.end("FAILED")
+            tracker.end("FAILED", f"{type(error).__name__}: {error}")
     except Exception as trouble:  # must not hide what went wrong first
         reason = " ".join(str(trouble).split())
         print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)
@@ -231,6 +230,15 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
 def is_file_store(uri: str) -> bool:
     """Whether MLflow keeps this tracking URI as plain files: file:... or a path without a scheme."""
     return uri.startswith("file:") or "://" not in uri
+
+
+def absolute_uri(uri: str) -> str:
+    """The same store for a process that works in another folder."""
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if is_file_store(uri):
+        return Path(url2pathname(urlparse(uri).path)).absolute().as_uri()
+    return uri
 
 
 def _prepare_store(uri: str) -> None:

@@ -10,7 +10,6 @@ neither change nor vanish meanwhile.
     files/          folders that wait to be uploaded
 """
 
-import fcntl
 import itertools
 import json
 import os
@@ -143,25 +142,6 @@ class OutboxReader:
             waiting.replace(taken)
         yield taken if taken.exists() else None
         shutil.rmtree(taken, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other deliverers away from an outbox.
-
-    Raises:
-        DataError: one is at work.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            # Of this process alone: loader processes that outlive it for seconds do not inherit it.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise DataError(
-                f"{folder}: a run that is still going on delivers it; wait until it has ended"
-            ) from None
-        yield
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

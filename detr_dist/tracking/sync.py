@@ -4,12 +4,16 @@ import time
 from pathlib import Path
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.tracking.delivery import Delivery, one_line
+from detr_dist.tracking.delivery import Delivery, one_line, patience
+from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import open_client, say
-from detr_dist.tracking.outbox import OutboxReader, locked
+from detr_dist.tracking.outbox import OutboxReader
 
 # Attempts at a server that does not answer, and the seconds between them.
 _ATTEMPTS, _PAUSE_S = 5, 2.0
+
+# A request that takes longer has failed; an upload includes what the server does with it.
+_TIMEOUT_S = 120
 
 
 def sync(output_dir: Path) -> None:
@@ -17,22 +21,29 @@ def sync(output_dir: Path) -> None:
 
     Raises:
         UsageError: there are none.
-        DataError: a run that is still going on delivers one of them.
-        DetrDistError: MLflow cannot be reached; nothing is lost.
+        DataError: a run that is still going on delivers them.
+        DetrDistError: MLflow cannot be reached for some; nothing is lost, and the others are delivered.
     """
-    folders = [path.parent for path in sorted(output_dir.glob("**/outbox/*/run.json"))]
+    patterns = ("outbox/*/run.json", "earlier_runs/*/outbox/*/run.json")
+    folders = [path.parent for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     if not folders:
         raise UsageError(f"{output_dir}: has no outbox; give the --output-dir of a run that MLflow tracks")
-    for folder in folders:
-        with locked(folder):
-            reader = OutboxReader(folder)
-            delivery = Delivery(reader, open_client(reader.address.tracking_uri), say)
-            num_records = delivery.num_left
-            _deliver(delivery, reader)
-        say(f"{folder}: {num_records} records delivered to MLflow run {reader.address.run_id}")
+    failures = []
+    with locked(output_dir), patience(_TIMEOUT_S):
+        for folder in folders:
+            try:
+                _deliver(folder)
+            except DetrDistError as failure:
+                failures.append(str(failure))
+    if failures:
+        raise DetrDistError("\n".join(failures))
 
 
-def _deliver(delivery: Delivery, reader: OutboxReader) -> None:
+def _deliver(folder: Path) -> None:
+    reader = OutboxReader(folder)
+    uri, run_id = reader.address.tracking_uri, reader.address.run_id
+    delivery = Delivery(reader, open_client(uri), say)
+    num_records = delivery.num_left
     attempt = 0
     while delivery.num_left:
         try:
@@ -42,8 +53,8 @@ def _deliver(delivery: Delivery, reader: OutboxReader) -> None:
             attempt += 1
             if attempt == _ATTEMPTS:
                 raise DetrDistError(
-                    f"{reader.folder}: {delivery.num_left} records are left, because MLflow at "
-                    f"{reader.address.tracking_uri} cannot be reached ({one_line(error)}); nothing is lost, "
-                    f"try again"
+                    f"{folder}: {delivery.num_left} records are left, because MLflow at {uri} cannot be "
+                    f"reached ({one_line(error)}); nothing is lost, try again"
                 ) from error
             time.sleep(_PAUSE_S)
+    say(f"{folder}: {num_records} records delivered to MLflow run {run_id}")

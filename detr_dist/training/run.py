@@ -1,8 +1,10 @@
 """A training run from its options to its results: everything is assembled here, nothing is computed."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
@@ -13,6 +15,7 @@ from detr_dist.errors import CheckpointError, StopRequested, TrainingError, Usag
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, run_status
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
@@ -51,7 +54,8 @@ def train(config: Config, options: RunOptions) -> None:
     is_whole = False
     try:
         setup = set_up(config, options, train_data, val_data, accelerator)
-        with StopSignals() as signals:
+        with StopSignals() as signals, ExitStack() as held:
+            setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
             tracker = setup.host.on_main_process(lambda: _open_run(setup))
             with run_status(tracker):
                 setup.host.on_main_process(lambda: _open_output(setup, tracker))
@@ -74,13 +78,20 @@ def train(config: Config, options: RunOptions) -> None:
             accelerator.state.destroy_process_group()
 
 
+def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
+    check_writable(output_dir)
+    return locked(output_dir)
+
+
 def _open_run(setup: Setup) -> MLflowTracker | None:
-    """Make sure of the output folder, then begin the MLflow run, or go on with it. Main process."""
-    check_writable(setup.options.output_dir)
+    """Begin the MLflow run, or go on with it. Main process."""
     if not setup.config.logging.mlflow:
         return None
-    run_id = setup.resumed.facts.mlflow_run_id if setup.resumed is not None else None
-    return MLflowTracker(setup.config.logging, run_id=run_id)
+    if setup.resumed is None:
+        return MLflowTracker(setup.config.logging)
+    saved = setup.resumed.facts
+    known_uri = saved.config.logging.mlflow_tracking_uri
+    return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
 
 
 def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:

@@ -383,15 +383,28 @@ def test_the_status_comes_after_everything_before_it(
     assert delivery.is_done
 
 
-def test_a_run_that_goes_on_is_running_until_it_ends_again(sender: Sender) -> None:
-    sender.outbox.append("status", status="KILLED")
+def test_a_run_that_goes_on_is_running_until_it_ends_again_and_keeps_only_its_last_error(
+    sender: Sender,
+) -> None:
+    sender.outbox.append("status", status="FAILED", error="the first")
     sender.deliver()
-    sender.outbox.append("status", status="RUNNING")
+    assert sender.run.data.tags["error"] == "the first"
+    sender.outbox.append("resumption", step=7, changes=["seed 1 -> 2"])
     sender.deliver()
     assert sender.run.info.status == "RUNNING"
-    sender.outbox.append("status", status="FINISHED")
+    assert "error" not in sender.run.data.tags
+    sender.outbox.append("status", status="FAILED", error="the second")
+    sender.outbox.append("resumption", step=9, changes=[])
+    sender.outbox.append("status", status="FAILED", error="the third")
     sender.deliver()
-    assert sender.run.info.status == "FINISHED"
+    assert sender.run.info.status == "FAILED"
+    assert sender.run.data.tags["error"] == "the third"
+    assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
+    assert sender.run.data.tags["resumed_with"] == "step 7: seed 1 -> 2"
+    sender.cursors_path.unlink()  # as after a power cut: all is gone through again
+    sender.deliver()
+    assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
+    assert sender.run.data.tags["error"] == "the third"
 
 
 def test_a_superseded_folder_is_passed_over(sender: Sender, new_folder: Callable[..., Path]) -> None:

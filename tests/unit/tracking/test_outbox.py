@@ -3,16 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from detr_dist.errors import DataError
-from detr_dist.tracking.outbox import Address, Outbox, OutboxReader, link_or_copy, locked
+from detr_dist.tracking.outbox import Address, Outbox, OutboxReader, link_or_copy
 
 ADDRESS = Address("http://127.0.0.1:5000", "0123abc")
 
@@ -210,61 +207,6 @@ def test_a_folder_whose_upload_fails_is_there_for_the_next_attempt(
         assert (taken / "a").read_text() == "a"
     with OutboxReader(folder).uploading(name) as taken:
         assert taken is None
-
-
-HOLDS_THE_LOCK = """
-import os, sys, time
-from pathlib import Path
-from detr_dist.tracking.outbox import locked
-
-with locked(Path(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        time.sleep(100)
-        os._exit(0)
-    print(child, flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def holder(outbox: Outbox, folder: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """A process that holds the lock until it is killed, and its child, which lives on."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDS_THE_LOCK, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    child = psutil.Process(int(process.stdout.readline()))
-    yield process, child
-    child.kill()
-    process.kill()
-    process.communicate()
-
-
-def test_a_second_process_does_not_get_the_lock(
-    folder: Path, holder: tuple[subprocess.Popen[str], psutil.Process]
-) -> None:
-    with (
-        pytest.raises(DataError, match="a run that is still going on delivers it"),
-        locked(folder),
-    ):
-        pytest.fail("got it")
-
-
-def test_a_lock_ends_with_its_process_though_a_forked_child_of_it_lives_on(
-    folder: Path, holder: tuple[subprocess.Popen[str], psutil.Process]
-) -> None:
-    process, child = holder
-    process.kill()
-    process.wait()
-    with locked(folder):
-        assert child.is_running()
-        assert child.status() != psutil.STATUS_ZOMBIE
-    with locked(folder):  # and it is given back
-        pass
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '["http://127.0.0.1", "0123abc"]'])

@@ -1,0 +1,66 @@
+"""One process at a time works in an output folder."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from detr_dist.errors import DataError
+from detr_dist.tracking.folder_lock import locked
+
+HOLDS_THE_LOCK = """
+import os, sys, time
+from pathlib import Path
+from detr_dist.tracking.folder_lock import locked
+
+with locked(Path(sys.argv[1])):
+    child = os.fork()
+    if child == 0:
+        time.sleep(100)
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """A process that holds the lock until it is killed, and its child, which lives on."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    child = psutil.Process(int(process.stdout.readline()))
+    yield process, child
+    child.kill()
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_does_not_get_the_lock(
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], psutil.Process]
+) -> None:
+    with (
+        pytest.raises(DataError, match=f"process {holder[0].pid} on"),
+        locked(tmp_path),
+    ):
+        pytest.fail("got it")
+
+
+def test_a_lock_ends_with_its_process_though_a_forked_child_of_it_lives_on(
+    tmp_path: Path, holder: tuple[subprocess.Popen[str], psutil.Process]
+) -> None:
+    process, child = holder
+    process.kill()
+    process.wait()
+    with locked(tmp_path):
+        assert child.is_running()
+        assert child.status() != psutil.STATUS_ZOMBIE
+    with locked(tmp_path):  # and it is given back
+        pass
