@@ -1,6 +1,6 @@
 """A `transformers` detector as the one module that training, evaluation and packaging work with."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
@@ -74,11 +74,13 @@ def plain_network(detector: Detector) -> PreTrainedModel:
     Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
     """
     network = AutoModelForObjectDetection.from_config(detector.network.config)
-    weights = {
-        k: v.cpu() for k, v in detector.network.state_dict().items() if not k.endswith("num_batches_tracked")
-    }
-    network.load_state_dict(weights)
+    load_plain_weights(network, detector.network.state_dict())
     return cast(PreTrainedModel, network.eval())
+
+
+def load_plain_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Put a detector's weights, on any device, into a plain network; frozen batch norm counts no batches."""
+    network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")})
 
 
 def backbone_body(network: PreTrainedModel) -> nn.Module:

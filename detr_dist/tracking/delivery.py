@@ -14,9 +14,10 @@ from urllib.request import url2pathname
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy
+from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy, outdated
 
 # Limits of MLflow's API.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
@@ -137,6 +138,8 @@ class Delivery:
                 self._note_dataset(**content)
             elif kind == "registration":
                 self._register(content["name"])
+            elif kind == "retention":
+                self._delete_outdated(**content)
             elif kind == "resumption":
                 self._note_resumption(**content)
             elif kind == "status":
@@ -159,6 +162,11 @@ class Delivery:
             else:
                 into = str(target.parent) if target.parent != Path() else None
                 self._client.log_artifact(self._run_id, str(path), into)
+
+    def _delete_outdated(self, parent: str, newest: int, keep: int) -> None:
+        there = [item.path for item in self._client.list_artifacts(self._run_id, parent)]
+        for artifact_path in outdated(there, parent, newest, keep):
+            delete_artifacts(self._client, self._run_id, artifact_path)
 
     def _note_dataset(
         self, context: str, name: str, digest: str, source: str, profile: dict[str, int]
@@ -251,6 +259,12 @@ class DeliveryThread:
         elif error is None and self._is_away:
             self._say("MLflow can be reached again")
         self._is_away = error is not None
+
+
+def delete_artifacts(client: MlflowClient, run_id: str, artifact_path: str) -> None:
+    """Delete a folder of a run's artifacts, for which `MlflowClient` has no method."""
+    artifact_uri = client.get_run(run_id).info.artifact_uri
+    get_artifact_repository(artifact_uri, tracking_uri=client.tracking_uri).delete_artifacts(artifact_path)
 
 
 @contextmanager

@@ -156,6 +156,10 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         others. The files themselves must not change any more; the folder may go."""
         self.outbox.append_folder(folder, artifact_path, last=last)
 
+    def keep_newest(self, parent: str, newest: int, keep: int) -> None:
+        """Of the folders `parent`/epoch_<N> up to N = `newest`, delete all but the last `keep`."""
+        self.outbox.append_retention(parent, newest, keep)
+
     def log_file(self, path: Path) -> None:
         """Upload a small file as it is now."""
         self.outbox.append_file(path)

@@ -13,9 +13,10 @@ neither change nor vanish meanwhile.
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,11 +74,21 @@ class Outbox:
         waiting = self.folder / "files" / f"{next(self._numbers):06d}"
         shutil.copytree(source, waiting, copy_function=link_or_copy)
         self.append("folder", name=waiting.name, artifact_path=artifact_path, last=last)
-        superseded = self._waiting.get(artifact_path)
+        self._give_up(artifact_path)
         self._waiting[artifact_path] = waiting
-        if superseded is not None and superseded.exists():
-            with suppress(OSError):  # it is being uploaded
-                shutil.rmtree(superseded.replace(superseded.with_suffix(".superseded")), ignore_errors=True)
+
+    def append_retention(self, parent: str, newest: int, keep: int) -> None:
+        """Note that of `parent`/epoch_<N>, N up to `newest`, only the last `keep` stay."""
+        self.append("retention", parent=parent, newest=newest, keep=keep)
+        for artifact_path in outdated(self._waiting, parent, newest, keep):
+            self._give_up(artifact_path)
+
+    def _give_up(self, artifact_path: str) -> None:
+        """Drop the folder that waits for this place, unless it is being uploaded."""
+        waiting = self._waiting.pop(artifact_path, None)
+        if waiting is not None and waiting.exists():
+            with suppress(OSError):
+                shutil.rmtree(waiting.replace(waiting.with_suffix(".superseded")), ignore_errors=True)
 
     def append_file(self, source: Path) -> None:
         """Note a copy of a file for upload beside the folders."""
@@ -142,6 +153,19 @@ class OutboxReader:
             waiting.replace(taken)
         yield taken if taken.exists() else None
         shutil.rmtree(taken, ignore_errors=True)
+
+
+def outdated(artifact_paths: Iterable[str], parent: str, newest: int, keep: int) -> list[str]:
+    """Of the `parent`/epoch_<N> among some artifact paths, N up to `newest`, all but the last `keep`.
+
+    What is newer is of a future that a run which went back has left: it will be written again.
+    """
+    numbers = [
+        int(path.removeprefix(f"{parent}/epoch_"))
+        for path in artifact_paths
+        if re.fullmatch(rf"{re.escape(parent)}/epoch_\d+", path)
+    ]
+    return [f"{parent}/epoch_{number}" for number in sorted(n for n in numbers if n <= newest)[:-keep]]
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

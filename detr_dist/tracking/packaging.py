@@ -2,7 +2,6 @@
 
 import json
 import logging
-import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,13 @@ def write_model(
     # MLflow warns at each pickle. It keeps an ordinary module that can be trained on, and is for MLflow's
     # users only: our own commands read the safetensors file.
     logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
-    with warnings.catch_warnings(action="ignore"):
-        mlflow.pytorch.save_model(
-            network,
-            str(folder),
-            serialization_format="pickle",
-            pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
-            metadata=json.loads(json.dumps(metadata)),
-        )
+    mlflow.pytorch.save_model(
+        network,
+        str(folder),
+        serialization_format="pickle",
+        pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
+        metadata=json.loads(json.dumps(metadata)),
+    )
     network.save_pretrained(folder)
     _image_processor(network, data).save_pretrained(folder)
 

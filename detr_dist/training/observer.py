@@ -1,9 +1,7 @@
 """What happens around the loop: losses and memory are logged, epochs evaluated and saved."""
 
-import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -11,16 +9,14 @@ from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluate import Evaluator
-from detr_dist.models.detector import Detector, plain_network
+from detr_dist.models.detector import Detector
 from detr_dist.tracking.memory import memory_metrics
-from detr_dist.tracking.mlflow import MLflowTracker
-from detr_dist.tracking.packaging import write_model
 from detr_dist.training.checkpoint import take_snapshot
-from detr_dist.training.durable import failure_on_disk, new_folder
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
+from detr_dist.training.packing import ModelCard
 from detr_dist.training.progress import Progress
-from detr_dist.training.saver import CheckpointSaver
+from detr_dist.training.saver import Saver
 from detr_dist.training.state import RunFacts, TrainState
 
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
@@ -39,10 +35,8 @@ class RunObserver:
         host: HostGroup,
         groups: GroupStream,
         evaluator: Evaluator,
-        tracker: MLflowTracker | None,
-        output_dir: Path,
         progress: Progress,
-        saver: CheckpointSaver | None,
+        saver: Saver | None,
         facts: RunFacts,
     ) -> None:
         self._training = training
@@ -51,13 +45,10 @@ class RunObserver:
         self._host = host
         self._groups = groups
         self._evaluator = evaluator
-        self._tracker = tracker
-        self._output_dir = output_dir
         self._progress = progress
         self._saver = saver  # on the main process
         self._facts = facts
         self._is_best = self._was_evaluated = False  # at the end of this epoch
-        self._failure = ""  # why the best model could not be saved
         self._logged_at = time.perf_counter()
         self._logged_images = 0
         self._logged_waited_s = 0.0
@@ -73,7 +64,8 @@ class RunObserver:
 
         every_steps = self._config.checkpoint.every_steps
         if every_steps is not None and state.step % every_steps == 0:
-            self._save_checkpoint(state, [f"step_{state.step}", "last"])
+            self._training.agreement.check(state.step, self._training.model)
+            self._save(state, [f"step_{state.step}", "last"])
 
     def evaluate(self, state: TrainState) -> None:
         """Evaluate, log and remember, if an evaluation is due; at the end of training it is."""
@@ -93,8 +85,7 @@ class RunObserver:
         self._paused_s += took_s
 
     def after_epoch(self, state: TrainState) -> None:
-        """Save what is due. The model first: a run that resumes from the checkpoint does not save it
-        again."""
+        """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""
         began_at = time.perf_counter()
         is_over, num_epochs = self._training.is_over(state), self._num_epochs(state)
         if is_over and state.step < self._training.total_steps:
@@ -102,28 +93,28 @@ class RunObserver:
                 f"ending early: {state.evaluations_since_best} evaluations in a row without a better val_map "
                 f"than {state.best_map:.4f} (training.early_stopping_patience)"
             )
-        self._host.on_main_process(lambda: self._save_model(state))
         names = ["best"] if self._is_best else []
         if is_over or num_epochs % self._config.checkpoint.every_epochs == 0:
             names.insert(0, f"epoch_{num_epochs}")
         if names:
-            self._save_checkpoint(state, [*names, "last"])
+            names.append("last")
+        model = None
+        if self._is_best or self._config.logging.mlflow:
+            metrics = dict(state.metrics) if self._was_evaluated else {}
+            model = ModelCard(num_epochs, state.step, self._is_best, metrics)
+        if names or model is not None:
+            self._save(state, names, model)  # the loop has checked the weights
         self._paused_s += time.perf_counter() - began_at
 
     def save_last(self, state: TrainState) -> None:
         """Save at once, wherever the run stands, because it is about to stop."""
-        self._save_checkpoint(state, ["last"])
+        self._training.agreement.check(state.step, self._training.model)
+        self._save(state, ["last"])
 
     def finish(self) -> None:
         """Wait until everything is saved. Raises TrainingError if the last checkpoint or model could not
         be."""
-        self._host.on_main_process(self._finish)
-
-    def _finish(self) -> None:
-        if self._saver is not None:
-            self._saver.finish()
-        if self._failure:
-            raise TrainingError(self._failure)
+        self._host.on_main_process(lambda: self._saver.finish() if self._saver else None)
 
     def close(self) -> None:
         """End the bar and the threads, whatever has happened. Local."""
@@ -174,57 +165,15 @@ class RunObserver:
         highest = torch.tensor(self._host.gather_rows(list(metrics.values()))).amax(0).tolist()
         self._training.accelerator.log(dict(zip(metrics, highest, strict=True)), step=state.step)
 
-    def _save_checkpoint(self, state: TrainState, names: Sequence[str]) -> None:
-        """Make sure that the weights are worth it, take a copy of them and go on. What goes wrong up to here
-        is raised on every process: none waits for one that has stopped."""
-        self._training.agreement.check(state.step, self._training.model)
+    def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
+        """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is
+        raised on every process: none waits for one that has stopped."""
         self._host.on_main_process(
             lambda: (
                 self._saver.save(
-                    lambda: take_snapshot(self._training, self._detector, state, self._facts), names
+                    lambda: take_snapshot(self._training, self._detector, state, self._facts), names, model
                 )
                 if self._saver
                 else None
             )
         )
-
-    def _save_model(self, state: TrainState) -> None:
-        """The model of every epoch goes to MLflow, the best one stays in the output folder as well.
-
-        A disk or server in trouble is one line on the screen; `finish` raises it if it was the best model.
-        """
-        try:
-            self._write_model(self._num_epochs(state), state.metrics if self._was_evaluated else {})
-            if self._is_best:
-                self._failure = ""
-        except Exception as error:  # of a full disk each library says it in its own kind
-            failure = (
-                f"{self._output_dir}: the model of step {state.step} could not be saved "
-                f"({failure_on_disk(error, self._output_dir)})"
-            )
-            self._progress.say(f"warning: {failure}; training goes on")
-            if self._is_best:
-                self._failure = failure
-
-    def _write_model(self, num_epochs: int, metrics: dict[str, float]) -> None:
-        if self._tracker is None and not self._is_best:
-            return
-        folder = (
-            self._output_dir / "model"
-            if self._is_best
-            else self._output_dir / "models" / f"epoch_{num_epochs}"
-        )
-        metadata = {
-            "epoch": num_epochs,
-            "val_map": metrics.get("val_map"),
-            "is_best": self._is_best,
-            "config": self._config.model_dump(mode="json"),
-        }
-        with new_folder(folder) as partial:
-            write_model(plain_network(self._averaged), partial, data=self._config.data, metadata=metadata)
-        if self._tracker is not None:
-            self._tracker.log_folder(folder, f"models/epoch_{num_epochs}")
-            if self._is_best:
-                self._tracker.log_folder(folder, "model")
-            else:
-                shutil.rmtree(folder)

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -19,16 +18,17 @@ from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, run_status
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
-from detr_dist.training.checkpoint import MANIFEST, Checkpoint
+from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, check_writable, make_room, write_results
+from detr_dist.training.packing import ModelPacker
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.progress import Progress
 from detr_dist.training.resume import restore_average, restore_optimizer
-from detr_dist.training.saver import CheckpointSaver
+from detr_dist.training.saver import Saver
 from detr_dist.training.setup import RunOptions, Setup, set_up
 from detr_dist.training.state import TrainState
 
@@ -185,10 +185,11 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         progress.say(line)
     saver = None
     if accelerator.is_main_process:
-        saver = CheckpointSaver(
+        saver = Saver(
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
-            upload=partial(tracker.log_folder, last=MANIFEST) if tracker is not None else None,
+            tracker=tracker,
+            pack_model=ModelPacker(setup.detector, config, options.output_dir, tracker).pack,
             say=progress.say,
         )
     observer = RunObserver(
@@ -200,8 +201,6 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         evaluator=Evaluator(
             setup.val_data, config, accelerator, host, stop_requested=lambda: signals.is_requested
         ),
-        tracker=tracker,
-        output_dir=options.output_dir,
         progress=progress,
         saver=saver,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),

@@ -1,20 +1,25 @@
-"""Checkpoints are written and uploaded in the background: training waits for a copy to the host only."""
+"""Checkpoints and models are written and handed to MLflow in the background: training waits for a copy to the
+host only."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from torch import Tensor
+
 from detr_dist.errors import TrainingError
-from detr_dist.training.checkpoint import UNREADABLE, Snapshot, claimed_age, write_checkpoint
+from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.training.checkpoint import MANIFEST, UNREADABLE, Snapshot, claimed_age, write_checkpoint
 from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
+from detr_dist.training.packing import ModelCard
 
 
-class CheckpointSaver:
-    """Writes one checkpoint at a time to `checkpoints_dir`, prunes the old ones, uploads. Main process only.
+class Saver:
+    """Writes what is to outlive the run, from one copy of it at a time. Main process only.
 
-    A checkpoint that cannot be written or uploaded is one line on the screen, and training goes on: those
-    written before are as they were. `finish` is strict about `best` and `last`.
+    What cannot be written or uploaded is one line on the screen, and training goes on: what was written
+    before is as it was. `finish` is strict about the checkpoints `best` and `last` and the best model.
     """
 
     def __init__(
@@ -22,23 +27,30 @@ class CheckpointSaver:
         checkpoints_dir: Path,
         *,
         keep_last: int | None,
-        upload: Callable[[Path, str], None] | None,
+        tracker: MLflowTracker | None,
+        pack_model: Callable[[Mapping[str, Tensor], ModelCard], None],
         say: Callable[[str], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
         self._keep_last = keep_last
-        self._upload = upload
+        self._tracker = tracker
+        self._pack_model = pack_model
         self._say = say
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
         self._failures: dict[str, str] = {}  # by name, of what every run shall have at its end
         finish_interrupted(checkpoints_dir)
 
-    def save(self, take: Callable[[], Snapshot], names: Sequence[str]) -> None:
-        """Write what `take` returns under each of `names`. Waits until the one before is written, so that
-        there is one copy in memory at most."""
+    def save(
+        self, take: Callable[[], Snapshot], names: Sequence[str], model: ModelCard | None = None
+    ) -> None:
+        """Pack the model of what `take` returns, if its card is given, then write it as a checkpoint under
+        each of `names`. Waits until what came before is written, so that there is one copy in memory at most.
+
+        The model first: a run that resumes from the checkpoint does not pack it again.
+        """
         self.wait()
-        self._pending = self._thread.submit(self._save, take(), names)
+        self._pending = self._thread.submit(self._save, take(), names, model)
 
     def wait(self) -> None:
         """Until nothing is being written."""
@@ -49,7 +61,7 @@ class CheckpointSaver:
         """Wait until everything is written.
 
         Raises:
-            TrainingError: `best` or `last` could not be.
+            TrainingError: `best`, `last` or the best model could not be.
         """
         self.wait()
         for failure in self._failures.values():
@@ -59,7 +71,28 @@ class CheckpointSaver:
         """End the thread, once it has done what it was given."""
         self._thread.shutdown()
 
-    def _save(self, snapshot: Snapshot, names: Sequence[str]) -> None:
+    def _save(self, snapshot: Snapshot, names: Sequence[str], model: ModelCard | None) -> None:
+        if model is not None:
+            self._save_model(snapshot, model)
+        if names:
+            self._save_checkpoint(snapshot, names)
+
+    def _save_model(self, snapshot: Snapshot, card: ModelCard) -> None:
+        try:
+            self._pack_model(snapshot.network if snapshot.average is None else snapshot.average, card)
+            if card.is_best:
+                self._failures.pop("model", None)
+        except Exception as error:  # of a full disk each library says it in its own kind
+            folder = self._checkpoints_dir.parent
+            failure = (
+                f"{folder}: the model of step {card.step} could not be saved "
+                f"({failure_on_disk(error, folder)})"
+            )
+            self._say(f"warning: {failure}; training goes on")
+            if card.is_best:
+                self._failures["model"] = failure
+
+    def _save_checkpoint(self, snapshot: Snapshot, names: Sequence[str]) -> None:
         folders = ", ".join(str(self._checkpoints_dir / name) for name in names)
         try:
             write_checkpoint(self._checkpoints_dir, names, snapshot)
@@ -77,22 +110,23 @@ class CheckpointSaver:
             self._prune()
         except OSError as error:
             self._say(f"warning: {self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
-        if self._upload is not None:
+        if self._tracker is not None:
             try:
-                self._upload_all(names)
-            except Exception as error:  # each kind of store raises its own
+                self._upload(self._tracker, names)
+            except OSError as error:
                 self._say(
                     f"warning: {folders}: not uploaded ({failure_on_disk(error, self._checkpoints_dir)})"
                 )
 
-    def _upload_all(self, names: Sequence[str]) -> None:
+    def _upload(self, tracker: MLflowTracker, names: Sequence[str]) -> None:
         """All but step_<N>, of which there may be thousands."""
-        assert self._upload is not None
         names = [name for name in names if not name.startswith("step_")]
         if names == ["last"]:  # an upload that is cut short must not spoil the only copy there is
-            self._upload(self._checkpoints_dir / "last", "checkpoints/last_copy")
+            tracker.log_folder(self._checkpoints_dir / "last", "checkpoints/last_copy", last=MANIFEST)
         for name in names:
-            self._upload(self._checkpoints_dir / name, f"checkpoints/{name}")
+            tracker.log_folder(self._checkpoints_dir / name, f"checkpoints/{name}", last=MANIFEST)
+            if name.startswith("epoch_") and self._keep_last is not None:
+                tracker.keep_newest("checkpoints", int(name.removeprefix("epoch_")), self._keep_last)
 
     def _prune(self) -> None:
         """Delete the oldest epoch_<N> and step_<N>, and first those that are damaged. `best` and `last` keep

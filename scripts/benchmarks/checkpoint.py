@@ -30,7 +30,7 @@ from detr_dist.training.checkpoint import take_snapshot
 from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.preemption import StopSignals
-from detr_dist.training.saver import CheckpointSaver
+from detr_dist.training.saver import Saver
 from detr_dist.training.state import RunFacts, TrainState
 
 GOAL = 1 / 3
@@ -81,7 +81,7 @@ def measure(
     folder: Path, rounds: int, training: Training, detector: Detector, facts: RunFacts
 ) -> dict[str, float]:
     """Medians over the rounds, after one that does not count."""
-    saver = CheckpointSaver(folder, keep_last=2, upload=None, say=print)
+    saver = Saver(folder, keep_last=2, tracker=None, pack_model=lambda weights, card: None, say=print)
     waits_s, wholes_s = [], []
     for step in range(rounds + 1):
         take = partial(take_snapshot, training, detector, TrainState(step=step), facts)

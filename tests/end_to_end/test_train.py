@@ -146,7 +146,7 @@ def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
     place, stdout = trained
     out = place.folder / "out"
     assert {path.name for path in out.iterdir()} == {
-        "checkpoints", "config.yaml", "model", "models", "outbox", "results.json", "tensorboard"
+        ".lock", "checkpoints", "config.yaml", "model", "outbox", "results.json", "tensorboard"
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert set(results["metrics"]) == {"val_map", "val_player_map", "val_ball_map"}

@@ -1,20 +1,43 @@
-"""Checkpoints are written, pruned and uploaded behind the back of the training."""
+"""Checkpoints and models are written, pruned and uploaded behind the back of the training."""
 
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from detr_dist.errors import TrainingError
 from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
-from detr_dist.training.saver import CheckpointSaver
+from detr_dist.training.packing import ModelCard
+from detr_dist.training.saver import Saver
+
+BEST = ModelCard(epoch=1, step=4, is_best=True, metrics={"val_map": 0.5})
 
 SnapshotAt = Callable[..., Snapshot]
-NewSaver = Callable[..., CheckpointSaver]
+NewSaver = Callable[..., Saver]
+
+
+class Tracker:
+    """Stands in for one that is on its way to a server."""
+
+    def __init__(self, upload: Callable[[Path, str], None]) -> None:
+        self._upload = upload
+
+    def log_folder(self, folder: Path, artifact_path: str, *, last: str) -> None:
+        assert last == "manifest.json"
+        self._upload(folder, artifact_path)
+
+    def keep_newest(self, parent: str, newest: int, keep: int) -> None:
+        self._upload(Path(f"keep {keep}"), f"{parent} up to {newest}")
+
+
+def not_expected(*_: object) -> None:
+    pytest.fail("no model is due")
 
 
 @pytest.fixture
@@ -28,9 +51,15 @@ def new_saver(tmp_path: Path, said: list[str]) -> Iterator[NewSaver]:
     savers = []
 
     def make(
-        *, keep_last: int | None = None, upload: Callable[[Path, str], None] | None = None
-    ) -> CheckpointSaver:
-        savers.append(CheckpointSaver(tmp_path, keep_last=keep_last, upload=upload, say=said.append))
+        *,
+        keep_last: int | None = None,
+        upload: Callable[[Path, str], None] | None = None,
+        pack_model: Callable[[Mapping[str, Tensor], ModelCard], None] = not_expected,
+    ) -> Saver:
+        tracker = None if upload is None else Tracker(upload)
+        savers.append(
+            Saver(tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model, say=said.append)
+        )
         return savers[-1]
 
     yield make
@@ -147,12 +176,17 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     uploaded: list[str] = []
-    saver = new_saver(keep_last=1, upload=lambda folder, name: uploaded.append(name))
+    saver = new_saver(keep_last=1, upload=lambda folder, name: uploaded.append(f"{folder.name}: {name}"))
     monkeypatch.setattr("detr_dist.training.saver.remove_folder", refuse)
     for step in (1, 2):
         saver.save(lambda step=step: snapshot_at(step), [f"epoch_{step}"])
     saver.finish()
-    assert uploaded == ["checkpoints/epoch_1", "checkpoints/epoch_2"]
+    assert uploaded == [
+        "epoch_1: checkpoints/epoch_1",
+        "keep 1: checkpoints up to 1",
+        "epoch_2: checkpoints/epoch_2",
+        "keep 1: checkpoints up to 2",
+    ]
 
 
 def test_what_could_not_be_written_is_not_uploaded(
@@ -181,14 +215,14 @@ def test_an_upload_that_fails_is_a_warning_only(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, said: list[str]
 ) -> None:
     def refuse(folder: Path, name: str) -> None:
-        raise RuntimeError("the server\nis away")  # each kind of store has errors of its own
+        raise OSError("the disk\nis away")
 
     saver = new_saver(upload=refuse)
     saver.save(lambda: snapshot_at(1), ["epoch_1", "last"])
     saver.finish()
     (warning,) = said
     assert warning.startswith(f"warning: {tmp_path / 'epoch_1'}, {tmp_path / 'last'}: not uploaded (")
-    assert "the server is away" in warning
+    assert "the disk is away" in warning
     assert open_checkpoint(tmp_path / "last").state.step == 1
 
 
@@ -200,7 +234,7 @@ def test_whole_checkpoints_are_uploaded_in_their_order_and_a_lone_last_under_ano
     def upload(folder: Path, name: str) -> None:
         uploaded.append((folder.name, open_checkpoint(folder).state.step, name))
 
-    saver = new_saver(keep_last=1, upload=upload)
+    saver = new_saver(upload=upload)
     saver.save(lambda: snapshot_at(1), ["epoch_1", "best", "last"])
     saver.save(lambda: snapshot_at(2), ["last"])
     saver.finish()
@@ -236,6 +270,35 @@ def test_a_save_goes_on_behind_the_training_and_the_next_waits_for_it_before_it_
     saver.finish()
     timer.join()
     assert events == ["copied", "uploaded", "copied", "uploaded"]
+
+
+def test_a_model_is_packed_from_the_averaged_weights_before_its_checkpoint_is_there(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    snapshot, packed = snapshot_at(1), []
+
+    def pack(weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        packed.append((weights is snapshot.average, card, names_in(tmp_path)))
+
+    saver = new_saver(pack_model=pack)
+    saver.save(lambda: snapshot, ["epoch_1"], BEST)
+    saver.save(lambda: snapshot, [], BEST)  # a model alone
+    saver.finish()
+    assert packed == [(True, BEST, set()), (True, BEST, {"epoch_1"})]
+
+
+def test_a_model_that_cannot_be_packed_is_a_warning_and_only_for_the_best_one_a_failure_at_the_end(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, said: list[str]
+) -> None:
+    saver = new_saver(pack_model=full_disk)
+    saver.save(lambda: snapshot_at(1), ["last"], replace(BEST, is_best=False))
+    saver.finish()
+    (warning,) = said
+    assert warning.startswith(f"warning: {tmp_path.parent}: the model of step 4 could not be saved (")
+    assert open_checkpoint(tmp_path / "last").state.step == 1
+    saver.save(lambda: snapshot_at(2), [], BEST)
+    with pytest.raises(TrainingError, match="the model of step 4 could not be saved"):
+        saver.finish()
 
 
 def test_a_new_saver_brings_to_an_end_what_a_kill_interrupted(
