@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from detr_dist.config import describe_keys, load_config
+from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
 from detr_dist.errors import DetrDistError, StopRequested
 
 app = typer.Typer(
@@ -96,6 +96,42 @@ def sync(
     from detr_dist.tracking.sync import sync as deliver
 
     deliver(output_dir)
+
+
+@app.command()
+def prune(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[OUTPUT_DIR | RUN_ID]...", help="Runs, by output folder or MLflow run id."),
+    ] = None,
+    experiment: Annotated[
+        str | None, typer.Option(help="All runs of this MLflow experiment that have ended, as well.")
+    ] = None,
+    keep_last: Annotated[
+        int, typer.Option(min=1, help="Newest checkpoints, and newest epoch models, to keep of each run.")
+    ] = 1,
+    tracking_uri: Annotated[
+        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where run ids and the experiment are.")
+    ] = DEFAULT_TRACKING_URI,
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete; without it only say what could go.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete old checkpoints and epoch models, in output folders and in MLflow.
+
+    The checkpoints `best` and `last` and the best model always stay. `checkpoint.keep_last` in the
+    configuration does the same while a run goes on.
+    """
+    from detr_dist.training.prune import prune as run_prune
+
+    run_prune(
+        targets or (),
+        experiment=experiment,
+        tracking_uri=tracking_uri,
+        keep_last=keep_last,
+        delete=delete,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from detr_dist.errors import UsageError
 
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+"""MLflow's own default."""
+
 
 def _no_bool(value: Any) -> Any:
     """YAML reads a bare `true` as a boolean, which Python would count as the number 1."""
@@ -145,14 +148,15 @@ class CheckpointConfig(Section):
     every_steps: Count | None = None
     """Save checkpoints/step_<N> after every so many optimizer steps as well; set `keep_last` with it."""
     keep_last: Count | None = None
-    """Keep only so many of the newest epoch_<N> and step_<N> in the output folder, beside `best` and `last`;
-    unset keeps all."""
+    """Keep only so many of the newest checkpoints epoch_<N> and step_<N> in the output folder, and so many of
+    the newest checkpoints/epoch_<N> and models/epoch_<N> in MLflow, beside `best` and `last`; unset keeps
+    all."""
 
 
 class LoggingConfig(Section):
     mlflow: bool = True
     """Track the run in MLflow."""
-    mlflow_tracking_uri: str = "sqlite:///mlflow.db"
+    mlflow_tracking_uri: str = DEFAULT_TRACKING_URI
     """sqlite:///file.db, file:./folder, http://server:port, or any other URI that MLflow knows."""
     mlflow_experiment_name: Annotated[str, Field(min_length=1)] = "detr_training"
     """Experiment that the run belongs to; made if there is none."""

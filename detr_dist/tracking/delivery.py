@@ -165,7 +165,7 @@ class Delivery:
 
     def _delete_outdated(self, parent: str, newest: int, keep: int) -> None:
         there = [item.path for item in self._client.list_artifacts(self._run_id, parent)]
-        for artifact_path in outdated(there, parent, newest, keep):
+        for artifact_path in outdated(there, parent, keep=keep, newest=newest):
             delete_artifacts(self._client, self._run_id, artifact_path)
 
     def _note_dataset(

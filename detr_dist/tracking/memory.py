@@ -1,23 +1,157 @@
-"""How much memory this process and its device use."""
+"""Memory of a run's processes, machines and GPUs, and how busy the GPUs are."""
+
+import re
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import psutil
+import pynvml
 import torch
+
+from detr_dist.distributed import HostGroup
 
 GIB = 2**30
 
 
-def memory_metrics() -> dict[str, float]:
-    """Memory of this process in GiB.
+class DeviceMonitor:
+    """Reads what a run uses of its machines and GPUs.
 
-    `memory_ram_gb`: resident, with the loader workers. On a GPU also `memory_gpu_gb` and
-    `memory_gpu_reserved_gb`: the highest that torch had allocated and reserved since the last call.
+    Building and reading it are collective.
     """
-    metrics = {"memory_ram_gb": _resident_bytes() / GIB}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated() / GIB
-        metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved() / GIB
-        torch.cuda.reset_peak_memory_stats()
-    return metrics
+
+    def __init__(self, device: torch.device, host: HostGroup) -> None:
+        self._device = device
+        self._host = host
+        self._machine = re.sub(r"[^\w.-]+", "_", socket.gethostname(), flags=re.ASCII)
+        self._gpu: NvmlGpu | None = None
+        own = GpuName(self._machine, trouble="no CUDA device in use")
+        if device.type == "cuda":
+            try:
+                self._gpu = NvmlGpu(device)
+                own = GpuName(self._machine, index=self._gpu.index, uuid=self._gpu.uuid)
+            except pynvml.NVMLError as error:
+                own = GpuName(self._machine, trouble=str(error))
+        names = host.all_gather_objects(own)
+        self._gpu_name = own.among(names)
+        self.notice = _notice(names)
+        """One line on what cannot be read, empty if everything can."""
+
+    def read(self) -> dict[str, float]:
+        """Each metric's highest value over all processes, on the main process; empty elsewhere.
+
+        `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: in use
+        on a machine by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
+        that torch had allocated and reserved since the last call; and, each with `/<host>/<index>`, what the
+        driver says of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
+
+        No name may be the folder of another: MLflow's file store keeps each metric in a file.
+        """
+        return _highest(self._host.gather_objects(self._read_own()))
+
+    def close(self) -> None:
+        """Local."""
+        if self._gpu is not None:
+            self._gpu.close()
+
+    def _read_own(self) -> dict[str, float]:
+        machine = psutil.virtual_memory()
+        metrics = {
+            "memory_ram_gb": _resident_bytes() / GIB,
+            f"memory_machine_gb/{self._machine}": (machine.total - machine.available) / GIB,
+        }
+        if self._device.type == "cuda":
+            metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
+            metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self._device) / GIB
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._gpu is not None:
+            metrics |= {f"{name}/{self._gpu_name}": value for name, value in self._gpu.read().items()}
+        return metrics
+
+
+class NvmlGpu:
+    """The GPU of this process, as the NVIDIA driver's library NVML sees it.
+
+    NVML counts the GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
+
+    Raises:
+        pynvml.NVMLError: there is no driver, or it does not know the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        pynvml.nvmlInit()
+        try:
+            self.uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._handle, self.index = _find(self.uuid)
+        except pynvml.NVMLError:
+            self.close()
+            raise
+
+    def read(self) -> dict[str, float]:
+        """What the driver tells now. It may not know a value, or have lost the GPU: that is left out."""
+        found: dict[str, float] = {}
+        with suppress(pynvml.NVMLError):
+            # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does.
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle, version=pynvml.nvmlMemory_v2)
+            found["memory_gpu_used_gb"] = memory.used / GIB
+        with suppress(pynvml.NVMLError):
+            found["utilization_gpu_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
+        return found
+
+    def close(self) -> None:
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
+
+
+@dataclass(frozen=True)
+class GpuName:
+    """Which GPU a process uses, or why that is not known."""
+
+    machine: str
+    index: str = ""
+    uuid: str = ""
+    trouble: str = ""
+
+    def among(self, names: Sequence["GpuName"]) -> str:
+        """`<host>/<index>`; with the UUID's beginning where the index alone means several GPUs of the run.
+
+        Slurm can show each process nothing but its own GPU, which is number 0 then.
+        """
+        is_ambiguous = any(
+            (name.machine, name.index) == (self.machine, self.index) and name.uuid != self.uuid
+            for name in names
+        )
+        return f"{self.machine}/{self.index}" + (f"-{self.uuid[:8]}" if is_ambiguous else "")
+
+
+def _find(uuid: str) -> tuple[Any, str]:
+    """NVML's handle and index of a GPU, or of a MIG instance: `<GPU>.<device>`, as `nvidia-smi -L` counts."""
+    try:
+        gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
+        return gpu, str(pynvml.nvmlDeviceGetIndex(gpu))
+    except pynvml.NVMLError:  # torch gives the bare UUID of both kinds
+        instance = pynvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}".encode())
+        gpu = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(instance)
+        return instance, f"{pynvml.nvmlDeviceGetIndex(gpu)}.{pynvml.nvmlDeviceGetIndex(instance)}"
+
+
+def _notice(names: Sequence[GpuName]) -> str:
+    without = [name for name in names if name.trouble]
+    if not without:
+        return ""
+    machines = ", ".join(sorted({name.machine for name in without}))
+    reasons = "; ".join(sorted({name.trouble for name in without}))
+    return f"no GPU metrics from the NVIDIA driver on {machines}: {reasons}"
+
+
+def _highest(readings: Sequence[dict[str, float]]) -> dict[str, float]:
+    highest: dict[str, float] = {}
+    for reading in readings:
+        for name, value in reading.items():
+            highest[name] = max(value, highest.get(name, value))
+    return highest
 
 
 def _resident_bytes() -> int:

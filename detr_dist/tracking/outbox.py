@@ -80,7 +80,7 @@ class Outbox:
     def append_retention(self, parent: str, newest: int, keep: int) -> None:
         """Note that of `parent`/epoch_<N>, N up to `newest`, only the last `keep` stay."""
         self.append("retention", parent=parent, newest=newest, keep=keep)
-        for artifact_path in outdated(self._waiting, parent, newest, keep):
+        for artifact_path in outdated(self._waiting, parent, keep=keep, newest=newest):
             self._give_up(artifact_path)
 
     def _give_up(self, artifact_path: str) -> None:
@@ -155,17 +155,17 @@ class OutboxReader:
         shutil.rmtree(taken, ignore_errors=True)
 
 
-def outdated(artifact_paths: Iterable[str], parent: str, newest: int, keep: int) -> list[str]:
+def outdated(
+    artifact_paths: Iterable[str], parent: str, *, keep: int, newest: int | None = None
+) -> list[str]:
     """Of the `parent`/epoch_<N> among some artifact paths, N up to `newest`, all but the last `keep`.
 
     What is newer is of a future that a run which went back has left: it will be written again.
     """
-    numbers = [
-        int(path.removeprefix(f"{parent}/epoch_"))
-        for path in artifact_paths
-        if re.fullmatch(rf"{re.escape(parent)}/epoch_\d+", path)
-    ]
-    return [f"{parent}/epoch_{number}" for number in sorted(n for n in numbers if n <= newest)[:-keep]]
+    pattern = re.compile(rf"{re.escape(parent)}/epoch_(\d+)")
+    numbers = [int(match[1]) for match in map(pattern.fullmatch, artifact_paths) if match]
+    past = sorted(number for number in numbers if newest is None or number <= newest)
+    return [f"{parent}/epoch_{number}" for number in past[:-keep]]
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:

@@ -12,6 +12,7 @@ Nothing in it is ever executed: what comes from a shared server may be foreign.
 
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,14 @@ def claimed_age(folder: Path) -> tuple[float, float]:
         return float(document["step"]), float(document["closed_step"])
     except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
         return UNREADABLE
+
+
+def outdated_checkpoints(checkpoints_dir: Path, keep_last: int) -> list[Path]:
+    """All but the newest `keep_last` of epoch_<N> and step_<N>, and first those that are damaged. `best` and
+    `last` are not among them."""
+    folders = [path for path in checkpoints_dir.glob("*") if re.fullmatch(r"(epoch|step)_\d+", path.name)]
+    ages = {path: claimed_age(path) for path in folders}
+    return sorted(folders, key=lambda path: (ages[path] != UNREADABLE, ages[path]))[:-keep_last]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 import time
 from collections.abc import Sequence
 
-import torch
-
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.detector import Detector
-from detr_dist.tracking.memory import memory_metrics
+from detr_dist.tracking.memory import DeviceMonitor
 from detr_dist.training.checkpoint import take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -48,6 +46,9 @@ class RunObserver:
         self._progress = progress
         self._saver = saver  # on the main process
         self._facts = facts
+        self._monitor = DeviceMonitor(training.accelerator.device, host)
+        if self._monitor.notice:
+            progress.say(self._monitor.notice)
         self._is_best = self._was_evaluated = False  # at the end of this epoch
         self._logged_at = time.perf_counter()
         self._logged_images = 0
@@ -119,6 +120,7 @@ class RunObserver:
     def close(self) -> None:
         """End the bar and the threads, whatever has happened. Local."""
         self._progress.close()
+        self._monitor.close()
         if self._saver is not None:
             self._saver.close()
 
@@ -161,9 +163,7 @@ class RunObserver:
         self._progress.metrics(state.step, metrics)
 
     def _log_memory(self, state: TrainState) -> None:
-        metrics = memory_metrics()
-        highest = torch.tensor(self._host.gather_rows(list(metrics.values()))).amax(0).tolist()
-        self._training.accelerator.log(dict(zip(metrics, highest, strict=True)), step=state.step)
+        self._training.accelerator.log(self._monitor.read(), step=state.step)
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is

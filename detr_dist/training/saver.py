@@ -1,7 +1,6 @@
 """Checkpoints and models are written and handed to MLflow in the background: training waits for a copy to the
 host only."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from detr_dist.errors import TrainingError
 from detr_dist.tracking.mlflow import MLflowTracker
-from detr_dist.training.checkpoint import MANIFEST, UNREADABLE, Snapshot, claimed_age, write_checkpoint
+from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
 from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
 from detr_dist.training.packing import ModelCard
 
@@ -129,14 +128,6 @@ class Saver:
                 tracker.keep_newest("checkpoints", int(name.removeprefix("epoch_")), self._keep_last)
 
     def _prune(self) -> None:
-        """Delete the oldest epoch_<N> and step_<N>, and first those that are damaged. `best` and `last` keep
-        their files, and the newest stays."""
-        if self._keep_last is None:
-            return
-        numbered = [
-            path for path in self._checkpoints_dir.iterdir() if re.fullmatch(r"(epoch|step)_\d+", path.name)
-        ]
-        ages = {path: claimed_age(path) for path in numbered}
-        numbered.sort(key=lambda path: (ages[path] != UNREADABLE, ages[path]))
-        for folder in numbered[: -self._keep_last]:
-            remove_folder(folder)
+        if self._keep_last is not None:
+            for folder in outdated_checkpoints(self._checkpoints_dir, self._keep_last):
+                remove_folder(folder)

@@ -97,7 +97,14 @@ def test_every_metric_stands_once_at_each_optimizer_step_it_was_logged(trained) 
         assert [step for step, _ in place.history(metric)] == list(range(1, 9))
     assert [step for step, _ in place.history("val_map")] == [4, 8]
     assert [step for step, _ in place.history("memory_ram_gb")] == [2, 4, 6, 8]
+    assert [step for step, _ in place.history(f"memory_machine_gb/{socket.gethostname()}")] == [2, 4, 6, 8]
     assert place.history("epoch")[3:5] == [(4, 1.0), (5, 1.25)]
+
+
+def test_on_the_cpu_one_line_says_that_nothing_is_logged_of_gpus(trained, mlflow_run) -> None:
+    _, stdout = trained
+    assert stdout.count("no GPU metrics from the NVIDIA driver") == 1
+    assert not [name for name in mlflow_run.data.metrics if "gpu" in name]
 
 
 def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
