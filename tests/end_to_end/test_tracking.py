@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -170,10 +171,10 @@ def frozen(process) -> Iterator[None]:
         started.resume()
 
 
-def start_and_cut_off(workplace, server: Server, data: Path):
+def start_and_cut_off(workplace, server: Server, data: Path, *overrides: str):
     """A run in the middle of which the server is killed."""
     uri = f"logging.mlflow_tracking_uri={server.uri}"
-    process = workplace.start(data, *CHECKPOINTS_OFTEN, uri)
+    process = workplace.start(data, *CHECKPOINTS_OFTEN, uri, *overrides)
     outbox_dir = workplace.folder / "out" / "outbox"
     wait_until(lambda: bool(list(outbox_dir.glob("*"))), process, workplace)
     wait_until(lambda: server.num_steps(tracked_run(workplace)) >= 5, process, workplace)
@@ -183,8 +184,8 @@ def start_and_cut_off(workplace, server: Server, data: Path):
     return process
 
 
-def check_that_all_is_there(workplace, server: Server, run_id: str) -> None:
-    """Each step once, checkpoints and models as they lie in the output folder."""
+def check_that_all_is_there(workplace, server: Server, run_id: str, *, keep_last: int = STEPS // 10) -> None:
+    """Each step once, checkpoints and models as they lie in the output folder, of epochs the last."""
     assert server.client.get_run(run_id).info.status == "FINISHED"
     losses = server.losses(run_id)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -193,7 +194,7 @@ def check_that_all_is_there(workplace, server: Server, run_id: str) -> None:
     for folder in ("checkpoints/last", "checkpoints/best", "model"):
         assert server.files(run_id, folder) == content_of(out / folder), folder
     models = {each.path for each in server.client.list_artifacts(run_id, "models")}
-    assert models == {f"models/epoch_{epoch}" for epoch in range(1, STEPS // 10 + 1)}
+    assert models == {f"models/epoch_{STEPS // 10 - age}" for age in range(keep_last)}
     assert "config.yaml" in {each.path for each in server.client.list_artifacts(run_id)}
     assert not list((out / "outbox" / run_id / "files").iterdir())
 
@@ -275,7 +276,7 @@ def listening(port: int) -> socket.socket:
 
 
 @contextmanager
-def silent_server(port: int) -> Iterator[list[socket.socket]]:
+def silent_server(port: int) -> Iterator[list[object]]:
     """Accepts connections and never says a word."""
     accepted: list[socket.socket] = []
 
@@ -298,22 +299,69 @@ def silent_server(port: int) -> Iterator[list[socket.socket]]:
                 each.close()
 
 
+@contextmanager
+def failing_server(port: int) -> Iterator[list[object]]:
+    """Answers 500 to everything."""
+    asked: list[object] = []
+
+    class Answer(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            asked.append(self.path)
+            self.send_error(500)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer
+
+        def log_message(self, *_: object) -> None: ...
+
+    listening(port).close()
+    with ThreadingHTTPServer(("127.0.0.1", port), Answer) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield asked
+        finally:
+            http.shutdown()
+            thread.join()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_server_that_never_answers_holds_up_neither_training_nor_its_end_for_ever(
-    workplace, server: Server, tiny_data: Path
+@pytest.mark.parametrize("in_trouble", [silent_server, failing_server])
+def test_a_server_in_trouble_holds_up_neither_training_nor_its_end_for_ever(
+    workplace, server: Server, tiny_data: Path, in_trouble
 ) -> None:
-    process = start_and_cut_off(workplace, server, tiny_data)
+    process = start_and_cut_off(workplace, server, tiny_data, "checkpoint.keep_last=2")
     run_id = tracked_run(workplace)
-    with silent_server(server.port) as accepted:
+    with in_trouble(server.port) as asked:
         assert process.wait(90) == 0, workplace.log
-        assert accepted
+        assert asked
     assert len(noted_losses(workplace)) == STEPS
     assert "records are not in MLflow yet" in workplace.log
     assert "`detr-dist sync out` delivers them" in workplace.log
     assert server.num_steps(run_id) < STEPS
 
     server.start()
-    finished = workplace.run("sync", "out")
+    finished = workplace.run("sync", workplace.folder / "out")
     assert finished.returncode == 0, finished.stderr
+    check_that_all_is_there(workplace, server, run_id, keep_last=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_is_resumed_while_its_server_is_away(workplace, server: Server, tiny_data: Path) -> None:
+    process = start_and_cut_off(workplace, server, tiny_data)
+    run_id = tracked_run(workplace)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    uri = f"logging.mlflow_tracking_uri={server.uri}"
+    resumed = workplace.start(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
+    wait_until(lambda: len(noted_losses(workplace)) >= STEPS - 20, resumed, workplace)
+    assert f"run {run_id} goes on all the same" in workplace.log
+    with frozen(resumed):
+        second = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
+        server.start()
+    assert second.returncode == 1
+    assert f"out: process {resumed.pid} on " in second.stderr
+    assert resumed.wait(90) == 0, workplace.log
     check_that_all_is_there(workplace, server, run_id)
+    assert server.client.get_run(run_id).data.tags["resumed_at_steps"]

@@ -407,6 +407,33 @@ def test_a_run_that_goes_on_is_running_until_it_ends_again_and_keeps_only_its_la
     assert sender.run.data.tags["error"] == "the third"
 
 
+def test_of_the_folders_of_epochs_only_the_newest_stay_and_others_are_not_touched(
+    sender: Sender, new_folder: Callable[..., Path]
+) -> None:
+    for name in ("epoch_2", "epoch_9", "epoch_10", "epoch_12", "best"):
+        sender.outbox.append_folder(new_folder("a", "b/c"), f"models/{name}")
+    sender.deliver()
+    sender.outbox.append_retention("models", newest=10, keep=1)  # 12 is of a future that was given up
+    sender.outbox.append_retention("checkpoints", newest=10, keep=1)  # of which there are none
+    sender.deliver()
+    left = {path.name for path in (sender.artifacts_dir / "models").iterdir()}
+    assert left == {"epoch_10", "epoch_12", "best"}
+    sender.cursors_path.unlink()
+    sender.deliver()
+    assert {path.name for path in (sender.artifacts_dir / "models").iterdir()} == left
+
+
+def test_what_retention_would_delete_is_not_uploaded_any_more(
+    sender: Sender, new_folder: Callable[..., Path]
+) -> None:
+    for epoch in (1, 2, 3):
+        sender.outbox.append_folder(new_folder("a"), f"models/epoch_{epoch}")
+        sender.outbox.append_retention("models", newest=epoch, keep=2)
+    assert len(list((sender.outbox.folder / "files").iterdir())) == 2
+    sender.deliver()
+    assert {path.name for path in (sender.artifacts_dir / "models").iterdir()} == {"epoch_2", "epoch_3"}
+
+
 def test_a_superseded_folder_is_passed_over(sender: Sender, new_folder: Callable[..., Path]) -> None:
     sender.outbox.append_folder(new_folder("a", "only_in_the_first"), "model")
     sender.outbox.append_folder(new_folder("a", content=" of the second"), "model")

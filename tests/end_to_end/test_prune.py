@@ -1,0 +1,90 @@
+"""Old checkpoints and epoch models go, when it is asked for, and nothing else does."""
+
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
+    """Four epochs with a checkpoint each, of which only the newest three are kept."""
+    place = new_workplace(tmp_path_factory.mktemp("pruned"))
+    finished = place.train(
+        tiny_data,
+        "training.num_epochs=4",
+        "checkpoint.every_epochs=1",
+        "checkpoint.keep_last=3",
+        "logging.log_every_steps=10",
+    )
+    assert finished.returncode == 0, finished.stderr
+    return place
+
+
+def checkpoints(place) -> set[str]:
+    return {path.name for path in (place.folder / "out" / "checkpoints").iterdir()}
+
+
+def artifacts(place, path: str) -> set[str]:
+    client = MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
+    return {item.path for item in client.list_artifacts(place.results()["run_id"], path)}
+
+
+def test_a_run_keeps_as_many_as_its_configuration_says(place) -> None:
+    assert checkpoints(place) == {"best", "last", "epoch_2", "epoch_3", "epoch_4"}
+    assert artifacts(place, "checkpoints") == {
+        f"checkpoints/{name}" for name in ("best", "last", "epoch_2", "epoch_3", "epoch_4")
+    }
+    assert artifacts(place, "models") == {"models/epoch_2", "models/epoch_3", "models/epoch_4"}
+
+
+def test_without_delete_it_only_says_what_could_go(place) -> None:
+    before = checkpoints(place), artifacts(place, "models")
+    said = place.run("prune", "out", "--keep-last", "2")
+    assert said.returncode == 0, said.stderr
+    run_id = place.results()["run_id"]
+    lines = said.stdout.splitlines()
+    assert {line.split("MiB")[1].strip() for line in lines[:-1]} == {
+        "out/checkpoints/epoch_2", f"runs:/{run_id}/checkpoints/epoch_2", f"runs:/{run_id}/models/epoch_2"
+    }  # fmt: skip
+    assert "3 folders" in lines[-1]
+    assert "nothing is deleted without --delete" in lines[-1]
+    assert (checkpoints(place), artifacts(place, "models")) == before
+
+
+def test_what_is_left_after_it_loads_and_goes_on(place, tiny_data: Path) -> None:
+    run_id = place.results()["run_id"]
+    in_mlflow = place.run("prune", run_id, "--keep-last", "2", "--delete")
+    assert in_mlflow.returncode == 0, in_mlflow.stderr
+    assert artifacts(place, "models") == {"models/epoch_3", "models/epoch_4"}
+    assert checkpoints(place) == {"best", "last", "epoch_2", "epoch_3", "epoch_4"}
+    everywhere = place.run("prune", "out", "--experiment", "detr_training", "--delete")
+    assert everywhere.returncode == 0, everywhere.stderr
+    assert artifacts(place, "models") == {"models/epoch_4"}
+    assert artifacts(place, "checkpoints") == {f"checkpoints/{n}" for n in ("best", "last", "epoch_4")}
+    assert checkpoints(place) == {"best", "last", "epoch_4"}
+    mlflow.set_tracking_uri(f"sqlite:///{place.folder / 'mlflow.db'}")
+    for path in ("model", "models/epoch_4"):
+        assert mlflow.pytorch.load_model(f"runs:/{run_id}/{path}") is not None
+    resumed = place.train(tiny_data, "training.num_epochs=5", "--resume", run_id)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "at step 40" in resumed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ((), "nothing to prune"),
+        (("no_such_folder",), "neither an existing folder nor an MLflow run id"),
+        (("empty",), "holds neither checkpoints nor an outbox"),
+        (("0" * 32,), "is not to be had from"),
+        (("--experiment", "none"), "there is none of that name"),
+    ],
+)
+def test_a_wrong_target_is_one_clear_line(workplace, arguments: tuple[str, ...], complaint: str) -> None:
+    (workplace.folder / "empty").mkdir()
+    finished = workplace.run("prune", *arguments)
+    assert finished.returncode == 2
+    (error,) = finished.stderr.splitlines()
+    assert complaint in error
