@@ -30,7 +30,8 @@ def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_pat
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_path}"
-        return client.create_model_version(name, source, run_id)
+        # The files are there already: no need to wait, and to be told so.
+        return client.create_model_version(name, source, run_id, await_creation_for=0)
 
 
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:
