@@ -88,6 +88,43 @@ def make_data(
 
 
 @app.command()
+def export(
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A model's or checkpoint's folder, runs:/RUN_ID/model, models:/NAME/VERSION, "
+            "models:/NAME@ALIAS, or a hub id."
+        ),
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
+    onnx: Annotated[
+        bool,
+        typer.Option("--onnx", help="Write model.onnx as well, for images of any number and size."),
+    ] = False,
+    register_as: Annotated[
+        str | None, typer.Option(help="Make it a new version of this name in MLflow's registry.")
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(help="Have this alias, e.g. production, point to the new version.")
+    ] = None,
+    tracking_uri: Annotated[
+        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where MLflow keeps runs and registry.")
+    ] = DEFAULT_TRACKING_URI,
+    debug: Debug = False,
+) -> None:
+    """Make a model ready for production: a folder that needs nothing of this package.
+
+    `mlflow.pytorch.load_model` and `transformers.pipeline("object-detection", model=...)` load it. The ONNX
+    file is compared with torch before it is kept: inputs `pixel_values` (float32, normalised) and
+    `pixel_mask` (int64), outputs `logits` and `pred_boxes`.
+    """
+    from detr_dist.export import ExportOptions
+    from detr_dist.export import export as run_export
+
+    run_export(ExportOptions(model, output_dir, tracking_uri, onnx, register_as, alias))
+
+
+@app.command()
 def sync(
     output_dir: Annotated[Path, typer.Argument(help="The --output-dir of a run.")],
     debug: Debug = False,

@@ -84,6 +84,38 @@ def _network_like(structure: Path) -> PreTrainedModel:
         raise CheckpointError(f"{structure}: transformers cannot build its network ({reason})") from error
 
 
+def load_network(reference: str, location: str) -> PreTrainedModel:
+    """The trained detector at `location`, a folder or hub id, in evaluation mode; only safetensors are read.
+
+    Raises:
+        UsageError: naming it as `reference`, when there is none of the family, or not all of its weights.
+    """
+    try:
+        network_config = AutoConfig.from_pretrained(location, trust_remote_code=False)
+        family = {architecture.model_type for architecture in ARCHITECTURES.values()}
+        if network_config.model_type not in family:
+            raise UsageError(f"is a {network_config.model_type}, none of {', '.join(sorted(family))}")
+        network, report = AutoModelForObjectDetection.from_pretrained(
+            location,
+            config=network_config,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
+        if report["missing_keys"]:
+            raise UsageError(
+                f"lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first"
+            )
+    except Exception as error:  # the hub, safetensors and transformers raise many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{reference}: cannot be loaded ({reason}); give the folder of a model or checkpoint, an MLflow "
+            "URI or a hub id"
+        ) from error
+    return cast(PreTrainedModel, network.eval())
+
+
 def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[str, Any]) -> PreTrainedModel:
     options = further_options(config, architecture) | labels | shape_options(config, architecture)
     if isinstance(config.backbone, str):

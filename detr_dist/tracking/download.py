@@ -28,6 +28,12 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     Raises:
         UsageError: there is no such artifact, or the server cannot be reached.
     """
+    database = Path(tracking_uri.removeprefix("sqlite:///"))
+    if tracking_uri.startswith("sqlite:///") and not database.exists():  # MLflow would make an empty one
+        raise UsageError(
+            f"{artifact_uri}: cannot be fetched, as there is no database {database.absolute()}; correct "
+            "logging.mlflow_tracking_uri"
+        )
     open_client(tracking_uri)
     try:
         path = _fetch(artifact_uri, tracking_uri, into)

@@ -1,6 +1,8 @@
 """Where a run's first state comes from: a checkpoint or weights, on disk, in MLflow or on the hub."""
 
+import re
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from detr_dist.distributed import HostGroup
@@ -16,6 +18,58 @@ from detr_dist.training.checkpoint import (
     open_checkpoint,
 )
 from detr_dist.training.durable import finish_interrupted
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """What a model reference names, where transformers can load it."""
+
+    location: str
+    """A local folder, or a hub id."""
+    checkpoint: Checkpoint | None = None
+    """The checkpoint whose weights these are; the averaged ones, if it has any."""
+
+
+def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
+    """The model that `reference` names: a model's or checkpoint's folder, an artifact URI of MLflow
+    (`runs:/...`, `models:/...`), or a hub id. What has to be fetched or put together lies in `scratch`.
+
+    Raises:
+        UsageError: there is no such thing.
+        CheckpointError: the checkpoint is not whole.
+    """
+    if is_artifact_uri(reference):
+        into = Path(tempfile.mkdtemp(dir=scratch))
+        folder = download_folder(re.sub("^(models:/[^/]+)/@", r"\1@", reference), tracking_uri, into)
+    else:
+        folder = Path(reference).expanduser()
+    if is_checkpoint(folder):
+        return _weights_of(open_checkpoint(folder), scratch)
+    if (folder / STRUCTURE).exists():
+        return FoundModel(str(folder))
+    if folder.is_dir():
+        raise UsageError(
+            f"{reference}: neither a model nor a checkpoint (it has no {STRUCTURE}); give the folder of one, "
+            "such as OUTPUT_DIR/model or OUTPUT_DIR/checkpoints/best"
+        )
+    if _is_path(reference):
+        raise UsageError(f"{reference}: no such folder; give the folder of a model or of a checkpoint")
+    return FoundModel(reference)
+
+
+def _is_path(reference: str) -> bool:
+    """Whether this can be no hub id, which is NAME or OWNER/NAME."""
+    parts = reference.split("/")
+    return reference[:1] in {".", "~"} or len(parts) > 2 or not all(parts) or Path(parts[0]).exists()
+
+
+def _weights_of(checkpoint: Checkpoint, scratch: Path) -> FoundModel:
+    """A checkpoint as transformers expects a model."""
+    weights = AVERAGE if (checkpoint.folder / AVERAGE).exists() else NETWORK
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    for name, source in ((STRUCTURE, STRUCTURE), ("model.safetensors", weights)):
+        (folder / name).symlink_to((checkpoint.folder / source).absolute())
+    return FoundModel(str(folder), checkpoint)
 
 
 class Sources:
@@ -71,7 +125,9 @@ class Sources:
             UsageError: there is no such thing.
             CheckpointError: the checkpoint that was named is not whole.
         """
-        return self._host.once_per_machine(lambda: self._find_weights(init_from))
+        return self._host.once_per_machine(
+            lambda: find_model(init_from, self._tracking_uri, Path(self._scratch.name)).location
+        )
 
     def _clear_up(self) -> None:
         finish_interrupted(self._output_dir)  # the best model
@@ -109,21 +165,6 @@ class Sources:
         raise UsageError(
             f"--resume {run_id}: MLflow run {run_id} has no whole checkpoint; it cannot be resumed"
         )
-
-    def _find_weights(self, init_from: str) -> str:
-        folder = Path(init_from)
-        if not folder.is_dir():
-            if not is_artifact_uri(init_from):
-                return init_from  # a hub id, which transformers resolves
-            folder = self.download(init_from)
-        if not is_checkpoint(folder):
-            return str(folder)
-        open_checkpoint(folder)
-        weights = AVERAGE if (folder / AVERAGE).exists() else NETWORK
-        initial = Path(tempfile.mkdtemp(dir=self._scratch.name))
-        for name, source in ((STRUCTURE, STRUCTURE), ("model.safetensors", weights)):
-            (initial / name).symlink_to((folder / source).absolute())
-        return str(initial)
 
     def _say(self, line: str) -> None:
         if self._host.process_index == 0:

@@ -1,0 +1,151 @@
+"""A detector as an ONNX file for any number and size of images, compared with torch before it is trusted."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrMultiscaleDeformableAttention,
+)
+
+from detr_dist.errors import DetrDistError, UsageError
+
+TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
+"""Largest difference to torch. Rounding in float32 stays well below; 1e-4 of an image 1333 pixels wide is a
+seventh of a pixel, 1e-3 of a logit at most 0.00025 of a score."""
+
+_PACKAGES = ("onnx", "onnxruntime")
+_OPSET = 17  # the first with layer normalisation; grid_sample came in 16
+_TRACED_SHAPE = (2, 256, 320)
+
+# Number, height and width of images to compare, none of them as traced; odd sizes show wrong rounding.
+_CHECKED_SHAPES = ((1, 224, 224), (3, 288, 199), (2, 193, 352))
+
+
+def check_onnx_packages() -> None:
+    """Raises UsageError if a package is missing that the others here need."""
+    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install 'detr_dist[export]'")
+
+
+def write_onnx(network: PreTrainedModel, path: Path) -> float:
+    """Write `network` as ONNX and return the largest difference of its outputs to torch.
+
+    Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
+    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B, H and W may
+    be any.
+
+    Raises:
+        DetrDistError: it cannot be exported, or computes something else at another size; delete the file.
+    """
+    traced = _Traced(network).eval()
+    try:
+        with _shapes_that_follow_the_image(network):
+            _export(traced, path)
+        differences = _differences(traced, path)
+    except Exception as error:  # of torch, onnx and onnxruntime, each of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise DetrDistError(
+            f"--onnx: this {network.config.model_type} cannot be exported for images of any size ({reason}); "
+            "export without --onnx"
+        ) from error
+    for name, tolerance in TOLERANCES.items():
+        if not differences[name] <= tolerance:  # NaN is none either
+            raise DetrDistError(
+                f"--onnx: {name} of this {network.config.model_type} differ from torch's by "
+                f"{differences[name]:.1e}, more than {tolerance:.0e}; export without --onnx"
+            )
+    return max(differences.values())
+
+
+class _Traced(nn.Module):
+    """Tensors in, tensors out."""
+
+    def __init__(self, network: PreTrainedModel) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        return output.logits, output.pred_boxes
+
+
+def _export(traced: _Traced, path: Path) -> None:
+    """The exporter that traces: the newer one (`dynamo=True`) fixes a size of Deformable DETR, and takes
+    half a minute."""
+    size = {2: "height", 3: "width"}
+    with warnings.catch_warnings(action="ignore"):  # one for each size that is traced, and its deprecation
+        torch.onnx.export(
+            traced,
+            _images(*_TRACED_SHAPE),
+            path,
+            input_names=["pixel_values", "pixel_mask"],
+            output_names=list(TOLERANCES),
+            dynamic_axes={
+                "pixel_values": {0: "batch", **size},
+                "pixel_mask": {0: "batch", 1: "height", 2: "width"},
+                **{name: {0: "batch"} for name in TOLERANCES},
+            },
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+
+
+@contextlib.contextmanager
+def _shapes_that_follow_the_image(network: PreTrainedModel) -> Iterator[None]:
+    """Within it the sizes of Deformable DETR's feature maps are part of the trace: transformers makes a
+    tensor of them in a way that fixes those of the traced images."""
+
+    def follow(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        shapes = named["spatial_shapes_list"]
+        sizes = [torch.stack([torch.as_tensor(size) for size in shape]) for shape in shapes]
+        return arguments, named | {"spatial_shapes": torch.stack(sizes)}
+
+    hooks = [
+        module.register_forward_pre_hook(follow, with_kwargs=True)
+        for module in network.modules()
+        if isinstance(module, DeformableDetrMultiscaleDeformableAttention)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _differences(traced: _Traced, path: Path) -> dict[str, float]:
+    """The largest difference to torch of each output, over images of several numbers and sizes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails is raised as well
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
+    for shape in _CHECKED_SHAPES:
+        pixel_values, pixel_mask = _images(*shape)
+        inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
+        found = session.run(list(TOLERANCES), inputs)
+        expected = traced(pixel_values, pixel_mask)
+        pairs = zip(expected, map(torch.from_numpy, found), strict=True)
+        differences = torch.stack([(wanted.double() - got.double()).abs().max() for wanted, got in pairs])
+        largest = torch.maximum(largest, differences)  # keeps NaN
+    return dict(zip(TOLERANCES, largest.tolist(), strict=True))
+
+
+def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Noise and its mask: image i is smaller than the batch by 16 i rows and 24 (i + 1) columns."""
+    generator = torch.Generator().manual_seed(0)
+    pixel_values = torch.randn(num_images, 3, height, width, generator=generator)
+    pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)
+    for i in range(num_images):
+        pixel_mask[i, height - 16 * i :] = 0
+        pixel_mask[i, :, width - 24 * (i + 1) :] = 0
+    return pixel_values * pixel_mask[:, None], pixel_mask

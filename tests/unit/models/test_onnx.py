@@ -1,0 +1,98 @@
+"""Every member of the family as ONNX: the same predictions as torch at any number and size of images."""
+
+import importlib.util
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from detr_dist.config import ModelConfig
+from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.models.build import build_detector
+from detr_dist.models.detector import plain_network
+from detr_dist.models.onnx import check_onnx_packages, write_onnx
+
+VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
+    "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
+}
+
+
+def tiny_network(architecture: str, **overrides: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        model_architecture=architecture,
+        backbone={
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage2", "stage3", "stage4"],
+        },
+        pretrained_backbone=False,
+        hidden_dim=32,
+        num_encoder_layers=1,
+        num_decoder_layers=2,
+        num_queries=6,
+        config_overrides={"encoder_attention_heads": 2, "decoder_attention_heads": 2, **overrides},
+    )
+    return plain_network(build_detector(config, ["player", "ball"]))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
+    variant: str, tmp_path: Path
+) -> None:
+    architecture, overrides = VARIANTS[variant]
+    network = tiny_network(architecture, **overrides)
+    assert write_onnx(network, tmp_path / "model.onnx") < 1e-5
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for num_images, height, width in ((4, 160, 128), (1, 333, 200)):
+        pixel_values = torch.randn(num_images, 3, height, width)
+        pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)
+        pixel_mask[0, height // 2 :] = 0
+        found = session.run(
+            ["logits", "pred_boxes"],
+            {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()},
+        )
+        with torch.no_grad():
+            expected = network(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        # Another order of float32 sums, in values of about 1.
+        assert torch.allclose(torch.from_numpy(found[0]), expected.logits, atol=1e-5)
+        assert torch.allclose(torch.from_numpy(found[1]), expected.pred_boxes, atol=1e-5)
+
+
+def test_without_what_makes_the_trace_follow_the_image_the_comparison_refuses_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr_dist.models.onnx.DeformableDetrMultiscaleDeformableAttention", ())
+    with pytest.raises(DetrDistError, match=r"differ from torch's by .* more than"):
+        write_onnx(tiny_network("deformable_detr"), tmp_path / "model.onnx")
+
+
+def test_a_network_whose_outputs_are_not_numbers_is_refused(tmp_path: Path) -> None:
+    network = tiny_network("detr")
+    torch.nn.init.constant_(network.class_labels_classifier.bias, float("nan"))
+    with pytest.raises(DetrDistError, match="logits of this detr differ from torch's by nan"):
+        write_onnx(network, tmp_path / "model.onnx")
+
+
+def test_a_network_that_cannot_be_traced_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny_network("detr")
+    monkeypatch.setattr(network.model.encoder, "forward", lambda **_: 1 / 0)
+    with pytest.raises(DetrDistError, match=r"this detr cannot be exported .*division by zero"):
+        write_onnx(network, tmp_path / "model.onnx")
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        "detr_dist.models.onnx.find_spec", lambda name: None if name == "onnx" else find_spec(name)
+    )
+    with pytest.raises(UsageError, match=r"needs onnx: pip install 'detr_dist\[export\]'"):
+        check_onnx_packages()
