@@ -31,11 +31,23 @@ def _precision_name(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _share_or_auto(value: Any) -> Any:
+    """One complaint instead of pydantic's two, one for each kind that it could have been."""
+    try:
+        is_share = value == "auto" or (not isinstance(value, bool) and 0 <= float(value) <= 1)
+    except (TypeError, ValueError):
+        is_share = False
+    if not is_share:
+        raise ValueError("a number from 0 to 1 or auto is wanted")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
 
 
 class Section(BaseModel):
@@ -140,6 +152,9 @@ class TrainingConfig(Section):
 class EvaluationConfig(Section):
     every_epochs: Count = 10
     """Evaluate on the validation images after every so many epochs, and always at the end."""
+    score_threshold: ShareOrAuto = "auto"
+    """Least score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each class
+    the one with the best F1."""
 
 
 class CheckpointConfig(Section):

@@ -1,13 +1,16 @@
-"""COCO average precision, computed by faster-coco-eval (equal to pycocotools, and several times faster)."""
+"""COCO's average precision and recall, by faster-coco-eval (equal to pycocotools, several times faster)."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
+
+MAX_DETECTIONS = 100
+"""Of one image and class, the best ones count, as in COCO's own evaluation."""
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,28 @@ class DetectionRecords:
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels")
         }
-        order = np.argsort(columns["image_rows"], kind="stable")
-        for name in ("image_rows", "boxes_xyxy_px", "scores", "labels"):
-            columns[name] = columns[name][order]
         columns["evaluated_rows"] = np.sort(columns["evaluated_rows"])
-        return cls(**columns)
+        return cls(**columns).take(np.argsort(columns["image_rows"], kind="stable"))
+
+    def take(self, rows: NDArray[np.int64]) -> "DetectionRecords":
+        """These detections, in this order, of the same images."""
+        return replace(
+            self,
+            image_rows=self.image_rows[rows],
+            boxes_xyxy_px=self.boxes_xyxy_px[rows],
+            scores=self.scores[rows],
+            labels=self.labels[rows],
+        )
 
 
-def average_precision(
+def coco_metrics(
     ground_truth: dict[str, Any], records: DetectionRecords, class_names: Sequence[str]
 ) -> dict[str, float]:
-    """`map` over all classes and `<class>_map` for each class that has ground truth, AP at IoU
-    0.50:0.05:0.95.
+    """COCO's figures, each absent where there is no truth to compute it from.
+
+    AP at IoU 0.50:0.05:0.95: `map` over all classes, `<class>_map` of each, `map_small`, `map_medium` and
+    `map_large` of boxes of that size; `map_50` and `map_75` at these IoUs; `mar_1`, `mar_10` and `mar_100`,
+    the average recall with so many detections of each image and class.
 
     `ground_truth` is a COCO dictionary with rows of the data set as image ids and class indices as category
     ids.
@@ -62,17 +75,19 @@ def average_precision(
     evaluation = COCOeval_faster(truth, truth.loadRes(rows), iouType="bbox", print_function=_silent)
     evaluation.evaluate()
     evaluation.accumulate()
-    # [IoU threshold, recall level, class, area range, detections per image]: all sizes, 100 detections. -1:
-    # no truth.
-    precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]
-    metrics = {}
-    if (precision > -1).any():
-        metrics["map"] = float(precision[precision > -1].mean())
+    # [IoU, recall level, class, size, limit of detections] and the same without recall levels; -1: no truth.
+    precision = np.asarray(evaluation.eval["precision"])
+    recall = np.asarray(evaluation.eval["recall"])
+    of_all = precision[:, :, :, 0, -1]
+    figures = {"map": of_all, "map_50": of_all[0], "map_75": of_all[5]}
+    for index, size in enumerate(("small", "medium", "large"), start=1):
+        figures[f"map_{size}"] = precision[:, :, :, index, -1]
+    for index, limit in enumerate((1, 10, MAX_DETECTIONS)):
+        figures[f"mar_{limit}"] = recall[:, :, 0, index]
     for index, name in enumerate(metric_names(class_names)):
-        of_class = precision[:, :, index]
-        if (of_class > -1).any():
-            metrics[f"{name}_map"] = float(of_class[of_class > -1].mean())
-    return metrics
+        figures[f"{name}_map"] = of_all[:, :, index]
+    known = {name: values[values > -1] for name, values in figures.items()}
+    return {name: float(values.mean()) for name, values in known.items() if len(values)}
 
 
 def metric_names(class_names: Sequence[str]) -> list[str]:

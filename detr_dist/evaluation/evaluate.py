@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
 
 from detr_dist.config import Config
 from detr_dist.data.batching import Batch
@@ -16,9 +20,31 @@ from detr_dist.data.sampling import evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
-from detr_dist.evaluation.coco_metrics import DetectionRecords, average_precision
+from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_metrics
+from detr_dist.evaluation.operating_point import OperatingPoints, operating_points
+from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.models.postprocess import postprocess
+
+LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
+"""The criterion's, by their places in `Losses`."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation has found out."""
+
+    metrics: dict[str, float]
+    """Every figure by its name in MLflow without `val_`, the same on every process; docs/evaluation.md."""
+    operating_points: OperatingPoints | None
+    """Curves, thresholds and confusions; on the main process only."""
+
+
+class _Part(NamedTuple):
+    """Of one process's images."""
+
+    records: DetectionRecords
+    losses: NDArray[np.float64]  # [4], shares of LOSSES
 
 
 class Evaluator:
@@ -35,6 +61,7 @@ class Evaluator:
     ) -> None:
         self.data = data
         self._stop_requested = stop_requested
+        self._score_threshold = config.evaluation.score_threshold
         self._accelerator = accelerator
         self._host = host
         self._ground_truth = data.to_coco_dict() if accelerator.is_main_process else None
@@ -53,8 +80,8 @@ class Evaluator:
             pin_memory=accelerator.device.type == "cuda",
         )
 
-    def evaluate(self, detector: Detector) -> dict[str, float]:
-        """`map` and `<class>_map`, the same on every process.
+    def evaluate(self, detector: Detector) -> Scores:
+        """The detector's scores on the data set.
 
         Collective. The detector must hold the same weights and statistics on every process; it is left in the
         mode it came in.
@@ -64,51 +91,68 @@ class Evaluator:
         """
         was_training = detector.training
         detector.eval()
-        part: DetectionRecords | DetrDistError
+        part: _Part | DetrDistError
         try:
             part = self._detect(detector)
         except DetrDistError as error:
             part = error
         detector.train(was_training)
         parts = self._host.gather_objects(part)
-        metrics: dict[str, float] = self._host.broadcast(
-            self._host.on_main_process(lambda: self._score(parts))
-        )
-        return metrics
+        scores = self._host.on_main_process(lambda: self._score(parts))
+        metrics = self._host.broadcast(scores.metrics if scores is not None else None)
+        return Scores(metrics, scores.operating_points if scores is not None else None)
 
-    def _score(self, parts: list[DetectionRecords | DetrDistError]) -> dict[str, float]:
+    def _score(self, parts: list[_Part | DetrDistError]) -> Scores:
+        whole: list[_Part] = []
         for part in parts:
             if isinstance(part, DetrDistError):
                 raise part
-        records = DetectionRecords.concatenate([part for part in parts if isinstance(part, DetectionRecords)])
+            whole.append(part)
+        records = DetectionRecords.concatenate([part.records for part in whole])
+        losses = np.sum([part.losses for part in whole], axis=0)
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
-        if not (np.isfinite(records.scores).all() and np.isfinite(records.boxes_xyxy_px).all()):
+        if not all(np.isfinite(each).all() for each in (records.scores, records.boxes_xyxy_px, losses)):
             raise DetrDistError(
                 "predictions on the validation images are not finite: the weights are spoilt; lower "
                 "training.learning_rate or set training.gradient_clip"
             )
         assert self._ground_truth is not None
-        return average_precision(self._ground_truth, records, self.data.class_names)
+        points = operating_points(self.data, records, self._score_threshold)
+        names = self.data.class_names
+        metrics = coco_metrics(self._ground_truth, records, names) | points.metrics(names)
+        return Scores(metrics | dict(zip(LOSSES, losses.tolist(), strict=True)), points)
 
     @torch.no_grad()
-    def _detect(self, detector: Detector) -> DetectionRecords:
-        """This process's images, as records on the host."""
+    def _detect(self, detector: Detector) -> _Part:
+        """This process's images, as records on the host, and their share of the losses."""
+        criterion, counts = SetCriterion(detector.loss_settings), self._counts(detector.num_queries)
         parts = [_no_records()]
+        shares = [torch.zeros(len(LOSSES), device=self._accelerator.device)]
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(self._batches, batches, strict=True):
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
                 for reason in batch.unreadable:
                     print(f"warning: {reason}; it counts as an image without detections", flush=True)
-                parts.append(self._detect_batch(detector, batch.pad_to(*planned.canvas_hw), planned.indices))
-        return DetectionRecords.concatenate(parts)
+                on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
+                with self._accelerator.autocast():  # an averaged detector does not bring its own
+                    outputs = detector(on_device.images, on_device.sizes_hw)
+                outputs = {name: predictions.float() for name, predictions in outputs.items()}
+                losses = criterion(outputs, on_device.labels, on_device.boxes_cxcywh, batch.num_boxes, counts)
+                shares.append(torch.stack(losses[:4]))
+                parts.append(self._records(detector, outputs, batch, planned.indices))
+        return _Part(DetectionRecords.concatenate(parts), torch.stack(shares).cpu().double().sum(0).numpy())
 
-    def _detect_batch(self, detector: Detector, batch: Batch, indices: list[int]) -> DetectionRecords:
-        on_device = batch.to(self._accelerator.device)
-        with self._accelerator.autocast():  # an averaged detector does not bring its own
-            outputs = detector(on_device.images, on_device.sizes_hw)
-        outputs = {name: predictions.float() for name, predictions in outputs.items()}
+    def _counts(self, num_queries: int) -> StepCounts:
+        """What the losses of the whole data set are divided by. An image with more boxes than queries has as
+        many matched as queries."""
+        boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
+        return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))
+
+    def _records(
+        self, detector: Detector, outputs: dict[str, Tensor], batch: Batch, indices: list[int]
+    ) -> DetectionRecords:
         sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
         detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
         rows = np.array(indices, dtype=np.int64)

@@ -20,6 +20,9 @@ from detr_dist.training.state import RunFacts, TrainState
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
 """A run ends when more training images than these, in number and of all it asked for, could not be read."""
 
+HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
+"""What the line after an evaluation shows beside the AP of all and each class."""
+
 
 class RunObserver:
     """Logs, evaluates and saves, when the configuration says so. Every method is collective."""
@@ -77,11 +80,15 @@ class RunObserver:
             return
         began_at = time.perf_counter()
         self._host.synchronise_buffers(self._averaged)
-        metrics = self._evaluator.evaluate(self._averaged)
+        metrics = self._evaluator.evaluate(self._averaged).metrics
         self._is_best = state.evaluated({f"val_{name}": value for name, value in metrics.items()})
         took_s = time.perf_counter() - began_at
         self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in state.metrics.items())
+        shown = "  ".join(
+            f"{name} {value:.4f}"
+            for name, value in state.metrics.items()
+            if name in HEADLINES or name.endswith("_map")
+        )
         self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
         self._paused_s += took_s
 

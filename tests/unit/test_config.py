@@ -44,6 +44,10 @@ def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None
         ("data.batch_size=1", "training.batch_size"),
         ("training.seed=true", "training.seed"),
         ("training.mixed_precision=fp8", "'bf16'"),
+        ("evaluation.score_threshold=1.5", "a number from 0 to 1 or auto is wanted, got 1.5$"),
+        ("evaluation.score_threshold=best", "a number from 0 to 1 or auto is wanted, got 'best'$"),
+        ("evaluation.score_threshold=true", "a number from 0 to 1 or auto is wanted, got True$"),
+        ("evaluation.score_threshold=.nan", "a number from 0 to 1 or auto is wanted, got nan$"),
         ("model.model_architecture=yolo", "'dab_detr'"),
     ],
 )
@@ -58,6 +62,13 @@ def test_a_file_that_is_no_mapping_is_named(content: str, tmp_path: Path) -> Non
     path.write_text(content)
     with pytest.raises(UsageError, match=r"broken\.yaml"):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "threshold"), [("auto", "auto"), ("0.3", 0.3), ("1", 1.0), ("1e-3", 0.001)]
+)
+def test_a_score_threshold_is_a_number_or_auto(given: str, threshold: float | str) -> None:
+    assert load_config(None, [f"evaluation.score_threshold={given}"]).evaluation.score_threshold == threshold
 
 
 def test_every_key_has_an_explanation() -> None:

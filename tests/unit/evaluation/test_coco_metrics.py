@@ -1,57 +1,24 @@
-"""AP equals pycocotools'."""
+"""AP and AR equal pycocotools'."""
 
 import contextlib
 import io
-from typing import Any
 
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detr_dist.evaluation.coco_metrics import DetectionRecords, average_precision, metric_names
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_metrics, metric_names
 
-CLASS_NAMES = ("Player", "ball", "goal post", "never seen")
-
-
-def odd_scene(rng: np.random.Generator) -> tuple[dict[str, Any], DetectionRecords]:
-    """Crowds, images without truth or detections, a class that is never there, equal scores."""
-    images, annotations, rows = [], [], []
-    for image_id in range(3, 40):
-        images.append({"id": image_id, "height": 200, "width": 300})
-        for _ in range(rng.integers(0, 6) if image_id % 5 else 0):
-            box = [float(v) for v in rng.uniform(1, 100, 4)]
-            label, crowd = int(rng.integers(0, 3)), int(rng.random() < 0.1)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": label,
-                    "bbox": box,
-                    "area": box[2] * box[3],
-                    "iscrowd": crowd,
-                }
-            )
-            for _ in range(rng.integers(0, 4)):
-                x, y, w, h = np.array(box) + rng.normal(0, 5, 4)
-                score = rng.choice([rng.random(), 0.5])
-                rows.append((image_id, x, y, x + max(w, 1), y + max(h, 1), score, int(rng.integers(0, 4))))
-    table = np.array(rows)
-    records = DetectionRecords(
-        evaluated_rows=np.arange(3, 40),
-        image_rows=table[:, 0].astype(np.int64),
-        boxes_xyxy_px=table[:, 1:5].astype(np.float32),
-        scores=table[:, 5].astype(np.float32),
-        labels=table[:, 6].astype(np.int64),
-    )
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASS_NAMES)]
-    return {"images": images, "annotations": annotations, "categories": categories}, records
+# In the order of COCOeval.stats, which goes on with the recall by size.
+STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
 
 
-def reference(truth: dict[str, Any], records: DetectionRecords) -> np.ndarray:
+def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = truth
+        coco.dataset = data.to_coco_dict()
         coco.createIndex()
         boxes = records.boxes_xyxy_px.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
@@ -63,49 +30,58 @@ def reference(truth: dict[str, Any], records: DetectionRecords) -> np.ndarray:
         evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return evaluation.eval["precision"][:, :, :, 0, -1]
+        evaluation.summarize()
+    return evaluation
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_ap_over_all_and_per_class_equals_pycocotools(seed: int) -> None:
-    truth, records = odd_scene(np.random.default_rng(seed))
-    precision = reference(truth, records)
-    metrics = average_precision(truth, records, CLASS_NAMES)
-    assert metrics.pop("map") == pytest.approx(precision[precision > -1].mean(), abs=1e-12)
-    assert list(metrics) == ["player_map", "ball_map", "goal_post_map"]  # the fourth class has no truth
+def test_every_figure_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
+    data, records = scene
+    expected = reference(data, records)
+    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    for name, value in zip(STATS, expected.stats[:9], strict=True):
+        assert metrics.pop(name) == pytest.approx(value, abs=1e-12), name  # the same sums in float64
+    assert list(metrics) == ["player_map", "ball_map", "goal_post_map"]  # the others have no single box
     for index, value in enumerate(metrics.values()):
-        assert value == pytest.approx(precision[:, :, index].mean(), abs=1e-12)  # the same sums in float64
+        of_class = expected.eval["precision"][:, :, index, 0, -1]
+        assert value == pytest.approx(of_class.mean(), abs=1e-12)
 
 
-def test_no_detection_at_all_scores_zero() -> None:
-    truth, records = odd_scene(np.random.default_rng(0))
-    nothing = DetectionRecords(
-        records.evaluated_rows,
-        *(
-            column[:0]
-            for column in (records.image_rows, records.boxes_xyxy_px, records.scores, records.labels)
-        ),
+@pytest.mark.parametrize(("rank", "ap"), [(100, 1 / 100), (101, 0.0)])
+def test_a_hundred_detections_of_each_class_count_in_an_image(new_scene, rank: int, ap: float) -> None:
+    right, wrong = (10, 10, 30, 30), (200, 200, 220, 220)
+    detections = [(0, 0, 0.9, wrong)] * (rank - 1) + [(0, 0, 0.5, right), (0, 1, 0.1, right)]
+    boxes = [(0, label, (10, 10, 20, 20), False) for label in (0, 1)]
+    data, records = new_scene(1, ["player", "ball"], boxes, detections)
+    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    assert metrics["player_map"] == pytest.approx(ap, abs=1e-12)  # COCO adds 2e-16 to a denominator
+    assert metrics["ball_map"] == 1
+
+
+def test_no_detection_at_all_scores_zero(scene: tuple[CocoData, DetectionRecords]) -> None:
+    data, records = scene
+    metrics = coco_metrics(data.to_coco_dict(), records.take(np.arange(0)), data.class_names)
+    assert set(metrics) >= {*STATS, "player_map"}
+    assert set(metrics.values()) == {0.0}
+
+
+def test_what_has_no_truth_is_absent(new_scene) -> None:
+    data, records = new_scene(
+        2, ["player", "ball"], [(0, 0, (10, 10, 20, 20), False)], [(0, 1, 0.9, (10, 10, 30, 30))]
     )
-    assert average_precision(truth, nothing, CLASS_NAMES)["map"] == 0
+    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    assert set(metrics) == {*STATS, "player_map"} - {"map_medium", "map_large"}
 
 
-def test_records_are_the_same_whoever_had_which_image() -> None:
-    _, records = odd_scene(np.random.default_rng(1))
+def test_records_are_the_same_whoever_had_which_image(scene: tuple[CocoData, DetectionRecords]) -> None:
+    _, records = scene
 
     def of(ids: np.ndarray) -> DetectionRecords:
-        rows = np.isin(records.image_rows, ids)
-        return DetectionRecords(
-            ids,
-            records.image_rows[rows],
-            records.boxes_xyxy_px[rows],
-            records.scores[rows],
-            records.labels[rows],
-        )
+        own = records.take(np.flatnonzero(np.isin(records.image_rows, ids)))
+        return DetectionRecords(ids, own.image_rows, own.boxes_xyxy_px, own.scores, own.labels)
 
-    whole = DetectionRecords.concatenate([of(np.arange(3, 40))])
-    dealt = DetectionRecords.concatenate([of(np.arange(4, 40, 2)), of(np.arange(3, 40, 2))])
+    dealt = DetectionRecords.concatenate([of(np.arange(1, 40, 2)), of(np.arange(0, 40, 2))])
     for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels"):
-        assert np.array_equal(getattr(whole, name), getattr(dealt, name)), name
+        assert np.array_equal(getattr(records, name), getattr(dealt, name)), name
 
 
 def test_class_names_become_distinct_names_of_metrics() -> None:

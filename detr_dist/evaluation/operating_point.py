@@ -1,0 +1,258 @@
+"""Precision, recall and F1 of the detections that a threshold lets through, and what is taken for what.
+
+docs/evaluation.md has the definitions, with an example. faster-coco-eval matches the same way, but keeps its
+matches to itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import MAX_DETECTIONS, DetectionRecords, metric_names
+
+MIN_IOU = 0.5
+"""A detection finds a box from this overlap on."""
+PAIRS_AT_ONCE = 2**18
+"""Pairs of detection and box whose overlap is computed together: some 50 MB of memory."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of the detections at or over a threshold."""
+
+    tp: int
+    """Detections that found a box."""
+    fp: int
+    """Detections that did not."""
+    fn: int
+    """Boxes that no detection found."""
+
+    @property
+    def precision(self) -> float:
+        """0 without any detection."""
+        return self.tp / max(self.tp + self.fp, 1)
+
+    @property
+    def recall(self) -> float:
+        return self.tp / max(self.tp + self.fn, 1)
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.tp / max(2 * self.tp + self.fp + self.fn, 1)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One class at every threshold that makes a difference: P distinct scores, the highest first."""
+
+    thresholds: NDArray[np.float64]
+    """[P]."""
+    tp: NDArray[np.int64]
+    """[P]."""
+    fp: NDArray[np.int64]
+    """[P]."""
+    num_truth: int
+    """Boxes of the class, at least 1."""
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        return self.tp / (self.tp + self.fp)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        return self.tp / self.num_truth
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        return 2 * self.tp / (self.tp + self.fp + self.num_truth)
+
+    def best_threshold(self) -> float | None:
+        """The highest one of those with the best F1; none without any detection."""
+        return float(self.thresholds[self.f1.argmax()]) if len(self.thresholds) else None
+
+    def at(self, threshold: float) -> Counts:
+        num_points = int((self.thresholds >= threshold).sum())
+        if num_points == 0:
+            return Counts(0, 0, self.num_truth)
+        tp, fp = int(self.tp[num_points - 1]), int(self.fp[num_points - 1])
+        return Counts(tp, fp, self.num_truth - tp)
+
+
+@dataclass(frozen=True)
+class ClassPoint:
+    """One class at its threshold."""
+
+    threshold: float | None
+    """None where the best one was asked for and there is no detection to choose it by."""
+    counts: Counts
+    curve: Curve
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """All classes at their thresholds."""
+
+    classes: list[ClassPoint | None]
+    """By class index; None for a class without any box, of which nothing can be said."""
+    confusion: NDArray[np.int64]
+    """[C + 1, C + 1], rows truth, columns predicted, the last of each is background."""
+
+    @property
+    def overall(self) -> Counts | None:
+        """All classes' counts together; None if none has a box."""
+        counts = [point.counts for point in self.classes if point is not None]
+        if not counts:
+            return None
+        return Counts(sum(c.tp for c in counts), sum(c.fp for c in counts), sum(c.fn for c in counts))
+
+    def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
+        """`precision`, `recall`, `f1`, and for each class with a box `<class>_precision` and so on, with
+        `<class>_threshold`."""
+        overall = self.overall
+        metrics = {} if overall is None else _figures("", overall)
+        for name, point in zip(metric_names(class_names), self.classes, strict=True):
+            if point is not None:
+                metrics |= _figures(f"{name}_", point.counts)
+                if point.threshold is not None:
+                    metrics[f"{name}_threshold"] = point.threshold
+        return metrics
+
+
+def _figures(prefix: str, counts: Counts) -> dict[str, float]:
+    return {
+        f"{prefix}precision": counts.precision,
+        f"{prefix}recall": counts.recall,
+        f"{prefix}f1": counts.f1,
+    }
+
+
+def operating_points(
+    data: CocoData, records: DetectionRecords, score_threshold: float | Literal["auto"]
+) -> OperatingPoints:
+    """All classes at `score_threshold`, or (`auto`) each at the threshold of its best F1."""
+    detections = _best_of_each_image(data, records)
+    found = match(data, detections, by_class=True)
+    in_crowd = _in_crowd(data, found)
+    num_truth = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes)
+    classes: list[ClassPoint | None] = []
+    for label, num_boxes in enumerate(num_truth.tolist()):
+        own = (detections.labels == label) & ~in_crowd
+        curve = _curve(detections.scores[own], found[own] >= 0, num_boxes)
+        classes.append(_at_threshold(curve, score_threshold) if num_boxes else None)
+    return OperatingPoints(classes, _confusion(data, detections, classes))
+
+
+def _at_threshold(curve: Curve, score_threshold: float | Literal["auto"]) -> ClassPoint:
+    threshold = curve.best_threshold() if score_threshold == "auto" else score_threshold
+    return ClassPoint(threshold, curve.at(np.inf if threshold is None else threshold), curve)
+
+
+def _best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRecords:
+    """By descending score, equal scores in their order; no more of an image and class than COCO looks at."""
+    ordered = records.take(np.argsort(-records.scores, kind="stable"))
+    group = ordered.image_rows * data.num_classes + ordered.labels
+    by_group = np.argsort(group, kind="stable")
+    rank = np.arange(len(group)) - np.searchsorted(group[by_group], group[by_group])
+    return ordered.take(np.sort(by_group[rank < MAX_DETECTIONS]))
+
+
+def _curve(scores: NDArray[np.float32], is_tp: NDArray[np.bool_], num_truth: int) -> Curve:
+    """From one class's detections by descending score."""
+    last_of_score = np.flatnonzero(np.diff(scores, append=-1))  # equal scores pass a threshold together
+    tp = np.cumsum(is_tp, dtype=np.int64)[last_of_score]
+    return Curve(scores[last_of_score].astype(np.float64), tp, last_of_score + 1 - tp, num_truth)
+
+
+def _confusion(
+    data: CocoData, detections: DetectionRecords, classes: Sequence[ClassPoint | None]
+) -> NDArray[np.int64]:
+    thresholds = np.array(
+        [np.inf if point is None or point.threshold is None else point.threshold for point in classes]
+    )
+    shown = detections.take(np.flatnonzero(detections.scores >= thresholds[detections.labels]))
+    found = match(data, shown, by_class=False)
+    background = data.num_classes
+    counted = ~_in_crowd(data, found)
+    of_class = np.append(data.box_classes, background)  # -1, nothing found, is the last
+    is_missed = ~data.iscrowd
+    is_missed[found[found >= 0]] = False
+    missed = data.box_classes[is_missed]
+    truth = np.concatenate([of_class[found[counted]], missed])
+    predicted = np.concatenate([shown.labels[counted], np.full_like(missed, background)])
+    confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
+    np.add.at(confusion, (truth, predicted), 1)
+    return confusion
+
+
+def _in_crowd(data: CocoData, found: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.append(data.iscrowd, False)[found]
+
+
+def match(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> NDArray[np.int64]:
+    """The row of the box that each detection finds, -1 for none; [D] for D detections, the best score first.
+
+    Each takes, of the boxes of its image (and class, if `by_class`) that overlap enough and are still free,
+    the one with the highest IoU; if there is none, a crowd, which is never used up. Of equal IoUs the later
+    box wins, as in COCO.
+    """
+    detection, box = _overlapping_pairs(data, detections, by_class=by_class)
+    found = [-1] * len(detections.scores)
+    is_free = [True] * len(data.box_classes)
+    iscrowd = data.iscrowd.tolist()
+    for each, candidate in zip(detection.tolist(), box.tolist(), strict=True):
+        if found[each] < 0 and is_free[candidate]:
+            found[each] = candidate
+            is_free[candidate] = iscrowd[candidate]
+    return np.array(found, dtype=np.int64)
+
+
+def _overlapping_pairs(
+    data: CocoData, detections: DetectionRecords, *, by_class: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Detections and boxes that overlap enough, in the order in which the matching considers them."""
+    num_groups = data.num_classes if by_class else 1
+    box_group = data.image_rows * num_groups + (data.box_classes if by_class else 0)
+    group = detections.image_rows * num_groups + (detections.labels if by_class else 0)
+    boxes_of_groups = np.argsort(box_group, kind="stable")
+    first = np.searchsorted(box_group[boxes_of_groups], group, side="left")
+    num_boxes = np.searchsorted(box_group[boxes_of_groups], group, side="right") - first
+    # Coordinates apart, [4, ...]: several times faster to pick from and to compute with.
+    found_xywh = detections.boxes_xyxy_px.T.astype(np.float64, order="C")
+    found_xywh[2:] -= found_xywh[:2]
+    truth_xywh = np.ascontiguousarray(data.boxes_xywh_px.T)
+    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+    for rows in np.array_split(np.arange(len(group)), 1 + num_boxes.sum() // PAIRS_AT_ONCE):
+        detection = np.repeat(rows, num_boxes[rows])
+        ends = np.cumsum(num_boxes[rows])
+        in_group = np.arange(len(detection)) - np.repeat(ends - num_boxes[rows], num_boxes[rows])
+        box = boxes_of_groups[first[detection] + in_group]
+        iou = _iou(found_xywh[:, detection], truth_xywh[:, box], data.iscrowd[box])
+        enough = iou >= MIN_IOU
+        parts.append((detection[enough], box[enough], iou[enough]))
+    detection, box, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((-box, -iou, data.iscrowd[box], detection))
+    return detection[order], box[order]
+
+
+def _iou(
+    found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the share of the first that lies in it.
+
+    In the order of COCO's operations, so that no pair at the limit falls on another side.
+    """
+    left, top, width, height = found_xywh
+    truth_left, truth_top, truth_width, truth_height = truth_xywh
+    across = np.minimum(left + width, truth_left + truth_width) - np.maximum(left, truth_left)
+    down = np.minimum(top + height, truth_top + truth_height) - np.maximum(top, truth_top)
+    intersection = across.clip(min=0) * down.clip(min=0)
+    area = width * height
+    union = np.where(iscrowd, area, area + truth_width * truth_height - intersection)
+    iou: NDArray[np.float64] = np.divide(
+        intersection, union, out=np.zeros_like(union), where=intersection > 0
+    )
+    return iou

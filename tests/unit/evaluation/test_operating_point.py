@@ -1,0 +1,267 @@
+"""Precision, recall, F1, thresholds and confusions equal the definition, written as loops."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import DetectionRecords
+from detr_dist.evaluation.operating_point import match, operating_points
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
+Scene = tuple[CocoData, DetectionRecords]
+
+
+def slow_iou(detection: np.ndarray, truth_xywh: np.ndarray, crowd: bool) -> float:
+    left, top, right, bottom = (float(v) for v in detection)
+    x, y, w, h = (float(v) for v in truth_xywh)
+    width, height = min(right, x + w) - max(left, x), min(bottom, y + h) - max(top, y)
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = (right - left) * (bottom - top)
+    return width * height / (area if crowd else area + w * h - width * height)
+
+
+def slow_match(
+    data: CocoData, records: DetectionRecords, rows: list[int], by_class: bool
+) -> dict[int, int | str | None]:
+    """For each detection of `rows` its box, None, or "crowd"."""
+    outcome: dict[int, int | str | None] = {}
+    for image in range(len(data)):
+        taken = set()
+        own = [row for row in rows if records.image_rows[row] == image]
+        for row in sorted(own, key=lambda row: -records.scores[row]):  # stable
+            best, best_iou, in_crowd = None, 0.5, False
+            for box in range(data.box_offsets[image], data.box_offsets[image + 1]):
+                if by_class and data.box_classes[box] != records.labels[row]:
+                    continue
+                crowd = bool(data.iscrowd[box])
+                iou = slow_iou(records.boxes_xyxy_px[row], data.boxes_xywh_px[box], crowd)
+                if crowd:
+                    in_crowd = in_crowd or iou >= 0.5
+                elif box not in taken and iou >= best_iou:
+                    best, best_iou = box, iou
+            if best is not None:
+                taken.add(best)
+                outcome[row] = best
+            else:
+                outcome[row] = "crowd" if in_crowd else None
+    return outcome
+
+
+def considered(records: DetectionRecords) -> list[int]:
+    """The hundred best of each image and class."""
+    rows = []
+    for image in set(records.image_rows.tolist()):
+        for label in set(records.labels.tolist()):
+            own = np.flatnonzero((records.image_rows == image) & (records.labels == label)).tolist()
+            rows += sorted(own, key=lambda row: -records.scores[row])[:100]
+    return rows
+
+
+def slow_counts(
+    data: CocoData, records: DetectionRecords, label: int, threshold: float
+) -> tuple[int, int, int]:
+    rows = [row for row in considered(records) if records.labels[row] == label]
+    rows = [row for row in rows if records.scores[row] >= threshold]
+    outcomes = list(slow_match(data, records, rows, by_class=True).values())
+    tp, fp = sum(isinstance(each, int) for each in outcomes), outcomes.count(None)
+    return tp, fp, int((~data.iscrowd & (data.box_classes == label)).sum()) - tp
+
+
+def slow_best_threshold(data: CocoData, records: DetectionRecords, label: int) -> float:
+    """Tries the scores of all detections that are not in a crowd, each from the beginning."""
+    rows = [row for row in considered(records) if records.labels[row] == label]
+    outcomes = slow_match(data, records, rows, by_class=True)
+    best, best_f1 = 0.0, -1.0
+    for threshold in sorted({float(records.scores[row]) for row in rows if outcomes[row] != "crowd"}):
+        tp, fp, fn = slow_counts(data, records, label, threshold)
+        f1 = 2 * tp / (2 * tp + fp + fn)
+        if f1 >= best_f1:
+            best, best_f1 = threshold, f1
+    return best
+
+
+def slow_confusion(data: CocoData, records: DetectionRecords, thresholds: dict[int, float]) -> np.ndarray:
+    confusion = np.zeros((data.num_classes + 1, data.num_classes + 1), dtype=np.int64)
+    rows = [
+        row
+        for row in considered(records)
+        if records.scores[row] >= thresholds.get(int(records.labels[row]), np.inf)
+    ]
+    rows.sort()
+    outcomes = slow_match(data, records, rows, by_class=False)
+    for row, box in outcomes.items():
+        if box != "crowd":
+            truth = data.num_classes if box is None else data.box_classes[box]
+            confusion[truth, records.labels[row]] += 1
+    for box in np.flatnonzero(~data.iscrowd):
+        if box not in outcomes.values():
+            confusion[data.box_classes[box], data.num_classes] += 1
+    return confusion
+
+
+@pytest.mark.parametrize("score_threshold", ["auto", 0.5])
+def test_counts_thresholds_and_confusions_follow_the_definition(
+    scene: Scene, score_threshold: float | str
+) -> None:
+    data, records = scene
+    points = operating_points(data, records, score_threshold)
+    assert points.classes[3:] == [None, None]  # crowds only, and never seen
+    thresholds = {}
+    for label, point in enumerate(points.classes[:3]):
+        if score_threshold == "auto":
+            assert point.threshold == slow_best_threshold(data, records, label)
+        else:
+            assert point.threshold == score_threshold
+        thresholds[label] = point.threshold
+        counts = point.counts
+        assert (counts.tp, counts.fp, counts.fn) == slow_counts(data, records, label, point.threshold)
+    assert np.array_equal(points.confusion, slow_confusion(data, records, thresholds))
+    assert points.confusion[:3].sum() == (~data.iscrowd & (data.box_classes < 3)).sum()  # each box once
+
+
+def test_the_curve_says_what_holds_at_each_of_its_thresholds(scene: Scene) -> None:
+    data, records = scene
+    for label, point in enumerate(operating_points(data, records, "auto").classes[:3]):
+        curve = point.curve
+        assert (np.diff(curve.thresholds) < 0).all()
+        figures = zip(curve.thresholds, curve.precision, curve.recall, curve.f1, strict=True)
+        for threshold, precision, recall, f1 in list(figures)[::9]:
+            tp, fp, fn = slow_counts(data, records, label, threshold)
+            # One division each, of the same whole numbers.
+            assert (precision, recall) == (tp / (tp + fp), tp / (tp + fn))
+            assert f1 == 2 * tp / (2 * tp + fp + fn)
+
+
+def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Scene) -> None:
+    data, records = scene
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = data.to_coco_dict()
+        coco.createIndex()
+        boxes = records.boxes_xyxy_px.astype(np.float64)
+        boxes[:, 2:] -= boxes[:, :2]
+        columns = (records.image_rows, boxes, records.scores, records.labels)
+        rows = np.column_stack([columns[0], columns[1], columns[2], columns[3]])
+        evaluation = COCOeval(coco, coco.loadRes(rows), "bbox")
+        evaluation.params.iouThrs = np.array([0.5])
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.params.maxDets = [300]
+        evaluation.evaluate()
+    expected = np.full(len(records.scores), -1)
+    for of_image in filter(None, evaluation.evalImgs):
+        detections = np.array(of_image["dtIds"], dtype=np.int64) - 1
+        expected[detections] = of_image["dtMatches"][0].astype(np.int64) - 1  # 0: none
+    order = np.argsort(-records.scores, kind="stable")
+    found = match(data, records.take(order), by_class=True)
+    crowds = np.append(data.iscrowd, False)
+    # Which crowd takes a detection that lies in several makes no difference.
+    assert np.array_equal(np.where(crowds[found], -2, found), np.where(crowds[expected], -2, expected)[order])
+
+
+def test_many_pairs_are_worked_off_in_parts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, records = scene
+    at_once = operating_points(data, records, "auto")
+    monkeypatch.setattr("detr_dist.evaluation.operating_point.PAIRS_AT_ONCE", 7)
+    in_parts = operating_points(data, records, "auto")
+    assert np.array_equal(in_parts.confusion, at_once.confusion)
+    assert in_parts.overall == at_once.overall
+
+
+BOX, ELSEWHERE = (10, 10, 20, 20), (200, 200, 220, 220)
+ON_BOX = (10, 10, 30, 30)
+
+
+def test_of_equally_good_thresholds_the_highest_is_taken(new_scene) -> None:
+    boxes = [(0, 0, BOX, False), (0, 0, (100, 100, 20, 20), False)]
+    # F1 is 2 / 3 at 0.9 and, after two detections that find nothing and one that does, again at 0.6.
+    detections = [(0, 0, 0.9, ON_BOX), (0, 0, 0.8, ELSEWHERE), (0, 0, 0.7, ELSEWHERE)]
+    detections.append((0, 0, 0.6, (100, 100, 120, 120)))
+    (point,) = operating_points(*new_scene(1, ["ball"], boxes, detections), "auto").classes
+    assert point.curve.f1.tolist() == [2 / 3, 2 / 4, 2 / 5, 4 / 6]
+    assert point.threshold == np.float32(0.9)
+
+
+def test_several_detections_in_a_crowd_count_neither_way(new_scene) -> None:
+    boxes = [(0, 0, BOX, False), (0, 0, (100, 100, 200, 200), True)]
+    detections = [(0, 0, 0.9, (110, 110, 130, 130)), (0, 0, 0.8, (150, 150, 170, 170)), (0, 0, 0.7, ON_BOX)]
+    points = operating_points(*new_scene(1, ["player"], boxes, detections), 0.5)
+    assert points.metrics(["player"]) == {
+        "precision": 1.0, "recall": 1.0, "f1": 1.0,
+        "player_precision": 1.0, "player_recall": 1.0, "player_f1": 1.0, "player_threshold": 0.5,
+    }  # fmt: skip
+    assert points.confusion.tolist() == [[1, 0], [0, 0]]
+
+
+def test_without_detections_everything_is_zero_and_there_is_no_best_threshold(new_scene) -> None:
+    scene = new_scene(1, ["player", "ball"], [(0, 0, BOX, False)], [])
+    zeros = dict.fromkeys(
+        ("precision", "recall", "f1", "player_precision", "player_recall", "player_f1"), 0.0
+    )
+    assert operating_points(*scene, "auto").metrics(["player", "ball"]) == zeros
+    assert operating_points(*scene, 0.5).metrics(["player", "ball"]) == zeros | {"player_threshold": 0.5}
+    assert operating_points(*scene, 0.5).confusion.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
+
+
+def test_a_class_without_a_box_counts_nowhere(new_scene) -> None:
+    detections = [(0, 0, 0.9, ON_BOX), (0, 1, 0.9, ELSEWHERE), (0, 1, 0.8, ON_BOX)]
+    points = operating_points(*new_scene(1, ["player", "ball"], [(0, 0, BOX, False)], detections), 0.5)
+    assert points.overall.precision == 1
+    assert points.confusion.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert not [name for name in points.metrics(["player", "ball"]) if name.startswith("ball")]
+    nothing = operating_points(*new_scene(1, ["player", "ball"], [], detections), 0.5)
+    assert nothing.metrics(["player", "ball"]) == {}
+
+
+def test_overall_figures_count_every_box_once(scene: Scene) -> None:
+    points = operating_points(*scene, "auto")
+    metrics = points.metrics(["a", "b", "c", "d", "e"])
+    counts = [point.counts for point in points.classes[:3]]
+    tp, fp, fn = (sum(getattr(each, name) for each in counts) for name in ("tp", "fp", "fn"))
+    assert (metrics["precision"], metrics["recall"]) == (tp / (tp + fp), tp / (tp + fn))
+    assert metrics["f1"] == 2 * tp / (2 * tp + fp + fn)
+
+
+def rows_under(heading: str) -> Iterator[list[str]]:
+    """The cells of the table under a heading of the document, without its header."""
+    text = DOCUMENT.read_text().partition(f"### {heading}\n")[2]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert table is not None, heading
+    for line in table[0].splitlines()[2:]:
+        yield [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_documents_example_is_right(new_scene) -> None:
+    names = ["player", "ball"]
+    boxes = [
+        (int(image) - 1, names.index(name), tuple(map(float, xywh.split())), crowd == "yes")
+        for image, name, xywh, crowd in rows_under("Boxes")
+    ]
+    detections = [
+        (int(image) - 1, names.index(name), float(score), tuple(map(float, xyxy.split())))
+        for image, name, score, xyxy, _ in rows_under("Detections")
+    ]
+    points = operating_points(*new_scene(2, names, boxes, detections), "auto")
+    for name, point in zip(names, points.classes, strict=True):
+        told = [row for row in rows_under("Best thresholds") if row[0] == name]
+        curve = point.curve
+        for row, *figures in zip(
+            told, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
+        ):
+            assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in figures]
+            assert ("**" in row[1]) == (figures[0] == point.threshold)
+    metrics = points.metrics(names)
+    for name, *values in rows_under("Figures"):
+        prefix = "" if name == "all" else f"{name}_"
+        keys = [f"{prefix}{figure}" for figure in ("precision", "recall", "f1")]
+        assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name
+    confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusions")]
+    assert points.confusion.tolist() == confusion
