@@ -4,10 +4,14 @@ import json
 import os
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,12 +126,18 @@ class CommandServer:
         )
 
     def start(
-        self, arguments: Iterable[str | Path], folder: Path, stdout: Path, stderr: Path
+        self,
+        arguments: Iterable[str | Path],
+        folder: Path,
+        stdout: Path,
+        stderr: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
     ) -> "ForkedCommand":
         request = {
             "arguments": [*map(str, arguments)],
             "folder": str(folder),
-            "environment": _environment(),
+            "environment": _environment() | dict(environment or {}),
             "stdout": str(stdout),
             "stderr": str(stderr),
         }
@@ -180,12 +190,15 @@ class Workplace:
     def config(self) -> Path:
         return self.folder / "tiny.yaml"
 
-    def run(self, *arguments: str | Path, num_processes: int = 1) -> subprocess.CompletedProcess[str]:
-        """A command of ours, under `accelerate launch` where it shall have several processes."""
+    def run(
+        self, *arguments: str | Path, num_processes: int = 1, environment: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of ours, under `accelerate launch` where it shall have several processes; `environment`
+        adds to that of one process."""
         if num_processes > 1:
             return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
         paths = self.folder / "stdout", self.folder / "stderr"
-        command = self.server.start(arguments, self.folder, *paths)
+        command = self.server.start(arguments, self.folder, *paths, environment=environment)
         command.wait(timeout=100)
         stdout, stderr = (path.read_text() for path in paths)
         for path in paths:
@@ -247,6 +260,102 @@ class Workplace:
         client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
         entries = client.get_metric_history(str(self.results(output)["run_id"]), metric)
         return [(entry.step, entry.value) for entry in entries]
+
+
+def free_port() -> int:
+    """Below the ports from which clients connect: one of those could be given to a client that looks for the
+    dead server, which then talks to itself and keeps the port."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free")
+
+
+class MLflowServer:
+    """`mlflow server` on a port of its own, with database and artifacts in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def client(self):
+        from mlflow import MlflowClient
+
+        return MlflowClient(self.uri)
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        if self._process is not None:
+            return
+        with (self.folder / "log").open("a") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", "server"),
+                    *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
+                    *("--artifacts-destination", str(self.folder / "artifacts")),
+                    *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
+                ],
+                cwd=self.folder,
+                env=_environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 90
+        while not self._answers():
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            assert time.monotonic() < deadline, (self.folder / "log").read_text()
+            time.sleep(0.1)
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        """With all its processes, in the middle of whatever they do."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def num_steps(self, run_id: str) -> int:
+        """Losses that the database has of a run; asks the file, as the server may be away."""
+        with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
+            query = "SELECT COUNT(*) FROM metrics WHERE key = 'train_loss' AND run_uuid = ?"
+            (number,) = database.execute(query, (run_id,)).fetchone()
+        return int(number)
+
+    def losses(self, run_id: str) -> list[tuple[int, float]]:
+        history = self.client.get_metric_history(run_id, "train_loss")
+        return sorted((entry.step, entry.value) for entry in history)
+
+    def files(self, run_id: str, folder: str) -> dict[str, bytes]:
+        """What it gives out of an artifact folder."""
+        target = self.folder / "downloads" / run_id
+        target.mkdir(parents=True, exist_ok=True)
+        there = Path(self.client.download_artifacts(run_id, folder, str(target)))
+        return {
+            str(path.relative_to(there)): path.read_bytes() for path in there.rglob("*") if path.is_file()
+        }
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[MLflowServer]:
+    """It has to be started, as a test may have killed it."""
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(empty_store, folder / "mlflow.db")
+    server = MLflowServer(folder)
+    yield server
+    server.kill()
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,12 @@
 """A real MLflow server that goes away while a run is tracked there, and what comes to it in the end."""
 
 import json
-import os
-import shutil
 import signal
 import socket
-import sqlite3
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,104 +23,11 @@ CHECKPOINTS_OFTEN = (
 )
 
 
-def free_port() -> int:
-    """Below the ports from which clients connect: one of those could be given to a client that looks for the
-    dead server, which then talks to itself and keeps the port."""
-    for port in range(20000 + os.getpid() % 10000, 32000):
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
-    raise AssertionError("no port is free")
-
-
-class Server:
-    """`mlflow server` on a port of its own, with database and artifacts in `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.port = free_port()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def client(self):
-        from mlflow import MlflowClient
-
-        return MlflowClient(self.uri)
-
-    def start(self) -> None:
-        """Returns when it answers."""
-        if self._process is not None:
-            return
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        with (self.folder / "log").open("a") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "mlflow", "server"),
-                    *("--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"),
-                    *("--artifacts-destination", str(self.folder / "artifacts")),
-                    *("--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"),
-                ],
-                cwd=self.folder,
-                env=inherited | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + 90
-        while not self._answers():
-            assert self._process.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < deadline, (self.folder / "log").read_text()
-            time.sleep(0.1)
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    def kill(self) -> None:
-        """With all its processes, in the middle of whatever they do."""
-        if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
-
-    def num_steps(self, run_id: str) -> int:
-        """Losses that the database has of a run; asks the file, as the server may be away."""
-        with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
-            query = "SELECT COUNT(*) FROM metrics WHERE key = 'train_loss' AND run_uuid = ?"
-            (number,) = database.execute(query, (run_id,)).fetchone()
-        return int(number)
-
-    def losses(self, run_id: str) -> list[tuple[int, float]]:
-        history = self.client.get_metric_history(run_id, "train_loss")
-        return sorted((entry.step, entry.value) for entry in history)
-
-    def files(self, run_id: str, folder: str) -> dict[str, bytes]:
-        """What it gives out of an artifact folder."""
-        target = self.folder / "downloads" / run_id
-        target.mkdir(parents=True, exist_ok=True)
-        return content_of(Path(self.client.download_artifacts(run_id, folder, str(target))))
-
-
-@pytest.fixture(scope="module")
-def one_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(empty_store, folder / "mlflow.db")
-    server = Server(folder)
-    yield server
-    server.kill()
-
-
 @pytest.fixture
-def server(one_server: Server) -> Server:
+def server(mlflow_server):
     """It runs, whatever the test before did to it."""
-    one_server.start()
-    return one_server
+    mlflow_server.start()
+    return mlflow_server
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
@@ -171,7 +72,7 @@ def frozen(process) -> Iterator[None]:
         started.resume()
 
 
-def start_and_cut_off(workplace, server: Server, data: Path, *overrides: str):
+def start_and_cut_off(workplace, server, data: Path, *overrides: str):
     """A run in the middle of which the server is killed."""
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     process = workplace.start(data, *CHECKPOINTS_OFTEN, uri, *overrides)
@@ -184,7 +85,7 @@ def start_and_cut_off(workplace, server: Server, data: Path, *overrides: str):
     return process
 
 
-def check_that_all_is_there(workplace, server: Server, run_id: str, *, keep_last: int = STEPS // 10) -> None:
+def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = STEPS // 10) -> None:
     """Each step once, checkpoints and models as they lie in the output folder, of epochs the last."""
     assert server.client.get_run(run_id).info.status == "FINISHED"
     losses = server.losses(run_id)
@@ -202,7 +103,7 @@ def check_that_all_is_there(workplace, server: Server, run_id: str, *, keep_last
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_run_goes_on_while_the_server_is_away_and_the_server_gets_everything_once(
-    workplace, server: Server, tiny_data: Path
+    workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id = tracked_run(workplace)
@@ -223,7 +124,7 @@ def test_a_run_goes_on_while_the_server_is_away_and_the_server_gets_everything_o
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and_the_rest_by_a_resume(
-    workplace, server: Server, tiny_data: Path
+    workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id = tracked_run(workplace)
@@ -328,7 +229,7 @@ def failing_server(port: int) -> Iterator[list[object]]:
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("in_trouble", [silent_server, failing_server])
 def test_a_server_in_trouble_holds_up_neither_training_nor_its_end_for_ever(
-    workplace, server: Server, tiny_data: Path, in_trouble
+    workplace, server, tiny_data: Path, in_trouble
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data, "checkpoint.keep_last=2")
     run_id = tracked_run(workplace)
@@ -348,7 +249,7 @@ def test_a_server_in_trouble_holds_up_neither_training_nor_its_end_for_ever(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_is_resumed_while_its_server_is_away(workplace, server: Server, tiny_data: Path) -> None:
+def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data: Path) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id = tracked_run(workplace)
     process.send_signal(signal.SIGKILL)
