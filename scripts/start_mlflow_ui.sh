@@ -1,35 +1,18 @@
 #!/usr/bin/env bash
-# Open MLflow's pages on what was trained from this folder: start_mlflow_ui.sh [TRACKING_URI] [--port 5000] [option of `mlflow ui` ...]
-# Without a URI: sqlite:///mlflow.db or file:./mlruns, whichever is there first.
+# Open MLflow's pages: start_mlflow_ui.sh [TRACKING_URI] [--config FILE] [--port N] [option of `mlflow ui` ...]
+#
+# Without a URI it shows what was trained from the current folder; the first of these counts:
+#   1. the URI in --config FILE, then in MLFLOW_TRACKING_URI: chosen by hand, so if nothing is there it is an error;
+#   2. the URI in configs/training.yaml, if there are runs: where your own trainings go;
+#   3. mlflow.db, then mlruns: where the quickstart goes, whatever became of configs/training.yaml.
+# Relative paths start at the current folder, as they do for training. On a busy port the next free one is taken.
 set -euo pipefail
 
-fail() {
-  echo "error: $*" >&2
-  exit 1
-}
-
-uri=""
-if [[ $# -gt 0 && "$1" != -* ]]; then
-  uri="$1"
-  shift
-elif [[ -z "$uri" && -f mlflow.db ]]; then
-  uri=sqlite:///mlflow.db
-elif [[ -z "$uri" && -d mlruns ]]; then
-  uri=file:./mlruns
-fi
-
-case "$uri" in
-  "") fail "no mlflow.db and no mlruns in $PWD: run this where you trained, or give the tracking URI" ;;
-  http://* | https://*)
-    echo "$uri is a server with pages of its own: open it in a browser"
-    exit 0
-    ;;
-  file:*) export MLFLOW_ALLOW_FILE_STORE=true ;; # MLflow 3.13 and later refuse folders without it
-  *://*) ;;
-  *) export MLFLOW_ALLOW_FILE_STORE=true ;; # a bare path is a folder too
-esac
-
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-PATH="$PATH:$repository/.venv/bin" # for those who have not activated it
-command -v mlflow >/dev/null || fail "no mlflow command: activate the environment that detr_dist is installed in"
-exec mlflow ui --backend-store-uri "$uri" "$@"
+for python in python "$repository/.venv/bin/python"; do # the second for those who have not activated it
+  if "$python" -c 'import detr_dist.errors' 2>/dev/null; then
+    exec "$python" -m detr_dist.tracking.ui "$@"
+  fi
+done
+echo "error: detr_dist is not installed: run scripts/install.sh, or activate the environment that has it" >&2
+exit 1

@@ -1,0 +1,167 @@
+"""Opens MLflow's pages: finds the tracking store and a free port, then becomes `mlflow ui`.
+
+`scripts/start_mlflow_ui.sh` runs this file and says in which order it looks for the store.
+"""
+
+import argparse
+import errno
+import http.client
+import os
+import socket
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from detr_dist.config import load_config
+from detr_dist.errors import DetrDistError, UsageError
+
+_NUM_PORTS_TO_TRY = 100
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="start_mlflow_ui.sh",
+        usage="%(prog)s [TRACKING_URI] [--config FILE] [--port N] [option of `mlflow ui` ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--backend-store-uri", dest="uri", metavar="TRACKING_URI", help="the same as the first"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="open what this configuration tracks to")
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve at (default: %(default)s)")
+    parser.add_argument(
+        "-p", "--port", type=int, default=5000, help="or the next free one (default: %(default)s)"
+    )
+    arguments = sys.argv[1:]
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--backend-store-uri")
+    known, others = parser.parse_known_args(arguments)
+    try:
+        uri = find_tracking_uri(known.uri, known.config)
+        if uri.startswith(("http://", "https://")):
+            print(f"{server_address(uri)} is a server with pages of its own: open it in a browser")
+        else:
+            serve(uri, known.host, known.port, others)
+    except DetrDistError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def find_tracking_uri(uri: str | None, config_path: Path | None) -> str:
+    """The store that was asked for, or else the one that is here.
+
+    Raises:
+        UsageError: there is none.
+    """
+    asked_for = uri, "tracking URI"
+    if uri is None and config_path is not None:
+        asked_for = load_config(config_path).logging.mlflow_tracking_uri, f"{config_path}: tracking URI"
+    elif uri is None:
+        asked_for = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
+    uri, source = asked_for
+    if uri:
+        if not _is_there(uri):
+            raise UsageError(
+                f"{source} {uri}: no runs of MLflow in {_place(uri)}; run this where you trained, or give "
+                "the tracking URI that the training printed"
+            )
+        return uri
+    for uri in (_uri_of_this_project(), "sqlite:///mlflow.db", "file:./mlruns"):
+        if uri and _is_there(uri):
+            return uri
+    raise UsageError(
+        f"no runs of MLflow in {Path.cwd()}, neither in mlflow.db nor in mlruns; run this where you trained, "
+        "or give the tracking URI that the training printed"
+    )
+
+
+def _uri_of_this_project() -> str | None:
+    path = Path("configs/training.yaml")
+    try:
+        return load_config(path).logging.mlflow_tracking_uri if path.is_file() else None
+    except UsageError:  # half edited, or of another program: no reason not to show the runs that are here
+        return None
+
+
+def _place(uri: str) -> Path | None:
+    """Database file or folder of a store that is kept on this machine; None for others."""
+    if uri.startswith("sqlite:///"):
+        return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
+    if uri.startswith("file:"):
+        return Path(urllib.request.url2pathname(urlsplit(uri).path)).absolute()
+    return None if "://" in uri else Path(uri).absolute()
+
+
+def _is_there(uri: str) -> bool:
+    """Whether there is anything to show. A folder must hold an experiment: `mlruns` with artifacts alone
+    belongs to a database, and MLflow would make a second, empty store of it."""
+    path = _place(uri)
+    if path is None:
+        return True
+    return path.is_file() if uri.startswith("sqlite:") else any(path.glob("*/meta.yaml"))
+
+
+def server_address(uri: str) -> str:
+    """Address of a tracking server that answers, without the password that `uri` may hold.
+
+    Raises:
+        DetrDistError: it does not answer.
+    """
+    parts = urlsplit(uri)
+    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    try:
+        urllib.request.urlopen(address, timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # an answer too: it may want a password
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise DetrDistError(
+            f"{address}: the MLflow server does not answer ({reason}); is it running?"
+        ) from None
+    return address
+
+
+def serve(uri: str, host: str, port: int, options: list[str]) -> None:
+    """Become `mlflow ui`, at the first free port from `port` on. Signals then go to MLflow itself, which ends
+    its workers."""
+    free_port = find_free_port(host, port)
+    if free_port != port != 0:
+        print(f"port {port} is busy, taking {free_port}")
+    shown = _place(uri) or "the database"
+    print(f"MLflow's pages of {shown}: open http://{host}:{free_port} (Ctrl-C ends them)", flush=True)
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.13 and later refuse folders without it
+    # Jobs judge language models. Without them it starts sooner, and one person needs one worker.
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+    address = ("--host", host, "--port", str(free_port))
+    command = (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, *address, "--workers", "1")
+    os.execv(sys.executable, (*command, *options))
+
+
+def find_free_port(host: str, first: int) -> int:
+    """The first port from `first` on at which nothing listens.
+
+    Raises:
+        UsageError: none is free, or `host` is no address of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+        for port in range(first, first + _NUM_PORTS_TO_TRY):
+            try:
+                with socket.create_server((host, port), family=family) as free:
+                    return int(free.getsockname()[1])  # another number for port 0 only, which means any
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"cannot serve at {host}, port {first} ({error}); give another --host or --port"
+        ) from None
+    raise UsageError(
+        f"ports {first} to {first + _NUM_PORTS_TO_TRY - 1} of {host} are all busy; give another --port"
+    )
+
+
+if __name__ == "__main__":
+    main()
