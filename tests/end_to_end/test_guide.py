@@ -21,10 +21,10 @@ GUIDE = (REPOSITORY / "docs" / "mlflow.md").read_text()
 
 # What was asked for: complete, and nothing that the run or our guide may lack.
 PARAMS = {
-    "batch_size", "learning_rate", "num_epochs", "weight_decay", "gradient_clip",
-    "gradient_accumulation_steps", "mixed_precision", "compile_model", "channels_last", "model_architecture", "backbone", "num_classes",
-    "hidden_dim", "num_encoder_layers", "num_decoder_layers", "train_samples", "val_samples", "num_workers",
-    "prefetch_factor",
+    "batch_size", "learning_rate", "num_epochs", "weight_decay", "gradient_clip", "mixed_precision",
+    "gradient_accumulation_steps", "compile_model", "channels_last", "model_architecture", "backbone",
+    "num_classes", "hidden_dim", "num_encoder_layers", "num_decoder_layers", "train_samples", "val_samples",
+    "num_workers", "prefetch_factor",
 }  # fmt: skip
 METRICS = {
     "train_loss", "train_loss_ce", "train_loss_bbox", "train_loss_giou", "learning_rate", "memory_ram_gb",
