@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
+from mlflow.utils import request_utils
 
 from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
@@ -176,6 +177,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
         folder = self.outbox.folder
         self._resources.close()
+        close_connections(self.client)
         if num_left:
             say(
                 f"warning: {num_left} records are not in MLflow yet ({self.uri}); they are kept in "
@@ -205,6 +207,15 @@ def open_client(uri: str) -> MlflowClient:
             f"logging.mlflow_tracking_uri {uri}: cannot be used ({one_line(error)}); correct it, or set "
             "logging.mlflow=false"
         ) from error
+
+
+def close_connections(client: MlflowClient) -> None:
+    """Close what MLflow keeps open for a next call. It has no public way, and where its inside has changed
+    they stay open until the process ends."""
+    with suppress(ImportError, AttributeError):
+        request_utils._cached_get_request_session.cache_clear()
+    with suppress(AttributeError):
+        client._tracking_client.store._dispose_engine()
 
 
 @contextmanager
