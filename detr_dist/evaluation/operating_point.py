@@ -16,8 +16,8 @@ from detr_dist.evaluation.coco_metrics import MAX_DETECTIONS, DetectionRecords, 
 
 MIN_IOU = 0.5
 """A detection finds a box from this overlap on."""
-PAIRS_AT_ONCE = 2**20
-"""Pairs of detection and box whose overlap is computed together: some 100 MB of memory."""
+PAIRS_AT_ONCE = 2**18
+"""Pairs of detection and box whose overlap is computed together: some 50 MB of memory."""
 
 
 @dataclass(frozen=True)
@@ -220,13 +220,17 @@ def _overlapping_pairs(
     boxes_of_groups = np.argsort(box_group, kind="stable")
     first = np.searchsorted(box_group[boxes_of_groups], group, side="left")
     num_boxes = np.searchsorted(box_group[boxes_of_groups], group, side="right") - first
+    # Coordinates apart, [4, ...]: a third less time where many boxes overlap many detections.
+    found_xywh = detections.boxes_xyxy_px.T.astype(np.float64, order="C")
+    found_xywh[2:] -= found_xywh[:2]
+    truth_xywh = np.ascontiguousarray(data.boxes_xywh_px.T)
     parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     for rows in np.array_split(np.arange(len(group)), 1 + num_boxes.sum() // PAIRS_AT_ONCE):
         detection = np.repeat(rows, num_boxes[rows])
         ends = np.cumsum(num_boxes[rows])
         in_group = np.arange(len(detection)) - np.repeat(ends - num_boxes[rows], num_boxes[rows])
         box = boxes_of_groups[first[detection] + in_group]
-        iou = _iou(detections.boxes_xyxy_px[detection], data.boxes_xywh_px[box], data.iscrowd[box])
+        iou = _iou(found_xywh[:, detection], truth_xywh[:, box], data.iscrowd[box])
         enough = iou >= MIN_IOU
         parts.append((detection[enough], box[enough], iou[enough]))
     detection, box, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
@@ -235,19 +239,19 @@ def _overlapping_pairs(
 
 
 def _iou(
-    boxes_xyxy_px: NDArray[np.float32], truth_xywh_px: NDArray[np.float64], iscrowd: NDArray[np.bool_]
+    found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Row by row; with a crowd, the share of the detection that lies in it.
+    """Of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the share of the first that lies in it.
 
     In the order of COCO's operations, so that no pair at the limit falls on another side.
     """
-    start = boxes_xyxy_px[:, :2].astype(np.float64)
-    extent = boxes_xyxy_px[:, 2:].astype(np.float64) - start
-    truth_start, truth_extent = truth_xywh_px[:, :2], truth_xywh_px[:, 2:]
-    overlap = np.minimum(start + extent, truth_start + truth_extent) - np.maximum(start, truth_start)
-    intersection: NDArray[np.float64] = overlap.clip(min=0).prod(axis=1)
-    area, truth_area = extent.prod(axis=1), truth_extent.prod(axis=1)
-    union = np.where(iscrowd, area, area + truth_area - intersection)
+    left, top, width, height = found_xywh
+    truth_left, truth_top, truth_width, truth_height = truth_xywh
+    across = np.minimum(left + width, truth_left + truth_width) - np.maximum(left, truth_left)
+    down = np.minimum(top + height, truth_top + truth_height) - np.maximum(top, truth_top)
+    intersection = across.clip(min=0) * down.clip(min=0)
+    area = width * height
+    union = np.where(iscrowd, area, area + truth_width * truth_height - intersection)
     iou: NDArray[np.float64] = np.divide(
         intersection, union, out=np.zeros_like(union), where=intersection > 0
     )

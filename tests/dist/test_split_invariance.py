@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-LOSSES = ("train_loss", "train_loss_ce", "train_loss_bbox", "train_loss_giou")
+LOSSES = tuple(f"{of}_{loss}" for of in ("train", "val") for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
 SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 images a step each
     "one_process": (1, 8, 1),
     "accumulated": (1, 2, 4),

@@ -25,9 +25,9 @@ def test_the_quickstart_trains_evaluates_and_says_where_to_look() -> None:
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     results = json.loads((REPOSITORY / "models" / "quickstart" / "results.json").read_text())
-    summary = finished.stdout.splitlines()[-6:]
-    for name in ("val_map", "val_player_map", "val_ball_map"):
-        assert any(line.startswith(name) for line in summary)
+    summary = finished.stdout.splitlines()[-40:]
+    for name in ("val_map", "val_player_map", "val_ball_map", "val_f1"):
+        assert any(line.split()[:1] == [name] for line in summary)
         assert name in results["metrics"]
     assert any(results["run_id"] in line for line in summary)
     assert "start_mlflow_ui.sh sqlite:///mlflow.db" in summary[-1]

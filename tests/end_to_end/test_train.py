@@ -1,6 +1,7 @@
 """A real run, seen through MLflow and the output folder."""
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -31,6 +32,9 @@ GUIDE_PARAMS = {
     "num_workers",
     "prefetch_factor",
 }
+GUIDE_VAL_METRICS = {
+    f"val_{of}{figure}" for of in ("", "player_", "ball_") for figure in ("map", "precision", "recall", "f1")
+}
 GUIDE_METRICS = {
     "train_loss",
     "train_loss_ce",
@@ -38,9 +42,7 @@ GUIDE_METRICS = {
     "train_loss_giou",
     "learning_rate",
     "memory_ram_gb",
-    "val_map",
-    "val_player_map",
-    "val_ball_map",
+    *GUIDE_VAL_METRICS,
 }
 
 
@@ -100,6 +102,28 @@ def test_every_metric_stands_once_at_each_optimizer_step_it_was_logged(trained) 
     assert place.history("epoch")[3:5] == [(4, 1.0), (5, 1.25)]
 
 
+def test_the_line_after_an_evaluation_is_short_and_the_last_table_whole(trained) -> None:
+    place, stdout = trained
+    (line, _) = [line for line in stdout.splitlines() if "evaluation after step" in line]
+    shown = {word for word in line.split() if word.startswith("val_")}
+    assert shown == {
+        "val_map", "val_player_map", "val_ball_map", "val_map_50", "val_precision", "val_recall", "val_f1"
+    }  # fmt: skip
+    for name in place.results()["metrics"]:
+        assert re.search(rf"^{name} +[\d.]+$", stdout, re.MULTILINE), name
+
+
+def test_a_score_threshold_of_ones_own_holds_for_every_class(workplace, tiny_data: Path) -> None:
+    finished = workplace.train(
+        tiny_data, "training.max_steps=1", "logging.mlflow=false", "evaluation.score_threshold=0"
+    )
+    assert finished.returncode == 0, finished.stderr
+    metrics = workplace.results()["metrics"]
+    assert (metrics["val_player_threshold"], metrics["val_ball_threshold"]) == (0, 0)
+    state = json.loads((workplace.folder / "out" / "checkpoints" / "best" / "state.json").read_text())
+    assert state["metrics"] == metrics
+
+
 def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
     assert artifacts(mlflow_run) == {"checkpoints", "config.yaml", "model", "models"}
     assert artifacts(mlflow_run, "models") == {"models/epoch_1", "models/epoch_2"}
@@ -149,7 +173,10 @@ def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
         "checkpoints", "config.yaml", "model", "models", "outbox", "results.json", "tensorboard"
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
-    assert set(results["metrics"]) == {"val_map", "val_player_map", "val_ball_map"}
+    of_coco = {"map_50", "map_75", "map_small", "mar_1", "mar_10", "mar_100"}  # no box is larger
+    losses = {"loss", "loss_ce", "loss_bbox", "loss_giou"}
+    found = {name for name in results["metrics"] if not name.endswith("_threshold")}
+    assert found == GUIDE_VAL_METRICS | {f"val_{name}" for name in of_coco | losses}
     assert results["run_id"] in stdout
     assert "step 8/8" in stdout
     assert "data wait" in stdout

@@ -1,0 +1,120 @@
+"""The losses of the validation images, normalised over all of them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from detr_dist.config import Config
+from detr_dist.data.batching import collate
+from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.transforms import build_transform
+from detr_dist.distributed import HostGroup
+from detr_dist.evaluation.evaluate import LOSSES, Evaluator
+from detr_dist.models.build import build_detector
+from detr_dist.models.criterion import SetCriterion, StepCounts
+from detr_dist.models.detector import Detector
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data: Path) -> CocoData:
+    """Seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
+    data = load_coco(tiny_data / "val")
+    iscrowd = np.zeros_like(data.iscrowd)
+    iscrowd[0] = True
+    return replace(data, iscrowd=iscrowd)
+
+
+def config(architecture: str = "detr", *, batch_size: int = 3, num_queries: int = 8) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 64},
+            "model": {
+                "model_architecture": architecture,
+                "backbone": {
+                    "model_type": "resnet",
+                    "layer_type": "basic",
+                    "embedding_size": 8,
+                    "hidden_sizes": [8, 8, 8, 8],
+                    "depths": [1, 1, 1, 1],
+                    "out_features": ["stage4"],
+                },
+                "pretrained_backbone": False,
+                "hidden_dim": 32,
+                "num_encoder_layers": 1,
+                "num_decoder_layers": 2,
+                "num_queries": num_queries,
+                "dropout": 0.5,
+            },
+            "training": {"batch_size": batch_size},
+        }
+    )
+
+
+def new_detector(settings: Config, data: CocoData) -> Detector:
+    torch.manual_seed(0)
+    return build_detector(settings.model, data.class_names).train()
+
+
+def evaluated(settings: Config, data: CocoData, detector: Detector) -> dict[str, float]:
+    accelerator = Accelerator(cpu=True)
+    return Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(detector).metrics
+
+
+@pytest.mark.parametrize("architecture", ["detr", "conditional_detr"])  # softmax and sigmoid
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_the_loss_is_that_of_all_images_in_one_batch(
+    architecture: str, batch_size: int, data: CocoData
+) -> None:
+    settings = config(architecture, batch_size=batch_size)
+    detector = new_detector(settings, data)
+    metrics = evaluated(settings, data, detector)
+    assert detector.training
+
+    transform = build_transform("none", 64, 64, train=False)
+    images = CocoDetectionDataset(data, transform, seed=0, train=False)
+    batch = collate([images[0, row] for row in range(7)]).pad_to(64, 64)
+    assert sum(batch.num_boxes) == len(data.box_classes) - 1  # all but the crowd
+    detector.eval()
+    with torch.no_grad():
+        expected = SetCriterion(detector.loss_settings)(
+            detector(batch.images, batch.sizes_hw),
+            batch.labels,
+            batch.boxes_cxcywh,
+            batch.num_boxes,
+            StepCounts(sum(batch.num_boxes), 7),
+        )
+    for name, value in zip(LOSSES, expected[:4], strict=True):
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5), name  # float32 in another order
+
+
+def test_an_image_with_more_boxes_than_queries_counts_as_many_as_can_be_matched(data: CocoData) -> None:
+    settings = config(num_queries=2)
+    detector = new_detector(settings, data)
+    torch.nn.init.zeros_(detector.network.class_labels_classifier.weight)
+    torch.nn.init.zeros_(detector.network.class_labels_classifier.bias)
+    # Where every class is as likely, the mean cross entropy is log 3 whatever is matched with what.
+    assert evaluated(settings, data, detector)["loss_ce"] == pytest.approx(np.log(3), rel=1e-6)
+
+
+def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None:
+    settings = config()
+    accelerator = Accelerator(cpu=True)
+    scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
+        new_detector(settings, data)
+    )
+    assert scores.operating_points is not None
+    assert scores.operating_points.metrics(data.class_names).items() <= scores.metrics.items()
+    assert scores.operating_points.confusion[:2].sum() == len(data.box_classes) - 1
+
+
+def test_weights_that_give_no_numbers_are_an_error(data: CocoData) -> None:
+    settings = config()
+    detector = new_detector(settings, data)
+    torch.nn.init.constant_(detector.network.class_labels_classifier.bias, float("nan"))
+    with pytest.raises(Exception, match=r"not finite.*training\.learning_rate"):
+        evaluated(settings, data, detector)
