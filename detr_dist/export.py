@@ -16,7 +16,7 @@ from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.models.build import load_network
 from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
 from detr_dist.models.onnx import check_onnx_packages, write_onnx
-from detr_dist.tracking.delivery import one_line
+from detr_dist.tracking.delivery import one_line, patience
 from detr_dist.tracking.download import is_artifact_uri
 from detr_dist.tracking.mlflow import open_client
 from detr_dist.tracking.packaging import write_model
@@ -24,6 +24,8 @@ from detr_dist.tracking.registry import register_artifact, run_of, upload_model
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.durable import failure_on_disk, new_folder
 from detr_dist.training.sources import FoundModel, find_model
+
+_UPLOAD_TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,16 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
 def _register(options: ExportOptions, name: str, *, is_version_of_run: bool) -> None:
     client = open_client(options.tracking_uri)
     try:
-        if is_version_of_run:
-            run_id, _, artifact_path = options.model.removeprefix("runs:/").partition("/")
-        else:
-            experiment = LoggingConfig().mlflow_experiment_name
-            run_id = upload_model(client, options.output_dir, experiment=experiment, source=options.model)
-            artifact_path = "model"
-        version = register_artifact(client, name, run_id, artifact_path)
-        if options.alias is not None:
-            client.set_registered_model_alias(name, options.alias, version.version)
+        with patience(_UPLOAD_TIMEOUT_S):
+            if is_version_of_run:
+                run_id, _, artifact_path = options.model.removeprefix("runs:/").partition("/")
+            else:
+                experiment = LoggingConfig().mlflow_experiment_name
+                run_id = upload_model(client, options.output_dir, experiment=experiment, source=options.model)
+                artifact_path = "model"
+            version = register_artifact(client, name, run_id, artifact_path)
+            if options.alias is not None:
+                client.set_registered_model_alias(name, options.alias, version.version)
     except Exception as error:  # each kind of store raises its own
         raise DetrDistError(
             f"--register-as {name}: MLflow at {options.tracking_uri} refuses ({one_line(error)}); the export "

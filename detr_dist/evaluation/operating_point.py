@@ -220,7 +220,7 @@ def _overlapping_pairs(
     boxes_of_groups = np.argsort(box_group, kind="stable")
     first = np.searchsorted(box_group[boxes_of_groups], group, side="left")
     num_boxes = np.searchsorted(box_group[boxes_of_groups], group, side="right") - first
-    # Coordinates apart, [4, ...]: several times faster to pick from and to compute with.
+    # Coordinates apart, [4, ...]: a third less time where many boxes overlap many detections.
     found_xywh = detections.boxes_xyxy_px.T.astype(np.float64, order="C")
     found_xywh[2:] -= found_xywh[:2]
     truth_xywh = np.ascontiguousarray(data.boxes_xywh_px.T)

@@ -18,6 +18,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy, outdated
+from detr_dist.tracking.registry import register_artifact
 
 # Limits of MLflow's API.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
@@ -179,14 +180,11 @@ class Delivery:
         )
 
     def _register(self, name: str) -> None:
-        if not self._client.search_registered_models(f"name = '{name}'"):
-            self._client.create_registered_model(name)
         versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
         if versions:  # delivered before a crash, but not noted
             version = versions[0]
         else:
-            source = f"{self._client.get_run(self._run_id).info.artifact_uri}/model"
-            version = self._client.create_model_version(name, source, self._run_id)
+            version = register_artifact(self._client, name, self._run_id, "model")
         self._client.set_registered_model_alias(name, "best", version.version)
 
     def _note_resumption(self, step: int, changes: list[str]) -> None:

@@ -177,7 +177,7 @@ def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
     place, stdout = trained
     out = place.folder / "out"
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "model", "outbox", "results.json", "tensorboard"
+        "checkpoints", "config.yaml", "model", "outbox", "results.json", "tensorboard"
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     of_coco = {"map_50", "map_75", "map_small", "mar_1", "mar_10", "mar_100"}  # no box is larger
