@@ -144,8 +144,10 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
     is_best = state.best_step == state.step
     return {
         "epoch": math.ceil(json.loads((checkpoint.folder / STATE).read_text())["epoch"]),
+        "step": state.step,
         "val_map": state.best_map if is_best else None,
         "is_best": is_best,
+        "metrics": state.metrics if is_best else {},
         "config": facts.config.model_dump(mode="json"),
         "run_id": facts.mlflow_run_id,
     }

@@ -40,8 +40,8 @@ def _lock(path: Path) -> TextIO:
             holder = file.read().strip() or "another process"
             file.close()
             raise DataError(
-                f"{path.parent}: {holder} is at work there; wait until it has ended, stop it, or give another "
-                "folder"
+                f"{path.parent}: {holder} is at work there; wait until it has ended, stop it, or "
+                "give another folder"
             ) from None
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
