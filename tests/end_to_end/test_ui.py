@@ -201,6 +201,8 @@ def test_a_person_sees_val_map_of_two_runs_compares_them_and_finds_their_checkpo
     (experiment_id,) = (e["experiment_id"] for e in experiments(ui) if e["name"] == "detr_training")
     runs_page = f"{ui}/#/experiments/{experiment_id}/runs"
     page.goto(runs_page)
+    for name in val_map:  # until they are there, a menu that opens closes again
+        page.get_by_role("link", name=name, exact=True).wait_for()
     # The assistant takes a quarter of the page.
     page.get_by_role("button", name="Close", exact=True).click()
     page.get_by_role("button", name="Columns", exact=True).click()
