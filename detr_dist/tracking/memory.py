@@ -160,6 +160,6 @@ def _resident_bytes() -> int:
     for child in process.children(recursive=True):
         try:
             total += child.memory_info().rss
-        except psutil.NoSuchProcess:
+        except psutil.Error:
             continue  # a worker that ended meanwhile
     return total

@@ -24,7 +24,8 @@ def sync(output_dir: Path) -> None:
         DataError: a run that is still going on delivers them.
         DetrDistError: MLflow cannot be reached for some; nothing is lost, and the others are delivered.
     """
-    patterns = ("outbox/*/run.json", "earlier_runs/*/outbox/*/run.json")
+    # What is newer goes over what is older.
+    patterns = ("earlier_runs/*/outbox/*/run.json", "outbox/*/run.json")
     folders = [path.parent for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     if not folders:
         raise UsageError(f"{output_dir}: has no outbox; give the --output-dir of a run that MLflow tracks")

@@ -1,5 +1,6 @@
 """Where a run's first state comes from: a checkpoint or weights, on disk, in MLflow or on the hub."""
 
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import CheckpointError, DataError, UsageError
 from detr_dist.tracking.download import checkpoint_uris, download_folder, is_artifact_uri, is_run_id
+from detr_dist.tracking.folder_lock import locked
 from detr_dist.training.checkpoint import (
     AVERAGE,
     NETWORK,
@@ -130,11 +132,20 @@ class Sources:
         )
 
     def _clear_up(self) -> None:
-        finish_interrupted(self._output_dir)  # the best model
-        for name in finish_interrupted(self._output_dir / "checkpoints"):
-            self._say(
-                f"checkpoint {name} was being written when its process ended: removed what there was of it"
-            )
+        """Finish what a kill interrupted.
+
+        Raises:
+            DataError: a run is at work in the output folder, and interrupted nothing.
+        """
+        if not os.access(self._output_dir, os.W_OK):  # not there yet, or the run will say that it cannot be
+            return
+        with locked(self._output_dir):
+            finish_interrupted(self._output_dir)  # the best model
+            for name in finish_interrupted(self._output_dir / "checkpoints"):
+                self._say(
+                    f"checkpoint {name} was being written when its process ended: removed what there was "
+                    "of it"
+                )
 
     def _find(self, resume: str) -> Checkpoint | None:
         if resume == "auto":
