@@ -10,12 +10,12 @@ neither change nor vanish meanwhile.
     files/          folders that wait to be uploaded
 """
 
-import itertools
 import json
 import os
 import re
 import shutil
 import threading
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -55,7 +55,6 @@ class Outbox:
         if any(position > size for position in _read_cursors(folder).values()):
             (folder / "delivered.json").unlink()  # a power cut has taken records, but not the cursors
         self._file = path.open("ab")
-        self._numbers = itertools.count(_next_number(folder / "files"))
         self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
 
     def append(self, kind: str, **content: Any) -> None:
@@ -71,7 +70,7 @@ class Outbox:
 
         One that still waits for the same place is given up for it: an outage must not fill the disk.
         """
-        waiting = self.folder / "files" / f"{next(self._numbers):06d}"
+        waiting = self._new_place()
         shutil.copytree(source, waiting, copy_function=link_or_copy)
         self.append("folder", name=waiting.name, artifact_path=artifact_path, last=last)
         self._give_up(artifact_path)
@@ -90,9 +89,13 @@ class Outbox:
             with suppress(OSError):
                 shutil.rmtree(waiting.replace(waiting.with_suffix(".superseded")), ignore_errors=True)
 
+    def _new_place(self) -> Path:
+        """Where files wait; never the place of an earlier record, which a power cut may bring back."""
+        return self.folder / "files" / uuid.uuid4().hex
+
     def append_file(self, source: Path) -> None:
         """Note a copy of a file for upload beside the folders."""
-        waiting = self.folder / "files" / f"{next(self._numbers):06d}"
+        waiting = self._new_place()
         waiting.mkdir(parents=True)
         shutil.copyfile(source, waiting / source.name)
         self.append("folder", name=waiting.name, artifact_path="", last=None)
@@ -203,7 +206,3 @@ def _whole_size(path: Path) -> int:
                 return chunk_start + newline + 1
             size = chunk_start
     return 0
-
-
-def _next_number(files: Path) -> int:
-    return max((int(path.stem) for path in files.glob("*")), default=-1) + 1
