@@ -183,7 +183,7 @@ class LoggingConfig(Section):
     """Log losses and learning rate every so many optimizer steps."""
     memory_every_steps: Count = 50
     """Log memory use every so many optimizer steps."""
-    register_model_as: Annotated[str, Field(pattern=r"^[^/:]+$")] | None = None
+    register_model_as: Annotated[str, Field(pattern=r"^[^/:']+$")] | None = None
     """Name in MLflow's registry under which the best model becomes a new version at the end, with the alias
     `best`."""
 

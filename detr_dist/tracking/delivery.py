@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -27,6 +28,9 @@ MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
 # Values are light and go first; folders and the run's status follow when all values before them are there.
 VALUES, FOLDERS = "values", "folders"
 KINDS_OF_VALUES = {"metrics", "params", "tags"}
+
+# What a server may refuse for good, for want of a right or a method, and must not keep back the rest.
+DISPENSABLE = {"dataset", "registration", "retention"}
 
 # The server has understood, and would say the same again.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
@@ -131,24 +135,32 @@ class Delivery:
         for kind, content, end in self._reader.records(FOLDERS, limit=self._reader.position(VALUES)):
             if kind in KINDS_OF_VALUES:
                 continue
-            if kind == "folder":
-                with self._reader.uploading(content["name"]) as folder:
-                    if folder is not None:
-                        self._upload(folder, content["artifact_path"], content["last"])
-            elif kind == "dataset":
-                self._note_dataset(**content)
-            elif kind == "registration":
-                self._register(content["name"])
-            elif kind == "retention":
-                self._delete_outdated(**content)
-            elif kind == "resumption":
-                self._note_resumption(**content)
-            elif kind == "status":
-                self._set_status(**content)
+            try:
+                self._deliver_record(kind, content)
+            except (MlflowException, NotImplementedError) as error:
+                if kind not in DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
+                    raise
+                self._say(f"warning: MLflow refuses {kind} {content} ({one_line(error)})")
             self._reader.advance(FOLDERS, end)
             return True
         self._reader.advance(FOLDERS, self._reader.position(VALUES))
         return False
+
+    def _deliver_record(self, kind: str, content: dict[str, Any]) -> None:
+        if kind == "folder":
+            with self._reader.uploading(content["name"]) as folder:
+                if folder is not None:
+                    self._upload(folder, content["artifact_path"], content["last"])
+        elif kind == "dataset":
+            self._note_dataset(**content)
+        elif kind == "registration":
+            self._register(content["name"])
+        elif kind == "retention":
+            self._delete_outdated(**content)
+        elif kind == "resumption":
+            self._note_resumption(**content)
+        elif kind == "status":
+            self._set_status(**content)
 
     def _upload(self, folder: Path, artifact_path: str, last: str | None) -> None:
         """Upload file by file, the one named `last` after all others; into a store on this machine by

@@ -186,4 +186,4 @@ def test_the_guide_has_no_command_that_is_not_run() -> None:
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_its_settings_are_valid(block: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(block)
-    load_config(tmp_path / "settings.yaml")
+    assert load_config(tmp_path / "settings.yaml").logging.mlflow_experiment_name == "detr_training"

@@ -14,6 +14,8 @@ from urllib.parse import urlparse
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from detr_dist.tracking import delivery as delivery_module
 from detr_dist.tracking.delivery import Delivery, DeliveryThread, patience
@@ -432,6 +434,27 @@ def test_what_retention_would_delete_is_not_uploaded_any_more(
     assert len(list((sender.outbox.folder / "files").iterdir())) == 2
     sender.deliver()
     assert {path.name for path in (sender.artifacts_dir / "models").iterdir()} == {"epoch_2", "epoch_3"}
+
+
+class WithoutRights(MlflowClient):
+    """A user who may log, but neither register nor delete."""
+
+    def create_registered_model(self, *_: Any, **__: Any) -> Any:
+        raise MlflowException("no right to register", error_code=PERMISSION_DENIED)
+
+    def list_artifacts(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError("no deletion here")
+
+
+def test_what_is_refused_for_good_is_said_and_keeps_nothing_back(sender: Sender) -> None:
+    sender.outbox.append_retention("models", newest=3, keep=1)
+    sender.outbox.append("registration", name="players")
+    sender.outbox.append("status", status="FINISHED")
+    sender.deliver(WithoutRights(sender.client.tracking_uri))
+    assert sender.run.info.status == "FINISHED"
+    assert [line.split(" {")[0] for line in sender.said] == [
+        "warning: MLflow refuses retention", "warning: MLflow refuses registration"
+    ]  # fmt: skip
 
 
 def test_a_superseded_folder_is_passed_over(sender: Sender, new_folder: Callable[..., Path]) -> None:

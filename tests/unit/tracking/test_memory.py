@@ -257,6 +257,7 @@ def test_a_driver_that_is_gone_at_the_end_is_no_error(start: Start) -> None:
     process = start(driver)
     driver.num_users = 0
     process.monitor.close()
+    assert driver.num_users == 0
 
 
 def test_on_the_cpu_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
