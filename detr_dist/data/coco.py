@@ -59,6 +59,11 @@ class CocoData:
         """The image of each box, shape [M]."""
         return np.repeat(np.arange(len(self)), np.diff(self.box_offsets))
 
+    @property
+    def image_ranks(self) -> NDArray[np.int64]:
+        """The place of each image in the order of their ids, shape [N]."""
+        return np.argsort(np.argsort(self.image_ids))
+
     def image_path(self, row: int) -> Path:
         return self.images_dir / os.fsdecode(self.file_names[row])
 
@@ -90,13 +95,15 @@ class CocoData:
         return digest.hexdigest()
 
     def to_coco_dict(self) -> dict[str, Any]:
-        """The ground truth in COCO's form, with rows as image ids and class indices as category ids; boxes
-        are clipped.
+        """The ground truth in COCO's form, with class indices as category ids; boxes are clipped.
 
-        Annotations are numbered from 1: pycocotools takes id 0 for "no match", and a JSON may repeat an id.
+        Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation
+        ranks detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no
+        match", and a JSON may repeat an id.
         """
+        ranks = self.image_ranks
         columns = (
-            self.image_rows.tolist(),
+            ranks[self.image_rows].tolist(),
             self.box_classes.tolist(),
             self.boxes_xywh_px.tolist(),
             self.areas.tolist(),
@@ -105,8 +112,8 @@ class CocoData:
         keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
         return {
             "images": [
-                {"id": row, "height": height, "width": width}
-                for row, (height, width) in enumerate(self.sizes_hw.tolist())
+                {"id": rank, "height": height, "width": width}
+                for rank, (height, width) in zip(ranks.tolist(), self.sizes_hw.tolist(), strict=True)
             ],
             "annotations": [
                 dict(zip(keys, row, strict=True))

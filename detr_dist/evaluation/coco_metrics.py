@@ -3,11 +3,12 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
 from numpy.typing import NDArray
+
+from detr_dist.data.coco import CocoData
 
 MAX_DETECTIONS = 100
 """Of one image and class, the best ones count, as in COCO's own evaluation."""
@@ -49,23 +50,32 @@ class DetectionRecords:
         )
 
 
-def coco_metrics(
-    ground_truth: dict[str, Any], records: DetectionRecords, class_names: Sequence[str]
-) -> dict[str, float]:
-    """COCO's figures, each absent where there is no truth to compute it from.
+SIZES = ("small", "medium", "large")
+"""Of boxes, by their area in pixels of the original image: under 32 x 32, up to 96 x 96, and over it."""
+
+
+@dataclass(frozen=True)
+class CocoFigures:
+    """COCO's AP and AR."""
+
+    metrics: dict[str, float]
+    """By name; those without any truth to compute them from are absent."""
+    ap_by_size: NDArray[np.float64]
+    """[C, 3], AP of each class for boxes of each of `SIZES`; nan without any such box."""
+
+
+def coco_figures(data: CocoData, records: DetectionRecords) -> CocoFigures:
+    """COCO's figures of all detections on `data`.
 
     AP at IoU 0.50:0.05:0.95: `map` over all classes, `<class>_map` of each, `map_small`, `map_medium` and
     `map_large` of boxes of that size; `map_50` and `map_75` at these IoUs; `mar_1`, `mar_10` and `mar_100`,
     the average recall with so many detections of each image and class.
-
-    `ground_truth` is a COCO dictionary with rows of the data set as image ids and class indices as category
-    ids.
     """
-    truth = COCO(ground_truth)
+    truth = COCO(data.to_coco_dict())
     boxes = records.boxes_xyxy_px.astype(np.float64)
     rows = np.column_stack(
         [
-            records.image_rows,
+            data.image_ranks[records.image_rows],
             boxes[:, :2],
             boxes[:, 2:] - boxes[:, :2],
             records.scores.astype(np.float64),
@@ -80,14 +90,25 @@ def coco_metrics(
     recall = np.asarray(evaluation.eval["recall"])
     of_all = precision[:, :, :, 0, -1]
     figures = {"map": of_all, "map_50": of_all[0], "map_75": of_all[5]}
-    for index, size in enumerate(("small", "medium", "large"), start=1):
-        figures[f"map_{size}"] = precision[:, :, :, index, -1]
+    figures |= {f"map_{size}": precision[:, :, :, i, -1] for i, size in enumerate(SIZES, start=1)}
     for index, limit in enumerate((1, 10, MAX_DETECTIONS)):
         figures[f"mar_{limit}"] = recall[:, :, 0, index]
-    for index, name in enumerate(metric_names(class_names)):
+    for index, name in enumerate(metric_names(data.class_names)):
         figures[f"{name}_map"] = of_all[:, :, index]
-    known = {name: values[values > -1] for name, values in figures.items()}
-    return {name: float(values.mean()) for name, values in known.items() if len(values)}
+    means = {name: _mean_of_known(values) for name, values in figures.items()}
+    ap_by_size = [
+        [_mean_of_known(precision[:, :, label, size, -1]) for size in range(1, 1 + len(SIZES))]
+        for label in range(data.num_classes)
+    ]
+    return CocoFigures(
+        {name: mean for name, mean in means.items() if not np.isnan(mean)}, np.array(ap_by_size)
+    )
+
+
+def _mean_of_known(values: NDArray[np.float64]) -> float:
+    """nan if there is none."""
+    known = values[values > -1]
+    return float(known.mean()) if len(known) else np.nan
 
 
 def metric_names(class_names: Sequence[str]) -> list[str]:

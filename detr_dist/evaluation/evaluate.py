@@ -20,7 +20,7 @@ from detr_dist.data.sampling import evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
-from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_metrics
+from detr_dist.evaluation.coco_metrics import CocoFigures, DetectionRecords, coco_figures
 from detr_dist.evaluation.operating_point import OperatingPoints, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
@@ -31,13 +31,22 @@ LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
 @dataclass(frozen=True)
+class Details:
+    """What the figures of an evaluation come from."""
+
+    records: DetectionRecords
+    coco: CocoFigures
+    operating_points: OperatingPoints
+
+
+@dataclass(frozen=True)
 class Scores:
     """What an evaluation has found out."""
 
     metrics: dict[str, float]
     """Every figure by its name in MLflow without `val_`, the same on every process; docs/evaluation.md."""
-    operating_points: OperatingPoints | None
-    """Curves, thresholds and confusions; on the main process only."""
+    details: Details | None
+    """On the main process only."""
 
 
 class _Part(NamedTuple):
@@ -64,7 +73,6 @@ class Evaluator:
         self._score_threshold = config.evaluation.score_threshold
         self._accelerator = accelerator
         self._host = host
-        self._ground_truth = data.to_coco_dict() if accelerator.is_main_process else None
         edges = config.data.shortest_edge, config.data.longest_edge
         sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
         self._batches = evaluation_batches(
@@ -100,7 +108,7 @@ class Evaluator:
         parts = self._host.gather_objects(part)
         scores = self._host.on_main_process(lambda: self._score(parts))
         metrics = self._host.broadcast(scores.metrics if scores is not None else None)
-        return Scores(metrics, scores.operating_points if scores is not None else None)
+        return Scores(metrics, scores.details if scores is not None else None)
 
     def _score(self, parts: list[_Part | DetrDistError]) -> Scores:
         whole: list[_Part] = []
@@ -117,11 +125,11 @@ class Evaluator:
                 "predictions on the validation images are not finite: the weights are spoilt; lower "
                 "training.learning_rate or set training.gradient_clip"
             )
-        assert self._ground_truth is not None
+        coco = coco_figures(self.data, records)
         points = operating_points(self.data, records, self._score_threshold)
-        names = self.data.class_names
-        metrics = coco_metrics(self._ground_truth, records, names) | points.metrics(names)
-        return Scores(metrics | dict(zip(LOSSES, losses.tolist(), strict=True)), points)
+        metrics = coco.metrics | points.metrics(self.data.class_names)
+        metrics |= dict(zip(LOSSES, losses.tolist(), strict=True))
+        return Scores(metrics, Details(records, coco, points))
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:

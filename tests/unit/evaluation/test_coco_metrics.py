@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_metrics, metric_names
+from detr_dist.evaluation.coco_metrics import SIZES, DetectionRecords, coco_figures, metric_names
 
 # In the order of COCOeval.stats, which goes on with the recall by size.
 STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
@@ -22,7 +23,7 @@ def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
         coco.createIndex()
         boxes = records.boxes_xyxy_px.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
-        rows = zip(records.image_rows, boxes, records.scores, records.labels, strict=True)
+        rows = zip(data.image_ranks[records.image_rows], boxes, records.scores, records.labels, strict=True)
         results = [
             {"image_id": int(i), "bbox": box.tolist(), "score": float(score), "category_id": int(label)}
             for i, box, score, label in rows
@@ -37,13 +38,21 @@ def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
 def test_every_figure_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
     expected = reference(data, records)
-    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    figures = coco_figures(data, records)
+    metrics = dict(figures.metrics)
     for name, value in zip(STATS, expected.stats[:9], strict=True):
         assert metrics.pop(name) == pytest.approx(value, abs=1e-12), name  # the same sums in float64
     assert list(metrics) == ["player_map", "ball_map", "goal_post_map"]  # the others have no single box
     for index, value in enumerate(metrics.values()):
         of_class = expected.eval["precision"][:, :, index, 0, -1]
         assert value == pytest.approx(of_class.mean(), abs=1e-12)
+        for size, ap in enumerate(figures.ap_by_size[index], start=1):
+            of_size = expected.eval["precision"][:, :, index, size, -1]
+            assert ap == pytest.approx(
+                of_size.mean() if (of_size > -1).any() else np.nan, abs=1e-12, nan_ok=True
+            )
+    assert np.isnan(figures.ap_by_size[3:]).all()
+    assert figures.ap_by_size.shape == (data.num_classes, len(SIZES))
 
 
 @pytest.mark.parametrize(("rank", "ap"), [(100, 1 / 100), (101, 0.0)])
@@ -52,14 +61,23 @@ def test_a_hundred_detections_of_each_class_count_in_an_image(new_scene, rank: i
     detections = [(0, 0, 0.9, wrong)] * (rank - 1) + [(0, 0, 0.5, right), (0, 1, 0.1, right)]
     boxes = [(0, label, (10, 10, 20, 20), False) for label in (0, 1)]
     data, records = new_scene(1, ["player", "ball"], boxes, detections)
-    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    metrics = coco_figures(data, records).metrics
     assert metrics["player_map"] == pytest.approx(ap, abs=1e-12)  # COCO adds 2e-16 to a denominator
     assert metrics["ball_map"] == 1
 
 
+def test_equal_scores_rank_in_the_order_of_the_image_ids(new_scene) -> None:
+    boxes = [(image, 0, (10, 10, 20, 20), False) for image in (0, 1)]
+    right, wrong = (10, 10, 30, 30), (200, 200, 220, 220)
+    data, records = new_scene(2, ["player"], boxes, [(0, 0, 0.5, wrong), (1, 0, 0.5, right)])
+    listed_backwards = replace(data, image_ids=np.array([7, 3]))
+    assert coco_figures(data, records).metrics["map"] == pytest.approx(0.5 * 51 / 101)
+    assert coco_figures(listed_backwards, records).metrics["map"] == pytest.approx(51 / 101)
+
+
 def test_no_detection_at_all_scores_zero(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
-    metrics = coco_metrics(data.to_coco_dict(), records.take(np.arange(0)), data.class_names)
+    metrics = coco_figures(data, records.take(np.arange(0))).metrics
     assert set(metrics) >= {*STATS, "player_map"}
     assert set(metrics.values()) == {0.0}
 
@@ -68,7 +86,7 @@ def test_what_has_no_truth_is_absent(new_scene) -> None:
     data, records = new_scene(
         2, ["player", "ball"], [(0, 0, (10, 10, 20, 20), False)], [(0, 1, 0.9, (10, 10, 30, 30))]
     )
-    metrics = coco_metrics(data.to_coco_dict(), records, data.class_names)
+    metrics = coco_figures(data, records).metrics
     assert set(metrics) == {*STATS, "player_map"} - {"map_medium", "map_large"}
 
 

@@ -107,9 +107,10 @@ def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None
     scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
         new_detector(settings, data)
     )
-    assert scores.operating_points is not None
-    assert scores.operating_points.metrics(data.class_names).items() <= scores.metrics.items()
-    assert scores.operating_points.confusion[:2].sum() == len(data.box_classes) - 1
+    assert scores.details is not None
+    points = scores.details.operating_points
+    assert points.metrics(data.class_names).items() <= scores.metrics.items()
+    assert points.confusion[:2].sum() == len(data.box_classes) - 1
 
 
 def test_weights_that_give_no_numbers_are_an_error(data: CocoData) -> None:
