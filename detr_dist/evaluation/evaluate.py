@@ -9,22 +9,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor
 
 from detr_dist.config import Config
-from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader
-from detr_dist.data.sampling import evaluation_batches
-from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
 from detr_dist.evaluation.coco_metrics import CocoFigures, DetectionRecords, coco_figures
+from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.operating_point import OperatingPoints, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
-from detr_dist.models.postprocess import postprocess
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 """The criterion's, by their places in `Losses`."""
@@ -69,24 +63,11 @@ class Evaluator:
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self.data = data
+        self._images = ImagePass(data, config, accelerator)
         self._stop_requested = stop_requested
         self._score_threshold = config.evaluation.score_threshold
-        self._accelerator = accelerator
+        self._device = accelerator.device
         self._host = host
-        edges = config.data.shortest_edge, config.data.longest_edge
-        sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
-        self._batches = evaluation_batches(
-            sizes_hw,
-            config.training.batch_size,
-            num_processes=host.num_processes,
-            process_index=host.process_index,
-        )
-        self._loader = BatchLoader(
-            CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
-            [[(0, index) for index in batch.indices] for batch in self._batches],
-            config.data,
-            pin_memory=accelerator.device.type == "cuda",
-        )
 
     def evaluate(self, detector: Detector) -> Scores:
         """The detector's scores on the data set.
@@ -136,20 +117,17 @@ class Evaluator:
         """This process's images, as records on the host, and their share of the losses."""
         criterion, counts = SetCriterion(detector.loss_settings), self._counts(detector.num_queries)
         parts = [_no_records()]
-        shares = [torch.zeros(len(LOSSES), device=self._accelerator.device)]
-        with closing(iter(self._loader)) as batches:
-            for planned, batch in zip(self._batches, batches, strict=True):
+        shares = [torch.zeros(len(LOSSES), device=self._device)]
+        with closing(self._images.run(detector)) as all_predicted:
+            for predicted in all_predicted:
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
-                for reason in batch.unreadable:
-                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
-                on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
-                with self._accelerator.autocast():  # an averaged detector does not bring its own
-                    outputs = detector(on_device.images, on_device.sizes_hw)
-                outputs = {name: predictions.float() for name, predictions in outputs.items()}
-                losses = criterion(outputs, on_device.labels, on_device.boxes_cxcywh, batch.num_boxes, counts)
+                batch = predicted.batch
+                losses = criterion(
+                    predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
+                )
                 shares.append(torch.stack(losses[:4]))
-                parts.append(self._records(detector, outputs, batch, planned.indices))
+                parts.append(self._images.records(detector, predicted))
         return _Part(DetectionRecords.concatenate(parts), torch.stack(shares).cpu().double().sum(0).numpy())
 
     def _counts(self, num_queries: int) -> StepCounts:
@@ -157,24 +135,6 @@ class Evaluator:
         many matched as queries."""
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))
-
-    def _records(
-        self, detector: Detector, outputs: dict[str, Tensor], batch: Batch, indices: list[int]
-    ) -> DetectionRecords:
-        sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
-        detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
-        rows = np.array(indices, dtype=np.int64)
-        paths = [f"{self.data.image_path(row)}:" for row in indices]
-        readable = np.array(
-            [not any(reason.startswith(path) for reason in batch.unreadable) for path in paths]
-        )
-        return DetectionRecords(
-            evaluated_rows=rows,
-            image_rows=np.repeat(rows[readable], detections.scores.shape[1]),
-            boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
-            scores=detections.scores.cpu().numpy()[readable].reshape(-1),
-            labels=detections.labels.cpu().numpy()[readable].reshape(-1),
-        )
 
 
 def _no_records() -> DetectionRecords:

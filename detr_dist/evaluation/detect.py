@@ -1,0 +1,89 @@
+"""A detector's predictions on the images of a data set, in batches, each image once."""
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from detr_dist.config import Config
+from detr_dist.data.batching import Batch
+from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.loading import BatchLoader
+from detr_dist.data.sampling import evaluation_batches
+from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.evaluation.coco_metrics import DetectionRecords
+from detr_dist.models.detector import Detector
+from detr_dist.models.postprocess import postprocess
+
+
+class Predicted(NamedTuple):
+    """What the network says of one batch of images."""
+
+    rows: list[int]
+    """Of the images in the data set."""
+    batch: Batch
+    """On the device."""
+    outputs: dict[str, Tensor]
+    """`pred_logits` and `pred_boxes` of all decoder layers, float32."""
+
+
+class ImagePass:
+    """Passes this process's share of a data set's images through a detector, again and again.
+
+    Images are only resized. What surrounds an image, and with it its predictions, depends neither on the
+    batch size nor on the number of processes.
+    """
+
+    def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
+        self.data = data
+        self._accelerator = accelerator
+        edges = config.data.shortest_edge, config.data.longest_edge
+        sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
+        self._batches = evaluation_batches(
+            sizes_hw,
+            config.training.batch_size,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        self._loader = BatchLoader(
+            CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
+            [[(0, index) for index in batch.indices] for batch in self._batches],
+            config.data,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+
+    @torch.no_grad()
+    def run(self, detector: Detector) -> Generator[Predicted]:
+        """The predictions of a detector in evaluation mode, batch by batch."""
+        with closing(iter(self._loader)) as batches:
+            for planned, batch in zip(self._batches, batches, strict=True):
+                for reason in batch.unreadable:
+                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
+                on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
+                with self._accelerator.autocast():  # an averaged detector does not bring its own
+                    outputs = detector(on_device.images, on_device.sizes_hw)
+                outputs = {name: predictions.float() for name, predictions in outputs.items()}
+                yield Predicted(planned.indices, on_device, outputs)
+
+    def records(self, detector: Detector, predicted: Predicted) -> DetectionRecords:
+        """The detections on the host; an image that cannot be read has none."""
+        rows, batch, outputs = predicted
+        sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
+        detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
+        of_batch = np.array(rows, dtype=np.int64)
+        paths = [f"{self.data.image_path(row)}:" for row in rows]
+        readable = np.array(
+            [not any(reason.startswith(path) for reason in batch.unreadable) for path in paths]
+        )
+        return DetectionRecords(
+            evaluated_rows=of_batch,
+            image_rows=np.repeat(of_batch[readable], detections.scores.shape[1]),
+            boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
+            scores=detections.scores.cpu().numpy()[readable].reshape(-1),
+            labels=detections.labels.cpu().numpy()[readable].reshape(-1),
+        )
