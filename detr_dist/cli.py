@@ -27,6 +27,18 @@ Overrides = Annotated[
 ]
 
 
+Model = Annotated[
+    str,
+    typer.Option(
+        help="A model's or checkpoint's folder, runs:/RUN_ID/model, models:/NAME/VERSION, "
+        "models:/NAME@ALIAS, or a hub id."
+    ),
+]
+TrackingUri = Annotated[
+    str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where MLflow keeps runs and registry.")
+]
+
+
 def _keys_help() -> str:
     """The configuration keys as Markdown, one line each."""
     lines = [f"- `{key}={default}` {meaning}" for key, default, meaning in describe_keys()]
@@ -88,14 +100,56 @@ def make_data(
 
 
 @app.command()
-def export(
-    model: Annotated[
-        str,
+def evaluate(
+    model: Model,
+    data_dir: Annotated[Path, typer.Option(help="Folder with images and their COCO JSON.")],
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write all detections as COCO results, for pycocotools' loadRes.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(help="Folder to draw curves, confusions and the images with the worst errors into."),
+    ] = None,
+    model_thresholds: Annotated[
+        bool,
         typer.Option(
-            help="A model's or checkpoint's folder, runs:/RUN_ID/model, models:/NAME/VERSION, "
-            "models:/NAME@ALIAS, or a hub id."
+            "--model-thresholds",
+            help="Precision, recall and F1 at the thresholds that training found, which the model brings, "
+            "instead of the best ones for this data: what it will do on data it has not seen.",
         ),
-    ],
+    ] = False,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a model on any data of its classes.
+
+    The settings are those that it was trained by; `section.key=value` overrides them, e.g.
+    `training.batch_size=16`. One process by itself, several with `accelerate launch --config_file
+    accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the figures are the same.
+    docs/evaluation.md says what they mean.
+    """
+    from detr_dist.inference.evaluate import EvaluateOptions
+    from detr_dist.inference.evaluate import evaluate as run_evaluation
+
+    run_evaluation(
+        EvaluateOptions(
+            model=model,
+            data_dir=data_dir,
+            tracking_uri=tracking_uri,
+            predictions=predictions,
+            report=report,
+            pictures=pictures,
+            model_thresholds=model_thresholds,
+            overrides=overrides or (),
+        )
+    )
+
+
+@app.command()
+def export(
+    model: Model,
     output_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
     onnx: Annotated[
         bool,
@@ -107,9 +161,7 @@ def export(
     alias: Annotated[
         str | None, typer.Option(help="Have this alias, e.g. production, point to the new version.")
     ] = None,
-    tracking_uri: Annotated[
-        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where MLflow keeps runs and registry.")
-    ] = DEFAULT_TRACKING_URI,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     debug: Debug = False,
 ) -> None:
     """Make a model ready for production: a folder that needs nothing of this package.
@@ -118,8 +170,8 @@ def export(
     file is compared with torch before it is kept: inputs `pixel_values` (float32, normalised) and
     `pixel_mask` (int64), outputs `logits` and `pred_boxes`.
     """
-    from detr_dist.export import ExportOptions
-    from detr_dist.export import export as run_export
+    from detr_dist.inference.export import ExportOptions
+    from detr_dist.inference.export import export as run_export
 
     run_export(ExportOptions(model, output_dir, tracking_uri, onnx, register_as, alias))
 

@@ -209,12 +209,24 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         one.
     """
     tree = _read_yaml(path) if path is not None else {}
+    return _resolve(tree, overrides, source=f"{path}: " if path is not None else "")
+
+
+def override_config(config: Config, overrides: Sequence[str]) -> Config:
+    """The same configuration with `section.key=value` overrides.
+
+    Raises:
+        UsageError: as `load_config`.
+    """
+    return _resolve(config.model_dump(mode="json"), overrides, source="")
+
+
+def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
     for override in overrides:
         _apply_override(tree, override)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        source = f"{path}: " if path is not None else ""
         raise UsageError("\n".join(source + _describe(problem) for problem in error.errors())) from None
 
 

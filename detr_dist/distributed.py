@@ -5,23 +5,25 @@ the device.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
 
 T = TypeVar("T")
 
 
-def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int) -> Accelerator:
-    """The Accelerator of this process, on the CPU where there is no accelerator.
+def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int | None = None) -> Accelerator:
+    """The Accelerator of this process, on the CPU where there is no accelerator. Without accumulation steps
+    it is for predictions only.
 
     Collective: forms the process group.
 
@@ -31,8 +33,7 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int)
             number of processes came up than was asked for.
     """
     _check_launch_settings(mixed_precision, gradient_accumulation_steps)
-    has_device = torch.accelerator.is_available()
-    use_cpu = not has_device or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = uses_cpu()
     if mixed_precision == "fp16" and use_cpu:
         raise UsageError("training.mixed_precision=fp16 needs a GPU; use bf16 or no on the CPU")
     accelerator = Accelerator(
@@ -40,7 +41,7 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int)
         mixed_precision=mixed_precision,
         # The loop hands over whole groups of micro-batches; a data loader's end means nothing to it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=gradient_accumulation_steps, sync_with_dataloader=False
+            num_steps=gradient_accumulation_steps or 1, sync_with_dataloader=False
         ),
         step_scheduler_with_optimizer=False,
     )
@@ -54,7 +55,42 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int)
     return accelerator
 
 
-def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int) -> None:
+def uses_cpu() -> bool:
+    """Whether this process computes on the CPU: there is nothing else, or Accelerate was told so."""
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    return told or not torch.accelerator.is_available()
+
+
+@contextmanager
+def group_of_processes() -> Iterator[PartialState]:
+    """The processes that were launched together, joined as long as this lasts.
+
+    Collective. An Accelerator that is built meanwhile joins the same group.
+
+    Raises:
+        TrainingError: another process was lost.
+    """
+    state = PartialState(cpu=uses_cpu())
+    is_whole = False
+    try:
+        yield state
+        is_whole = True
+    except StopRequested:
+        is_whole = True
+        raise
+    except RuntimeError as error:
+        if state.num_processes > 1 and is_lost_contact(error):
+            raise TrainingError(
+                "lost contact with another process, which has ended or cannot be reached; the cause is what "
+                f"it says itself, or how the launcher says it ended ({' '.join(str(error).split())[:200]})"
+            ) from error
+        raise
+    finally:
+        if is_whole:  # a group that has lost a process could wait for it for minutes
+            state.destroy_process_group()
+
+
+def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
     """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched not in ("no", mixed_precision):
@@ -64,7 +100,10 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
             "settings"
         )
     accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if accumulation not in ("1", str(gradient_accumulation_steps)):
+    if gradient_accumulation_steps is not None and accumulation not in (
+        "1",
+        str(gradient_accumulation_steps),
+    ):
         raise UsageError(
             f"gradient accumulation is {accumulation} for accelerate launch, but "
             f"training.gradient_accumulation_steps is {gradient_accumulation_steps}; make them agree or "
@@ -108,10 +147,10 @@ class HostGroup:
     Every method is collective.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.num_processes = accelerator.num_processes
-        self.process_index = accelerator.process_index
-        self.local_process_index = accelerator.local_process_index
+    def __init__(self, processes: Accelerator | PartialState) -> None:
+        self.num_processes = processes.num_processes
+        self.process_index = processes.process_index
+        self.local_process_index = processes.local_process_index
         self._group: Any = dist.new_group(backend="gloo") if self.num_processes > 1 else None
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:

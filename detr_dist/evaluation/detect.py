@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from detr_dist.config import Config
 from detr_dist.data.batching import Batch
@@ -59,9 +60,17 @@ class ImagePass:
 
     @torch.no_grad()
     def run(self, detector: Detector) -> Generator[Predicted]:
-        """The predictions of a detector in evaluation mode, batch by batch."""
+        """The predictions of a detector in evaluation mode, batch by batch, with a bar on a terminal."""
+        bar = tqdm(
+            self._batches,
+            desc="images",
+            unit="batch",
+            leave=False,
+            dynamic_ncols=True,
+            disable=None if self._accelerator.is_main_process else True,
+        )
         with closing(iter(self._loader)) as batches:
-            for planned, batch in zip(self._batches, batches, strict=True):
+            for planned, batch in zip(bar, batches, strict=True):
                 for reason in batch.unreadable:
                     print(f"warning: {reason}; it counts as an image without detections", flush=True)
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)

@@ -1,6 +1,6 @@
 """Distributed evaluation: every process looks at its own images, every image counts exactly once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
 from detr_dist.evaluation.coco_metrics import CocoFigures, DetectionRecords, coco_figures
 from detr_dist.evaluation.detect import ImagePass
-from detr_dist.evaluation.operating_point import OperatingPoints, operating_points
+from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 
@@ -60,12 +60,14 @@ class Evaluator:
         accelerator: Accelerator,
         host: HostGroup,
         *,
+        thresholds: Sequence[float | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`thresholds` of each class take the place of `evaluation.score_threshold`."""
         self.data = data
         self._images = ImagePass(data, config, accelerator)
         self._stop_requested = stop_requested
-        self._score_threshold = config.evaluation.score_threshold
+        self._thresholds: Thresholds = config.evaluation.score_threshold if thresholds is None else thresholds
         self._device = accelerator.device
         self._host = host
 
@@ -107,7 +109,7 @@ class Evaluator:
                 "training.learning_rate or set training.gradient_clip"
             )
         coco = coco_figures(self.data, records)
-        points = operating_points(self.data, records, self._score_threshold)
+        points = operating_points(self.data, records, self._thresholds)
         metrics = coco.metrics | points.metrics(self.data.class_names)
         metrics |= dict(zip(LOSSES, losses.tolist(), strict=True))
         return Scores(metrics, Details(records, coco, points))

@@ -4,7 +4,7 @@ docs/evaluation.md has the definitions, with an example. faster-coco-eval matche
 matches to itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -122,6 +122,15 @@ class OperatingPoints:
         return metrics
 
 
+def known_thresholds(metrics: Mapping[str, float], class_names: Sequence[str]) -> dict[str, float]:
+    """The thresholds among the logged figures of an evaluation, by class name."""
+    keys = {
+        name: f"val_{each}_threshold"
+        for name, each in zip(class_names, metric_names(class_names), strict=True)
+    }
+    return {name: metrics[key] for name, key in keys.items() if key in metrics}
+
+
 def _figures(prefix: str, counts: Counts) -> dict[str, float]:
     return {
         f"{prefix}precision": counts.precision,
@@ -130,10 +139,15 @@ def _figures(prefix: str, counts: Counts) -> dict[str, float]:
     }
 
 
+Thresholds = float | Literal["auto"] | Sequence[float | None]
+"""The least score that counts: one for all classes, `auto` for that of each class's best F1, or one for each
+class, where None lets nothing through."""
+
+
 def operating_points(
-    data: CocoData, records: DetectionRecords, score_threshold: float | Literal["auto"]
+    data: CocoData, records: DetectionRecords, score_threshold: Thresholds
 ) -> OperatingPoints:
-    """All classes at `score_threshold`, or (`auto`) each at the threshold of its best F1."""
+    """All classes at their thresholds."""
     detections = _best_of_each_image(data, records)
     found = match(data, detections, by_class=True)
     in_crowd = _in_crowd(data, found)
@@ -142,12 +156,15 @@ def operating_points(
     for label, num_boxes in enumerate(num_truth.tolist()):
         own = (detections.labels == label) & ~in_crowd
         curve = _curve(detections.scores[own], found[own] >= 0, num_boxes)
-        classes.append(_at_threshold(curve, score_threshold) if num_boxes else None)
+        classes.append(_at_threshold(curve, score_threshold, label) if num_boxes else None)
     return OperatingPoints(classes, _confusion(data, detections, classes))
 
 
-def _at_threshold(curve: Curve, score_threshold: float | Literal["auto"]) -> ClassPoint:
-    threshold = curve.best_threshold() if score_threshold == "auto" else score_threshold
+def _at_threshold(curve: Curve, thresholds: Thresholds, label: int) -> ClassPoint:
+    if isinstance(thresholds, str):
+        threshold = curve.best_threshold()
+    else:
+        threshold = thresholds if isinstance(thresholds, int | float) else thresholds[label]
     return ClassPoint(threshold, curve.at(np.inf if threshold is None else threshold), curve)
 
 

@@ -62,16 +62,38 @@ def build_detector(
         network = _new_network(config, architecture, labels)
         if config.pretrained_backbone:
             _load_backbone_weights(config, network)
-    has_pretrained_backbone = config.pretrained is not None or config.pretrained_backbone
     body = backbone_body(network)
-    freeze = has_pretrained_backbone if config.freeze_batch_norm == "auto" else config.freeze_batch_norm
-    if not freeze:
+    if not _freezes_batch_norm(config):
         _thaw_batch_norm(body)
     for name, parameter in body.named_parameters():
-        parameter.requires_grad_(train_backbone and not (has_pretrained_backbone and _is_stem(name)))
+        parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and _is_stem(name)))
     detector = Detector(network, loss_settings_of(network.config, architecture), channels_last=channels_last)
     _check_forward(detector)
     return detector
+
+
+def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_last: bool) -> Detector:
+    """A detector around a network that `load_network` has loaded, in evaluation mode.
+
+    With the `config` that it was trained by it computes what it did in training to the last bit: the two
+    kinds of batch norm round differently.
+    """
+    if not _freezes_batch_norm(config):
+        _thaw_batch_norm(backbone_body(network))
+    model_type = network.config.model_type
+    architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
+    settings = loss_settings_of(network.config, architecture)
+    return Detector(network, settings, channels_last=channels_last).eval()
+
+
+def _has_pretrained_backbone(config: ModelConfig) -> bool:
+    return config.pretrained is not None or config.pretrained_backbone
+
+
+def _freezes_batch_norm(config: ModelConfig) -> bool:
+    if config.freeze_batch_norm == "auto":
+        return _has_pretrained_backbone(config)
+    return config.freeze_batch_norm
 
 
 def _network_like(structure: Path) -> PreTrainedModel:

@@ -1,10 +1,13 @@
-"""Folders that are there whole or not at all, whatever moment the machine stops at."""
+"""Folders and files that are there whole or not at all, whatever moment the machine stops at."""
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from detr_dist.errors import UsageError
 
 
 @contextmanager
@@ -73,6 +76,32 @@ def _finish(folder: Path) -> bool:
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     return was_torn
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Make the folder if need be.
+
+    Raises:
+        UsageError: naming the command line's `option`, nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{option} {folder}: {error.strerror}; give a folder that can be written to"
+        ) from error
+
+
+def write_text_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or as it was."""
+    partial = _partial(path)
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def failure_on_disk(error: Exception, folder: Path) -> str:

@@ -7,6 +7,7 @@ from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.tracking.memory import DeviceMonitor
 from detr_dist.training.checkpoint import take_snapshot
@@ -109,7 +110,8 @@ class RunObserver:
         model = None
         if self._is_best or self._config.logging.mlflow:
             metrics = dict(state.metrics) if self._was_evaluated else {}
-            model = ModelCard(num_epochs, state.step, self._is_best, metrics)
+            thresholds = known_thresholds(state.metrics, self._detector.class_names)
+            model = ModelCard(num_epochs, state.step, self._is_best, metrics, thresholds)
         if names or model is not None:
             self._save(state, names, model)  # the loop has checked the weights
         self._paused_s += time.perf_counter() - began_at

@@ -3,32 +3,15 @@
 import itertools
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.errors import CheckpointError
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, open_checkpoint
-from detr_dist.training.durable import new_folder
+from detr_dist.training.durable import new_folder, write_text_whole
 
 OF_A_RUN = ("checkpoints", "model", "models", "outbox", "tensorboard", "config.yaml", "results.json")
-
-
-def check_writable(output_dir: Path) -> None:
-    """Make the output folder if need be.
-
-    Raises:
-        UsageError: nothing can be written there.
-    """
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"--output-dir {output_dir}: {error.strerror}; give a folder that can be written to"
-        ) from error
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
@@ -82,4 +65,4 @@ def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[st
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")
     results = {"metrics": metrics, **where}
-    (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")

@@ -25,6 +25,8 @@ class ModelCard:
     is_best: bool
     metrics: Mapping[str, float]
     """Of the evaluation at this epoch's end; empty if there was none."""
+    thresholds: Mapping[str, float]
+    """The least score of a detection that counts, by class name, as the last evaluation found it."""
 
 
 class ModelPacker:
@@ -55,6 +57,7 @@ class ModelPacker:
             "val_map": card.metrics.get("val_map"),
             "is_best": card.is_best,
             "metrics": dict(card.metrics),
+            "thresholds": dict(card.thresholds),
             "config": self._config.model_dump(mode="json"),
         }
         with new_folder(folder) as partial:

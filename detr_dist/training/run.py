@@ -9,8 +9,8 @@ from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
-from detr_dist.distributed import build_accelerator, is_lost_contact
-from detr_dist.errors import CheckpointError, StopRequested, TrainingError, UsageError
+from detr_dist.distributed import build_accelerator, group_of_processes
+from detr_dist.errors import CheckpointError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
@@ -19,11 +19,12 @@ from detr_dist.tracking.mlflow import MLflowTracker, run_status
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
+from detr_dist.training.durable import check_writable
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.output import bring_best, check_writable, make_room, write_results
+from detr_dist.training.output import bring_best, make_room, write_results
 from detr_dist.training.packing import ModelPacker
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.progress import Progress
@@ -47,39 +48,26 @@ def train(config: Config, options: RunOptions) -> None:
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
     train_data = load_coco(options.train_dir)
     val_data = load_coco(options.val_dir, classes=train_data.class_names)
-    accelerator = build_accelerator(
-        mixed_precision=config.training.mixed_precision,
-        gradient_accumulation_steps=config.training.gradient_accumulation_steps,
-    )
-    is_whole = False
-    try:
-        setup = set_up(config, options, train_data, val_data, accelerator)
-        with StopSignals() as signals, ExitStack() as held:
-            setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
-            tracker = setup.host.on_main_process(lambda: _open_run(setup))
-            with run_status(tracker):
-                setup.host.on_main_process(lambda: _open_output(setup, tracker))
-                _run(setup, _assemble(setup, signals), signals, tracker)
-        is_whole = True
-    except StopRequested:
-        is_whole = True
-        raise
-    except RuntimeError as error:
-        if accelerator.num_processes > 1 and is_lost_contact(error):
-            raise TrainingError(
-                "lost contact with another process, which has ended or cannot be reached; the cause is what "
-                f"it says itself, or how the launcher says it ended ({' '.join(str(error).split())[:200]})"
-            ) from error
-        raise
-    finally:
-        for each in accelerator.trackers:
-            each.finish()
-        if is_whole:  # a group that has lost a process could wait for it for minutes
-            accelerator.state.destroy_process_group()
+    with group_of_processes():
+        accelerator = build_accelerator(
+            mixed_precision=config.training.mixed_precision,
+            gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+        )
+        try:
+            setup = set_up(config, options, train_data, val_data, accelerator)
+            with StopSignals() as signals, ExitStack() as held:
+                setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
+                tracker = setup.host.on_main_process(lambda: _open_run(setup))
+                with run_status(tracker):
+                    setup.host.on_main_process(lambda: _open_output(setup, tracker))
+                    _run(setup, _assemble(setup, signals), signals, tracker)
+        finally:
+            for each in accelerator.trackers:
+                each.finish()
 
 
 def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
-    check_writable(output_dir)
+    check_writable("--output-dir", output_dir)
     return locked(output_dir)
 
 

@@ -240,7 +240,7 @@ def test_a_failure_of_the_onnx_comparison_leaves_nothing(
     trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detr_dist.errors import DetrDistError
-    from detr_dist.export import ExportOptions, export
+    from detr_dist.inference.export import ExportOptions, export
 
     monkeypatch.setattr("detr_dist.models.onnx.TOLERANCES", {"logits": 0.0, "pred_boxes": -1.0})
     with pytest.raises(DetrDistError, match="differ from torch's"):

@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).parents[2]
 BASE = {"boxes", "config", "errors"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": BASE | {"data", "distributed", "evaluation", "export", "models", "tracking", "training"},
-    "export": BASE | {"models", "tracking", "training"},
+    "cli": BASE | {"data", "distributed", "evaluation", "inference", "models", "tracking", "training"},
+    "inference": BASE | {"data", "distributed", "evaluation", "models", "tracking", "training"},
     "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
     "tracking": BASE | {"data", "distributed", "models"},

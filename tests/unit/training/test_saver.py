@@ -16,7 +16,7 @@ from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_chec
 from detr_dist.training.packing import ModelCard
 from detr_dist.training.saver import Saver
 
-BEST = ModelCard(epoch=1, step=4, is_best=True, metrics={"val_map": 0.5})
+BEST = ModelCard(epoch=1, step=4, is_best=True, metrics={"val_map": 0.5}, thresholds={})
 
 SnapshotAt = Callable[..., Snapshot]
 NewSaver = Callable[..., Saver]

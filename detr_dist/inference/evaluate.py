@@ -1,0 +1,157 @@
+"""`detr-dist evaluate`: any model on any data of its classes, on one process or several."""
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from detr_dist.config import Config, load_config, override_config
+from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes, uses_cpu
+from detr_dist.evaluation.coco_metrics import DetectionRecords, metric_names
+from detr_dist.evaluation.evaluate import Details, Evaluator
+from detr_dist.inference.trained import TrainedModel, open_model, tracking_uri_as_option
+from detr_dist.training.durable import check_writable, write_text_whole
+from detr_dist.training.sources import find_model
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    model: str
+    data_dir: Path
+    tracking_uri: str
+    predictions: Path | None = None
+    report: Path | None = None
+    pictures: Path | None = None
+    model_thresholds: bool = False
+    """Count detections at the thresholds that the model brings."""
+    overrides: Sequence[str] = ()
+    """Of the configuration that the model was trained by."""
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """Score a model on a data set and say so: a table, and the files that `options` asks for.
+
+    Collective.
+
+    Raises:
+        DetrDistError: with one clear line, on every process.
+    """
+    load_config(None, options.overrides)  # a wrong one is told before anything is loaded
+    with tracking_uri_as_option(), group_of_processes() as processes:
+        host = HostGroup(processes)
+        host.on_main_process(lambda: _check_places(options))
+        model = _open(options, host)
+        config = _settings(model, options.overrides)
+        data = load_coco(options.data_dir, classes=model.class_names, classes_source=options.model)
+        accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
+        thresholds = model.thresholds if options.model_thresholds else None
+        evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
+        if accelerator.is_main_process:
+            for notice in data.notices:
+                print(notice)
+            print(
+                f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
+                f"{accelerator.mixed_precision}) x batch {config.training.batch_size}",
+                flush=True,
+            )
+        began_at = time.perf_counter()
+        scores = evaluator.evaluate(model.detector(config).to(accelerator.device))
+        metrics = {f"val_{name}": value for name, value in scores.metrics.items()}
+        facts = {
+            "model": options.model,
+            "data": str(data.annotations_path),
+            "num_images": len(data),
+            "num_processes": host.num_processes,
+            "seconds": time.perf_counter() - began_at,
+            "config": config.model_dump(mode="json"),
+        }
+        details = scores.details
+        host.on_main_process(lambda: details and _leave(options, data, metrics, details, facts))
+
+
+def _check_places(options: EvaluateOptions) -> None:
+    """What is to be written can be, as far as can be known before hours of work."""
+    for name, path in (("--predictions", options.predictions), ("--report", options.report)):
+        if path is not None:
+            check_writable(name, path.parent)
+    if options.pictures is not None:
+        check_writable("--pictures", options.pictures.parent)
+
+
+def _open(options: EvaluateOptions, host: HostGroup) -> TrainedModel:
+    with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
+        found = host.once_per_machine(lambda: find_model(options.model, options.tracking_uri, Path(scratch)))
+        model = open_model(options.model, found)
+        host.gather_rows([0.0])  # the files stay until every process has read them
+    return model
+
+
+def _settings(model: TrainedModel, overrides: Sequence[str]) -> Config:
+    """The model's own, as far as this machine can follow them, with the overrides."""
+    config = model.config
+    if config.training.mixed_precision == "fp16" and uses_cpu():
+        config = override_config(config, ["training.mixed_precision=no"])
+    return override_config(config, overrides)
+
+
+def _leave(
+    options: EvaluateOptions,
+    data: CocoData,
+    metrics: dict[str, float],
+    details: Details,
+    facts: dict[str, Any],
+) -> None:
+    print("\n".join(table(data, metrics)), flush=True)
+    if options.predictions is not None:
+        write_text_whole(options.predictions, json.dumps(coco_results(data, details.records)))
+        print(f"{options.predictions}: {len(details.records.scores)} detections as COCO results")
+    if options.report is not None:
+        report = {
+            "metrics": metrics,
+            "class_names": data.class_names,
+            "confusion": details.operating_points.confusion.tolist(),
+            **facts,
+        }
+        write_text_whole(options.report, json.dumps(report, indent=2) + "\n")
+        print(f"{options.report}: the figures, what was taken for what, and how they came about")
+
+
+def table(data: CocoData, metrics: dict[str, float]) -> Iterator[str]:
+    """The figures of an evaluation for a terminal: a line for each class and one for all, then the rest."""
+    columns = ("map", "precision", "recall", "f1", "threshold")
+    num_boxes = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes).tolist()
+    width = max(len(name) for name in (*data.class_names, "all classes"))
+    yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{name:>11}" for name in ("AP", *columns[1:]))
+    lines = zip(
+        (*data.class_names, "all classes"),
+        (*num_boxes, sum(num_boxes)),
+        (*(f"val_{name}_" for name in metric_names(data.class_names)), "val_"),
+        strict=True,
+    )
+    shown = set()
+    for name, boxes, prefix in lines:
+        keys = [prefix + column for column in columns]
+        shown |= set(keys)
+        figures = "".join(f"{metrics[key]:>11.4f}" if key in metrics else f"{'-':>11}" for key in keys)
+        yield f"{name:<{width}} {boxes:>9}{figures}"
+    yield "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in shown)
+
+
+def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
+    """Detections as pycocotools' `loadRes` reads them, with the ids of the data set's own JSON."""
+    boxes = records.boxes_xyxy_px.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        data.image_ids[records.image_rows].tolist(),
+        np.array(data.category_ids)[records.labels].tolist(),
+        boxes.tolist(),
+        records.scores.tolist(),
+    )
+    keys = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]

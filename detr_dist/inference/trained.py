@@ -1,0 +1,134 @@
+"""A trained detector, wherever it is, with what is known of it."""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import ValidationError
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from detr_dist.config import Config, DataConfig
+from detr_dist.errors import UsageError
+from detr_dist.evaluation.operating_point import known_thresholds
+from detr_dist.models.build import load_network, trained_detector
+from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD, Detector
+from detr_dist.tracking.delivery import one_line
+from detr_dist.training.checkpoint import STATE, Checkpoint
+from detr_dist.training.sources import FoundModel, find_model
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    network: PreTrainedModel
+    """On the CPU, in evaluation mode."""
+    config: Config
+    """By which it was trained; of a model from elsewhere the defaults, with its own image sizes."""
+    metadata: dict[str, Any]
+    """Epoch, step, metrics and so on, as far as they are known."""
+    is_mlflow_model: bool
+    """Whether it lies there as an MLflow model."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        names = cast(dict[int, str], self.network.config.id2label)
+        return tuple(names[index] for index in range(len(names)))
+
+    @property
+    def thresholds(self) -> list[float | None]:
+        """The least score of a detection that counts, of each class, as the last evaluation in training
+        found it; None where none is known."""
+        known = self.metadata.get("thresholds") or {}
+        return [known.get(name) for name in self.class_names]
+
+    def detector(self, config: Config) -> Detector:
+        """The network, ready to predict as `config` says, which is its own or made from that."""
+        return trained_detector(self.network, config.model, channels_last=config.training.channels_last)
+
+
+def fetch_model(reference: str, tracking_uri: str) -> TrainedModel:
+    """The model that `reference` names (see `find_model`).
+
+    Raises:
+        UsageError: there is no such model, or it cannot be used here.
+        CheckpointError: the checkpoint is not whole.
+    """
+    with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
+        return open_model(reference, find_model(reference, tracking_uri, Path(scratch)))
+
+
+def open_model(reference: str, found: FoundModel) -> TrainedModel:
+    """Load what was found for `reference`.
+
+    Raises:
+        UsageError: it cannot be used here.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    network = load_network(reference, found.location)
+    mlmodel = Path(found.location) / "MLmodel"
+    if found.checkpoint is not None:
+        config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
+    else:
+        metadata = yaml.safe_load(mlmodel.read_text()).get("metadata") or {} if mlmodel.exists() else {}
+        try:
+            config = Config.model_validate(metadata.get("config") or {})
+        except ValidationError:  # of another version of this package
+            config = Config()
+        edges = _image_edges(reference, found.location)
+        config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
+    return TrainedModel(network, config, metadata, is_mlflow_model=mlmodel.exists())
+
+
+@contextmanager
+def tracking_uri_as_option() -> Iterator[None]:
+    """Errors name the option --tracking-uri, where training would name the setting."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(
+            str(error)
+            .replace("logging.mlflow_tracking_uri", "--tracking-uri")
+            .replace(", or set logging.mlflow=false", "")
+        ) from error
+
+
+def _image_edges(reference: str, location: str) -> dict[str, int]:
+    """The edges that images are resized to."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+        edges = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
+        DataConfig.model_validate(edges)
+        colours = tuple(processor.image_mean), tuple(processor.image_std)
+    except Exception as error:  # the library raises many kinds, and pydantic another
+        raise UsageError(
+            f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
+            f"image ({one_line(error)[:200]}); give another model, or the checkpoint that it comes from"
+        ) from error
+    if colours != (IMAGE_MEAN, IMAGE_STD):
+        raise UsageError(
+            f"{reference}: its preprocessor_config.json has another image_mean or image_std than ImageNet's; "
+            "such a model cannot be used here"
+        )
+    return edges
+
+
+def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    state, facts = checkpoint.state, checkpoint.facts
+    is_best = state.best_step == state.step
+    return {
+        "epoch": math.ceil(json.loads((checkpoint.folder / STATE).read_text())["epoch"]),
+        "step": state.step,
+        "val_map": state.best_map if is_best else None,
+        "is_best": is_best,
+        "metrics": state.metrics if is_best else {},
+        "thresholds": known_thresholds(state.metrics, facts.class_names),
+        "config": facts.config.model_dump(mode="json"),
+        "run_id": facts.mlflow_run_id,
+    }
