@@ -148,6 +148,37 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    model: Model,
+    source: Annotated[Path, typer.Option("--input", help="A picture, or a folder of them.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the drawn pictures and predictions.json.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Least score of a detection; unset: that of each class which the model brings from "
+            "training, else 0.5.",
+        ),
+    ] = None,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Find objects in pictures: boxes drawn into copies of them, and all as COCO results.
+
+    In `predictions.json` an image_id counts the pictures from 1 in the order of their names, which stand
+    beside it, and a category_id the model's classes from 0. Boxes are [x, y, width, height] in pixels of the
+    picture as it is stored: an EXIF rotation is not applied, as in training. The settings are those that the
+    model was trained by; `section.key=value` overrides them, e.g. `training.batch_size=16`.
+    """
+    from detr_dist.inference.predict import PredictOptions
+    from detr_dist.inference.predict import predict as run_prediction
+
+    run_prediction(PredictOptions(model, source, output_dir, tracking_uri, threshold, overrides or ()))
+
+
+@app.command()
 def export(
     model: Model,
     output_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],

@@ -155,6 +155,9 @@ class EvaluationConfig(Section):
     score_threshold: ShareOrAuto = "auto"
     """Least score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each class
     the one with the best F1."""
+    pictures: bool = True
+    """Draw curves, confusions and the images with the worst errors at every evaluation, into
+    OUTPUT_DIR/pictures and MLflow."""
 
 
 class CheckpointConfig(Section):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
@@ -28,6 +29,12 @@ class DetectionRecords:
     """[D]."""
     labels: NDArray[np.int64]
     """[D], class indices."""
+
+    @classmethod
+    def none(cls) -> "DetectionRecords":
+        """Of no image."""
+        integers, floats = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        return cls(integers, integers, floats.reshape(0, 4), floats, integers)
 
     @classmethod
     def concatenate(cls, parts: Sequence["DetectionRecords"]) -> "DetectionRecords":
@@ -109,6 +116,20 @@ def _mean_of_known(values: NDArray[np.float64]) -> float:
     """nan if there is none."""
     known = values[values > -1]
     return float(known.mean()) if len(known) else np.nan
+
+
+def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
+    """Detections as pycocotools' `loadRes` reads them, with the ids of the data set's own JSON."""
+    boxes = records.boxes_xyxy_px.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        data.image_ids[records.image_rows].tolist(),
+        np.array(data.category_ids)[records.labels].tolist(),
+        boxes.tolist(),
+        records.scores.tolist(),
+    )
+    keys = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def metric_names(class_names: Sequence[str]) -> list[str]:

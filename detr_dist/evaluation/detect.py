@@ -15,7 +15,7 @@ from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader
-from detr_dist.data.sampling import evaluation_batches
+from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.evaluation.coco_metrics import DetectionRecords
 from detr_dist.models.detector import Detector
@@ -31,6 +31,8 @@ class Predicted(NamedTuple):
     """On the device."""
     outputs: dict[str, Tensor]
     """`pred_logits` and `pred_boxes` of all decoder layers, float32."""
+    unreadable: dict[int, str]
+    """Rows of images that cannot be read, for which a black one stands, with "path: reason"."""
 
 
 class ImagePass:
@@ -71,27 +73,30 @@ class ImagePass:
         )
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(bar, batches, strict=True):
-                for reason in batch.unreadable:
-                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
                 with self._accelerator.autocast():  # an averaged detector does not bring its own
                     outputs = detector(on_device.images, on_device.sizes_hw)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
-                yield Predicted(planned.indices, on_device, outputs)
+                yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))
+
+    def _unreadable(self, planned: EvaluationBatch, batch: Batch) -> dict[int, str]:
+        starts = {row: f"{self.data.image_path(row)}:" for row in planned.indices}
+        return {
+            row: reason
+            for row, start in starts.items()
+            for reason in batch.unreadable
+            if reason.startswith(start)
+        }
 
     def records(self, detector: Detector, predicted: Predicted) -> DetectionRecords:
         """The detections on the host; an image that cannot be read has none."""
-        rows, batch, outputs = predicted
-        sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
-        detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
-        of_batch = np.array(rows, dtype=np.int64)
-        paths = [f"{self.data.image_path(row)}:" for row in rows]
-        readable = np.array(
-            [not any(reason.startswith(path) for reason in batch.unreadable) for path in paths]
-        )
+        sizes_hw = torch.tensor(predicted.batch.original_sizes_hw, device=self._accelerator.device)
+        detections = postprocess(predicted.outputs, sizes_hw, detector.loss_settings.kind)
+        rows = np.array(predicted.rows, dtype=np.int64)
+        readable = ~np.isin(rows, list(predicted.unreadable))
         return DetectionRecords(
-            evaluated_rows=of_batch,
-            image_rows=np.repeat(of_batch[readable], detections.scores.shape[1]),
+            evaluated_rows=rows,
+            image_rows=np.repeat(rows[readable], detections.scores.shape[1]),
             boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
             scores=detections.scores.cpu().numpy()[readable].reshape(-1),
             labels=detections.labels.cpu().numpy()[readable].reshape(-1),

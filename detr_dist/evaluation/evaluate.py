@@ -118,12 +118,14 @@ class Evaluator:
     def _detect(self, detector: Detector) -> _Part:
         """This process's images, as records on the host, and their share of the losses."""
         criterion, counts = SetCriterion(detector.loss_settings), self._counts(detector.num_queries)
-        parts = [_no_records()]
+        parts = [DetectionRecords.none()]
         shares = [torch.zeros(len(LOSSES), device=self._device)]
         with closing(self._images.run(detector)) as all_predicted:
             for predicted in all_predicted:
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
+                for reason in predicted.unreadable.values():
+                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
                 batch = predicted.batch
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
@@ -137,14 +139,3 @@ class Evaluator:
         many matched as queries."""
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))
-
-
-def _no_records() -> DetectionRecords:
-    nothing = np.zeros(0)
-    return DetectionRecords(
-        nothing.astype(np.int64),
-        nothing.astype(np.int64),
-        np.zeros((0, 4), dtype=np.float32),
-        nothing.astype(np.float32),
-        nothing.astype(np.int64),
-    )

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from detr_dist.config import Config, load_config, override_config
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes, uses_cpu
-from detr_dist.evaluation.coco_metrics import DetectionRecords, metric_names
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.errors import UsageError
+from detr_dist.evaluation.coco_metrics import coco_results, metric_names
 from detr_dist.evaluation.evaluate import Details, Evaluator
-from detr_dist.inference.trained import TrainedModel, open_model, tracking_uri_as_option
-from detr_dist.training.durable import check_writable, write_text_whole
+from detr_dist.evaluation.plots import draw_pictures
+from detr_dist.inference.trained import TrainedModel, open_model, tracking_uri_as_option, tracking_uri_for
+from detr_dist.training.durable import check_writable, new_folder, write_text_whole
 from detr_dist.training.sources import find_model
 
 
@@ -42,12 +43,12 @@ def evaluate(options: EvaluateOptions) -> None:
     Raises:
         DetrDistError: with one clear line, on every process.
     """
-    load_config(None, options.overrides)  # a wrong one is told before anything is loaded
+    tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
     with tracking_uri_as_option(), group_of_processes() as processes:
         host = HostGroup(processes)
         host.on_main_process(lambda: _check_places(options))
-        model = _open(options, host)
-        config = _settings(model, options.overrides)
+        model = _open(options.model, tracking_uri, host)
+        config = model.settings(options.overrides)
         data = load_coco(options.data_dir, classes=model.class_names, classes_source=options.model)
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
         thresholds = model.thresholds if options.model_thresholds else None
@@ -71,8 +72,7 @@ def evaluate(options: EvaluateOptions) -> None:
             "seconds": time.perf_counter() - began_at,
             "config": config.model_dump(mode="json"),
         }
-        details = scores.details
-        host.on_main_process(lambda: details and _leave(options, data, metrics, details, facts))
+        host.on_main_process(lambda: _leave(options, data, metrics, scores.details, facts))
 
 
 def _check_places(options: EvaluateOptions) -> None:
@@ -82,35 +82,34 @@ def _check_places(options: EvaluateOptions) -> None:
             check_writable(name, path.parent)
     if options.pictures is not None:
         check_writable("--pictures", options.pictures.parent)
+        if options.pictures.exists() and any(options.pictures.glob("*")):
+            raise UsageError(f"--pictures {options.pictures}: is there already; delete it or give another")
 
 
-def _open(options: EvaluateOptions, host: HostGroup) -> TrainedModel:
+def _open(reference: str, tracking_uri: str, host: HostGroup) -> TrainedModel:
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
-        found = host.once_per_machine(lambda: find_model(options.model, options.tracking_uri, Path(scratch)))
-        model = open_model(options.model, found)
+        found = host.once_per_machine(lambda: find_model(reference, tracking_uri, Path(scratch)))
+        model = open_model(reference, found)
         host.gather_rows([0.0])  # the files stay until every process has read them
     return model
-
-
-def _settings(model: TrainedModel, overrides: Sequence[str]) -> Config:
-    """The model's own, as far as this machine can follow them, with the overrides."""
-    config = model.config
-    if config.training.mixed_precision == "fp16" and uses_cpu():
-        config = override_config(config, ["training.mixed_precision=no"])
-    return override_config(config, overrides)
 
 
 def _leave(
     options: EvaluateOptions,
     data: CocoData,
     metrics: dict[str, float],
-    details: Details,
+    details: Details | None,
     facts: dict[str, Any],
 ) -> None:
+    assert details is not None  # on the main process
     print("\n".join(table(data, metrics)), flush=True)
     if options.predictions is not None:
         write_text_whole(options.predictions, json.dumps(coco_results(data, details.records)))
         print(f"{options.predictions}: {len(details.records.scores)} detections as COCO results")
+    if options.pictures is not None:
+        with new_folder(options.pictures) as partial:
+            draw_pictures(partial, data, details)
+        print(f"{options.pictures}: curves, confusions and the images with the worst errors")
     if options.report is not None:
         report = {
             "metrics": metrics,
@@ -141,17 +140,3 @@ def table(data: CocoData, metrics: dict[str, float]) -> Iterator[str]:
         figures = "".join(f"{metrics[key]:>11.4f}" if key in metrics else f"{'-':>11}" for key in keys)
         yield f"{name:<{width}} {boxes:>9}{figures}"
     yield "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in shown)
-
-
-def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
-    """Detections as pycocotools' `loadRes` reads them, with the ids of the data set's own JSON."""
-    boxes = records.boxes_xyxy_px.astype(np.float64)
-    boxes[:, 2:] -= boxes[:, :2]
-    columns = (
-        data.image_ids[records.image_rows].tolist(),
-        np.array(data.category_ids)[records.labels].tolist(),
-        boxes.tolist(),
-        records.scores.tolist(),
-    )
-    keys = ("image_id", "category_id", "bbox", "score")
-    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]

@@ -3,7 +3,7 @@
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from detr_dist.config import Config, DataConfig
+from detr_dist.config import Config, DataConfig, load_config, override_config
+from detr_dist.distributed import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
@@ -46,6 +47,14 @@ class TrainedModel:
         found it; None where none is known."""
         known = self.metadata.get("thresholds") or {}
         return [known.get(name) for name in self.class_names]
+
+    def settings(self, overrides: Sequence[str]) -> Config:
+        """Those that it was trained by, as far as this machine can follow them, with `section.key=value`
+        overrides."""
+        config = self.config
+        if config.training.mixed_precision == "fp16" and uses_cpu():
+            config = override_config(config, ["training.mixed_precision=no"])
+        return override_config(config, overrides)
 
     def detector(self, config: Config) -> Detector:
         """The network, ready to predict as `config` says, which is its own or made from that."""
@@ -97,6 +106,16 @@ def tracking_uri_as_option() -> Iterator[None]:
             .replace("logging.mlflow_tracking_uri", "--tracking-uri")
             .replace(", or set logging.mlflow=false", "")
         ) from error
+
+
+def tracking_uri_for(given: str, overrides: Sequence[str]) -> str:
+    """The one that the overrides name, else the given one.
+
+    Raises:
+        UsageError: an override is wrong.
+    """
+    logging = load_config(None, overrides).logging
+    return logging.mlflow_tracking_uri if "mlflow_tracking_uri" in logging.model_fields_set else given
 
 
 def _image_edges(reference: str, location: str) -> dict[str, int]:

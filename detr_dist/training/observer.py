@@ -1,12 +1,12 @@
 """What happens around the loop: losses and memory are logged, epochs evaluated and saved."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
-from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.tracking.memory import DeviceMonitor
@@ -39,6 +39,7 @@ class RunObserver:
         evaluator: Evaluator,
         progress: Progress,
         saver: Saver | None,
+        draw_pictures: Callable[[Details, str], None] | None,
         facts: RunFacts,
     ) -> None:
         self._training = training
@@ -49,6 +50,7 @@ class RunObserver:
         self._evaluator = evaluator
         self._progress = progress
         self._saver = saver  # on the main process
+        self._draw_pictures = draw_pictures  # on the main process, where they are wanted
         self._facts = facts
         self._monitor = DeviceMonitor(training.accelerator.device, host)
         if self._monitor.notice:
@@ -81,8 +83,8 @@ class RunObserver:
             return
         began_at = time.perf_counter()
         self._host.synchronise_buffers(self._averaged)
-        metrics = self._evaluator.evaluate(self._averaged).metrics
-        self._is_best = state.evaluated({f"val_{name}": value for name, value in metrics.items()})
+        scores = self._evaluator.evaluate(self._averaged)
+        self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
         self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
         shown = "  ".join(
@@ -91,7 +93,9 @@ class RunObserver:
             if name in HEADLINES or name.endswith("_map")
         )
         self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
-        self._paused_s += took_s
+        if self._draw_pictures is not None and scores.details is not None:
+            self._draw_pictures(scores.details, f"epoch_{self._num_epochs(state)}")
+        self._paused_s += time.perf_counter() - began_at
 
     def after_epoch(self, state: TrainState) -> None:
         """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""

@@ -11,7 +11,16 @@ from detr_dist.errors import CheckpointError
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, open_checkpoint
 from detr_dist.training.durable import new_folder, write_text_whole
 
-OF_A_RUN = ("checkpoints", "model", "models", "outbox", "tensorboard", "config.yaml", "results.json")
+OF_A_RUN = (
+    "checkpoints",
+    "model",
+    "models",
+    "outbox",
+    "pictures",
+    "tensorboard",
+    "config.yaml",
+    "results.json",
+)
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:

@@ -26,6 +26,7 @@ from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, make_room, write_results
 from detr_dist.training.packing import ModelPacker
+from detr_dist.training.pictures import PictureMaker
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.progress import Progress
 from detr_dist.training.resume import restore_average, restore_optimizer
@@ -171,8 +172,11 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     )
     for line in _describe(setup, training, state):
         progress.say(line)
-    saver = None
+    saver = pictures = None
     if accelerator.is_main_process:
+        if config.evaluation.pictures:
+            pictures_dir = options.output_dir / "pictures"
+            pictures = PictureMaker(setup.val_data, pictures_dir, tracker, progress.say)
         saver = Saver(
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -191,6 +195,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         ),
         progress=progress,
         saver=saver,
+        draw_pictures=pictures.draw if pictures is not None else None,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
     try:

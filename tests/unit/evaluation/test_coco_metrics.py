@@ -2,7 +2,9 @@
 
 import contextlib
 import io
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import SIZES, DetectionRecords, coco_figures, metric_names
+from detr_dist.evaluation.coco_metrics import (
+    SIZES,
+    DetectionRecords,
+    coco_figures,
+    coco_results,
+    metric_names,
+)
 
 # In the order of COCOeval.stats, which goes on with the recall by size.
 STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
@@ -53,6 +61,36 @@ def test_every_figure_equals_pycocotools(scene: tuple[CocoData, DetectionRecords
             )
     assert np.isnan(figures.ap_by_size[3:]).all()
     assert figures.ap_by_size.shape == (data.num_classes, len(SIZES))
+
+
+def test_pycocotools_gives_the_same_from_files_with_ids_of_their_own(
+    scene: tuple[CocoData, DetectionRecords], tmp_path: Path
+) -> None:
+    data, records = scene
+    image_ids = np.random.default_rng(0).permutation(2**53 - np.arange(len(data)))  # not in order, and large
+    data = replace(data, image_ids=image_ids, category_ids=(7, 3, 20, 9, 1))
+    truth = {
+        "images": [{"id": i} for i in image_ids.tolist()],
+        "categories": [{"id": i} for i in data.category_ids],
+        "annotations": [
+            each
+            | {
+                "image_id": int(image_ids[row]),
+                "category_id": data.category_ids[each["category_id"]],
+            }
+            for row, each in zip(data.image_rows, data.to_coco_dict()["annotations"], strict=True)
+        ],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(coco_results(data, records)))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(tmp_path / "truth.json")
+        expected = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "bbox")
+        expected.evaluate()
+        expected.accumulate()
+        expected.summarize()
+    metrics = coco_figures(data, records).metrics
+    assert [metrics[name] for name in STATS] == pytest.approx(expected.stats[:9].tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize(("rank", "ap"), [(100, 1 / 100), (101, 0.0)])

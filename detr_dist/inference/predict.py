@@ -1,0 +1,145 @@
+"""`detr-dist predict`: what a model finds in pictures, drawn into them and as COCO results."""
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from detr_dist.data.coco import CocoData
+from detr_dist.data.decoding import decode_rgb
+from detr_dist.data.layout import shown as shown_names
+from detr_dist.data.pictures import find_pictures, read_pictures
+from detr_dist.distributed import build_accelerator, group_of_processes
+from detr_dist.errors import DataError, UsageError
+from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_results
+from detr_dist.evaluation.detect import ImagePass
+from detr_dist.evaluation.drawing import class_colour, draw_boxes
+from detr_dist.inference.trained import TrainedModel, fetch_model, tracking_uri_as_option, tracking_uri_for
+from detr_dist.training.durable import check_writable, write_text_whole
+
+RESULTS = "predictions.json"
+DEFAULT_THRESHOLD = 0.5
+"""Of a class for which the model brings none."""
+_WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    model: str
+    source: Path
+    """A picture, or a folder of them."""
+    output_dir: Path
+    tracking_uri: str
+    threshold: float | None = None
+    """The least score of a detection, instead of the model's own for each class."""
+    overrides: Sequence[str] = ()
+    """Of the configuration that the model was trained by."""
+
+
+def predict(options: PredictOptions) -> None:
+    """Draw what the model finds into copies of the pictures, and write it as COCO results.
+
+    Raises:
+        DetrDistError: with one clear line.
+    """
+    tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
+    folder, names = find_pictures(options.source)
+    if options.output_dir.resolve() == folder.resolve():
+        raise UsageError(f"--output-dir {options.output_dir}: holds the pictures themselves; give another")
+    check_writable("--output-dir", options.output_dir)
+    with tracking_uri_as_option(), group_of_processes() as processes:
+        if processes.num_processes > 1:
+            raise UsageError("predict works in one process; start it without accelerate launch")
+        model = fetch_model(options.model, tracking_uri)
+        data, unreadable = read_pictures(folder, names, model.class_names)
+        records, failed = _predict(options, model, data)
+    for line in (*unreadable, *failed.values()):
+        print(f"warning: {line}; passed over", flush=True)
+    num_read = len(data) - len(failed)
+    if num_read == 0:
+        raise DataError(f"{options.source}: none of {len(names)} pictures can be read")
+    file_names = [os.fsdecode(name) for name in data.file_names]
+    results = [
+        {"file_name": file_names[row], "category_name": data.class_names[label], **result}
+        for row, label, result in zip(
+            records.image_rows, records.labels, coco_results(data, records), strict=True
+        )
+    ]
+    write_text_whole(options.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
+    passed_over = f", {len(names) - num_read} passed over" if num_read < len(names) else ""
+    print(
+        f"{len(results)} detections in {num_read} pictures{passed_over}: {options.output_dir}, with COCO "
+        f"results in {RESULTS}",
+        flush=True,
+    )
+
+
+def _predict(
+    options: PredictOptions, model: TrainedModel, data: CocoData
+) -> tuple[DetectionRecords, dict[int, str]]:
+    """The detections that count, and the rows of the pictures that could not be read, with the reason."""
+    config = model.settings(options.overrides)
+    accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
+    detector = model.detector(config).to(accelerator.device)
+    thresholds = _thresholds(options, model)
+    images = ImagePass(data, config, accelerator)
+    parts = [DetectionRecords.none()]
+    failed: dict[int, str] = {}
+    with ThreadPoolExecutor() as threads, closing(images.run(detector)) as all_predicted:
+        drawing: list[Future[None]] = []
+        for predicted in all_predicted:
+            records = images.records(detector, predicted)
+            shown = records.take(np.flatnonzero(records.scores >= thresholds[records.labels]))
+            parts.append(shown)
+            failed |= predicted.unreadable
+            for done in drawing:  # of the batch before: no more than two wait in memory
+                done.result()
+            drawing = [
+                threads.submit(_draw, options.output_dir, data, row, shown)
+                for row in predicted.rows
+                if row not in predicted.unreadable
+            ]
+        for done in drawing:
+            done.result()
+    return DetectionRecords.concatenate(parts), failed
+
+
+def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.float64]:
+    """Of each class; says so where the model does not know."""
+    if options.threshold is not None:
+        return np.full(len(model.class_names), options.threshold)
+    unknown = [name for name, known in zip(model.class_names, model.thresholds, strict=True) if known is None]
+    if unknown:
+        print(
+            f"the model brings no threshold for {shown_names(unknown)}: {DEFAULT_THRESHOLD} is taken; "
+            "--threshold sets another",
+            flush=True,
+        )
+    return np.array([DEFAULT_THRESHOLD if known is None else known for known in model.thresholds])
+
+
+def _draw(output_dir: Path, data: CocoData, row: int, records: DetectionRecords) -> None:
+    """A copy of one picture with its boxes, the best on top, under the same name."""
+    own = records.take(np.flatnonzero(records.image_rows == row)[::-1])
+    captions = [
+        f"{data.class_names[label]} {score:.2f}" for label, score in zip(own.labels, own.scores, strict=True)
+    ]
+    image = draw_boxes(
+        decode_rgb(data.image_path(row)),
+        torch.from_numpy(own.boxes_xyxy_px),
+        captions,
+        [class_colour(label) for label in own.labels.tolist()],
+    )
+    path = output_dir / os.fsdecode(data.file_names[row])
+    if path.suffix.lower() not in _WRITTEN_SUFFIXES:
+        path = path.with_name(f"{path.name}.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)

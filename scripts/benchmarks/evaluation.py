@@ -1,0 +1,170 @@
+"""Time and memory of scoring predictions, beside pycocotools on the same ones.
+
+    python scripts/benchmarks/evaluation.py [--images 5000] [--detections 100] [--classes 80] [--json]
+
+Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory is its
+own growth. Ours is all that follows the network: records of all batches put together, COCO's figures, precision,
+recall, F1, thresholds and confusions. pycocotools reads its results, evaluates, accumulates and summarises.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_figures, coco_results
+from detr_dist.evaluation.operating_point import operating_points
+
+BOXES_OF_IMAGE = 7
+BATCH = 8
+
+
+def scene(num_images: int, num_detections: int, num_classes: int) -> tuple[CocoData, list[DetectionRecords]]:
+    """COCO-like truth and detections, a third of which lie on a box, in batches as they come from a network."""
+    rng = np.random.default_rng(0)
+    num_boxes = num_images * BOXES_OF_IMAGE
+    corners = rng.uniform(0, 500, (num_boxes, 2))
+    extents = np.exp(rng.uniform(np.log(8), np.log(140), (num_boxes, 2)))
+    data = CocoData(
+        annotations_path=Path("generated"),
+        images_dir=Path(),
+        class_names=tuple(f"class {index}" for index in range(num_classes)),
+        category_ids=tuple(range(1, 1 + num_classes)),
+        notices=[],
+        image_ids=np.arange(num_images),
+        sizes_hw=np.full((num_images, 2), 640),
+        file_names=np.array([b"x"] * num_images),
+        box_offsets=np.arange(0, num_boxes + 1, BOXES_OF_IMAGE),
+        boxes_xywh_px=np.hstack([corners, extents]),
+        box_classes=rng.integers(num_classes, size=num_boxes),
+        iscrowd=rng.random(num_boxes) < 0.01,
+        areas=extents.prod(axis=1),
+        annotation_ids=np.arange(1, 1 + num_boxes),
+    )
+    image_rows = np.repeat(np.arange(num_images), num_detections)
+    box_rows = image_rows * BOXES_OF_IMAGE + rng.integers(BOXES_OF_IMAGE, size=len(image_rows))
+    on_box = rng.random(len(image_rows)) < 1 / 3
+    left_top = np.where(on_box[:, None], corners[box_rows], rng.uniform(0, 500, (len(box_rows), 2)))
+    left_top += rng.normal(0, 3, left_top.shape)
+    labels = np.where(on_box, data.box_classes[box_rows], rng.integers(num_classes, size=len(box_rows)))
+    scores = rng.beta(1 + 2 * on_box, 3)
+    boxes = np.hstack([left_top, left_top + extents[box_rows]]).clip(0, 640).astype(np.float32)
+    batches = []
+    for first in range(0, num_images, BATCH):
+        images = np.arange(first, min(first + BATCH, num_images))
+        rows = slice(first * num_detections, (first + len(images)) * num_detections)
+        columns = image_rows[rows], boxes[rows], scores[rows].astype(np.float32), labels[rows]
+        batches.append(DetectionRecords(images, *(column.copy() for column in columns)))
+    return data, batches
+
+
+def ours(data: CocoData, batches: list[DetectionRecords]) -> float:
+    records = DetectionRecords.concatenate(batches)
+    points = operating_points(data, records, "auto")
+    assert points.overall is not None
+    return coco_figures(data, records).metrics["map"]
+
+
+def reference(truth: COCO, results: list[dict[str, Any]]) -> float:
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return float(evaluation.stats[0])
+
+
+def measured(function: Callable[[], float]) -> dict[str, float]:
+    """Seconds, growth of the peak memory in MiB, and the result, in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(function, sender))
+    process.start()
+    report: dict[str, float] = receiver.recv()
+    process.join()
+    return report
+
+
+def _measure(function: Callable[[], float], sender: Connection) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = psutil.Process().memory_info().rss
+    began_at = time.perf_counter()
+    result = function()
+    seconds = time.perf_counter() - began_at
+    status = Path("/proc/self/status").read_text()
+    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    sender.send({"s": seconds, "mib": (peak - before) / 2**20, "map": result})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=100, help="of each image")
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, alternating")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    args = parser.parse_args()
+    data, batches = scene(args.images, args.detections, args.classes)
+    records = DetectionRecords.concatenate(batches)
+    columns_mib = sum(getattr(records, name).nbytes for name in vars(records)) / 2**20
+    before = psutil.Process().memory_info().rss
+    results = coco_results(data, records)
+    objects_mib = (psutil.Process().memory_info().rss - before) / 2**20
+    truth = COCO()
+    truth.dataset = data.to_coco_dict()
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    for result, category_id in zip(results, records.labels.tolist(), strict=True):
+        result["category_id"] = category_id  # as the truth counts them
+    del records
+    runs: dict[str, list[dict[str, float]]] = {"ours": [], "pycocotools": []}
+    for _ in range(args.rounds):
+        runs["ours"].append(measured(lambda: ours(data, batches)))
+        runs["pycocotools"].append(measured(lambda: reference(truth, results)))
+    medians = {
+        name: {key: statistics.median(each[key] for each in of_name) for key in of_name[0]}
+        for name, of_name in runs.items()
+    }
+    report = {
+        "columns_mib": columns_mib,
+        "objects_mib": objects_mib,
+        **medians,
+        "share_of_time": medians["ours"]["s"] / medians["pycocotools"]["s"],
+        "map_differs_by": abs(medians["ours"]["map"] - medians["pycocotools"]["map"]),
+    }
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    print(
+        f"{args.images} images x {args.detections} detections, {args.classes} classes; predictions take "
+        f"{columns_mib:.0f} MiB as columns, {objects_mib:.0f} MiB as Python objects"
+    )
+    print(f"{'':<12}{'seconds':>9}{'peak MiB':>10}{'AP':>9}")
+    for name, each in medians.items():
+        print(f"{name:<12}{each['s']:>9.2f}{each['mib']:>10.0f}{each['map']:>9.4f}")
+    print(
+        f"time {report['share_of_time']:.3f} of pycocotools'; AP differs by {report['map_differs_by']:.1e}; "
+        f"{os.cpu_count()} cores"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""`detr-dist evaluate` gives what training logged, however the model is named, on any number of processes."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
+    """A run whose only evaluation is at its end, with averaged weights and trained batch norm."""
+    place = new_workplace(tmp_path_factory.mktemp("trained"))
+    settings = (
+        *("training.max_steps=120", "training.num_epochs=5", "training.ema_decay=0.9"),
+        *(
+            "training.learning_rate=3e-3",
+            "training.learning_rate_backbone=1e-3",
+            "evaluation.every_epochs=5",
+        ),
+        *("checkpoint.every_epochs=5", "logging.register_model_as=detector"),
+    )
+    finished = place.train(easy_data, *settings)
+    assert finished.returncode == 0, finished.stderr
+    return place
+
+
+def report_of(place, *arguments: str | Path, num_processes: int = 1) -> dict:
+    finished = place.run("evaluate", "--report", "report.json", *arguments, num_processes=num_processes)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((place.folder / "report.json").read_text())
+
+
+def error_of(finished: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    assert finished.returncode == code, finished.stderr
+    (line,) = finished.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    "model", ["out/checkpoints/last", "out/model", "runs:/RUN/model", "models:/detector@best"]
+)
+def test_every_name_of_the_model_gives_the_figures_of_the_run(trained, easy_data: Path, model: str) -> None:
+    logged = trained.results()["metrics"]
+    model = model.replace("RUN", trained.results()["run_id"])
+    report = report_of(trained, "--model", model, "--data-dir", easy_data / "val")
+    assert report["metrics"] == logged
+    assert len(logged) > 20
+    assert (report["model"], report["num_images"]) == (model, 7)
+
+
+@pytest.fixture(scope="module")
+def alone(trained, easy_data: Path) -> tuple[dict, list[dict]]:
+    """Report and predictions of one process with one image at a time."""
+    arguments = ("--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "new/alone.json")
+    report = report_of(trained, *arguments, "training.batch_size=1")
+    return report, json.loads((trained.folder / "new" / "alone.json").read_text())
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (2, 8), (3, 1), (4, 1)])
+def test_no_number_of_processes_and_no_batch_size_changes_anything(
+    trained, alone, easy_data: Path, num_processes: int, batch_size: int
+) -> None:
+    report = report_of(
+        *(trained, "--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "n.json"),
+        f"training.batch_size={batch_size}",
+        num_processes=num_processes,
+    )
+    assert report["num_processes"] == num_processes
+    expected_report, expected = alone
+    found = json.loads((trained.folder / "n.json").read_text())
+    assert len(expected) == len(found) == 7 * 8  # queries of each image
+    for one, other in zip(expected, found, strict=True):
+        assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
+        assert other["score"] == pytest.approx(one["score"], abs=1e-6)  # float32
+        assert other["bbox"] == pytest.approx(one["bbox"], abs=1e-3)  # in pixels of up to 120
+    assert report["confusion"] == expected_report["confusion"]
+    assert report["metrics"] == pytest.approx(expected_report["metrics"], abs=1e-5)  # losses of about 10
+
+
+def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_data: Path) -> None:
+    arguments = ("--model", "out/model", "--data-dir", easy_data / "train")
+    best, brought = report_of(trained, *arguments), report_of(trained, *arguments, "--model-thresholds")
+    of_training = trained.results()["metrics"]["val_player_threshold"]
+    assert brought["metrics"]["val_player_threshold"] == of_training
+    assert best["metrics"]["val_player_threshold"] != of_training
+    assert best["metrics"]["val_player_f1"] > brought["metrics"]["val_player_f1"]
+    assert best["metrics"]["val_map"] == brought["metrics"]["val_map"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("--model", "nowhere/model"), 2, "nowhere/model: no such folder"),
+        (("--model", "out/model", "--report", "out/model/config.json/x.json"), 2, "--report "),
+        (
+            ("--model", "out/model", "evaluation.score_treshold=0.5"),
+            2,
+            "did you mean evaluation.score_threshold",
+        ),
+        (("--model", "runs:/0/model", "--tracking-uri", "sqlite:///none.db"), 2, "correct --tracking-uri"),
+        (("--model", "out/model", "--data-dir", "empty"), 1, "empty: no JSON file"),
+    ],
+)
+def test_what_cannot_be_is_one_line(trained, easy_data: Path, arguments, code: int, part: str) -> None:
+    (trained.folder / "empty").mkdir(exist_ok=True)
+    finished = trained.run("evaluate", "--data-dir", easy_data / "val", *arguments)
+    assert part in error_of(finished, code)
+
+
+def test_data_of_other_classes_are_refused(trained, easy_data: Path, tmp_path: Path) -> None:
+    document = json.loads((easy_data / "val" / "_annotations.coco.json").read_text())
+    document["categories"][0]["name"] = "referee"
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    for each in document["images"]:
+        (tmp_path / each["file_name"]).symlink_to(easy_data / "val" / each["file_name"])
+    line = error_of(trained.run("evaluate", "--model", "out/model", "--data-dir", tmp_path), 1)
+    assert "'player' only in out/model; 'referee' only here" in line
