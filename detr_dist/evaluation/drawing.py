@@ -141,7 +141,7 @@ def _write(
     letters, margin = font(size_px), max(1, size_px // 6)
     ascent, descent = letters.getmetrics()
     height = ascent + descent
-    text = printable(mark.caption)
+    text = printable(mark.caption, most=len(mark.caption))
     while letters.getlength(text) > picture_width - 2 * margin and len(text) > 1:
         text = printable(text, most=len(text) - 1)
     extent = int(np.ceil(letters.getlength(text))) + 2 * margin
@@ -150,7 +150,7 @@ def _write(
     left = min(max(frame[0], 0), picture_width - extent)
     for top in (frame[1] - height, frame[3] + 1, frame[1] + width, frame[3] - width - height):
         place = (left, top, left + extent - 1, top + height - 1)
-        if 0 <= top and top + height <= picture_height and not any(_meet(place, other) for other in taken):
+        if top >= 0 and top + height <= picture_height and not any(_meet(place, other) for other in taken):
             taken.append(place)
             draw.rectangle(place, fill=mark.colour)
             draw.text((left + margin, top), text, fill=_readable_on(mark.colour), font=letters)

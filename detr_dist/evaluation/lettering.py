@@ -14,7 +14,7 @@ MOST_CHARACTERS = 24
 
 
 def printable(name: str, otherwise: str = "?", *, most: int = MOST_CHARACTERS) -> str:
-    """The name as far as the font has its letters, shortened in the middle; `otherwise` if nothing is left."""
+    """The name as far as the font can show it, shortened in the middle; `otherwise` if nothing is left."""
     letters = _letters()
     shown = "".join(letter for letter in name if ord(letter) in letters).strip()
     if len(shown) > most:

@@ -102,6 +102,10 @@ class Matches:
     missed: NDArray[np.int64]
     """Rows of the boxes that none of them found."""
 
+    def in_crowd(self, data: CocoData) -> NDArray[np.bool_]:
+        """[D], those that lie in a crowd: neither right nor wrong."""
+        return _in_crowd(data, self.boxes)
+
 
 @dataclass(frozen=True)
 class OperatingPoints:
@@ -196,7 +200,7 @@ def _match_over_thresholds(
 
 def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:
     background = data.num_classes
-    counted = ~_in_crowd(data, matches.boxes)
+    counted = ~matches.in_crowd(data)
     of_class = np.append(data.box_classes, background)  # -1, nothing found, is the last
     missed = data.box_classes[matches.missed]
     truth = np.concatenate([of_class[matches.boxes[counted]], missed])
