@@ -93,11 +93,28 @@ class ClassPoint:
 
 
 @dataclass(frozen=True)
+class Matches:
+    """The detections that count, D at or over their class's threshold, and what each found."""
+
+    detections: DetectionRecords
+    boxes: NDArray[np.int64]
+    """[D], the row of the box or crowd, of any class; -1 for none."""
+    missed: NDArray[np.int64]
+    """Rows of the boxes that none of them found."""
+
+    def in_crowd(self, data: CocoData) -> NDArray[np.bool_]:
+        """[D], those that lie in a crowd: neither right nor wrong."""
+        return _in_crowd(data, self.boxes)
+
+
+@dataclass(frozen=True)
 class OperatingPoints:
     """All classes at their thresholds."""
 
     classes: list[ClassPoint | None]
     """By class index; None for a class without any box, of which nothing can be said."""
+    matches: Matches
+    """What `confusion` counts."""
     confusion: NDArray[np.int64]
     """[C + 1, C + 1], rows truth, columns predicted, the last of each is background."""
 
@@ -157,7 +174,8 @@ def operating_points(
         own = (detections.labels == label) & ~in_crowd
         curve = _curve(detections.scores[own], found[own] >= 0, num_boxes)
         classes.append(_at_threshold(curve, score_threshold, label) if num_boxes else None)
-    return OperatingPoints(classes, _confusion(data, detections, classes))
+    matches = _match_over_thresholds(data, detections, classes)
+    return OperatingPoints(classes, matches, _confusion(data, matches))
 
 
 def _at_threshold(curve: Curve, thresholds: Thresholds, label: int) -> ClassPoint:
@@ -184,22 +202,26 @@ def _curve(scores: NDArray[np.float32], is_tp: NDArray[np.bool_], num_truth: int
     return Curve(scores[last_of_score].astype(np.float64), tp, last_of_score + 1 - tp, num_truth)
 
 
-def _confusion(
+def _match_over_thresholds(
     data: CocoData, detections: DetectionRecords, classes: Sequence[ClassPoint | None]
-) -> NDArray[np.int64]:
+) -> Matches:
     thresholds = np.array(
         [np.inf if point is None or point.threshold is None else point.threshold for point in classes]
     )
     shown = detections.take(np.flatnonzero(detections.scores >= thresholds[detections.labels]))
     found = match(data, shown, by_class=False)
-    background = data.num_classes
-    counted = ~_in_crowd(data, found)
-    of_class = np.append(data.box_classes, background)  # -1, nothing found, is the last
     is_missed = ~data.iscrowd
     is_missed[found[found >= 0]] = False
-    missed = data.box_classes[is_missed]
-    truth = np.concatenate([of_class[found[counted]], missed])
-    predicted = np.concatenate([shown.labels[counted], np.full_like(missed, background)])
+    return Matches(shown, found, np.flatnonzero(is_missed))
+
+
+def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:
+    background = data.num_classes
+    counted = ~matches.in_crowd(data)
+    of_class = np.append(data.box_classes, background)  # -1, nothing found, is the last
+    missed = data.box_classes[matches.missed]
+    truth = np.concatenate([of_class[matches.boxes[counted]], missed])
+    predicted = np.concatenate([matches.detections.labels[counted], np.full_like(missed, background)])
     confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
     np.add.at(confusion, (truth, predicted), 1)
     return confusion

@@ -2,9 +2,10 @@
 
     python scripts/benchmarks/evaluation.py [--images 5000] [--detections 100] [--classes 80] [--json]
 
-Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory is its
-own growth. Ours is all that follows the network: records of all batches put together, COCO's figures, precision,
-recall, F1, thresholds and confusions. pycocotools reads its results, evaluates, accumulates and summarises.
+Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory
+is its own growth. Ours is all that follows the network: records of all batches put together, COCO's figures,
+precision, recall, F1, thresholds and confusions. pycocotools reads its results, evaluates, accumulates and
+summarises.
 """
 
 import argparse
@@ -35,7 +36,7 @@ BATCH = 8
 
 
 def scene(num_images: int, num_detections: int, num_classes: int) -> tuple[CocoData, list[DetectionRecords]]:
-    """COCO-like truth and detections, a third of which lie on a box, in batches as they come from a network."""
+    """COCO-like truth and detections, a third of them on a box, in batches as they come from a network."""
     rng = np.random.default_rng(0)
     num_boxes = num_images * BOXES_OF_IMAGE
     corners = rng.uniform(0, 500, (num_boxes, 2))
