@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from detr_dist.evaluation.figures import empty_figure, new_figure
 from detr_dist.evaluation.lettering import class_label
-from detr_dist.evaluation.operating_point import MIN_IOU, ClassPoint, Counts, Curve
+from detr_dist.evaluation.matching import MIN_IOU
+from detr_dist.evaluation.operating_point import ClassPoint, Counts, Curve
 
 MOST_NAMED = 10
 """Curves with a colour and a name of their own; of more classes the best and the worst have one."""

@@ -17,7 +17,7 @@ from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
-from detr_dist.evaluation.coco_metrics import DetectionRecords
+from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.detector import Detector
 from detr_dist.models.postprocess import postprocess
 

@@ -14,9 +14,10 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
-from detr_dist.evaluation.coco_metrics import CocoFigures, DetectionRecords, coco_figures
+from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, operating_points
+from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 

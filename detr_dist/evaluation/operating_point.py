@@ -1,7 +1,6 @@
 """Precision, recall and F1 of the detections that a threshold lets through, and what is taken for what.
 
-docs/evaluation.md has the definitions, with an example. faster-coco-eval matches the same way, but keeps its
-matches to itself.
+docs/evaluation.md has the definitions, with an example.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import MAX_DETECTIONS, DetectionRecords, metric_names
-
-MIN_IOU = 0.5
-"""A detection finds a box from this overlap on."""
-PAIRS_AT_ONCE = 2**18
-"""Pairs of detection and box whose overlap is computed together: some 50 MB of memory."""
+from detr_dist.evaluation.coco_metrics import metric_names
+from detr_dist.evaluation.matching import MIN_IOU, best_of_each_image, find_candidates, match
+from detr_dist.evaluation.records import DetectionRecords
 
 
 @dataclass(frozen=True)
@@ -165,8 +161,8 @@ def operating_points(
     data: CocoData, records: DetectionRecords, score_threshold: Thresholds
 ) -> OperatingPoints:
     """All classes at their thresholds."""
-    detections = _best_of_each_image(data, records)
-    found = match(data, detections, by_class=True)
+    detections = best_of_each_image(data, records)
+    found = match_all(data, detections, by_class=True)
     in_crowd = _in_crowd(data, found)
     num_truth = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes)
     classes: list[ClassPoint | None] = []
@@ -186,15 +182,6 @@ def _at_threshold(curve: Curve, thresholds: Thresholds, label: int) -> ClassPoin
     return ClassPoint(threshold, curve.at(np.inf if threshold is None else threshold), curve)
 
 
-def _best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRecords:
-    """By descending score, equal scores in their order; no more of an image and class than COCO looks at."""
-    ordered = records.take(np.argsort(-records.scores, kind="stable"))
-    group = ordered.image_rows * data.num_classes + ordered.labels
-    by_group = np.argsort(group, kind="stable")
-    rank = np.arange(len(group)) - np.searchsorted(group[by_group], group[by_group])
-    return ordered.take(np.sort(by_group[rank < MAX_DETECTIONS]))
-
-
 def _curve(scores: NDArray[np.float32], is_tp: NDArray[np.bool_], num_truth: int) -> Curve:
     """From one class's detections by descending score."""
     last_of_score = np.flatnonzero(np.diff(scores, append=-1))  # equal scores pass a threshold together
@@ -209,7 +196,7 @@ def _match_over_thresholds(
         [np.inf if point is None or point.threshold is None else point.threshold for point in classes]
     )
     shown = detections.take(np.flatnonzero(detections.scores >= thresholds[detections.labels]))
-    found = match(data, shown, by_class=False)
+    found = match_all(data, shown, by_class=False)
     is_missed = ~data.iscrowd
     is_missed[found[found >= 0]] = False
     return Matches(shown, found, np.flatnonzero(is_missed))
@@ -227,71 +214,14 @@ def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:
     return confusion
 
 
+def match_all(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> NDArray[np.int64]:
+    """The row of the box that each detection finds, -1 for none; [D] for D detections, the best score
+    first."""
+    candidates = find_candidates(data, detections, by_class=by_class)
+    found = np.full(len(detections.scores), -1)
+    (found[candidates.rows],) = match(candidates, data.iscrowd, data.iscrowd, [MIN_IOU])
+    return found
+
+
 def _in_crowd(data: CocoData, found: NDArray[np.int64]) -> NDArray[np.bool_]:
     return np.append(data.iscrowd, False)[found]
-
-
-def match(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> NDArray[np.int64]:
-    """The row of the box that each detection finds, -1 for none; [D] for D detections, the best score first.
-
-    Each takes, of the boxes of its image (and class, if `by_class`) that overlap enough and are still free,
-    the one with the highest IoU; if there is none, a crowd, which is never used up. Of equal IoUs the later
-    box wins, as in COCO.
-    """
-    detection, box = _overlapping_pairs(data, detections, by_class=by_class)
-    found = [-1] * len(detections.scores)
-    is_free = [True] * len(data.box_classes)
-    iscrowd = data.iscrowd.tolist()
-    for each, candidate in zip(detection.tolist(), box.tolist(), strict=True):
-        if found[each] < 0 and is_free[candidate]:
-            found[each] = candidate
-            is_free[candidate] = iscrowd[candidate]
-    return np.array(found, dtype=np.int64)
-
-
-def _overlapping_pairs(
-    data: CocoData, detections: DetectionRecords, *, by_class: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Detections and boxes that overlap enough, in the order in which the matching considers them."""
-    num_groups = data.num_classes if by_class else 1
-    box_group = data.image_rows * num_groups + (data.box_classes if by_class else 0)
-    group = detections.image_rows * num_groups + (detections.labels if by_class else 0)
-    boxes_of_groups = np.argsort(box_group, kind="stable")
-    first = np.searchsorted(box_group[boxes_of_groups], group, side="left")
-    num_boxes = np.searchsorted(box_group[boxes_of_groups], group, side="right") - first
-    # Coordinates apart, [4, ...]: a third less time where many boxes overlap many detections.
-    found_xywh = detections.boxes_xyxy_px.T.astype(np.float64, order="C")
-    found_xywh[2:] -= found_xywh[:2]
-    truth_xywh = np.ascontiguousarray(data.boxes_xywh_px.T)
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
-    for rows in np.array_split(np.arange(len(group)), 1 + num_boxes.sum() // PAIRS_AT_ONCE):
-        detection = np.repeat(rows, num_boxes[rows])
-        ends = np.cumsum(num_boxes[rows])
-        in_group = np.arange(len(detection)) - np.repeat(ends - num_boxes[rows], num_boxes[rows])
-        box = boxes_of_groups[first[detection] + in_group]
-        iou = _iou(found_xywh[:, detection], truth_xywh[:, box], data.iscrowd[box])
-        enough = iou >= MIN_IOU
-        parts.append((detection[enough], box[enough], iou[enough]))
-    detection, box, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((-box, -iou, data.iscrowd[box], detection))
-    return detection[order], box[order]
-
-
-def _iou(
-    found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the share of the first that lies in it.
-
-    In the order of COCO's operations, so that no pair at the limit falls on another side.
-    """
-    left, top, width, height = found_xywh
-    truth_left, truth_top, truth_width, truth_height = truth_xywh
-    across = np.minimum(left + width, truth_left + truth_width) - np.maximum(left, truth_left)
-    down = np.minimum(top + height, truth_top + truth_height) - np.maximum(top, truth_top)
-    intersection = across.clip(min=0) * down.clip(min=0)
-    area = width * height
-    union = np.where(iscrowd, area, area + truth_width * truth_height - intersection)
-    iou: NDArray[np.float64] = np.divide(
-        intersection, union, out=np.zeros_like(union), where=intersection > 0
-    )
-    return iou

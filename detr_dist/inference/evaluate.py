@@ -13,9 +13,10 @@ import numpy as np
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
-from detr_dist.evaluation.coco_metrics import coco_results, metric_names
+from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.plots import draw_pictures
+from detr_dist.evaluation.records import coco_results
 from detr_dist.inference.trained import TrainedModel, open_model, tracking_uri_as_option, tracking_uri_for
 from detr_dist.training.durable import check_writable, new_folder, write_text_whole
 from detr_dist.training.sources import find_model

@@ -19,9 +19,9 @@ from detr_dist.data.layout import shown as shown_names
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.distributed import build_accelerator, group_of_processes
 from detr_dist.errors import DataError, UsageError
-from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_results
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.drawing import class_colour, draw_boxes
+from detr_dist.evaluation.records import DetectionRecords, coco_results
 from detr_dist.inference.trained import TrainedModel, fetch_model, tracking_uri_as_option, tracking_uri_for
 from detr_dist.training.durable import check_writable, write_text_whole
 

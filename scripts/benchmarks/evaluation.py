@@ -28,8 +28,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import DetectionRecords, coco_figures, coco_results
+from detr_dist.evaluation.coco_metrics import coco_figures
 from detr_dist.evaluation.operating_point import operating_points
+from detr_dist.evaluation.records import DetectionRecords, coco_results
 
 BOXES_OF_IMAGE = 7
 BATCH = 8

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Libraries that only these rooms may know.
-CONFINED_LIBRARIES = {"accelerate", "faster_coco_eval", "mlflow", "pycocotools"}
+CONFINED_LIBRARIES = {"accelerate", "mlflow", "pycocotools"}
 ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "tracking", "training"}
 
 # Slow to import: none of them may be loaded for a help page or for reading a configuration.

@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import DetectionRecords
-from detr_dist.evaluation.operating_point import match, operating_points
+from detr_dist.evaluation.operating_point import match_all, operating_points
+from detr_dist.evaluation.records import DetectionRecords
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
 Scene = tuple[CocoData, DetectionRecords]
@@ -161,7 +161,7 @@ def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Sce
         detections = np.array(of_image["dtIds"], dtype=np.int64) - 1
         expected[detections] = of_image["dtMatches"][0].astype(np.int64) - 1  # 0: none
     order = np.argsort(-records.scores, kind="stable")
-    found = match(data, records.take(order), by_class=True)
+    found = match_all(data, records.take(order), by_class=True)
     crowds = np.append(data.iscrowd, False)
     # Which crowd takes a detection that lies in several makes no difference.
     assert np.array_equal(np.where(crowds[found], -2, found), np.where(crowds[expected], -2, expected)[order])
@@ -170,7 +170,7 @@ def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Sce
 def test_many_pairs_are_worked_off_in_parts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     data, records = scene
     at_once = operating_points(data, records, "auto")
-    monkeypatch.setattr("detr_dist.evaluation.operating_point.PAIRS_AT_ONCE", 7)
+    monkeypatch.setattr("detr_dist.evaluation.matching.PAIRS_AT_ONCE", 7)
     in_parts = operating_points(data, records, "auto")
     assert np.array_equal(in_parts.confusion, at_once.confusion)
     assert in_parts.overall == at_once.overall
