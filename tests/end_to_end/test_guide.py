@@ -34,7 +34,8 @@ METRICS = {
 }  # fmt: skip
 ON_GPUS = {"memory_gpu_gb", "memory_gpu_reserved_gb"}
 ARTIFACTS = {
-    "checkpoints/best", "checkpoints/epoch_10", "model", *(f"models/epoch_{epoch}" for epoch in range(1, 11))
+    "checkpoints/best", "checkpoints/epoch_10", "model", *(f"models/epoch_{epoch}" for epoch in range(1, 11)),
+    "pictures/epoch_10",
 }  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def followed(
         uri = server.uri
     settings = yaml.safe_load(place.config.read_text())
     settings["training"] |= {"num_epochs": 10, "batch_size": 4, "max_steps": None}
+    settings["evaluation"] = {"pictures": True}
     settings["logging"] |= {"mlflow_tracking_uri": uri, "log_every_steps": 10, "tensorboard": True}
     for folder in ("configs", "datasets"):
         (place.folder / folder).mkdir()
@@ -139,7 +141,8 @@ def test_artifacts_are_those_that_were_asked_for_and_those_that_the_guide_names(
     def children(path: str | None = None) -> set[str]:
         return {item.path for item in followed.client.list_artifacts(followed.run_id, path)}
 
-    found = (children() - {"checkpoints", "models"}) | children("checkpoints") | children("models")
+    folders = {"checkpoints", "models", "pictures"}
+    found = (children() - folders).union(*map(children, folders))
     assert found >= ARTIFACTS
     named = {re.sub("<N>", r"\\d+", name) for name in re.findall(r"`([\w/.<>]+)`", artifact_names())}
     assert [name for name in found if not any(re.fullmatch(each, name) for each in named)] == []

@@ -263,5 +263,5 @@ def test_the_documents_example_is_right(new_scene) -> None:
         prefix = "" if name == "all" else f"{name}_"
         keys = [f"{prefix}{figure}" for figure in ("precision", "recall", "f1")]
         assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name
-    confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusions")]
+    confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusion matrix")]
     assert points.confusion.tolist() == confusion

@@ -1,0 +1,113 @@
+"""`detr-dist predict` finds what evaluation finds, draws it, and passes over what it cannot read."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
+    """A run of a few steps, and the folder `pictures`: those of the validation data, in two folders, of
+    several formats, with three files that are no pictures."""
+    place = new_workplace(tmp_path_factory.mktemp("trained"))
+    finished = place.train(easy_data, "training.max_steps=4")
+    assert finished.returncode == 0, finished.stderr
+    folder = place.folder / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for number, source in enumerate(sorted((easy_data / "val").glob("*.jpg"))):
+        with Image.open(source) as picture:
+            picture.save(folder / ("more" if number > 4 else ".") / f"{number}.{'png' if number else 'gif'}")
+    whole = (easy_data / "val" / "000.jpg").read_bytes()
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / "torn.jpg").write_bytes(whole[: len(whole) // 20])
+    (folder / "notes.txt").write_text("no picture, and not meant to be one")
+    return place
+
+
+def predict(
+    place, output: str, *arguments: str | Path
+) -> tuple[list[dict], subprocess.CompletedProcess[str]]:
+    finished = place.run("predict", "--model", "out/model", "--output-dir", output, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((place.folder / output / "predictions.json").read_text()), finished
+
+
+def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_named(trained) -> None:
+    results, finished = predict(trained, "found", "--input", "pictures", "--threshold", "0")
+    drawn = {
+        str(path.relative_to(trained.folder / "found")) for path in (trained.folder / "found").rglob("*.*")
+    }
+    assert drawn == {
+        *("0.gif.png", "1.png", "2.png", "3.png", "4.png", "more/5.png", "more/6.png", "predictions.json")
+    }
+    warnings = [line for line in finished.stdout.splitlines() if line.startswith("warning: ")]
+    assert [line.split(":")[1].strip() for line in warnings] == ["pictures/broken.jpg", "pictures/torn.jpg"]
+    assert finished.stdout.splitlines()[-1].startswith("56 detections in 7 pictures, 2 passed over")
+    assert {each["file_name"] for each in results} == {
+        *("0.gif", "1.png", "2.png", "3.png", "4.png", "more/5.png", "more/6.png")
+    }
+    for name in ("1.png", "more/6.png"):
+        with (
+            Image.open(trained.folder / "pictures" / name) as source,
+            Image.open(trained.folder / "found" / name) as copy,
+        ):
+            assert copy.size == source.size
+            assert not np.array_equal(np.asarray(copy), np.asarray(source))
+
+
+def test_the_detections_are_those_of_an_evaluation(trained, easy_data: Path) -> None:
+    """The pictures are the validation images, bit for bit."""
+    evaluated = trained.run(
+        *("evaluate", "--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "all.json")
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    expected = json.loads((trained.folder / "all.json").read_text())
+    results, _ = predict(trained, "of_val", "--input", easy_data / "val", "--threshold", "0")
+    # Images count from 10 in the data and from 1 here, categories from 1 and from 0; batches are the same.
+    assert [
+        (each["image_id"] + 9, each["category_id"] + 1, each["bbox"], each["score"]) for each in results
+    ] == [(each["image_id"], each["category_id"], each["bbox"], each["score"]) for each in expected]
+    assert {each["category_name"] for each in results} <= {"player", "ball"}
+
+
+def test_only_what_reaches_its_class_s_threshold_counts(trained, easy_data: Path) -> None:
+    everything, _ = predict(trained, "everything", "--input", easy_data / "val", "--threshold", "0")
+    thresholds = {
+        name: trained.results()["metrics"].get(f"val_{name}_threshold", 0.5) for name in ("player", "ball")
+    }
+    results, finished = predict(trained, "by_class", "--input", easy_data / "val")
+    assert results == [each for each in everything if each["score"] >= thresholds[each["category_name"]]]
+    unknown = [name for name in thresholds if f"val_{name}_threshold" not in trained.results()["metrics"]]
+    assert ("the model brings no threshold for" in finished.stdout) == bool(unknown)
+
+
+def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
+    (trained.folder / "picture").write_bytes((easy_data / "val" / "000.jpg").read_bytes())
+    results, _ = predict(trained, "single", "--input", "picture", "--threshold", "0")
+    assert {(each["image_id"], each["file_name"]) for each in results} == {(1, "picture")}
+    assert sorted(path.name for path in (trained.folder / "single").iterdir()) == [
+        "picture.png", "predictions.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (("--input", "nowhere"), 1, "nowhere: does not exist; name a picture"),
+        (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no picture"),
+        (("--input", "pictures/broken.jpg"), 1, "none of 1 pictures can be read"),
+        (("--input", "pictures", "--output-dir", "pictures"), 2, "holds the pictures themselves"),
+        (("--input", "pictures", "--threshold", "2"), 2, "--threshold"),
+        (("--input", "pictures", "--model", "out/modle"), 2, "out/modle: no such folder"),
+    ],
+)
+def test_what_cannot_be_is_one_line(trained, arguments: tuple[str, ...], code: int, part: str) -> None:
+    finished = trained.run("predict", "--model", "out/model", "--output-dir", "never", *arguments)
+    assert finished.returncode == code, finished.stderr
+    (line,) = finished.stderr.splitlines()
+    assert part in line
