@@ -127,6 +127,21 @@ def test_a_run_that_goes_on_from_elsewhere_takes_the_place_of_what_was_there(
     assert names_in(set_aside(output_dir)) == RUN
 
 
+def test_of_the_outboxes_that_of_the_same_run_stays_though_it_goes_on_from_elsewhere(
+    output_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(output_dir / "checkpoints" / "last", tmp_path / "other" / "last"))
+    resumed = open_checkpoint(elsewhere)
+    run_id, of_another = str(resumed.facts.mlflow_run_id), "f" * 32
+    for name in (run_id, of_another):
+        (output_dir / "outbox" / name).mkdir(parents=True)
+    make_room(output_dir, resumed)
+    assert names_in(output_dir) == OTHERS | {"earlier_runs", "outbox"}
+    assert names_in(output_dir / "outbox") == {run_id}
+    assert names_in(set_aside(output_dir)) == RUN | {"outbox"}
+    assert names_in(set_aside(output_dir) / "outbox") == {of_another}
+
+
 def test_the_model_of_a_best_checkpoint_that_is_set_aside_goes_with_it(
     output_dir: Path, snapshot_at: SnapshotAt
 ) -> None:
