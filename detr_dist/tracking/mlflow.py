@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -27,8 +27,8 @@ from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
 
-# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
-_DELIVERY_TIMEOUT_S = 120
+# Seconds that a request may take before it counts as failed, where nothing is uploaded.
+_TIMEOUT_S = 20
 
 
 class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
@@ -53,9 +53,8 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self.client = open_client(self.uri)
         self._outbox: Outbox | None = None
         self._thread: DeliveryThread | None = None
-        self._resources = ExitStack()
         try:
-            with patience(timeout_s=20):
+            with patience(_TIMEOUT_S):
                 if run_id is None:
                     self.run_id = self._begin(config)
                 else:
@@ -102,8 +101,6 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Begin to deliver from the outbox in `folder`, first what an earlier process left there."""
         outbox = Outbox(folder / self.run_id, Address(absolute_uri(self.uri), self.run_id))
         reader = OutboxReader(outbox.folder)
-        self._resources.callback(outbox.close)
-        self._resources.enter_context(patience(_DELIVERY_TIMEOUT_S))
         self._outbox = outbox
         self._thread = DeliveryThread(Delivery(reader, self.client, say), say)
 
@@ -169,14 +166,15 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Close the run as FINISHED, FAILED or KILLED, once all that was logged has been delivered; waits for
         that, but not for ever."""
         if self._thread is None:
-            if error is not None:
-                self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
-            self.client.set_terminated(self.run_id, status)
+            with patience(_TIMEOUT_S):
+                if error is not None:
+                    self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
+                self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)
         num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
         folder = self.outbox.folder
-        self._resources.close()
+        self.outbox.close()
         close_connections(self.client)
         if num_left:
             say(
@@ -200,7 +198,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     _prepare_store(uri)
     try:
-        with patience(timeout_s=20):
+        with patience(_TIMEOUT_S):
             return MlflowClient(tracking_uri=uri)
     except Exception as error:  # each kind of store raises its own
         raise UsageError(
