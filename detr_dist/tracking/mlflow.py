@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils import request_utils
 
 from detr_dist.config import LoggingConfig
@@ -26,6 +27,9 @@ from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
+
+# Tracking URIs that look like paths.
+_NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
 
 # Seconds that a request may take before it counts as failed, where nothing is uploaded.
 _TIMEOUT_S = 20
@@ -242,7 +246,16 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
 
 def is_file_store(uri: str) -> bool:
     """Whether MLflow keeps this tracking URI as plain files: file:... or a path without a scheme."""
-    return uri.startswith("file:") or "://" not in uri
+    return urlparse(uri).scheme in ("", "file") and uri not in _NAMES_OF_SERVERS
+
+
+def way_to_see(uri: str) -> str:
+    """Where the runs of a store are to be seen, or with which command."""
+    if urlparse(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
+        return f"with: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    if is_file_store(uri):
+        return f"with: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"at {uri}"
 
 
 def absolute_uri(uri: str) -> str:

@@ -11,8 +11,9 @@ import pytest
 
 from detr_dist.config import LoggingConfig
 from detr_dist.tracking import mlflow as mlflow_module
-from detr_dist.tracking.mlflow import MLflowTracker, run_status
+from detr_dist.tracking.mlflow import MLflowTracker, absolute_uri, run_status, way_to_see
 
+FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 
@@ -63,3 +64,29 @@ def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
         if each.name == "mlflow-delivery":
             each.join(30)
     assert "2 records are not in MLflow yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("uri", "absolute", "way"),
+    [
+        ("sqlite:///a.db", "sqlite:///{here}/a.db", "with: mlflow ui --backend-store-uri sqlite:///a.db"),
+        ("file:./runs", "file://{here}/runs", f"with: {FOR_FILES} file:./runs"),
+        ("my runs", "file://{here}/my%20runs", f"with: {FOR_FILES} 'my runs'"),
+        (
+            "postgresql+psycopg2://host/a?b=1&c=2",
+            "postgresql+psycopg2://host/a?b=1&c=2",
+            "with: mlflow ui --backend-store-uri 'postgresql+psycopg2://host/a?b=1&c=2'",
+        ),
+        ("http://host:5000", "http://host:5000", "at http://host:5000"),
+        ("databricks", "databricks", "at databricks"),
+        ("databricks-uc", "databricks-uc", "at databricks-uc"),
+        ("databricks:profile", "databricks:profile", "at databricks:profile"),
+        ("uc:http://host", "uc:http://host", "at uc:http://host"),
+    ],
+)
+def test_what_is_no_path_is_the_same_store_from_every_folder_and_each_kind_is_seen_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, absolute: str, way: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri(uri) == absolute.format(here=tmp_path)
+    assert way_to_see(uri) == way
