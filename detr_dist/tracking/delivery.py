@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -37,6 +37,9 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
+
+# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
+_TIMEOUT_S = 120
 
 
 class Delivery:
@@ -223,7 +226,7 @@ class DeliveryThread:
     """Delivers in the background, and tries again for as long as it takes while the server is away.
 
     It looks by itself whether there is something new: to be woken at each record would cost the training
-    thread more than the record does.
+    thread more than the record does. While it is at work MLflow's requests have its `patience`.
     """
 
     def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
@@ -232,6 +235,8 @@ class DeliveryThread:
         self._ending = threading.Event()
         self._give_up_at = math.inf
         self._is_away = False
+        self._time_outs = ExitStack()
+        self._time_outs.enter_context(patience(_TIMEOUT_S))
         self._thread = threading.Thread(target=self._run, name="mlflow-delivery", daemon=True)
         self._thread.start()
 
@@ -241,6 +246,8 @@ class DeliveryThread:
         self._give_up_at = time.monotonic() + patience_s
         self._ending.set()
         self._thread.join(patience_s + 1.0)
+        if not self._thread.is_alive():  # or else it sits in a request, and reads them for the next one
+            self._time_outs.close()
         return self._delivery.num_left
 
     def _run(self) -> None:

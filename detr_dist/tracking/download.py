@@ -36,7 +36,7 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
         )
     open_client(tracking_uri)
     try:
-        path = _fetch(artifact_uri, tracking_uri, into)
+        path = fetch(artifact_uri, tracking_uri, into)
     except (MlflowException, OSError) as error:
         raise UsageError(
             f"{artifact_uri}: cannot be fetched from MLflow at {tracking_uri} ({one_line(error)}); correct "
@@ -66,7 +66,7 @@ def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
     for name in names:
         uri = f"runs:/{run_id}/{name}"
         try:
-            state = json.loads(_fetch(f"{uri}/state.json", tracking_uri, scratch).read_text())
+            state = json.loads(fetch(f"{uri}/state.json", tracking_uri, scratch).read_text())
             saved_at[uri] = str(state["saved_at"])
         except (MlflowException, OSError, ValueError, KeyError, TypeError):
             saved_at[uri] = ""  # the upload did not get that far
@@ -77,7 +77,12 @@ def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
     return sorted(saved_at, key=lambda uri: saved_at[uri], reverse=True)
 
 
-def _fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
+def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
+    """An artifact, file or folder, as a local one within `into`.
+
+    Raises:
+        MlflowException, OSError: there is none, or the server cannot be reached.
+    """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with patience(timeout_s=120):
         return Path(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
+from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils import request_utils
 
 from detr_dist.config import LoggingConfig
@@ -27,8 +28,11 @@ from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
 
-# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
-_DELIVERY_TIMEOUT_S = 120
+# Tracking URIs that look like paths.
+_NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
+
+# Seconds that a request may take before it counts as failed, where nothing is uploaded.
+_TIMEOUT_S = 20
 
 
 class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no types
@@ -53,9 +57,8 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self.client = open_client(self.uri)
         self._outbox: Outbox | None = None
         self._thread: DeliveryThread | None = None
-        self._resources = ExitStack()
         try:
-            with patience(timeout_s=20):
+            with patience(_TIMEOUT_S):
                 if run_id is None:
                     self.run_id = self._begin(config)
                 else:
@@ -102,8 +105,6 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Begin to deliver from the outbox in `folder`, first what an earlier process left there."""
         outbox = Outbox(folder / self.run_id, Address(absolute_uri(self.uri), self.run_id))
         reader = OutboxReader(outbox.folder)
-        self._resources.callback(outbox.close)
-        self._resources.enter_context(patience(_DELIVERY_TIMEOUT_S))
         self._outbox = outbox
         self._thread = DeliveryThread(Delivery(reader, self.client, say), say)
 
@@ -169,14 +170,15 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Close the run as FINISHED, FAILED or KILLED, once all that was logged has been delivered; waits for
         that, but not for ever."""
         if self._thread is None:
-            if error is not None:
-                self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
-            self.client.set_terminated(self.run_id, status)
+            with patience(_TIMEOUT_S):
+                if error is not None:
+                    self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
+                self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)
         num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
         folder = self.outbox.folder
-        self._resources.close()
+        self.outbox.close()
         close_connections(self.client)
         if num_left:
             say(
@@ -200,7 +202,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     _prepare_store(uri)
     try:
-        with patience(timeout_s=20):
+        with patience(_TIMEOUT_S):
             return MlflowClient(tracking_uri=uri)
     except Exception as error:  # each kind of store raises its own
         raise UsageError(
@@ -244,7 +246,16 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
 
 def is_file_store(uri: str) -> bool:
     """Whether MLflow keeps this tracking URI as plain files: file:... or a path without a scheme."""
-    return uri.startswith("file:") or "://" not in uri
+    return urlparse(uri).scheme in ("", "file") and uri not in _NAMES_OF_SERVERS
+
+
+def way_to_see(uri: str) -> str:
+    """Where the runs of a store are to be seen, or with which command."""
+    if urlparse(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
+        return f"with: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    if is_file_store(uri):
+        return f"with: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"at {uri}"
 
 
 def absolute_uri(uri: str) -> str:

@@ -52,6 +52,11 @@ class Snapshot:
     structure: str
     document: dict[str, Any]
 
+    @property
+    def model(self) -> dict[str, Tensor]:
+        """What is evaluated, and saved as the model."""
+        return self.network if self.average is None else self.average
+
 
 def take_snapshot(training: Training, detector: Detector, state: TrainState, facts: RunFacts) -> Snapshot:
     """Copy the run as it stands. Waits for the device."""
@@ -76,6 +81,12 @@ def take_snapshot(training: Training, detector: Detector, state: TrainState, fac
         }
         | _FACTS.dump_python(facts, mode="json"),
     )
+
+
+def copy_model(training: Training) -> dict[str, Tensor]:
+    """`model` of a snapshot alone, which is a third of one or less. Waits for the device."""
+    weights: dict[str, Tensor] = _to_host(training.average.detector.network.state_dict())
+    return weights
 
 
 def _to_host(tree: Any) -> Any:

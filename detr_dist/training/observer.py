@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
@@ -10,7 +11,7 @@ from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.tracking.memory import DeviceMonitor
-from detr_dist.training.checkpoint import take_snapshot
+from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
 from detr_dist.training.packing import ModelCard
@@ -181,12 +182,13 @@ class RunObserver:
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is
         raised on every process: none waits for one that has stopped."""
-        self._host.on_main_process(
-            lambda: (
-                self._saver.save(
-                    lambda: take_snapshot(self._training, self._detector, state, self._facts), names, model
-                )
-                if self._saver
-                else None
-            )
-        )
+        self._host.on_main_process(lambda: self._hand_over(state, names, model))
+
+    def _hand_over(self, state: TrainState, names: Sequence[str], model: ModelCard | None) -> None:
+        """Main process. What is due is copied, and no more."""
+        assert self._saver is not None
+        if names:
+            take = partial(take_snapshot, self._training, self._detector, state, self._facts)
+            self._saver.save(take, names, model)
+        elif model is not None:
+            self._saver.save_model(partial(copy_model, self._training), model)

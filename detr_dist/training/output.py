@@ -15,7 +15,7 @@ OF_A_RUN = (
     "checkpoints",
     "model",
     "models",
-    "outbox",
+    "outbox/*",
     "pictures",
     "tensorboard",
     "config.yaml",
@@ -26,12 +26,14 @@ OF_A_RUN = (
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
     """Set aside, within the output folder, what does not belong to the run that is about to go on.
 
-    For a new run, or one whose checkpoint comes from elsewhere, that is everything; otherwise the checkpoints
-    that are newer than the resumed one, or do not tell.
+    For a new run, or one whose checkpoint comes from elsewhere, that is everything but the outbox of the same
+    run; otherwise the checkpoints that are newer than the resumed one, or do not tell.
     """
     checkpoints_dir = output_dir / "checkpoints"
     if resumed is None or resumed.folder.parent.resolve() != checkpoints_dir.resolve():
-        leaving = [output_dir / name for name in OF_A_RUN if (output_dir / name).exists()]
+        there = (path for pattern in OF_A_RUN for path in sorted(output_dir.glob(pattern)))
+        # What the same run has not delivered comes before what it logs from now on, or never.
+        leaving = [path for path in there if resumed is None or path.name != resumed.facts.mlflow_run_id]
         what = "an earlier run"
     else:
         leaving = [path for path in checkpoints_dir.iterdir() if claimed_age(path) > resumed.age]

@@ -1,19 +1,23 @@
 """Deletes old checkpoints and epoch models, on disk and in MLflow; `best`, `last` and the best model stay."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from detr_dist.errors import UsageError
+from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.tracking.delivery import delete_artifacts, one_line, patience
-from detr_dist.tracking.download import is_run_id
+from detr_dist.tracking.download import fetch, is_run_id
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import open_client, say
 from detr_dist.tracking.outbox import Address, outdated
@@ -41,12 +45,13 @@ def prune(
     Raises:
         UsageError: a target is neither, or MLflow cannot be reached.
         DataError: a run is at work in an output folder.
+        DetrDistError: something could not be deleted; the rest is.
     """
     if not targets and experiment is None:
         raise UsageError("nothing to prune: give output folders, MLflow run ids or --experiment")
     with ExitStack() as held, patience(_TIMEOUT_S):
         finds: list[_Find] = []
-        for target in targets:
+        for target in {Path(target).resolve(): target for target in targets}.values():
             folder = Path(target)
             if folder.is_dir():
                 held.enter_context(locked(folder))
@@ -57,12 +62,28 @@ def prune(
                 raise UsageError(f"{target}: neither an existing folder nor an MLflow run id")
         if experiment is not None:
             finds += _in_ended_runs(_runs(tracking_uri, experiment=experiment), tracking_uri, keep_last)
-        for find in finds:
+        # By name, as a run may be given as a folder, as an id and with its experiment.
+        done, failures = _go_through(list({find.name: find for find in finds}.values()), delete=delete)
+    total = f"{len(done)} folders, {sum(find.num_bytes for find in done) / 2**20:.1f} MiB"
+    say(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
+    if failures:
+        raise DetrDistError("\n".join(failures))
+
+
+def _go_through(finds: Iterable[_Find], *, delete: bool) -> tuple[list[_Find], list[str]]:
+    """Say what may go, and delete it if asked to; returns what that was, and what went wrong."""
+    done: list[_Find] = []
+    failures: list[str] = []
+    for find in finds:
+        try:
             if delete:
                 find.delete()
-            say(f"{'deleted ' if delete else ''}{find.num_bytes / 2**20:10.1f} MiB  {find.name}")
-    total = f"{len(finds)} folders, {sum(find.num_bytes for find in finds) / 2**20:.1f} MiB"
-    say(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
+        except Exception as error:  # each kind of store raises its own
+            failures.append(f"{find.name} could not be deleted ({one_line(error)})")
+            continue
+        say(f"{'deleted ' if delete else ''}{find.num_bytes / 2**20:10.1f} MiB  {find.name}")
+        done.append(find)
+    return done, failures
 
 
 def _in_output(folder: Path, keep_last: int) -> Iterator[_Find]:
@@ -108,15 +129,56 @@ def _in_ended_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> It
 
 def _in_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator[_Find]:
     client = open_client(tracking_uri)
-    for run_id in (run.info.run_id for run in runs):
-        for parent in ("checkpoints", "models"):
-            there = [item.path for item in client.list_artifacts(run_id, parent)]
-            for artifact_path in outdated(there, parent, keep=keep_last):
+    for run in runs:
+        run_id = run.info.run_id
+        there = {
+            parent: [item.path for item in client.list_artifacts(run_id, parent)]
+            for parent in ("checkpoints", "models")
+        }
+        left: set[str] = set()
+        if "resumed_at_steps" in run.data.tags:  # only such a run may have gone back
+            left = _left_behind(run_id, tracking_uri, [path for paths in there.values() for path in paths])
+        for parent, paths in there.items():
+            past = outdated([path for path in paths if path not in left], parent, keep=keep_last)
+            for artifact_path in [path for path in paths if path in {*past, *left}]:
                 yield _Find(
                     f"runs:/{run_id}/{artifact_path}",
                     _num_bytes(client, run_id, artifact_path),
                     partial(delete_artifacts, client, run_id, artifact_path),
                 )
+
+
+class _Saved(NamedTuple):
+    epoch: float
+    at: datetime
+    """To the second."""
+
+
+def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
+    """The epochs that a run which went back has left: after them something of an earlier one was saved."""
+    with tempfile.TemporaryDirectory() as scratch:
+        saved = {
+            path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
+        }
+    known = [each for each in saved.values() if each is not None]
+    return {
+        path
+        for path, own in saved.items()
+        if "/epoch_" in path and own and any(each.epoch < own.epoch and each.at > own.at for each in known)
+    }
+
+
+def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None:
+    """How far a run was when it saved a checkpoint or a model, and when that was; None if it does not say."""
+    try:
+        if "/models/" in artifact_uri:
+            model = yaml.safe_load(fetch(f"{artifact_uri}/MLmodel", tracking_uri, scratch).read_text())
+            at = datetime.fromisoformat(model["utc_time_created"]).replace(tzinfo=UTC)
+            return _Saved(float(model["metadata"]["epoch"]), at.replace(microsecond=0))
+        state = json.loads(fetch(f"{artifact_uri}/state.json", tracking_uri, scratch).read_text())
+        return _Saved(float(state["epoch"]), datetime.fromisoformat(state["saved_at"]).astimezone())
+    except (MlflowException, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return None  # the upload did not get that far
 
 
 def _num_bytes(client: MlflowClient, run_id: str, artifact_path: str) -> int:

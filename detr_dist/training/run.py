@@ -15,7 +15,7 @@ from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.tracking.folder_lock import locked
-from detr_dist.tracking.mlflow import MLflowTracker, run_status
+from detr_dist.tracking.mlflow import MLflowTracker, run_status, way_to_see
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
@@ -223,10 +223,7 @@ def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | Non
             tracker.register_model(setup.config.logging.register_model_as)
         experiment = setup.config.logging.mlflow_experiment_name
         print(f"MLflow run {tracker.run_id} in experiment {experiment} ({tracker.uri})")
-        is_server = tracker.uri.startswith("http")
-        print(
-            f"see it {'at' if is_server else 'with: mlflow ui --backend-store-uri'} {tracker.uri}", flush=True
-        )
+        print(f"see it {way_to_see(tracker.uri)}", flush=True)
 
 
 def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:

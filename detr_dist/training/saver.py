@@ -51,6 +51,11 @@ class Saver:
         self.wait()
         self._pending = self._thread.submit(self._save, take(), names, model)
 
+    def save_model(self, take: Callable[[], Mapping[str, Tensor]], card: ModelCard) -> None:
+        """Pack the model whose weights `take` returns, and write no checkpoint. Waits as `save` does."""
+        self.wait()
+        self._pending = self._thread.submit(self._save_model, take(), card)
+
     def wait(self) -> None:
         """Until nothing is being written."""
         if self._pending is not None:
@@ -72,13 +77,12 @@ class Saver:
 
     def _save(self, snapshot: Snapshot, names: Sequence[str], model: ModelCard | None) -> None:
         if model is not None:
-            self._save_model(snapshot, model)
-        if names:
-            self._save_checkpoint(snapshot, names)
+            self._save_model(snapshot.model, model)
+        self._save_checkpoint(snapshot, names)
 
-    def _save_model(self, snapshot: Snapshot, card: ModelCard) -> None:
+    def _save_model(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
         try:
-            self._pack_model(snapshot.network if snapshot.average is None else snapshot.average, card)
+            self._pack_model(weights, card)
             if card.is_best:
                 self._failures.pop("model", None)
         except Exception as error:  # of a full disk each library says it in its own kind

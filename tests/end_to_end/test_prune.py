@@ -1,5 +1,6 @@
 """Old checkpoints and epoch models go, when it is asked for, and nothing else does."""
 
+import json
 from pathlib import Path
 
 import mlflow
@@ -70,6 +71,54 @@ def test_what_is_left_after_it_loads_and_goes_on(place, tiny_data: Path) -> None
     resumed = place.train(tiny_data, "training.num_epochs=5", "--resume", run_id)
     assert resumed.returncode == 0, resumed.stderr
     assert "at step 40" in resumed.stdout
+
+
+def test_of_a_run_that_went_back_the_epochs_that_it_has_left_go_and_its_own_newest_stay(
+    workplace, tiny_data: Path
+) -> None:
+    overrides = ("training.num_epochs=4", "checkpoint.every_epochs=1", "logging.log_every_steps=10")
+    first = workplace.train(tiny_data, *overrides)
+    assert first.returncode == 0, first.stderr
+    back = workplace.train(
+        tiny_data, *overrides, "training.max_steps=30", "--resume", "out/checkpoints/epoch_2"
+    )
+    assert back.returncode == 0, back.stderr
+    assert "models/epoch_4" in artifacts(workplace, "models")
+    pruned = workplace.run("prune", workplace.results()["run_id"], "--keep-last", "2", "--delete")
+    assert pruned.returncode == 0, pruned.stderr
+    assert artifacts(workplace, "models") == {"models/epoch_2", "models/epoch_3"}
+    assert artifacts(workplace, "checkpoints") == {
+        f"checkpoints/{name}" for name in ("best", "last", "epoch_2", "epoch_3")
+    }
+
+
+def test_a_run_that_is_named_in_several_ways_is_pruned_once(workplace, tiny_data: Path) -> None:
+    trained = workplace.train(tiny_data, "training.num_epochs=2", "checkpoint.every_epochs=1")
+    assert trained.returncode == 0, trained.stderr
+    run_id = workplace.results()["run_id"]
+    names = ("out", "./out", run_id, run_id, "--experiment", "detr_training")
+    pruned = workplace.run("prune", *names, "--delete")
+    assert pruned.returncode == 0, pruned.stderr
+    *lines, total = pruned.stdout.splitlines()
+    assert [line.split("MiB")[1].strip() for line in lines] == [
+        "out/checkpoints/epoch_1", f"runs:/{run_id}/checkpoints/epoch_1", f"runs:/{run_id}/models/epoch_1"
+    ]  # fmt: skip
+    assert total.startswith("3 folders")
+
+
+def test_what_cannot_be_deleted_is_said_and_the_rest_goes(workplace) -> None:
+    checkpoints_dir = workplace.folder / "out" / "checkpoints"
+    for number in range(1, 5):
+        (checkpoints_dir / f"epoch_{number}").mkdir(parents=True)
+        state = {"step": number, "closed_step": number}
+        (checkpoints_dir / f"epoch_{number}" / "state.json").write_text(json.dumps(state))
+    (checkpoints_dir / ".epoch_2.removed").write_text("no folder, and in the way")
+    pruned = workplace.run("prune", "out", "--delete")
+    assert pruned.returncode == 1
+    (error,) = pruned.stderr.splitlines()
+    assert error.startswith("error: out/checkpoints/epoch_2 could not be deleted (")
+    assert checkpoints(workplace) == {"epoch_2", "epoch_4", ".epoch_2.removed"}
+    assert pruned.stdout.splitlines()[-1].startswith("2 folders")
 
 
 @pytest.mark.parametrize(

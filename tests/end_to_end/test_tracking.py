@@ -1,6 +1,7 @@
 """A real MLflow server that goes away while a run is tracked there, and what comes to it in the end."""
 
 import json
+import shutil
 import signal
 import socket
 import threading
@@ -161,6 +162,29 @@ def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and
     resumed = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert tracked_run(workplace) == run_id
+    check_that_all_is_there(workplace, server, run_id)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_a_resume_from_a_copy_elsewhere(
+    workplace, server, tiny_data: Path
+) -> None:
+    process = start_and_cut_off(workplace, server, tiny_data)
+    run_id, num_before = tracked_run(workplace), len(noted_losses(workplace))
+    copy = workplace.folder / "copy"
+    wait_until(lambda: len(noted_losses(workplace)) >= num_before + 15, process, workplace)
+    process.send_signal(signal.SIGKILL)
+    process.wait(60)
+    for name in ("checkpoints", "model"):
+        shutil.copytree(workplace.folder / "out" / name, copy / name)
+    server.start()
+    last_step = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["step"]
+    assert server.num_steps(run_id) < last_step, "there is nothing to be missed"
+    uri = f"logging.mlflow_tracking_uri={server.uri}"
+    resumed = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "copy")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "out held an earlier run: moved to out/earlier_runs" in resumed.stdout
     check_that_all_is_there(workplace, server, run_id)
 
 

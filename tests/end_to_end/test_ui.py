@@ -258,6 +258,29 @@ def test_a_folder_is_served_too_and_a_termination_leaves_no_process(tmp_path: Pa
         assert "in_a_folder" in {each["name"] for each in experiments(address)}
 
 
+@pytest.mark.slow
+def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tiny_data: Path) -> None:
+    trained = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
+    assert trained.returncode == 0, trained.stderr
+    (command,) = re.findall("^see it with: (.*)", trained.stdout, re.MULTILINE)
+    log = workplace.folder / "ui.log"
+    with log.open("w") as file:
+        pages = subprocess.Popen(
+            ["bash", "-c", f"{command} --port 20600"],
+            cwd=workplace.folder,
+            env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_for(lambda: answers("http://127.0.0.1:20600"), pages, log)
+        assert "detr_training" in {each["name"] for each in experiments("http://127.0.0.1:20600")}
+    finally:
+        os.killpg(pages.pid, signal.SIGKILL)
+        pages.wait()
+
+
 @pytest.mark.parametrize(
     ("arguments", "added", "complaint"),
     [

@@ -1,5 +1,8 @@
 """One process at a time works in an output folder."""
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,3 +67,31 @@ def test_a_lock_ends_with_its_process_though_a_forked_child_of_it_lives_on(
         assert child.status() != psutil.STATUS_ZOMBIE
     with locked(tmp_path):  # and it is given back
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_where_the_file_system_has_no_locks_it_warns_once_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    for _ in range(2):
+        with locked(tmp_path):
+            (tmp_path / "written").touch()
+    (warning,) = capsys.readouterr().out.splitlines()
+    assert warning.startswith(f"warning: {tmp_path}: cannot be locked on this file system (")
+    assert os.strerror(number) in warning
+    assert [path.name for path in tmp_path.iterdir()] == ["written"]
+
+
+def test_a_lock_that_fails_for_another_reason_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "lockf", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
+        pytest.fail("went on")

@@ -24,6 +24,7 @@ from detr_dist.training.checkpoint import (
     STATE,
     STRUCTURE,
     Snapshot,
+    copy_model,
     newest_checkpoint,
     open_checkpoint,
     take_snapshot,
@@ -106,6 +107,22 @@ def test_without_an_average_a_checkpoint_has_none(
     opened = open_checkpoint(tmp_path / "last")
     assert opened.average() is None
     assert not (opened.folder / AVERAGE).exists()
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_a_copy_of_the_model_alone_is_what_a_snapshot_calls_the_model(
+    training: Training, detector: Detector, facts: RunFacts, decay: float
+) -> None:
+    training = replace(training, average=WeightAverage(detector, decay))
+    training.optimizer.step()
+    alone = copy_model(training)
+    model = take_snapshot(training, detector, TrainState(), facts).model
+    torch.testing.assert_close(alone, model, rtol=0, atol=0)
+    training.optimizer.step()
+    training.average.update(1)
+    torch.testing.assert_close(alone, model, rtol=0, atol=0)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(alone, copy_model(training), rtol=0, atol=0)
 
 
 def test_what_is_trained_after_the_snapshot_is_not_in_it(snapshot_at: SnapshotAt, training: Training) -> None:

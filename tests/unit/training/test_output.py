@@ -17,7 +17,8 @@ from detr_dist.training.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from detr_dist.training.output import bring_best, check_writable, make_room, write_results
+from detr_dist.training.durable import check_writable
+from detr_dist.training.output import bring_best, make_room, write_results
 
 SnapshotAt = Callable[..., Snapshot]
 RUN = {"checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json"}
@@ -127,6 +128,21 @@ def test_a_run_that_goes_on_from_elsewhere_takes_the_place_of_what_was_there(
     assert names_in(set_aside(output_dir)) == RUN
 
 
+def test_of_the_outboxes_that_of_the_same_run_stays_though_it_goes_on_from_elsewhere(
+    output_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = Path(shutil.copytree(output_dir / "checkpoints" / "last", tmp_path / "other" / "last"))
+    resumed = open_checkpoint(elsewhere)
+    run_id, of_another = str(resumed.facts.mlflow_run_id), "f" * 32
+    for name in (run_id, of_another):
+        (output_dir / "outbox" / name).mkdir(parents=True)
+    make_room(output_dir, resumed)
+    assert names_in(output_dir) == OTHERS | {"earlier_runs", "outbox"}
+    assert names_in(output_dir / "outbox") == {run_id}
+    assert names_in(set_aside(output_dir)) == RUN | {"outbox"}
+    assert names_in(set_aside(output_dir) / "outbox") == {of_another}
+
+
 def test_the_model_of_a_best_checkpoint_that_is_set_aside_goes_with_it(
     output_dir: Path, snapshot_at: SnapshotAt
 ) -> None:
@@ -171,11 +187,11 @@ def test_a_best_checkpoint_that_is_not_whole_is_not_brought(output_dir: Path, tm
 
 
 def test_an_output_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
-    check_writable(tmp_path / "deeper" / "out")
+    check_writable("--output-dir", tmp_path / "deeper" / "out")
     assert names_in(tmp_path / "deeper" / "out") == set()
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UsageError, match=f"--output-dir {tmp_path / 'file'}: File exists"):
-        check_writable(tmp_path / "file")
+        check_writable("--output-dir", tmp_path / "file")
 
 
 def test_the_results_are_printed_and_left_with_where_the_run_is(

@@ -282,7 +282,7 @@ def test_a_model_is_packed_from_the_averaged_weights_before_its_checkpoint_is_th
 
     saver = new_saver(pack_model=pack)
     saver.save(lambda: snapshot, ["epoch_1"], BEST)
-    saver.save(lambda: snapshot, [], BEST)  # a model alone
+    saver.save_model(lambda: snapshot.average, BEST)
     saver.finish()
     assert packed == [(True, BEST, set()), (True, BEST, {"epoch_1"})]
 
@@ -296,7 +296,7 @@ def test_a_model_that_cannot_be_packed_is_a_warning_and_only_for_the_best_one_a_
     (warning,) = said
     assert warning.startswith(f"warning: {tmp_path.parent}: the model of step 4 could not be saved (")
     assert open_checkpoint(tmp_path / "last").state.step == 1
-    saver.save(lambda: snapshot_at(2), [], BEST)
+    saver.save_model(lambda: snapshot_at(2).model, BEST)
     with pytest.raises(TrainingError, match="the model of step 4 could not be saved"):
         saver.finish()
 

@@ -1,0 +1,92 @@
+"""A tracker whose server is away, and what is said of a tracking URI."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from detr_dist.config import LoggingConfig
+from detr_dist.tracking import mlflow as mlflow_module
+from detr_dist.tracking.mlflow import MLflowTracker, absolute_uri, run_status, way_to_see
+
+FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+
+
+@pytest.fixture
+def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Refuses connections until it listens; then takes them and never says a word."""
+    for name in (TIMEOUT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.delenv(name)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        yield listener
+
+
+@pytest.fixture
+def tracker(port: socket.socket) -> MLflowTracker:
+    """Of a run that goes on, which needs no server."""
+    uri = f"http://127.0.0.1:{port.getsockname()[1]}"
+    return MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri), run_id="0" * 32, known_uri=uri)
+
+
+def test_a_run_that_fails_before_its_outbox_is_open_does_not_try_for_minutes_to_say_so(
+    tracker: MLflowTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began_at = time.monotonic()
+    with pytest.raises(ZeroDivisionError), run_status(tracker):
+        raise ZeroDivisionError
+    assert time.monotonic() - began_at < 15  # MLflow's own seven retries pause for minutes
+    assert f"MLflow run {'0' * 32} could not be closed" in capsys.readouterr().out
+
+
+def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
+    tracker: MLflowTracker,
+    port: socket.socket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(mlflow_module, "_PATIENCE_AT_THE_END_S", 0.1)
+    port.listen()
+    tracker.open(tmp_path / "outbox")
+    tracker.log({"loss": 1.0}, step=1)
+    connection, _ = port.accept()
+    with connection:
+        tracker.end("FINISHED")
+        assert os.environ[TIMEOUT] == "120"
+    for each in threading.enumerate():
+        if each.name == "mlflow-delivery":
+            each.join(30)
+    assert "2 records are not in MLflow yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("uri", "absolute", "way"),
+    [
+        ("sqlite:///a.db", "sqlite:///{here}/a.db", "with: mlflow ui --backend-store-uri sqlite:///a.db"),
+        ("file:./runs", "file://{here}/runs", f"with: {FOR_FILES} file:./runs"),
+        ("my runs", "file://{here}/my%20runs", f"with: {FOR_FILES} 'my runs'"),
+        (
+            "postgresql+psycopg2://host/a?b=1&c=2",
+            "postgresql+psycopg2://host/a?b=1&c=2",
+            "with: mlflow ui --backend-store-uri 'postgresql+psycopg2://host/a?b=1&c=2'",
+        ),
+        ("http://host:5000", "http://host:5000", "at http://host:5000"),
+        ("databricks", "databricks", "at databricks"),
+        ("databricks-uc", "databricks-uc", "at databricks-uc"),
+        ("databricks:profile", "databricks:profile", "at databricks:profile"),
+        ("uc:http://host", "uc:http://host", "at uc:http://host"),
+    ],
+)
+def test_what_is_no_path_is_the_same_store_from_every_folder_and_each_kind_is_seen_in_its_own_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, absolute: str, way: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri(uri) == absolute.format(here=tmp_path)
+    assert way_to_see(uri) == way
