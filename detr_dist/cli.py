@@ -100,6 +100,43 @@ def make_data(
 
 
 @app.command()
+def check_data(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="D [D ...] [section.key=value]...",
+            help="Data folders, one for each split, the one to train on first; settings that override the "
+            "YAML file's may stand among them.",
+        ),
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file with the settings; data.shortest_edge, data.longest_edge and model.* count."
+        ),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Open no picture.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Say what is wrong or odd in a data set before a night is lost on it.
+
+    Finds images that are missing, cannot be decoded, or are of another size than the JSON says; records,
+    boxes, ids and classes that training would refuse, repair or leave out; and pictures that are in two
+    splits, pixel for pixel. Shows how many boxes each class has by size after the configured resize.
+
+    Exits with 1 if there is any error, and with 0 if there are only warnings. `train` does by itself what
+    takes no time.
+    """
+    from detr_dist.check_data import check_data as run_check
+
+    if not run_check(targets, config, open_pictures=not quick, as_json=as_json):
+        raise SystemExit(1)
+
+
+@app.command()
 def evaluate(
     model: Model,
     data_dir: Annotated[Path, typer.Option(help="Folder with images and their COCO JSON.")],

@@ -16,6 +16,14 @@ INT64_END = 2**63
 
 
 @dataclass(frozen=True, slots=True)
+class ValueKind:
+    """What a value of a record must be."""
+
+    is_right: Callable[[Any], bool]
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True)
 class Section:
     """One list of the JSON (images, annotations or categories), read column by column.
 
@@ -57,14 +65,14 @@ class Section:
                 whole = array.astype(np.int64)
             if np.array_equal(whole, array):
                 return whole
-        raise self._wrong(key, values, _is_whole, "a whole number")
+        raise self._wrong(key, values, WHOLE)
 
     def numbers(self, key: str, default: float) -> NDArray[np.float64]:
         values = self.optional(key, default)
         array = _as_array(values)
         if array is not None and array.ndim == 1:
             return array.astype(np.float64)
-        raise self._wrong(key, values, _is_number, "a number")
+        raise self._wrong(key, values, NUMBER)
 
     def boxes(self, key: str) -> NDArray[np.float64]:
         """Shape [len, 4]."""
@@ -74,17 +82,17 @@ class Section:
             return np.zeros((0, 4))
         if array is not None and array.shape == (len(values), 4) and bool(np.isfinite(array).all()):
             return array.astype(np.float64)
-        raise self._wrong(key, values, _is_box, "four finite numbers [x, y, width, height] in pixels")
+        raise self._wrong(key, values, BOX)
 
     def texts(self, key: str) -> list[str]:
         values = self.column(key)
         if all(map(_is_text, values)):
             return values
-        raise self._wrong(key, values, _is_text, "a text that is not empty")
+        raise self._wrong(key, values, TEXT)
 
-    def _wrong(self, key: str, values: list[Any], is_right: Callable[[Any], bool], wanted: str) -> DataError:
-        row = next((row for row, value in enumerate(values) if not is_right(value)), 0)
-        return DataError(f"{self.where(row)}: {key!r} is {_brief(values[row])}; it must be {wanted}")
+    def _wrong(self, key: str, values: list[Any], kind: ValueKind) -> DataError:
+        row = next((row for row, value in enumerate(values) if not kind.is_right(value)), 0)
+        return DataError(f"{self.where(row)}: {key!r} is {brief(values[row])}; it must be {kind.wanted}")
 
 
 def read_sections(path: Path) -> tuple[Section, Section, Section]:
@@ -137,7 +145,7 @@ def _section(path: Path, document: dict[str, Any], name: str) -> Section:
             f"{path}: has no {name!r}; a COCO file holds 'images', 'annotations' and 'categories'"
         )
     if not isinstance(document[name], list):
-        raise DataError(f"{path}: {name!r} is {_brief(document[name])}; it must be a list")
+        raise DataError(f"{path}: {name!r} is {brief(document[name])}; it must be a list")
     return Section(path, name, document[name])
 
 
@@ -151,11 +159,11 @@ def _as_array(values: list[Any]) -> NDArray[Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, float) or _is_in_range(value)
 
 
 def _is_in_range(value: Any) -> bool:
-    return _is_number(value) and -INT64_END <= value < INT64_END
+    return isinstance(value, int | float) and -INT64_END <= value < INT64_END
 
 
 def _is_whole(value: Any) -> bool:
@@ -170,6 +178,12 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
 
 
-def _brief(value: Any, limit: int = 60) -> str:
+def brief(value: Any, limit: int = 60) -> str:
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+WHOLE = ValueKind(_is_whole, "a whole number")
+NUMBER = ValueKind(_is_number, "a number")
+BOX = ValueKind(_is_box, "four finite numbers [x, y, width, height] in pixels")
+TEXT = ValueKind(_is_text, "a text that is not empty")

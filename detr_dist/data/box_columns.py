@@ -36,10 +36,13 @@ class BoxColumns:
             )
         return classes
 
-    def clip(self, sizes_hw: NDArray[np.int64]) -> tuple[NDArray[np.intp], list[str]]:
+    def clip(
+        self, sizes_hw: NDArray[np.int64]
+    ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
         """Clip the boxes in place to their images, whose sizes are given per box.
 
-        Returns the rows of the boxes that have an extent afterwards, and what to tell about the others.
+        Returns the rows of the boxes that have an extent afterwards, of those among them that reached
+        outside, and of those that have no extent.
         """
         starts, limits = self.xywh_px[:, :2], sizes_hw[:, ::-1]
         outside = np.flatnonzero(((starts < 0) | (starts + self.xywh_px[:, 2:] > limits)).any(axis=1))
@@ -50,17 +53,8 @@ class BoxColumns:
         self.xywh_px[outside] = after
         has_extent = np.all(self.xywh_px[:, 2:] > MIN_BOX_EXTENT_PX, axis=1)
         moved = np.any(np.abs(after - before) > MIN_BOX_EXTENT_PX, axis=1)
-        clipped, dropped = outside[moved & has_extent[outside]], np.flatnonzero(~has_extent)
-        notices = self._notice(clipped, "reached outside their image and were clipped")
-        notices += self._notice(dropped, "have no extent inside their image and were dropped")
-        return np.flatnonzero(has_extent), notices
-
-    def _notice(self, rows: NDArray[np.intp], what: str) -> list[str]:
-        return (
-            [f"{len(rows)} boxes {what}, first annotation {self.annotation_ids[rows[0]]}"]
-            if len(rows)
-            else []
-        )
+        clipped = outside[moved & has_extent[outside]]
+        return np.flatnonzero(has_extent), clipped, np.flatnonzero(~has_extent)
 
 
 def read_boxes(section: Section, image_ids: NDArray[np.int64]) -> BoxColumns:

@@ -23,7 +23,9 @@ class ClassMap:
 
 
 @dataclass(frozen=True, slots=True)
-class _Category:
+class Category:
+    """One that the JSON lists."""
+
     id: int
     name: str
     only_groups: bool  # no box uses it, and its name is the supercategory of another category
@@ -34,7 +36,7 @@ def map_classes(section: Section, used_ids: NDArray[np.int64]) -> ClassMap:
 
     Roboflow writes such a category with id 0.
     """
-    categories = _read_categories(section, used_ids)
+    categories = read_categories(section, used_ids)
     kept = [c for c in categories if not c.only_groups]
     _refuse_equal_names(section.path, [c.name for c in kept])
     if not kept:
@@ -53,9 +55,8 @@ def map_classes_onto(
     Raises:
         DataError: the names differ. A category that only groups others may be there or not.
     """
-    categories = _read_categories(section, used_ids)
-    own = [c for c in categories if not c.only_groups]
-    own += [c for c in categories if c.only_groups and c.name in set(names) - {o.name for o in own}]
+    categories = read_categories(section, used_ids)
+    own = _usable_for(names, categories)
     _refuse_equal_names(section.path, [c.name for c in own])
     _check_same_names(names, [c.name for c in own], source, section.path)
     by_name = {c.name: c for c in own}
@@ -63,9 +64,24 @@ def map_classes_onto(
     return ClassMap(tuple(names), tuple(by_name[name].id for name in names), dropped)
 
 
+def differing_names(
+    names: Sequence[str], section: Section, used_ids: NDArray[np.int64]
+) -> tuple[list[str], list[str]]:
+    """The classes that only `names` has, and those that only this JSON has."""
+    return _differences(names, [c.name for c in _usable_for(names, read_categories(section, used_ids))])
+
+
+def _usable_for(names: Sequence[str], categories: list[Category]) -> list[Category]:
+    own = [c for c in categories if not c.only_groups]
+    return own + [c for c in categories if c.only_groups and c.name in set(names) - {o.name for o in own}]
+
+
+def _differences(names: Sequence[str], own: Sequence[str]) -> tuple[list[str], list[str]]:
+    return [name for name in names if name not in set(own)], [name for name in own if name not in set(names)]
+
+
 def _check_same_names(names: Sequence[str], own: Sequence[str], source: str, path: Path) -> None:
-    lacking = [name for name in names if name not in set(own)]
-    foreign = [name for name in own if name not in set(names)]
+    lacking, foreign = _differences(names, own)
     if not (lacking or foreign):
         return
     parts = [f"{shown(lacking)} only in {source}"] * bool(lacking) + [f"{shown(foreign)} only here"] * bool(
@@ -82,8 +98,12 @@ def _refuse_equal_names(path: Path, names: list[str]) -> None:
         raise DataError(f"{path}: several categories have the name {shown(twice)}; merge or rename them")
 
 
-def _read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[_Category]:
-    """By ascending id."""
+def read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[Category]:
+    """By ascending id.
+
+    Raises:
+        DataError: an id is no whole number or there twice, or a name is no text.
+    """
     ids = section.integers("id").tolist()
     names = section.texts("name")
     if len(set(ids)) < len(ids):
@@ -92,4 +112,4 @@ def _read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[_Cat
     groups = [str(record.get("supercategory")) for record in section.records]
     used, members = set(used_ids.tolist()), Counter(groups)
     rows = sorted(zip(ids, names, groups, strict=True))
-    return [_Category(i, name, i not in used and members[name] > (group == name)) for i, name, group in rows]
+    return [Category(i, name, i not in used and members[name] > (group == name)) for i, name, group in rows]

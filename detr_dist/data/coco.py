@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,10 @@ from detr_dist.data.layout import check_images_exist, find_annotations, shown
 from detr_dist.errors import DataError
 
 __all__ = ["CocoData", "find_annotations", "load_coco"]
+
+
+def _no_ids() -> NDArray[np.int64]:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,8 @@ class CocoData:
     iscrowd: NDArray[np.bool_]  # [M]
     areas: NDArray[np.float64]  # [M] as annotated (of the outline, where there is one), else of the box
     annotation_ids: NDArray[np.int64]  # [M]
+    clipped_ids: NDArray[np.int64] = field(default_factory=_no_ids)  # annotations that reached outside
+    dropped_ids: NDArray[np.int64] = field(default_factory=_no_ids)  # annotations without extent, left out
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -139,7 +145,26 @@ def load_coco(
         DataError: names the file and the record at fault and what to do about it.
     """
     path, images_dir = find_annotations(folder)
-    images, annotations, categories = read_sections(path)
+    return read_columns(
+        read_sections(path),
+        images_dir,
+        classes=classes,
+        classes_source=classes_source,
+        check_files=check_files,
+    )
+
+
+def read_columns(
+    sections: tuple[Section, Section, Section],
+    images_dir: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    classes_source: str = "the training data",
+    check_files: bool = True,
+) -> CocoData:
+    """The data set of the images, annotations and categories that were read; as `load_coco`."""
+    images, annotations, categories = sections
+    path = images.path
     image_ids, file_names = _read_image_ids(images), images.texts("file_name")
     if check_files:
         check_images_exist(images_dir, file_names, path)
@@ -150,9 +175,12 @@ def load_coco(
     else:
         class_map = map_classes_onto(classes, categories, boxes.category_ids, classes_source)
     box_classes = boxes.classes(class_map)
-    kept, notices = boxes.clip(sizes_hw[boxes.image_rows])
+    kept, clipped, dropped = boxes.clip(sizes_hw[boxes.image_rows])
+    clipped_ids, dropped_ids = boxes.annotation_ids[clipped], boxes.annotation_ids[dropped]
     order = kept[np.argsort(boxes.image_rows[kept], kind="stable")]
     num_boxes = np.bincount(boxes.image_rows[order], minlength=len(image_ids))
+    notices = _remark(clipped_ids, "reached outside their image and were clipped")
+    notices += _remark(dropped_ids, "have no extent inside their image and were dropped")
     notices += _remarks(class_map, boxes.iscrowd[order], num_boxes)
     box_areas = boxes.xywh_px[:, 2] * boxes.xywh_px[:, 3]
     return CocoData(
@@ -170,6 +198,8 @@ def load_coco(
         iscrowd=boxes.iscrowd[order],
         areas=np.where(np.isfinite(boxes.areas), boxes.areas, box_areas)[order],
         annotation_ids=boxes.annotation_ids[order],
+        clipped_ids=clipped_ids,
+        dropped_ids=dropped_ids,
     )
 
 
@@ -201,6 +231,11 @@ def _read_sizes(images: Section, images_dir: Path, file_names: list[str]) -> NDA
         row = int(np.flatnonzero((sizes_hw < 1).any(axis=1))[0])
         raise DataError(f"{images.where(row)}: width and height must be at least 1")
     return sizes_hw
+
+
+def _remark(annotation_ids: NDArray[np.int64], what: str) -> list[str]:
+    num_boxes = len(annotation_ids)
+    return [f"{num_boxes} boxes {what}, first annotation {annotation_ids[0]}"] if num_boxes else []
 
 
 def _remarks(class_map: ClassMap, iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:

@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from posixpath import normpath
 
 from detr_dist.errors import DataError
 
 NUM_NAMES_SHOWN = 4
+PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
@@ -38,11 +40,21 @@ def find_annotations(folder: str | Path) -> tuple[Path, Path]:
 
 
 def check_images_exist(images_dir: Path, file_names: list[str], source: Path) -> None:
-    """Compare the files that `source` lists with one listing per folder; a stat per image would be slow.
+    """Refuse a data set whose files are not all there.
 
     Raises:
-        DataError: files are missing; says how many and names the first.
+        DataError: files that `source` lists are missing; says how many and names the first.
     """
+    missing = missing_images(images_dir, file_names)
+    if missing:
+        raise DataError(
+            f"{source}: {len(missing)} of {len(file_names)} images are missing in {images_dir}, "
+            f"first {missing[0]!r}; restore the files or remove their entries"
+        )
+
+
+def missing_images(images_dir: Path, file_names: list[str]) -> list[str]:
+    """Those of the files that are not there, by one listing per folder; a stat per image would be slow."""
     listings: dict[str, set[str]] = {}
     missing: list[str] = []
     for file_name in file_names:
@@ -51,11 +63,28 @@ def check_images_exist(images_dir: Path, file_names: list[str], source: Path) ->
             listings[parent] = _listing(images_dir / parent)
         if name not in listings[parent]:
             missing.append(file_name)
-    if missing:
-        raise DataError(
-            f"{source}: {len(missing)} of {len(file_names)} images are missing in {images_dir}, "
-            f"first {missing[0]!r}; restore the files or remove their entries"
-        )
+    return missing
+
+
+def unlisted_pictures(images_dir: Path, file_names: list[str]) -> list[str]:
+    """Pictures in the folders of the listed files that are not listed themselves."""
+    listed = set(map(normpath, file_names))
+    folders = {"", *(name.rpartition("/")[0] for name in listed)}
+    there = (f"{folder}/{name}".lstrip("/") for folder in folders for name in _listing(images_dir / folder))
+    return sorted(path for path in there if path not in listed and _is_picture(PurePosixPath(path)))
+
+
+def _is_picture(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+
+
+def _listing(folder: Path) -> set[str]:
+    """The names in a folder; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return set()
 
 
 def shown(names: Iterable[object]) -> str:
@@ -77,11 +106,3 @@ def _only(json_paths: list[Path], folder: Path) -> Path:
             f"{shown(p.name for p in json_paths)}; keep one there and move the others away"
         )
     return json_paths[0]
-
-
-def _listing(folder: Path) -> set[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except OSError:
-        return set()

@@ -95,3 +95,18 @@ def loss_settings_of(network_config: PreTrainedConfig, architecture: Architectur
         focal_alpha=float(getattr(network_config, "focal_alpha", 0.25)),
         num_classes=cast(int, network_config.num_labels),
     )
+
+
+def num_queries_of(config: ModelConfig) -> int | None:
+    """Most objects that the configured model can find in an image, without building it; None where only the
+    pretrained model knows, and it cannot be had."""
+    if config.num_queries is not None:
+        return config.num_queries
+    if config.pretrained is None:
+        network_config = AutoConfig.for_model(ARCHITECTURES[config.model_architecture].model_type)
+    else:
+        try:
+            network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        except (OSError, ValueError):
+            return None
+    return getattr(network_config, "num_queries", None)

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.statistics import CheckSettings, check_boxes
 from detr_dist.distributed import build_accelerator, group_of_processes
 from detr_dist.errors import CheckpointError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
@@ -231,6 +232,10 @@ def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[s
     plan, accelerator, train_data = training.plan, setup.accelerator, setup.train_data
     yield from train_data.notices
     yield from setup.val_data.notices
+    data, num_queries = setup.config.data, setup.detector.num_queries
+    settings = CheckSettings(data.shortest_edge, data.longest_edge, num_queries)
+    for split in (train_data, setup.val_data):
+        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))
     left_out = f", {plan.num_dropped} images of each epoch left out" if plan.num_dropped else ""
     yield (
         f"{len(train_data)} images to train on, {len(setup.val_data)} to validate; classes: "

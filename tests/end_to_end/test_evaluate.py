@@ -94,7 +94,7 @@ def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_d
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (("--model", "nowhere/model"), 2, "nowhere/model: no such folder"),
+        (("--model", "out/modle"), 2, "out/modle: no such folder"),
         (("--model", "out/model", "--report", "out/model/config.json/x.json"), 2, "--report "),
         (
             ("--model", "out/model", "evaluation.score_treshold=0.5"),

@@ -17,7 +17,9 @@ REPOSITORY = Path(__file__).parents[2]
 BASE = {"boxes", "config", "errors"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
-    "cli": BASE | {"data", "distributed", "evaluation", "inference", "models", "tracking", "training"},
+    "cli": BASE
+    | {"check_data", "data", "distributed", "evaluation", "inference", "models", "tracking", "training"},
+    "check_data": BASE | {"data", "models"},
     "inference": BASE | {"data", "distributed", "evaluation", "models", "tracking", "training"},
     "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
@@ -127,6 +129,7 @@ def test_imports_with_the_rules_are_not_complained_about(tmp_path: Path) -> None
         ("-c", "import detr_dist.config"),
         ("-m", "detr_dist", "--help"),
         ("-m", "detr_dist", "train", "--help"),
+        ("-m", "detr_dist", "check-data", "--help"),
         ("-m", "detr_dist", "export", "--help"),
     ],
     ids=" ".join,

@@ -103,7 +103,7 @@ def test_file_names_may_hold_folders(document: Document, write_coco: WriteCoco) 
 def test_no_column_is_made_of_python_objects(document: Document, write_coco: WriteCoco) -> None:
     data = load_coco(write_coco(document))
     columns = [value for name in data.__slots__ if isinstance(value := getattr(data, name), np.ndarray)]
-    assert len(columns) == 9
+    assert len(columns) == 11
     assert not any(column.dtype.hasobject for column in columns)
 
 

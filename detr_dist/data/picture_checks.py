@@ -1,0 +1,164 @@
+"""What is wrong with the pictures of a data set: each is decoded as training decodes it."""
+
+import hashlib
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from posixpath import normpath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from detr_dist.data.coco import CocoData
+from detr_dist.data.decoding import UnreadableImageError, decode_rgb
+from detr_dist.data.findings import Finding, found
+
+PICTURES_AT_A_TIME = 256
+"""Handed to the threads together, so that a million pictures wait in no queue."""
+
+COMPARED_AT_A_TIME = 64
+
+THUMBNAIL_EDGE = 16
+LOOKALIKE_CORRELATION = 0.95
+"""Of the grey values of two thumbnails. Measured: one view photographed twice, refocused in between, has
+0.99; of 640 generated scenes on grass no two have more than 0.87."""
+
+MIN_CONTRAST = 16.0
+"""A thumbnail that is flatter than one grey level around its mean is like no other."""
+
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """What is kept of a picture: little, whatever its size."""
+
+    size_hw: tuple[int, int] = (0, 0)
+    digest: bytes = b""  # of size and pixels
+    thumbnail: NDArray[np.float32] | None = None  # of length 1 around its mean
+    is_rotated: bool = False  # as its EXIF data say
+    trouble: str = ""  # why it cannot be decoded
+
+
+class PictureCheck:
+    """Looks at the pictures of one split after the other, and remembers which it has seen: about a kilobyte
+    of each."""
+
+    def __init__(self) -> None:
+        self._files: dict[bytes, str] = {}  # a file of each content
+        self._thumbnails: list[NDArray[np.float32]] = []  # of these, in the same order
+
+    def check(self, split: str, data: CocoData, missing: frozenset[str]) -> list[Finding]:
+        """What is wrong with the files of `data` but for those that are known to be missing."""
+        rows_of = _rows_of_files(data, missing)
+        unreadable, wrong_size, rotated, elsewhere, again = (list[str]() for _ in range(5))
+        own: dict[bytes, str] = {}
+        thumbnails: list[NDArray[np.float32]] = []
+        for name, picture in _look_at_all(data.images_dir, list(rows_of), split):
+            if picture.thumbnail is None:
+                unreadable.append(picture.trouble)
+                continue
+            wrong = [
+                _difference(name, picture, data.size_hw(row))
+                for row in rows_of[name]
+                if data.size_hw(row) != picture.size_hw
+            ]
+            wrong_size += wrong
+            if picture.is_rotated and not wrong:
+                rotated.append(name)
+            if picture.digest in self._files:
+                elsewhere.append(f"{name} is {self._files[picture.digest]}")
+            elif picture.digest in own:
+                again.append(f"{name} is {own[picture.digest]}")
+            else:
+                own[picture.digest] = name
+                thumbnails.append(picture.thumbnail)
+        alike = self._lookalikes(list(own.values()), thumbnails)
+        self._files |= {digest: str(data.images_dir / name) for digest, name in own.items()}
+        self._thumbnails += thumbnails
+        return [
+            *found("unreadable_image", split, unreadable),
+            *found("wrong_size", split, wrong_size),
+            *found("exif_rotation", split, rotated),
+            *found("picture_in_two_splits", split, elsewhere),
+            *found("lookalike_in_two_splits", split, alike),
+            *found("duplicate_picture", split, again),
+        ]
+
+    def _lookalikes(self, names: list[str], thumbnails: list[NDArray[np.float32]]) -> list[str]:
+        """Those of the pictures that look like one of an earlier split."""
+        if not (self._thumbnails and thumbnails):
+            return []
+        earlier, files = np.array(self._thumbnails).T, list(self._files.values())
+        alike = []
+        for start in range(0, len(names), COMPARED_AT_A_TIME):
+            likeness = np.array(thumbnails[start : start + COMPARED_AT_A_TIME]) @ earlier
+            nearest = likeness.argmax(axis=1)
+            for i in np.flatnonzero(likeness.max(axis=1) > LOOKALIKE_CORRELATION).tolist():
+                alike.append(f"{names[start + i]} is like {files[nearest[i]]}")
+        return alike
+
+
+def _rows_of_files(data: CocoData, missing: frozenset[str]) -> dict[str, list[int]]:
+    """The rows that list each file: more than one where it is listed twice."""
+    rows_of: dict[str, list[int]] = {}
+    for row, encoded in enumerate(data.file_names):
+        name = os.fsdecode(encoded)
+        if name not in missing:
+            rows_of.setdefault(normpath(name), []).append(row)
+    return rows_of
+
+
+def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Picture]]:
+    num_threads = os.cpu_count() or 1
+    with (
+        ThreadPoolExecutor(num_threads) as threads,
+        tqdm(total=len(names), desc=split, unit="picture", disable=not sys.stderr.isatty()) as bar,
+    ):
+        for start in range(0, len(names), PICTURES_AT_A_TIME):
+            some = names[start : start + PICTURES_AT_A_TIME]
+            for name, picture in zip(
+                some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True
+            ):
+                yield name, picture
+                bar.update()
+
+
+def _look_at(path: Path) -> _Picture:
+    try:
+        image = decode_rgb(path)
+    except UnreadableImageError as error:
+        return _Picture(trouble=str(error))
+    height, width = image.shape[-2:]
+    digest = hashlib.sha256(f"{height}x{width}".encode())
+    digest.update(image.permute(1, 2, 0).contiguous().numpy().data)  # interleaved, as most decoders leave it
+    thumbnail = F.resize(image, [THUMBNAIL_EDGE, THUMBNAIL_EDGE], antialias=True).float().mean(dim=0)
+    around_mean = (thumbnail - thumbnail.mean()).flatten()
+    length = float(around_mean.norm())
+    return _Picture(
+        size_hw=(height, width),
+        digest=digest.digest(),
+        thumbnail=(around_mean / max(length, MIN_CONTRAST)).numpy(),
+        is_rotated=_is_rotated(path),
+    )
+
+
+def _is_rotated(path: Path) -> bool:
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
+    except Exception:  # Pillow's plug-ins raise a wide choice of errors; the picture itself was decoded
+        return False
+
+
+def _difference(name: str, picture: _Picture, annotated_hw: tuple[int, int]) -> str:
+    (height, width), (annotated_height, annotated_width) = picture.size_hw, annotated_hw
+    turned = " (its EXIF rotation is not applied)" if picture.is_rotated else ""
+    return f"{name} is {width}x{height}, not {annotated_width}x{annotated_height}{turned}"
