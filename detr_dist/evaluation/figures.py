@@ -15,7 +15,6 @@ from PIL import Image
 from detr_dist.evaluation.lettering import FONT, font
 
 DPI = 120
-TITLE_SIZE = 10
 MOST_CLASSES = 80
 """In a table; with more, lines of text come closer than they can be read."""
 STYLE: dict[str, Any] = {
@@ -35,10 +34,8 @@ def figure_style() -> Iterator[None]:
 
 
 def new_figure(title: str, width_inches: float, height_inches: float) -> Figure:
-    """Wide enough for its title."""
-    width_inches = max(width_inches, extent_inches([title], TITLE_SIZE) + 0.2)
     figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
-    figure.suptitle(title, x=0.1 / width_inches, ha="left", fontsize=TITLE_SIZE)
+    figure.suptitle(title, x=0.1 / width_inches, ha="left", fontsize=10)
     return figure
 
 

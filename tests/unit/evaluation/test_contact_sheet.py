@@ -116,8 +116,9 @@ def test_an_image_that_cannot_be_read_is_an_empty_tile(new_scene, tmp_path: Path
 
 @pytest.mark.parametrize("num_images", [1, 2, 3, 20])
 def test_title_and_legend_have_room_whatever_the_number_of_images(num_images: int, new_scene) -> None:
-    boxes = [(0, 0, BOX, False)] * 11_111
-    data, records = new_scene(num_images, ["player"], boxes, [])
+    boxes = [(0, 0, BOX, False)] * 11_111 + [(0, 1, (0, 0, 20, 20), False)]
+    detections = [(0, 0, 0.9, ELSEWHERE)] * 100 + [(0, 1, 0.9, ON_BOX)]
+    data, records = new_scene(num_images, ["player", "ball"], boxes, detections)
     sheet = contact_sheet(data, operating_points(data, records, 0.5).matches)
     margin = np.asarray(sheet)[:, -module.GAP :]
     assert (margin == 255).all()

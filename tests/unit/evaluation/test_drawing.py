@@ -56,10 +56,12 @@ def test_a_caption_is_whole_wherever_the_box_is() -> None:
 def test_captions_of_equal_boxes_do_not_cover_one_another() -> None:
     boxes = torch.tensor([[100.0, 100, 160, 160]]).expand(2, 4)
     picture = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
-    alone = draw_boxes(blank(300, 300), boxes[:1], ["ball 0.60"], [BLUE])
+    first = draw_boxes(blank(300, 300), boxes[:1], ["player 0.70"], [RED])
+    second = draw_boxes(blank(300, 300), boxes[:1], ["ball 0.60"], [BLUE])
     frame = draw_boxes(blank(300, 300), boxes[:1], [""], [BLUE])
+    assert of_colour(picture, RED) == of_colour(first, RED)
     # The first box lies on top, so of the second one the caption is left, all of it.
-    assert of_colour(picture, BLUE) == of_colour(alone, BLUE) - of_colour(frame, BLUE)
+    assert of_colour(picture, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
 
 
 def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
