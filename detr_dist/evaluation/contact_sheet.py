@@ -71,7 +71,7 @@ def contact_sheet(data: CocoData, matches: Matches) -> Image.Image:
     num_columns = min(NUM_COLUMNS, len(rows))
     shape = np.median(data.sizes_hw[rows, 0] / data.sizes_hw[rows, 1])
     tile_height = round(TILE_WIDTH * float(np.clip(shape, 0.4, 1.3)))
-    width = GAP + num_columns * (TILE_WIDTH + GAP)
+    width = GAP + max(num_columns, 2) * (TILE_WIDTH + GAP)  # the title needs as much
     head = _head(_title(data, errors, len(rows)), width)
     pitch = tile_height + 2 * LINE + GAP
     sheet = Image.new("RGB", (width, head.height + -(-len(rows) // num_columns) * pitch), WHITE)

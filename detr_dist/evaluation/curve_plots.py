@@ -15,8 +15,9 @@ from detr_dist.evaluation.lettering import class_label
 from detr_dist.evaluation.matching import MIN_IOU
 from detr_dist.evaluation.operating_point import ClassPoint, Counts, Curve
 
-MOST_NAMED = 10
+MOST_NAMED = 10  # as many as colours
 """Curves with a colour and a name of their own; of more classes the best and the worst have one."""
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy")
 GREY = "0.8"
 
 Points = NDArray[np.float64]
@@ -80,9 +81,10 @@ def _figure(view: _View, class_names: Sequence[str], classes: Sequence[ClassPoin
     known = [(label, point) for label, point in enumerate(classes) if point is not None]
     if not known:
         return empty_figure(view.title)
-    figure = new_figure(9, 5.5)
-    axes = figure.add_subplot(xlabel=view.x, ylabel=view.y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-    axes.set_title(view.title, loc="left")
+    figure = new_figure(view.title, 9, 5.5)
+    ticks = np.linspace(0, 1, 6)
+    axes = figure.add_subplot(xlabel=view.x, ylabel=view.y, xticks=ticks, yticks=ticks)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
     known.sort(key=lambda pair: -pair[1].counts.f1)
@@ -94,7 +96,7 @@ def _figure(view: _View, class_names: Sequence[str], classes: Sequence[ClassPoin
     for number, (label, point) in enumerate(known[:half] + known[half + len(others) :]):
         if others and number == half:
             entries.append((Line2D([], [], color=GREY), f"{len(others):,} classes between"))
-        line = _draw_curve(axes, view, point, color=f"C{number}", linewidth=1.4)
+        line = _draw_curve(axes, view, point, color=COLOURS[number], linewidth=1.4)
         entries.append((line, _entry(class_label(label, class_names[label]), point)))
     if len(known) > 1:
         together = _together([point for _, point in known])

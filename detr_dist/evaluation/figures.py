@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 
 from detr_dist.evaluation.lettering import FONT, font
 
@@ -19,7 +21,6 @@ STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a class may be called $x$
     "font.family": [FONT],
     "font.size": 9,
-    "axes.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
@@ -32,22 +33,24 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def new_figure(width_inches: float, height_inches: float) -> Figure:
+def new_figure(title: str, width_inches: float, height_inches: float) -> Figure:
     figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.1 / width_inches, ha="left", fontsize=10)
     return figure
 
 
 def empty_figure(title: str) -> Figure:
     """In place of one that has nothing to show."""
-    figure = new_figure(5, 3)
-    figure.suptitle(title)
+    figure = new_figure(title, 5, 3)
     figure.text(0.5, 0.5, "no boxes to find", ha="center", va="center")
     return figure
 
 
 def save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=DPI)
+    """As PNG. Drawn once, where `Figure.savefig` draws twice."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
     return path
 
 

@@ -1,6 +1,7 @@
 """What is taken for what, and AP by the size of boxes, as coloured tables."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +13,9 @@ from detr_dist.evaluation.coco_metrics import SIZES, CocoFigures
 from detr_dist.evaluation.figures import empty_figure, extent_inches, few_of_many, most_telling, new_figure
 from detr_dist.evaluation.lettering import class_label
 
-LARGEST_OF_SIZES = (32**2, 96**2)
-"""Areas in square pixels between `SIZES`."""
-SIZE_LABELS = ("small\nunder 32² px", "medium\nup to 96² px", "large\nover 96² px")
+LIMITS = (0, 32**2, 96**2, np.inf)
+"""Areas in square pixels around `SIZES`."""
+SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 96² px")
 
 
 def confusion_figure(class_names: Sequence[str], confusion: NDArray[np.int64]) -> Figure:
@@ -28,12 +29,12 @@ def confusion_figure(class_names: Sequence[str], confusion: NDArray[np.int64]) -
     labels = most_telling(known, inside - confusion.diagonal()[:-1])
     counts = confusion[np.ix_([*labels, background], [*labels, background])]
     names = [class_label(label, class_names[label]) for label in labels] + ["background"]
-    cell = float(np.clip(9 / len(names), 0.2, 0.7))  # inches
+    title += few_of_many(len(labels), len(known), "those with most errors")
+    cell = float(np.clip(9 / len(names), 0.2, 0.8))  # inches
     is_small = cell < 0.3
     around = extent_inches(names, _font_size(is_small)) + cell * len(names)
-    figure = new_figure(max(around + 1.5, 5), max(around + 0.9, 3))
+    figure = new_figure(title, around + 1.5, around + 1.1)
     axes = figure.add_subplot(xlabel="predicted", ylabel="truth")
-    axes.set_title(title + few_of_many(len(labels), len(known), "most confused"), loc="left")
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, shrink=0.5, fraction=0.04, pad=0.02, aspect=25, label="share of the row")
@@ -43,11 +44,7 @@ def confusion_figure(class_names: Sequence[str], confusion: NDArray[np.int64]) -
         text = _short(int(counts[row, column]))
         fits = cell * 72 / (0.75 * len(text))
         _write(axes, row, column, text, shares[row, column], min(_font_size(is_small), fits))
-    ends = -0.5, len(labels) + 0.5
-    between = np.arange(len(labels)) + 0.5
-    for lines in (axes.hlines, axes.vlines):
-        lines(between[:-1], *ends, color="0.92", linewidth=0.5)
-        lines(between[-1], *ends, color="0.4", linewidth=1)
+    _draw_lines_between(axes, len(labels))
     return figure
 
 
@@ -60,12 +57,12 @@ def size_figure(data: CocoData, coco: CocoFigures) -> Figure:
         return empty_figure(title)
     labels = most_telling(known, num_boxes.sum(axis=1))
     names = [class_label(label, data.class_names[label]) for label in labels]
+    title += few_of_many(len(labels), len(known), "those with most boxes")
     is_small = len(names) > 25
     cell = 0.2 if is_small else 0.3  # inches
     bars, table = 2.2, max(cell * len(names), 0.3)
-    figure = new_figure(6.5, bars + table + 1.3)
+    figure = new_figure(title, 6.5, bars + table + 1.3)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=[bars, table])
-    above.set_title(title + few_of_many(len(labels), len(known), "of most boxes"), loc="left")
     above.set(ylim=(0, 1.12), ylabel="AP of all classes", yticks=np.linspace(0, 1, 6))
     for column, size in enumerate(SIZES):
         ap, total = coco.metrics.get(f"map_{size}", np.nan), int(num_boxes[:, column].sum())
@@ -83,13 +80,13 @@ def size_figure(data: CocoData, coco: CocoFigures) -> Figure:
 
 
 def _boxes_by_size(data: CocoData) -> NDArray[np.int64]:
-    """[C, 3], without crowds."""
-    single = ~data.iscrowd
-    size = np.searchsorted(LARGEST_OF_SIZES, data.areas[single], side="left")
-    number = np.bincount(
-        data.box_classes[single] * len(SIZES) + size, minlength=data.num_classes * len(SIZES)
-    )
-    return number.reshape(-1, len(SIZES))
+    """[C, 3], without crowds. A box on a limit counts on both sides of it, as in COCO's AP."""
+    areas, classes = data.areas[~data.iscrowd], data.box_classes[~data.iscrowd]
+    columns = [
+        np.bincount(classes[(least <= areas) & (areas <= most)], minlength=data.num_classes)
+        for least, most in pairwise(LIMITS)
+    ]
+    return np.stack(columns, axis=1)
 
 
 def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], *, is_small: bool) -> None:
@@ -97,6 +94,14 @@ def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], *, is_
     axes.set_xticks(range(len(columns)), columns, fontsize=size)
     axes.set_yticks(range(len(rows)), rows, fontsize=size)
     axes.tick_params(length=0)
+
+
+def _draw_lines_between(axes: Axes, num_labels: int) -> None:
+    """The last one, before the background, is stronger."""
+    between = np.arange(num_labels) + 0.5
+    for lines in (axes.hlines, axes.vlines):
+        lines(between[:-1], -0.5, num_labels + 0.5, color="0.92", linewidth=0.5)
+        lines(between[-1], -0.5, num_labels + 0.5, color="0.4", linewidth=1)
 
 
 def _font_size(is_small: bool) -> float:

@@ -1,0 +1,111 @@
+"""Boxes and captions in a picture: seen, and inside it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from detr_dist.evaluation.drawing import class_colour, draw_boxes
+from detr_dist.evaluation.lettering import class_label, printable
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def blank(height: int, width: int) -> Tensor:
+    return torch.full((3, height, width), 90, dtype=torch.uint8)
+
+
+def changed(before: Tensor, after: Tensor) -> Tensor:
+    return (before != after).any(dim=0)
+
+
+def drawn(picture: Tensor, box: tuple[float, ...], caption: str) -> Tensor:
+    return changed(picture, draw_boxes(picture, torch.tensor([box]), [caption], [RED]))
+
+
+def of_colour(picture: Tensor, colour: tuple[int, int, int]) -> int:
+    return int((picture == torch.tensor(colour)[:, None, None]).all(dim=0).sum())
+
+
+def test_the_picture_that_is_given_stays_as_it_is() -> None:
+    picture = blank(100, 150)
+    result = draw_boxes(picture, torch.tensor([[10.0, 40, 60, 80]]), ["ball 0.50"], [RED])
+    assert torch.equal(picture, blank(100, 150))
+    assert (result.shape, result.dtype) == (picture.shape, torch.uint8)
+    assert not torch.equal(result, picture)
+
+
+def test_lines_run_around_the_box() -> None:
+    mask = drawn(blank(300, 300), (100.0, 120, 200, 220), "")
+    assert not mask[120:220, 100:200].any()
+    assert mask[119, 100:200].all()
+    assert mask[220, 100:200].all()
+    assert mask[120:220, 99].all()
+    assert mask[120:220, 200].all()
+
+
+def test_a_caption_is_whole_wherever_the_box_is() -> None:
+    picture = blank(300, 400)
+    areas = {
+        int(drawn(picture, (left, top, left + 20, top + 20), "goal post 0.87").sum())
+        for left in (4.0, 190, 376)
+        for top in (4.0, 140, 276)
+    }
+    assert len(areas) == 1
+
+
+def test_captions_of_equal_boxes_do_not_cover_one_another() -> None:
+    boxes = torch.tensor([[100.0, 100, 160, 160]]).expand(2, 4)
+    picture = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
+    first = draw_boxes(blank(300, 300), boxes[:1], ["player 0.70"], [RED])
+    second = draw_boxes(blank(300, 300), boxes[:1], ["ball 0.60"], [BLUE])
+    frame = draw_boxes(blank(300, 300), boxes[:1], [""], [BLUE])
+    assert of_colour(picture, RED) == of_colour(first, RED)
+    # The first box lies on top, so of the second one the caption is left, all of it.
+    assert of_colour(picture, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
+
+
+def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
+    mask = drawn(blank(200, 200), (100.0, 50, 101, 51), "")
+    rows, columns = np.nonzero(mask.numpy())
+    assert np.ptp(rows) >= 6
+    assert np.ptp(columns) >= 6
+    assert not mask[50, 100]
+
+
+def test_a_box_that_fills_the_picture_is_seen() -> None:
+    mask = drawn(blank(40, 60), (0.0, 0, 60, 40), "")
+    assert mask[0].all()
+    assert mask[-1].all()
+    assert mask[:, 0].all()
+    assert mask[:, -1].all()
+
+
+def test_lines_and_letters_grow_with_the_picture() -> None:
+    small = drawn(blank(900, 900), (300.0, 300, 600, 600), "ball").sum() / 900**2
+    large = drawn(blank(2700, 2700), (900.0, 900, 1800, 1800), "ball").sum() / 2700**2
+    assert 0.9 < small / large < 1.1  # pixels are whole, letters have hinting
+
+
+def test_a_caption_that_is_too_long_is_shortened_and_one_without_any_room_left_out() -> None:
+    assert drawn(blank(80, 60), (20.0, 40, 40, 60), "a very long caption " * 5)[:38].any()
+    without = drawn(blank(8, 8), (2.0, 2, 5, 5), "")
+    assert torch.equal(drawn(blank(8, 8), (2.0, 2, 5, 5), "caption"), without)
+
+
+def test_no_boxes_leave_the_picture_as_it_was() -> None:
+    assert torch.equal(draw_boxes(blank(20, 20), torch.zeros(0, 4), [], []), blank(20, 20))
+
+
+def test_eighty_classes_have_colours_that_differ() -> None:
+    colours = np.array([class_colour(index) for index in range(80)], dtype=float)
+    distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(80)
+    assert distances.min() > 50
+    assert distances[:12, :12].min() > 100
+    assert isinstance(class_colour(5000), tuple)
+
+
+def test_names_are_cut_to_what_the_font_shows() -> None:
+    assert printable("player") == "player"
+    assert printable("a very long name of a class", most=11) == "a ver…class"
+    assert class_label(3, "サッカー") == "class 3"
+    assert class_label(3, "ball\n\U0001f3d0") == "ball"

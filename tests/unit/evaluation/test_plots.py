@@ -1,0 +1,233 @@
+"""The pictures of an evaluation say what its figures say, and nothing in them is cut off."""
+
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from PIL import Image
+
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import SIZES, DetectionRecords, coco_figures
+from detr_dist.evaluation.curve_plots import f1_figure, pooled, precision_recall_figure
+from detr_dist.evaluation.evaluate import Details
+from detr_dist.evaluation.figures import figure_style
+from detr_dist.evaluation.operating_point import operating_points
+from detr_dist.evaluation.plots import draw_pictures
+from detr_dist.evaluation.table_plots import confusion_figure, size_figure
+
+Scene = tuple[CocoData, DetectionRecords]
+FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]
+FILES += ["worst_images.jpg"]
+
+
+def details(data: CocoData, records: DetectionRecords) -> Details:
+    return Details(records, coco_figures(data, records), operating_points(data, records, "auto"))
+
+
+def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
+    """The four; where texts are is known once they are drawn."""
+    data, found = scene[0], details(*scene)
+    points = found.operating_points
+    with figure_style():
+        made = [
+            precision_recall_figure(data.class_names, points.classes),
+            f1_figure(data.class_names, points.classes),
+            confusion_figure(data.class_names, points.confusion),
+            size_figure(data, found.coco),
+        ]
+        for figure in made if drawn else []:
+            FigureCanvasAgg(figure).draw()
+    return made
+
+
+def texts(figure: Figure) -> list[Text]:
+    return [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+
+
+def classes_scene(new_scene, class_names: list[str]) -> Scene:
+    """Boxes of every class and size, found, missed, invented and confused."""
+    num_classes = len(class_names)
+    boxes, detections = [], []
+    for label in range(num_classes):
+        for image, side in enumerate((20, 60, 200)):
+            boxes.append((image, label, (5 * (label % 30), 2 * label, side, side), False))
+            left, top, right, bottom = 5 * (label % 30), 2 * label, side, side
+            corners = (left + 1, top, left + right, top + bottom)
+            other = (label + (label % 5 == image)) % num_classes
+            detections.append((image, other, 0.3 + 0.2 * image + label / 400, corners))
+        detections.append((0, label, 0.35, (300, 300, 390, 320)))
+    return new_scene(3, class_names, boxes, detections)
+
+
+@pytest.mark.parametrize("name", ["x", "WWW {} a long name with wide letters WWWWWW"], ids=["short", "long"])
+@pytest.mark.parametrize("num_classes", [1, 3, 90])
+def test_no_text_is_cut_off(num_classes: int, name: str, new_scene) -> None:
+    names = [name.format(index) for index in range(num_classes)]
+    for figure in figures(classes_scene(new_scene, names), drawn=True):
+        width, height = figure.canvas.get_width_height()
+        for text in texts(figure):
+            box = text.get_window_extent()
+            assert box.x0 >= 0, text
+            assert box.y0 >= 0, text
+            assert box.x1 <= width, text
+            assert box.y1 <= height, text
+
+
+@pytest.mark.parametrize("num_classes", [3, 80])
+def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
+    names = [f"class number {index}" for index in range(num_classes)]
+    *_, confusion, sizes = figures(classes_scene(new_scene, names), drawn=True)
+    for labels in (
+        confusion.axes[0].get_yticklabels(),
+        confusion.axes[0].get_xticklabels(),
+        sizes.axes[1].get_yticklabels(),
+    ):
+        assert {label.get_text() for label in labels} >= set(names)
+        boxes = [label.get_window_extent() for label in labels]
+        assert not any(a.overlaps(b) for a, b in pairwise(boxes))
+
+
+@pytest.mark.parametrize("num_classes", [1, 80])
+def test_the_files_are_pictures_that_a_screen_can_show(num_classes: int, new_scene, tmp_path: Path) -> None:
+    data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
+    paths = draw_pictures(tmp_path, data, details(data, records))
+    assert paths == [tmp_path / name for name in FILES]
+    for path in paths:
+        with Image.open(path) as picture:
+            assert picture.size == picture.convert("L").size
+            assert 300 <= min(picture.size) <= max(picture.size) <= 2600
+
+
+def settings() -> dict[str, object]:
+    """All but the backend, which is not known before somebody asks."""
+    return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
+
+
+def test_matplotlibs_settings_are_left_as_they_were(new_scene, tmp_path: Path) -> None:
+    data, records = classes_scene(new_scene, ["ball"])
+    with matplotlib.rc_context({"font.size": 33, "axes.facecolor": "red"}):
+        before = settings()
+        draw_pictures(tmp_path, data, details(data, records))
+        assert settings() == before
+    with Image.open(tmp_path / FILES[0]) as picture:
+        assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
+
+
+def test_odd_class_names_are_written_as_they_are_without_a_warning(new_scene) -> None:
+    names = ["$x_1$", "_hidden", "サッカー", "50% {a} \\b", "", "crowd\nof people"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        curves, _, confusion, _ = figures(classes_scene(new_scene, names), drawn=True)
+    shown = [label.get_text() for label in confusion.axes[0].get_yticklabels()]
+    assert shown == ["$x_1$", "_hidden", "class 2", "50% {a} \\b", "class 4", "crowdof people", "background"]
+    legend = [text.get_text() for text in curves.legends[0].get_texts()]
+    assert any(text.startswith("_hidden: ") for text in legend)
+    assert not any(text.get_parse_math() for text in texts(confusion))
+
+
+@pytest.mark.parametrize("boxes", [[], [(0, 0, (10, 10, 20, 20), False)]], ids=["no truth", "truth"])
+@pytest.mark.parametrize("detections", [[], [(0, 0, 0.9, (10, 10, 30, 30))]], ids=["nothing found", "found"])
+def test_without_boxes_or_detections_there_are_pictures_all_the_same(
+    boxes, detections, new_scene, tmp_path: Path
+) -> None:
+    scene = new_scene(1, ["player", "ball"], boxes, detections)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        draw_pictures(tmp_path, scene[0], details(*scene))
+    said = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
+    assert [("no boxes to find" in each) for each in said] == [not boxes] * 4
+    assert ("player: no detections" in said[0]) == (bool(boxes) and not detections)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+
+
+def test_a_class_without_a_box_is_in_no_curve_and_no_table(scene: Scene) -> None:
+    for figure in figures(scene):
+        said = " ".join(text.get_text() for text in texts(figure))
+        assert "goal post" in said
+        assert "never seen" not in said
+        assert "crowds only" not in said
+
+
+def test_of_many_classes_the_best_and_the_worst_are_named(new_scene) -> None:
+    names = [f"class {index}" for index in range(30)]
+    data, records = classes_scene(new_scene, names)
+    classes = operating_points(data, records, "auto").classes
+    order = sorted(range(30), key=lambda label: -classes[label].counts.f1)
+    legend = [text.get_text().split(":")[0] for text in figures((data, records))[0].legends[0].get_texts()]
+    best, worst = ([names[label] for label in some] for some in (order[:5], order[-5:]))
+    assert legend == ["all, at one threshold", *best, "20 classes between", *worst]
+
+
+def test_the_f1_curve_is_that_of_every_threshold(scene: Scene) -> None:
+    data, records = scene
+    points = operating_points(data, records, "auto").classes[:3]
+    curves = [point.curve for point in points]
+    f1 = f1_figure(data.class_names, [*points, None, None]).axes[0]
+    drawn = sorted((line.get_xydata() for line in f1.lines if len(line.get_xydata()) > 1), key=len)
+    expected = sorted((*curves, pooled(curves)), key=lambda curve: len(curve.thresholds))
+    assert [len(xy) for xy in drawn] == [2 * len(curve.thresholds) + 2 for curve in expected]
+    for xy, curve in zip(drawn, expected, strict=True):
+        for threshold in np.linspace(0.013, 0.987, 30):
+            after = np.flatnonzero(xy[:, 0] >= threshold)[-1]  # from 1 down to 0
+            assert xy[after, 1] == xy[after + 1, 1] == curve.at(threshold).f1
+
+
+def test_all_classes_together_have_the_sum_of_their_counts(scene: Scene) -> None:
+    curves = [point.curve for point in operating_points(*scene, "auto").classes[:3]]
+    together = pooled(curves)
+    assert together.thresholds.tolist() == sorted({t for curve in curves for t in curve.thresholds})[::-1]
+    for threshold in together.thresholds:
+        each = [curve.at(threshold) for curve in curves]
+        counts = together.at(threshold)
+        assert counts.tp == sum(one.tp for one in each)
+        assert counts.fp == sum(one.fp for one in each)
+        assert counts.fn == sum(one.fn for one in each)
+
+
+def test_operating_points_lie_where_their_counts_say(scene: Scene) -> None:
+    points = operating_points(*scene, "auto").classes[:3]
+    precision_recall, f1 = (
+        figure(scene[0].class_names, [*points, None, None]) for figure in (precision_recall_figure, f1_figure)
+    )
+    for figure, expected in (
+        (precision_recall, {(point.counts.recall, point.counts.precision) for point in points}),
+        (f1, {(point.threshold, point.counts.f1) for point in points}),
+    ):
+        dots = {tuple(line.get_xydata()[0]) for line in figure.axes[0].lines if line.get_marker() == "o"}
+        assert dots >= expected
+        assert len(dots) == 4  # and all together
+
+
+def test_the_confusion_matrix_shows_every_count(scene: Scene) -> None:
+    confusion = operating_points(*scene, "auto").confusion
+    kept = confusion[np.ix_([0, 1, 2, 5], [0, 1, 2, 5])]
+    axes = confusion_figure(scene[0].class_names, confusion).axes[0]
+    shown = np.zeros_like(kept)
+    for text in axes.texts:
+        column, row = text.get_position()
+        shown[row, column] = int(text.get_text())
+    assert np.array_equal(shown, kept)
+
+
+def test_the_sizes_show_ap_and_number_of_boxes(scene: Scene) -> None:
+    data, records = scene
+    coco = coco_figures(data, records)
+    bars, table = size_figure(data, coco).axes
+    limits = ((0, 1024), (1024, 9216), (9216, np.inf))
+    for column, (size, (least, most)) in enumerate(zip(SIZES, limits, strict=True)):
+        counted = [
+            sum(least <= area <= most for area in data.areas[(data.box_classes == label) & ~data.iscrowd])
+            for label in range(3)
+        ]
+        ap = coco.metrics[f"map_{size}"]
+        assert bars.texts[column].get_text() == f"{ap:.2f}\n{sum(counted):,} boxes"
+        assert bars.patches[column].get_height() == ap
+        cells = [text.get_text() for text in table.texts if text.get_position()[0] == column]
+        of_classes = zip(coco.ap_by_size[:3, column], counted, strict=True)
+        assert cells == [f"{ap:.2f}  ({number})" for ap, number in of_classes if number]
