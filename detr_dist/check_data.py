@@ -38,6 +38,19 @@ class Report:
         warnings = "1 warning" if self.num_warnings == 1 else f"{self.num_warnings} warnings"
         return f"{errors}, {warnings}: {'not ready' if self.num_errors else 'ready'} to train"
 
+    def lines(self) -> Iterator[str]:
+        """For a person to read, the verdict last."""
+        for split, findings in self.findings.items():
+            if split in self.figures:
+                yield from _describe(split, self.figures[split], self.settings)
+            else:
+                yield f"{printable(split)}: nothing that could be counted"
+            yield from (f"  {finding.level}: {finding}" for finding in findings)
+            yield ""
+        if not self.opened_pictures:
+            yield "pictures were not opened"
+        yield f"verdict: {self.verdict}"
+
 
 def check_data(
     targets: Sequence[str], config_path: Path | None, *, open_pictures: bool, as_json: bool
@@ -55,7 +68,7 @@ def check_data(
     if not folders:
         raise UsageError("no data folder is named; name one or more, the one to train on first")
     report = check_splits(list(dict.fromkeys(folders)), config, open_pictures=open_pictures)
-    print(json.dumps(_as_document(report), indent=2) if as_json else "\n".join(_as_lines(report)))
+    print(json.dumps(_as_document(report), indent=2) if as_json else "\n".join(report.lines()))
     return report.num_errors == 0
 
 
@@ -118,19 +131,6 @@ def _figures(figures: Figures | None) -> dict[str, Any]:
         "most_boxes_in_an_image": figures.most_boxes,
         "boxes_by_class_and_resized_side_px": of_classes,
     }
-
-
-def _as_lines(report: Report) -> Iterator[str]:
-    for split, findings in report.findings.items():
-        if split in report.figures:
-            yield from _describe(split, report.figures[split], report.settings)
-        else:
-            yield f"{printable(split)}: nothing that could be counted"
-        yield from (f"  {finding.level}: {finding}" for finding in findings)
-        yield ""
-    if not report.opened_pictures:
-        yield "pictures were not opened"
-    yield f"verdict: {report.verdict}"
 
 
 def _describe(split: str, figures: Figures, settings: CheckSettings) -> Iterator[str]:

@@ -66,6 +66,13 @@ def train(
             "models:/NAME/VERSION, or a hub id."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check the data, say what would run where, and end: nothing is trained, tracked or written.",
+        ),
+    ] = False,
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
@@ -81,7 +88,7 @@ def train(
     from detr_dist.training.run import train as run_training
     from detr_dist.training.setup import RunOptions
 
-    run_training(settings, RunOptions(train_dir, val_dir, output_dir, resume, init_from))
+    run_training(settings, RunOptions(train_dir, val_dir, output_dir, resume, init_from, dry_run))
 
 
 @app.command()

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from detr_dist.check_data import check_splits
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
-from detr_dist.data.statistics import CheckSettings, check_boxes
-from detr_dist.distributed import build_accelerator, group_of_processes
-from detr_dist.errors import CheckpointError, StopRequested, UsageError
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
@@ -30,6 +30,7 @@ from detr_dist.training.packing import ModelPacker
 from detr_dist.training.pictures import PictureMaker
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.progress import Progress
+from detr_dist.training.report import describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
 from detr_dist.training.saver import Saver
 from detr_dist.training.setup import RunOptions, Setup, set_up
@@ -48,15 +49,20 @@ def train(config: Config, options: RunOptions) -> None:
     transformers_logging.disable_progress_bar()
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
-    train_data = load_coco(options.train_dir)
-    val_data = load_coco(options.val_dir, classes=train_data.class_names)
-    with group_of_processes():
+    with group_of_processes() as processes:
+        if options.dry_run:
+            HostGroup(processes).on_main_process(lambda: _check_data(config, options))
+        train_data = load_coco(options.train_dir)
+        val_data = load_coco(options.val_dir, classes=train_data.class_names)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
         )
         try:
             setup = set_up(config, options, train_data, val_data, accelerator)
+            if options.dry_run:
+                setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
+                return
             with StopSignals() as signals, ExitStack() as held:
                 setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
                 tracker = setup.host.on_main_process(lambda: _open_run(setup))
@@ -66,6 +72,13 @@ def train(config: Config, options: RunOptions) -> None:
         finally:
             for each in accelerator.trackers:
                 each.finish()
+
+
+def _check_data(config: Config, options: RunOptions) -> None:
+    report = check_splits([str(options.train_dir), str(options.val_dir)], config, open_pictures=True)
+    print("\n".join(report.lines()), flush=True)
+    if report.num_errors:
+        raise DataError(f"the data are not ready to train on: {report.num_errors} errors, named above")
 
 
 def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
@@ -128,7 +141,6 @@ def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
 def _assemble(setup: Setup, signals: StopSignals) -> Training:
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
-    steps_of_all_epochs = settings.num_epochs * setup.plan.steps_per_epoch
     detector.to(accelerator.device)
     average = WeightAverage(detector, settings.ema_decay)
     optimizer = build_optimizer(detector, settings)
@@ -137,7 +149,7 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
-    scheduler = build_scheduler(optimizer, settings, steps_of_all_epochs, done_steps=done_steps)
+    scheduler = build_scheduler(optimizer, settings, setup.steps_of_all_epochs, done_steps=done_steps)
     model, prepared_optimizer = accelerator.prepare(detector.train(), optimizer)
     return Training(
         accelerator=accelerator,
@@ -148,7 +160,7 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         plan=setup.plan,
-        total_steps=min(steps_of_all_epochs, settings.max_steps or steps_of_all_epochs),
+        total_steps=setup.total_steps,
         seed=settings.seed,
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,
@@ -171,7 +183,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     progress = Progress(
         is_main_process=accelerator.is_main_process, first_step=state.step, total_steps=training.total_steps
     )
-    for line in _describe(setup, training, state):
+    for line in (*describe_run(setup), *_describe_start(setup, training, state)):
         progress.say(line)
     saver = pictures = None
     if accelerator.is_main_process:
@@ -227,35 +239,12 @@ def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | Non
         print(f"see it {way_to_see(tracker.uri)}", flush=True)
 
 
-def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
-    """What there is to know before the first step."""
-    plan, accelerator, train_data = training.plan, setup.accelerator, setup.train_data
-    yield from train_data.notices
-    yield from setup.val_data.notices
-    data, num_queries = setup.config.data, setup.detector.num_queries
-    settings = CheckSettings(data.shortest_edge, data.longest_edge, num_queries)
-    for split in (train_data, setup.val_data):
-        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))
-    left_out = f", {plan.num_dropped} images of each epoch left out" if plan.num_dropped else ""
-    yield (
-        f"{len(train_data)} images to train on, {len(setup.val_data)} to validate; classes: "
-        f"{', '.join(train_data.class_names)}"
-    )
-    yield (
-        f"{accelerator.num_processes} processes ({accelerator.device}, precision "
-        f"{accelerator.mixed_precision}) x batch {plan.batch_size} x accumulation {plan.accumulation} = "
-        f"{plan.global_batch_size} images a step; {plan.steps_per_epoch} steps an epoch{left_out}, "
-        f"{training.total_steps} steps in all"
-    )
-    if setup.config.training.warmup_steps >= training.total_steps:
-        yield (
-            f"training.warmup_steps {setup.config.training.warmup_steps}: the learning rate does not reach "
-            "its peak in this run"
-        )
+def _describe_start(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
+    """Where training goes on from."""
     if setup.resumed is not None:
         yield (
             f"going on from {setup.resumed.folder} at step {state.step}, "
-            f"{state.step * plan.global_batch_size} samples seen"
+            f"{state.step * training.plan.global_batch_size} samples seen"
         )
         yield from (f"  changed since: {change}" for change in setup.changes)
         if training.is_over(state):

@@ -24,6 +24,15 @@ from detr_dist.training.state import RunFacts
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a process runs."""
+
+    host: str
+    device: str
+    """With the name of the GPU, if it is one."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """What the command line says beside the configuration."""
 
@@ -32,6 +41,8 @@ class RunOptions:
     output_dir: Path
     resume: str | None = None
     init_from: str | None = None
+    dry_run: bool = False
+    """Check and report, and do not train."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,21 @@ class Setup:
     changes: list[str]
     """Settings that differ from the resumed run's, in words."""
     detector: Detector
-    host_names: list[str]
+    places: list[Place]
+    """Of each process, by rank."""
+
+    @property
+    def host_names(self) -> list[str]:
+        return sorted({place.host for place in self.places})
+
+    @property
+    def steps_of_all_epochs(self) -> int:
+        """What the learning-rate schedule spans."""
+        return self.config.training.num_epochs * self.plan.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return min(self.steps_of_all_epochs, self.config.training.max_steps or self.steps_of_all_epochs)
 
 
 def set_up(
@@ -95,8 +120,13 @@ def set_up(
         facts=facts,
         changes=compare_with_saved(resumed.facts, facts) if resumed is not None else [],
         detector=_build_network(facts, train_data, sources, resumed),
-        host_names=sorted(set(host.all_gather_objects(socket.gethostname()))),
+        places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def _place(device: torch.device) -> Place:
+    name = f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    return Place(socket.gethostname(), name)
 
 
 def _versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"check_data", "data", "distributed", "evaluation", "inference", "models", "tracking", "training"},
     "check_data": BASE | {"data", "models"},
     "inference": BASE | {"data", "distributed", "evaluation", "models", "tracking", "training"},
-    "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
+    "training": BASE | {"check_data", "data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
     "tracking": BASE | {"data", "distributed", "models"},
     "models": BASE,

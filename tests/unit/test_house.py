@@ -22,7 +22,7 @@ def shipped(pattern: str) -> list[Path]:
 
 YAML_FILES = [REPOSITORY / ".pre-commit-config.yaml", *shipped("*.yaml")]
 SHELL_SCRIPTS = [REPOSITORY / ".ci" / "run", *shipped("*.sh")]
-NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2}
+NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 2}
 
 # As detr_dist makes its Accelerator: on the CPU where there is no GPU.
 COUNT_PROCESSES = """
@@ -91,12 +91,27 @@ def test_an_accelerate_config_starts_as_many_processes_as_it_says(name: str, tmp
 
     script = tmp_path / "count_processes.py"
     script.write_text(COUNT_PROCESSES, encoding="utf-8")
-    command = [tool("accelerate"), "launch", "--config_file", str(config), str(script)]
+    num_machines = yaml.safe_load(config.read_text(encoding="utf-8"))["num_machines"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # with it unset, the launcher warns that it chooses
-    finished = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=100, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    assert f"processes: {num_processes} " in finished.stdout
+    machines = [
+        subprocess.Popen(
+            [
+                *(tool("accelerate"), "launch", "--config_file", str(config)),
+                *(("--machine_rank", str(rank)) if num_machines > 1 else ()),
+                str(script),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(num_machines)
+    ]
+    printed = ""
+    for machine in machines:
+        stdout, stderr = machine.communicate(timeout=100)
+        assert machine.returncode == 0, stderr[-2000:]
+        printed += stdout
+    assert f"processes: {num_processes} " in printed
     if name.endswith("cpu"):
-        assert "device: cpu" in finished.stdout
+        assert "device: cpu" in printed

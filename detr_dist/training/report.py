@@ -1,0 +1,88 @@
+"""What there is to know of a run before its first step: where it runs, how it is split, what it will take."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from detr_dist.data.statistics import CheckSettings, check_boxes
+from detr_dist.training.setup import Place, Setup
+
+_MIB = 2**20
+
+
+def describe_run(setup: Setup) -> Iterator[str]:
+    """Data, processes and devices, the size of a step and of a checkpoint; a line each."""
+    yield from _describe_data(setup)
+    yield from _describe_processes(setup.accelerator, setup.places)
+    plan = setup.plan
+    left_out = f" ({plan.num_dropped} images of each left out)" if plan.num_dropped else ""
+    yield (
+        f"batch {plan.batch_size} x {plan.num_processes} processes x accumulation {plan.accumulation} = "
+        f"{plan.global_batch_size} images a step; {plan.steps_per_epoch} steps an epoch{left_out}, "
+        f"{setup.total_steps} steps in all"
+    )
+    if setup.config.training.warmup_steps >= setup.total_steps:
+        yield (
+            f"training.warmup_steps {setup.config.training.warmup_steps}: the learning rate does not reach "
+            "its peak in this run"
+        )
+    yield _describe_sizes(setup)
+
+
+def _describe_data(setup: Setup) -> Iterator[str]:
+    train_data, val_data, edges = setup.train_data, setup.val_data, setup.config.data
+    settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
+    for split in (train_data, val_data):
+        yield from split.notices
+        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))
+    yield (
+        f"{len(train_data)} images to train on, {len(val_data)} to validate; classes: "
+        f"{', '.join(train_data.class_names)}"
+    )
+
+
+def _describe_processes(accelerator: Accelerator, places: list[Place]) -> Iterator[str]:
+    """One line for all and, where there are several, one for each machine."""
+    hosts = [place.host for place in places]
+    num_machines = len(set(hosts))
+    strategy = _strategy(accelerator)
+    precision = f"precision {accelerator.mixed_precision}"
+    if len(places) == 1:
+        yield f"1 process on {places[0].host} ({places[0].device}), {precision}"
+        return
+    yield (
+        f"{len(places)} processes (world size {len(places)}) on {num_machines} "
+        f"machine{'s' * (num_machines > 1)}, {strategy} over {dist.get_backend()}, {precision}"
+    )
+    by_host = sorted(enumerate(places), key=lambda entry: (entry[1].host, entry[0]))
+    for host, entries in groupby(by_host, key=lambda entry: entry[1].host):
+        of_host = [f"{rank} on {place.device}" for rank, place in entries]
+        yield f"  {host}: rank {', '.join(of_host)}"
+
+
+def _strategy(accelerator: Accelerator) -> str:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "DDP"
+
+
+def _describe_sizes(setup: Setup) -> str:
+    """AdamW remembers two values for each one that learns; a model is kept twice, for MLflow and for
+    transformers."""
+    network = setup.detector.network
+    weights = _num_bytes(network.state_dict().values())
+    learning = _num_bytes(p for p in network.parameters() if p.requires_grad)
+    checkpoint = weights * (2 if setup.config.training.ema_decay else 1) + 2 * learning
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    return (
+        f"{num_parameters / 1e6:.1f} million parameters; a checkpoint takes about "
+        f"{checkpoint / _MIB:.0f} MiB, a model {2 * weights / _MIB:.0f} MiB"
+    )
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Train on this machine, with one process for each GPU that can be seen, or one on the CPU.
+#   bash launch/workstation.sh [--processes N] --config C --train-dir D --val-dir D --output-dir O [section.key=value ...]
+# --processes N: so many GPUs, or so many processes on the CPU where there is no GPU. The rest goes to detr-dist train.
+set -euo pipefail
+
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+if [[ -z "${VIRTUAL_ENV:-}" && -x "$repository/.venv/bin/python" ]]; then
+  PATH="$repository/.venv/bin:$PATH"
+fi
+
+processes=""
+case "${1:-}" in
+  "" | -h | --help)
+    sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | tail -n +2
+    exit 0
+    ;;
+  --processes)
+    processes="${2:-}"
+    if [[ ! "$processes" =~ ^[1-9][0-9]*$ ]]; then
+      echo "error: --processes ${processes:-is empty}: a number from 1 is wanted" >&2
+      exit 2
+    fi
+    shift 2
+    ;;
+esac
+
+if ! gpus="$(python -c 'import detr_dist, torch; print(torch.cuda.device_count())')"; then
+  echo "error: $(command -v python || echo python) cannot import detr_dist; run: bash scripts/install.sh" >&2
+  exit 1
+fi
+
+if [[ "$gpus" == 0 ]]; then
+  processes="${processes:-1}"
+  kind=cpu
+elif [[ "${processes:=$gpus}" -gt "$gpus" ]]; then
+  echo "error: --processes $processes: only $gpus GPUs can be seen; give fewer, or look at CUDA_VISIBLE_DEVICES" >&2
+  exit 2
+else
+  kind=gpu
+fi
+if [[ "$processes" == 1 ]]; then
+  [[ "$kind" == cpu ]] && name=cpu || name=single_gpu
+else
+  name="multi_$kind"
+fi
+
+# Loader processes and compilers want cores as well; unset, the launcher would choose 1 and say so.
+cores="$(getconf _NPROCESSORS_ONLN)"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}"
+
+echo "$gpus GPUs: $processes processes by accelerate_configs/$name.yaml"
+exec accelerate launch --quiet --config_file "$repository/accelerate_configs/$name.yaml" \
+  --num_processes "$processes" "$repository/scripts/train_detr.py" "$@"
