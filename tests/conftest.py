@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,18 @@ def _environment() -> dict[str, str]:
     return inherited | {"OMP_NUM_THREADS": "1"}
 
 
+def _environment_of_rank(rank: int, num_processes: int, port: int) -> dict[str, str]:
+    """What the launcher tells each of several processes on one machine."""
+    if num_processes == 1:
+        return {}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
+    return {name: str(value) for name, value in ranks.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
 class CommandServer:
     """Starts our commands in processes of their own, from one that has imported what they need."""
 
@@ -194,6 +207,12 @@ class ForkedCommand:
             time.sleep(0.01)
         return code
 
+    def kill(self) -> None:
+        """If it still runs."""
+        if self.poll() is None:
+            self.send_signal(signal.SIGKILL)
+            self.wait(timeout=10)
+
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -212,18 +231,31 @@ class Workplace:
     def run(
         self, *arguments: str | Path, num_processes: int = 1, environment: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """A command of ours, under `accelerate launch` where it shall have several processes; `environment`
-        adds to that of one process."""
-        if num_processes > 1:
-            return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
-        paths = self.folder / "stdout", self.folder / "stderr"
-        command = self.server.start(arguments, self.folder, *paths, environment=environment)
-        command.wait(timeout=100)
-        stdout, stderr = (path.read_text() for path in paths)
-        for path in paths:
+        """A command of ours, in one process or in several as `accelerate launch` would start them on the CPU,
+        but for the time that importing takes; `environment` adds to theirs."""
+        port = free_port()
+        paths = [
+            (self.folder / f"stdout_{rank}", self.folder / f"stderr_{rank}") for rank in range(num_processes)
+        ]
+        commands = [
+            self.server.start(
+                arguments,
+                self.folder,
+                *paths[rank],
+                environment={**_environment_of_rank(rank, num_processes, port), **(environment or {})},
+            )
+            for rank in range(num_processes)
+        ]
+        try:
+            codes = [command.wait(timeout=100) for command in commands]
+        finally:
+            for command in commands:
+                command.kill()
+        stdout, stderr = ("".join(path.read_text() for path in column) for column in zip(*paths, strict=True))
+        for path in chain(*paths):
             path.unlink()
-        assert command.returncode is not None
-        return subprocess.CompletedProcess([*map(str, arguments)], command.returncode, stdout, stderr)
+        code = next(filter(None, codes), 0)
+        return subprocess.CompletedProcess([*map(str, arguments)], code, stdout, stderr)
 
     def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
         """A script (or -m and a module) with its arguments, in several processes on the CPU."""
