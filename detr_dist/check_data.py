@@ -67,7 +67,11 @@ def check_data(
     config = load_config(config_path, [target for target in targets if target not in folders])
     if not folders:
         raise UsageError("no data folder is named; name one or more, the one to train on first")
-    report = check_splits(list(dict.fromkeys(folders)), config, open_pictures=open_pictures)
+    report = check_splits(
+        list({Path(folder).resolve(): folder for folder in reversed(folders)}.values())[::-1],
+        config,
+        open_pictures=open_pictures,
+    )
     print(json.dumps(_as_document(report), indent=2) if as_json else "\n".join(report.lines()))
     return report.num_errors == 0
 
@@ -90,11 +94,11 @@ def check_splits(splits: Sequence[str], config: Config, *, open_pictures: bool) 
             findings += check_classes(split, checked, *reference)
             findings += check_boxes(split, data, settings, trains=split == splits[0])
             figures = report.figures[split] = figures_of(data, settings)
-            if figures.num_empty > MOSTLY_EMPTY_SHARE * figures.num_images:
+            if figures.num_images > figures.num_empty > MOSTLY_EMPTY_SHARE * figures.num_images:
                 findings += found("mostly_empty", split, (), count=figures.num_empty)
             if pictures is not None:
                 findings += pictures.check(split, data, checked.missing)
-        report.findings[split] = sorted(findings, key=lambda finding: finding.level)
+        report.findings[split] = sorted(findings, key=lambda finding: finding.level != "error")
     return report
 
 

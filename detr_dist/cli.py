@@ -30,8 +30,8 @@ Overrides = Annotated[
 Model = Annotated[
     str,
     typer.Option(
-        help="A model's or checkpoint's folder, runs:/RUN_ID/model, models:/NAME/VERSION, "
-        "models:/NAME@ALIAS, or a hub id."
+        help="A model's or checkpoint's folder, a run's id (its best model), runs:/RUN_ID/model, "
+        "models:/NAME/VERSION, models:/NAME@ALIAS, or a hub id."
     ),
 ]
 TrackingUri = Annotated[
@@ -132,7 +132,7 @@ def check_data(
 
     Finds images that are missing, cannot be decoded, or are of another size than the JSON says; records,
     boxes, ids and classes that training would refuse, repair or leave out; and pictures that are in two
-    splits, pixel for pixel. Shows how many boxes each class has by size after the configured resize.
+    splits or look alike there. Shows how many boxes each class has by size after the configured resize.
 
     Exits with 1 if there is any error, and with 0 if there are only warnings. `train` does by itself what
     takes no time.

@@ -162,12 +162,12 @@ class EvaluationConfig(Section):
 
 class CheckpointConfig(Section):
     every_epochs: Count = 10
-    """Save checkpoints/epoch_<N> after every so many epochs, and always at the end."""
+    """Save checkpoints/epoch_N after every so many epochs, and always at the end."""
     every_steps: Count | None = None
-    """Save checkpoints/step_<N> after every so many optimizer steps as well; set `keep_last` with it."""
+    """Save checkpoints/step_N after every so many optimizer steps as well; set `keep_last` with it."""
     keep_last: Count | None = None
-    """Keep only so many of the newest checkpoints epoch_<N> and step_<N> in the output folder, and so many of
-    the newest checkpoints/epoch_<N> and models/epoch_<N> in MLflow, beside `best` and `last`; unset keeps
+    """Keep only so many of the newest checkpoints epoch_N and step_N in the output folder, and so many of
+    the newest checkpoints/epoch_N and models/epoch_N in MLflow, beside `best` and `last`; unset keeps
     all."""
 
 

@@ -29,8 +29,7 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
 
     Raises:
         UsageError: Accelerate's own settings contradict ours, the precision cannot be had on this device, or
-        another
-            number of processes came up than was asked for.
+            another number of processes came up than was asked for.
     """
     _check_launch_settings(mixed_precision, gradient_accumulation_steps)
     use_cpu = uses_cpu()

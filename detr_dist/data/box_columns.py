@@ -27,14 +27,16 @@ class BoxColumns:
 
     def classes(self, class_map: ClassMap) -> NDArray[np.int64]:
         """Raises: DataError for a category that the JSON does not list."""
-        classes, lost = _positions(self.category_ids, np.array(class_map.category_ids))
+        listed = [(id_, index) for index, id_ in enumerate(class_map.category_ids) if id_ is not None]
+        ids, indices = np.array(listed, dtype=np.int64).reshape(-1, 2).T
+        positions, lost = _positions(self.category_ids, ids)
         if len(lost):
             row = int(lost[0])
             raise DataError(
                 f"{self.section.where(row)}: has category_id {self.category_ids[row]}, which 'categories' "
                 f"does not list ({len(lost)} such annotations); add the category or remove them"
             )
-        return classes
+        return indices[positions]
 
     def clip(
         self, sizes_hw: NDArray[np.int64]

@@ -18,7 +18,7 @@ class ClassMap:
     """Class `i` has the name `names[i]` and, in the JSON, the category id `category_ids[i]`."""
 
     names: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    category_ids: tuple[int | None, ...]  # None where the JSON does not list the class
     dropped: tuple[str, ...]  # categories that only group others
 
 
@@ -46,9 +46,14 @@ def map_classes(section: Section, used_ids: NDArray[np.int64]) -> ClassMap:
 
 
 def map_classes_onto(
-    names: Sequence[str], section: Section, used_ids: NDArray[np.int64], source: str
+    names: Sequence[str],
+    section: Section,
+    used_ids: NDArray[np.int64],
+    source: str,
+    *,
+    may_lack: bool = False,
 ) -> ClassMap:
-    """Classes in the order of `names`, whatever ids they have here.
+    """Classes in the order of `names`, whatever ids they have here; the JSON may lack some if `may_lack`.
 
     `source` says where the names come from, for the message.
 
@@ -58,10 +63,11 @@ def map_classes_onto(
     categories = read_categories(section, used_ids)
     own = _usable_for(names, categories)
     _refuse_equal_names(section.path, [c.name for c in own])
-    _check_same_names(names, [c.name for c in own], source, section.path)
-    by_name = {c.name: c for c in own}
+    own_names = [c.name for c in own]
+    _check_same_names([n for n in names if n in own_names or not may_lack], own_names, source, section.path)
+    by_name = {c.name: c.id for c in own}
     dropped = tuple(c.name for c in categories if c not in own)
-    return ClassMap(tuple(names), tuple(by_name[name].id for name in names), dropped)
+    return ClassMap(tuple(names), tuple(by_name.get(name) for name in names), dropped)
 
 
 def differing_names(

@@ -34,7 +34,7 @@ class CocoData:
     annotations_path: Path
     images_dir: Path
     class_names: tuple[str, ...]
-    category_ids: tuple[int, ...]  # of each class, in the JSON
+    category_ids: tuple[int | None, ...]  # of each class, in the JSON; None where it does not list it
     notices: list[str]  # what was repaired or left out while reading, one line each
     image_ids: NDArray[np.int64]  # [N]
     sizes_hw: NDArray[np.int64]  # [N, 2]
@@ -134,12 +134,14 @@ def load_coco(
     *,
     classes: Sequence[str] | None = None,
     classes_source: str = "the training data",
+    may_lack_classes: bool = False,
     check_files: bool = True,
 ) -> CocoData:
     """Read and check the COCO data set in `folder`.
 
-    With `classes` the class indices follow that order, by name, whatever ids this JSON gives them;
-    `classes_source` says in an error where they come from. Without `check_files` no picture need be there.
+    With `classes` the class indices follow that order, by name, whatever ids this JSON gives them, and
+    whether it lists all of them if `may_lack_classes`; `classes_source` says in an error where they come
+    from. Without `check_files` no picture need be there.
 
     Raises:
         DataError: names the file and the record at fault and what to do about it.
@@ -150,6 +152,7 @@ def load_coco(
         images_dir,
         classes=classes,
         classes_source=classes_source,
+        may_lack_classes=may_lack_classes,
         check_files=check_files,
     )
 
@@ -160,6 +163,7 @@ def read_columns(
     *,
     classes: Sequence[str] | None = None,
     classes_source: str = "the training data",
+    may_lack_classes: bool = False,
     check_files: bool = True,
 ) -> CocoData:
     """The data set of the images, annotations and categories that were read; as `load_coco`."""
@@ -173,7 +177,9 @@ def read_columns(
     if classes is None:
         class_map = map_classes(categories, boxes.category_ids)
     else:
-        class_map = map_classes_onto(classes, categories, boxes.category_ids, classes_source)
+        class_map = map_classes_onto(
+            classes, categories, boxes.category_ids, classes_source, may_lack=may_lack_classes
+        )
     box_classes = boxes.classes(class_map)
     kept, clipped, dropped = boxes.clip(sizes_hw[boxes.image_rows])
     clipped_ids, dropped_ids = boxes.annotation_ids[clipped], boxes.annotation_ids[dropped]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as F
@@ -50,5 +50,7 @@ def _decode_with_pillow(encoded: np.ndarray[tuple[int], np.dtype[np.uint8]], pat
     try:
         with Image.open(io.BytesIO(encoded.tobytes())) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except UnidentifiedImageError:
+        raise UnreadableImageError(f"{path}: no picture in any format that is known here") from None
     except Exception as error:  # Pillow's plug-ins raise a wide choice of errors for damaged files
         raise UnreadableImageError(f"{path}: {type(error).__name__}: {error}") from None

@@ -52,8 +52,16 @@ KINDS = {
         "error",
         "box",
         "boxes",
-        "and all within one pixel of the corner; give pixels, not shares of the image",
+        "inside the first pixel of their image, as all are; give pixels, not shares of the image",
     ),
+    "boxes_as_corners": _Kind(
+        "error",
+        "box",
+        "boxes",
+        "reaching outside their image, so many that they will be corners [x1, y1, x2, y2]; boxes are [x, y, "
+        "width, height]",
+    ),
+    "no_boxes": _Kind("warning", "split", "splits", "without a box; check that it is the right file"),
     "unknown_image": _Kind(
         "error",
         "annotation",

@@ -5,12 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from detr_dist.data.coco import CocoData
+from detr_dist.data.layout import PICTURE_SUFFIXES
 from detr_dist.errors import DataError
-
-PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
 def find_pictures(source: Path) -> tuple[Path, list[str]]:
@@ -25,7 +24,9 @@ def find_pictures(source: Path) -> tuple[Path, list[str]]:
     if not source.is_dir():
         raise DataError(f"{source}: does not exist; name a picture or a folder of pictures")
     files = (
-        path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES
+        path.relative_to(source)
+        for path in source.rglob("*")
+        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
     )
     names = sorted(str(path) for path in files if not any(part.startswith(".") for part in path.parts))
     if not names:
@@ -45,6 +46,8 @@ def read_pictures(
             with Image.open(folder / name) as picture:
                 sizes_hw.append((picture.height, picture.width))
                 readable.append(name)
+        except UnidentifiedImageError:
+            unreadable.append(f"{folder / name}: no picture in any format that is known here")
         except Exception as error:  # Pillow's plug-ins raise a wide choice of errors for damaged files
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             unreadable.append(f"{folder / name}: {' '.join(reason.split())}")

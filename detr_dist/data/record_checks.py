@@ -26,6 +26,11 @@ Sections = tuple[Section, Section, Section]
 UNKNOWN_SIZES = (None, -1)
 
 
+CORNERS_SHARE, CORNERS_LEAST = 1 / 3, 10
+"""With more of the boxes than this share reaching outside, of at least so many, their last two numbers will
+be a corner."""
+
+
 @dataclass(frozen=True, slots=True)
 class CheckedRecords:
     """A split as training would read it if the records at fault were not there."""
@@ -60,8 +65,13 @@ def check_records(split: str) -> CheckedRecords:
         if all(section.records for section in (sections[0], sections[2])):
             data = read_columns(sections, images_dir, check_files=False)
     if data is not None:
+        num_boxes, num_clipped = len(data.box_classes), len(data.clipped_ids)
+        look_like_corners = num_clipped > CORNERS_SHARE * num_boxes and num_boxes >= CORNERS_LEAST
         findings += found(
-            "box_outside", split, map(_annotation, data.clipped_ids), count=len(data.clipped_ids)
+            "boxes_as_corners" if look_like_corners else "box_outside",
+            split,
+            map(_annotation, data.clipped_ids),
+            count=num_clipped,
         )
         findings += found(
             "box_without_extent", split, map(_annotation, data.dropped_ids), count=len(data.dropped_ids)

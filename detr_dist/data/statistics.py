@@ -85,6 +85,8 @@ def check_boxes(
     if len(single):
         unused = [name for name, count in zip(data.class_names, per_class, strict=True) if count == 0]
         findings += found("class_without_boxes", split, unused)
+    else:  # nothing would be learned
+        findings += found("no_boxes", split, (), count=1, level="error" if trains else None)
     return findings
 
 

@@ -1,7 +1,6 @@
 """COCO's average precision and recall.
 
-pycocotools computes the same from Python objects, one image at a time; this takes columns and a tenth of its
-memory and time.
+pycocotools computes the same from Python objects, one image at a time; docs/performance.md compares the two.
 """
 
 import re
@@ -29,7 +28,7 @@ SIZES = ("small", "medium", "large")
 """Of boxes, by their area in pixels of the original image."""
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """From and to, of all sizes and of each; a box at a limit belongs to both sides."""
-LIMITS = (1, 10, MAX_DETECTIONS)
+DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)
 """Detections of an image and class, for recall."""
 
 
@@ -61,7 +60,7 @@ def coco_figures(data: CocoData, records: DetectionRecords) -> CocoFigures:
     precision = of_all.precision
     figures = {"map": precision, "map_50": precision[:, 0], "map_75": precision[:, 5]}
     figures |= {f"map_{size}": each.precision for size, each in zip(SIZES, of_sizes, strict=True)}
-    figures |= {f"mar_{limit}": of_all.recall[:, :, index] for index, limit in enumerate(LIMITS)}
+    figures |= {f"mar_{limit}": of_all.recall[:, :, index] for index, limit in enumerate(DETECTION_LIMITS)}
     figures |= {
         f"{name}_map": each for name, each in zip(metric_names(data.class_names), precision, strict=True)
     }
@@ -108,7 +107,7 @@ class _ReadOff:
     precision: NDArray[np.float64]
     """[C, T, R], at the least overlaps `IOUS` and recalls `RECALLS`."""
     recall: NDArray[np.float64]
-    """[C, T, 3], with the numbers of detections `LIMITS`."""
+    """[C, T, 3], with the numbers of detections `DETECTION_LIMITS`."""
 
 
 def _read_off(
@@ -116,7 +115,10 @@ def _read_off(
 ) -> _ReadOff:
     """`ranks` [D] of each detection among those of its image and class."""
     shape = data.num_classes, len(IOUS)
-    precision, recall = np.full((*shape, len(RECALLS)), np.nan), np.full((*shape, len(LIMITS)), np.nan)
+    precision, recall = (
+        np.full((*shape, len(RECALLS)), np.nan),
+        np.full((*shape, len(DETECTION_LIMITS)), np.nan),
+    )
     for label in np.flatnonzero(verdicts.num_truth).tolist():
         own, num_truth = np.flatnonzero(detections.labels == label), verdicts.num_truth[label]
         for index in range(len(IOUS)):
@@ -124,7 +126,7 @@ def _read_off(
             precision[label, index] = _precision_at_recalls(
                 is_right, verdicts.is_wrong[index, own], num_truth
             )
-            num_right = [is_right[ranks[own] < limit].sum() for limit in LIMITS]
+            num_right = [is_right[ranks[own] < limit].sum() for limit in DETECTION_LIMITS]
             recall[label, index] = np.array(num_right) / num_truth
     return _ReadOff(precision, recall)
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import UnreadableImageError, decode_rgb
 from detr_dist.evaluation.drawing import Colour, Mark, draw_marks
-from detr_dist.evaluation.lettering import class_label, font, printable
+from detr_dist.evaluation.lettering import class_label, drawable, font
 from detr_dist.evaluation.operating_point import Matches
 
 NUM_TILES, NUM_COLUMNS = 12, 4
@@ -81,7 +81,7 @@ def contact_sheet(data: CocoData, matches: Matches) -> Image.Image:
         left = GAP + place % num_columns * (TILE_WIDTH + GAP)
         top = head.height + place // num_columns * pitch
         sheet.paste(_tile(data, matches, row, tile_height), (left, top))
-        name = printable(data.image_path(row).name, most=TILE_WIDTH // FONT_PX + 8)
+        name = drawable(data.image_path(row).name, most=TILE_WIDTH // FONT_PX + 8)
         for line, text in enumerate((name, errors.of_image(row) or "no errors")):
             draw.text((left, top + tile_height + 2 + line * LINE), text, fill=BLACK, font=font(FONT_PX))
     return sheet

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from detr_dist.evaluation.lettering import font, printable
+from detr_dist.evaluation.lettering import drawable, font
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
@@ -141,9 +141,9 @@ def _write(
     letters, margin = font(size_px), max(1, size_px // 6)
     ascent, descent = letters.getmetrics()
     height = ascent + descent
-    text = printable(mark.caption, most=len(mark.caption))
+    text = drawable(mark.caption, most=len(mark.caption))
     while letters.getlength(text) > picture_width - 2 * margin and len(text) > 1:
-        text = printable(text, most=len(text) - 1)
+        text = drawable(text, most=len(text) - 1)
     extent = int(np.ceil(letters.getlength(text))) + 2 * margin
     if extent > picture_width or height > picture_height:
         return

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.findings import printable
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested
 from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
@@ -126,7 +127,9 @@ class Evaluator:
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
                 for reason in predicted.unreadable.values():
-                    print(f"warning: {reason}; it counts as an image without detections", flush=True)
+                    print(
+                        f"warning: {printable(reason)}; it counts as an image without detections", flush=True
+                    )
                 batch = predicted.batch
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts

@@ -13,7 +13,7 @@ MOST_CHARACTERS = 24
 """Of a name in a picture."""
 
 
-def printable(name: str, otherwise: str = "?", *, most: int = MOST_CHARACTERS) -> str:
+def drawable(name: str, otherwise: str = "?", *, most: int = MOST_CHARACTERS) -> str:
     """The name as far as the font can show it, shortened in the middle; `otherwise` if nothing is left."""
     letters = _letters()
     shown = "".join(letter for letter in name if ord(letter) in letters).strip()
@@ -24,7 +24,7 @@ def printable(name: str, otherwise: str = "?", *, most: int = MOST_CHARACTERS) -
 
 def class_label(index: int, name: str) -> str:
     """What stands for a class in a picture."""
-    return printable(name, f"class {index}")
+    return drawable(name, f"class {index}")
 
 
 @cache

@@ -53,12 +53,16 @@ class DetectionRecords:
 
 
 def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
-    """Detections as pycocotools' `loadRes` reads them, with the ids of the data set's own JSON."""
+    """Detections as pycocotools' `loadRes` reads them, with the ids of the data set's own JSON; without those
+    of classes that it does not list."""
+    is_listed = np.array([category_id is not None for category_id in data.category_ids])
+    records = records.take(np.flatnonzero(is_listed[records.labels]))
+    category_ids = np.array([category_id or 0 for category_id in data.category_ids], dtype=np.int64)
     boxes = records.boxes_xyxy_px.astype(np.float64)
     boxes[:, 2:] -= boxes[:, :2]
     columns = (
         data.image_ids[records.image_rows].tolist(),
-        np.array(data.category_ids)[records.labels].tolist(),
+        category_ids[records.labels].tolist(),
         boxes.tolist(),
         records.scores.tolist(),
     )

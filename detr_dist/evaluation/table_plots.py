@@ -1,7 +1,6 @@
 """What is taken for what, and AP by the size of boxes, as coloured tables."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,12 +8,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import SIZES, CocoFigures
+from detr_dist.evaluation.coco_metrics import AREAS, SIZES, CocoFigures
 from detr_dist.evaluation.figures import empty_figure, extent_inches, few_of_many, most_telling, new_figure
 from detr_dist.evaluation.lettering import class_label
 
-LIMITS = (0, 32**2, 96**2, np.inf)
-"""Areas in square pixels around `SIZES`."""
 SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 96² px")
 
 
@@ -84,7 +81,7 @@ def _boxes_by_size(data: CocoData) -> NDArray[np.int64]:
     areas, classes = data.areas[~data.iscrowd], data.box_classes[~data.iscrowd]
     columns = [
         np.bincount(classes[(least <= areas) & (areas <= most)], minlength=data.num_classes)
-        for least, most in pairwise(LIMITS)
+        for least, most in AREAS[1:]
     ]
     return np.stack(columns, axis=1)
 

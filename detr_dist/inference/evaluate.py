@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
@@ -17,8 +18,14 @@ from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.plots import draw_pictures
 from detr_dist.evaluation.records import coco_results
-from detr_dist.inference.trained import TrainedModel, open_model, tracking_uri_as_option, tracking_uri_for
-from detr_dist.training.durable import check_writable, new_folder, write_text_whole
+from detr_dist.inference.trained import (
+    TrainedModel,
+    open_model,
+    overrides_without_effect,
+    tracking_uri_as_option,
+    tracking_uri_for,
+)
+from detr_dist.training.durable import check_new, check_writable, new_folder, write_text_whole
 from detr_dist.training.sources import find_model
 
 
@@ -50,13 +57,22 @@ def evaluate(options: EvaluateOptions) -> None:
         host.on_main_process(lambda: _check_places(options))
         model = _open(options.model, tracking_uri, host)
         config = model.settings(options.overrides)
-        data = load_coco(options.data_dir, classes=model.class_names, classes_source=options.model)
+        if options.model_thresholds and "evaluation.score_threshold" in [
+            each.partition("=")[0] for each in options.overrides
+        ]:
+            raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
+        data = load_coco(
+            options.data_dir,
+            classes=model.class_names,
+            classes_source=options.model,
+            may_lack_classes=True,
+        )
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
-        thresholds = model.thresholds if options.model_thresholds else None
+        thresholds = model.thresholds_or_default() if options.model_thresholds else None
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
         if accelerator.is_main_process:
-            for notice in data.notices:
-                print(notice)
+            for line in (*overrides_without_effect(options.overrides), *data.notices):
+                print(line)
             print(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
                 f"{accelerator.mixed_precision}) x batch {config.training.batch_size}",
@@ -67,10 +83,14 @@ def evaluate(options: EvaluateOptions) -> None:
         metrics = {f"val_{name}": value for name, value in scores.metrics.items()}
         facts = {
             "model": options.model,
+            **{key: model.metadata.get(key) for key in ("run_id", "epoch", "step")},
+            "evaluated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "detr_dist": __version__,
             "data": str(data.annotations_path),
             "num_images": len(data),
             "num_processes": host.num_processes,
             "seconds": time.perf_counter() - began_at,
+            "thresholds": "model" if thresholds is not None else config.evaluation.score_threshold,
             "config": config.model_dump(mode="json"),
         }
         host.on_main_process(lambda: _leave(options, data, metrics, scores.details, facts))
@@ -81,10 +101,11 @@ def _check_places(options: EvaluateOptions) -> None:
     for name, path in (("--predictions", options.predictions), ("--report", options.report)):
         if path is not None:
             check_writable(name, path.parent)
+            if path.is_dir():
+                raise UsageError(f"{name} {path}: is a folder; give the path of a file to write")
     if options.pictures is not None:
         check_writable("--pictures", options.pictures.parent)
-        if options.pictures.exists() and any(options.pictures.glob("*")):
-            raise UsageError(f"--pictures {options.pictures}: is there already; delete it or give another")
+        check_new("--pictures", options.pictures)
 
 
 def _open(reference: str, tracking_uri: str, host: HostGroup) -> TrainedModel:
@@ -103,7 +124,9 @@ def _leave(
     facts: dict[str, Any],
 ) -> None:
     assert details is not None  # on the main process
-    print("\n".join(table(data, metrics)), flush=True)
+    print("\n".join(table(data, metrics)))
+    source = {"auto": "the best for these data", "model": "those that the model brings"}
+    print(f"thresholds: {source.get(str(facts['thresholds']), facts['thresholds'])}", flush=True)
     if options.predictions is not None:
         write_text_whole(options.predictions, json.dumps(coco_results(data, details.records)))
         print(f"{options.predictions}: {len(details.records.scores)} detections as COCO results")

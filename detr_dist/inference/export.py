@@ -12,7 +12,7 @@ from detr_dist.tracking.download import is_artifact_uri
 from detr_dist.tracking.mlflow import open_client
 from detr_dist.tracking.packaging import write_model
 from detr_dist.tracking.registry import register_artifact, run_of, upload_model
-from detr_dist.training.durable import failure_on_disk, new_folder
+from detr_dist.training.durable import check_new, failure_on_disk, new_folder
 
 _UPLOAD_TIMEOUT_S = 300
 
@@ -42,9 +42,7 @@ def export(options: ExportOptions) -> None:
 
 def _check(options: ExportOptions) -> None:
     """What can be known to be wrong before anything is loaded."""
-    folder = options.output_dir
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UsageError(f"--output-dir {folder}: is there already; delete it or give another")
+    check_new("--output-dir", options.output_dir)
     if options.alias is not None and options.register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")
     if options.register_as is not None and (not options.register_as or set(options.register_as) & set("/:")):

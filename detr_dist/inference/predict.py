@@ -15,19 +15,23 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
-from detr_dist.data.layout import shown as shown_names
+from detr_dist.data.findings import printable
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.distributed import build_accelerator, group_of_processes
-from detr_dist.errors import DataError, UsageError
+from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.drawing import class_colour, draw_boxes
 from detr_dist.evaluation.records import DetectionRecords, coco_results
-from detr_dist.inference.trained import TrainedModel, fetch_model, tracking_uri_as_option, tracking_uri_for
-from detr_dist.training.durable import check_writable, write_text_whole
+from detr_dist.inference.trained import (
+    TrainedModel,
+    fetch_model,
+    overrides_without_effect,
+    tracking_uri_as_option,
+    tracking_uri_for,
+)
+from detr_dist.training.durable import check_new, check_writable, failure_on_disk, write_text_whole
 
 RESULTS = "predictions.json"
-DEFAULT_THRESHOLD = 0.5
-"""Of a class for which the model brings none."""
 _WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
@@ -52,8 +56,12 @@ def predict(options: PredictOptions) -> None:
     """
     tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
     folder, names = find_pictures(options.source)
-    if options.output_dir.resolve() == folder.resolve():
-        raise UsageError(f"--output-dir {options.output_dir}: holds the pictures themselves; give another")
+    check_new("--output-dir", options.output_dir)
+    if options.source.is_dir() and folder.resolve() in options.output_dir.resolve().parents:
+        raise UsageError(
+            f"--output-dir {options.output_dir}: lies inside --input {options.source}, and its pictures "
+            "would be taken for input the next time; give another"
+        )
     check_writable("--output-dir", options.output_dir)
     with tracking_uri_as_option(), group_of_processes() as processes:
         if processes.num_processes > 1:
@@ -61,8 +69,8 @@ def predict(options: PredictOptions) -> None:
         model = fetch_model(options.model, tracking_uri)
         data, unreadable = read_pictures(folder, names, model.class_names)
         records, failed = _predict(options, model, data)
-    for line in (*unreadable, *failed.values()):
-        print(f"warning: {line}; passed over", flush=True)
+    for line in sorted((*unreadable, *failed.values())):
+        print(f"warning: {printable(line)}; passed over", flush=True)
     num_read = len(data) - len(failed)
     if num_read == 0:
         raise DataError(f"{options.source}: none of {len(names)} pictures can be read")
@@ -86,6 +94,8 @@ def _predict(
     options: PredictOptions, model: TrainedModel, data: CocoData
 ) -> tuple[DetectionRecords, dict[int, str]]:
     """The detections that count, and the rows of the pictures that could not be read, with the reason."""
+    for line in overrides_without_effect(options.overrides):
+        print(line, flush=True)
     config = model.settings(options.overrides)
     accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
     detector = model.detector(config).to(accelerator.device)
@@ -113,17 +123,15 @@ def _predict(
 
 
 def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.float64]:
-    """Of each class; says so where the model does not know."""
-    if options.threshold is not None:
-        return np.full(len(model.class_names), options.threshold)
-    unknown = [name for name, known in zip(model.class_names, model.thresholds, strict=True) if known is None]
-    if unknown:
-        print(
-            f"the model brings no threshold for {shown_names(unknown)}: {DEFAULT_THRESHOLD} is taken; "
-            "--threshold sets another",
-            flush=True,
-        )
-    return np.array([DEFAULT_THRESHOLD if known is None else known for known in model.thresholds])
+    """Of each class."""
+    threshold: float | str | None = options.threshold
+    if threshold is None and any(
+        each.startswith("evaluation.score_threshold=") for each in options.overrides
+    ):
+        threshold = model.settings(options.overrides).evaluation.score_threshold
+    if isinstance(threshold, float):
+        return np.full(len(model.class_names), threshold)
+    return np.array(model.thresholds_or_default())
 
 
 def _draw(output_dir: Path, data: CocoData, row: int, records: DetectionRecords) -> None:
@@ -141,5 +149,10 @@ def _draw(output_dir: Path, data: CocoData, row: int, records: DetectionRecords)
     path = output_dir / os.fsdecode(data.file_names[row])
     if path.suffix.lower() not in _WRITTEN_SUFFIXES:
         path = path.with_name(f"{path.name}.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    except OSError as error:
+        raise DetrDistError(
+            f"--output-dir {output_dir}: cannot be written ({failure_on_disk(error, output_dir)})"
+        ) from error

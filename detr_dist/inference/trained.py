@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, load_config, override_config
+from detr_dist.data.layout import shown
 from detr_dist.distributed import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
@@ -23,6 +24,17 @@ from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD, Detector
 from detr_dist.tracking.delivery import one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
+
+WITH_EFFECT = (
+    "data.",
+    "evaluation.score_threshold",
+    "logging.mlflow_tracking_uri",
+    "training.batch_size",
+    "training.channels_last",
+    "training.mixed_precision",
+)
+DEFAULT_THRESHOLD = 0.5
+"""Of a class for which a model brings none."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,17 @@ class TrainedModel:
         found it; None where none is known."""
         known = self.metadata.get("thresholds") or {}
         return [known.get(name) for name in self.class_names]
+
+    def thresholds_or_default(self) -> list[float]:
+        """Thresholds of all classes; says so where the model does not know one."""
+        thresholds = self.thresholds
+        unknown = [name for name, known in zip(self.class_names, thresholds, strict=True) if known is None]
+        if unknown:
+            print(
+                f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken",
+                flush=True,
+            )
+        return [DEFAULT_THRESHOLD if known is None else known for known in thresholds]
 
     def settings(self, overrides: Sequence[str]) -> Config:
         """Those that it was trained by, as far as this machine can follow them, with `section.key=value`
@@ -88,7 +111,12 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
         metadata = yaml.safe_load(mlmodel.read_text()).get("metadata") or {} if mlmodel.exists() else {}
         try:
             config = Config.model_validate(metadata.get("config") or {})
-        except ValidationError:  # of another version of this package
+        except ValidationError:
+            print(
+                f"warning: {reference}: its settings are those of another version of this package, and are "
+                "not followed: the defaults are",
+                flush=True,
+            )
             config = Config()
         edges = _image_edges(reference, found.location)
         config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
@@ -109,13 +137,16 @@ def tracking_uri_as_option() -> Iterator[None]:
 
 
 def tracking_uri_for(given: str, overrides: Sequence[str]) -> str:
-    """The one that the overrides name, else the given one.
+    """The one that the overrides name, else the given one. The other overrides are for the model's own
+    settings."""
+    own = [each for each in overrides if each.startswith("logging.mlflow_tracking_uri=")]
+    return load_config(None, own).logging.mlflow_tracking_uri if own else given
 
-    Raises:
-        UsageError: an override is wrong.
-    """
-    logging = load_config(None, overrides).logging
-    return logging.mlflow_tracking_uri if "mlflow_tracking_uri" in logging.model_fields_set else given
+
+def overrides_without_effect(overrides: Sequence[str]) -> list[str]:
+    """A line for each override that changes nothing about what a trained model does."""
+    keys = [each.partition("=")[0] for each in overrides]
+    return [f"warning: {key}: has no effect here" for key in keys if not key.startswith(WITH_EFFECT)]
 
 
 def _image_edges(reference: str, location: str) -> dict[str, int]:

@@ -94,12 +94,24 @@ def check_writable(option: str, folder: Path) -> None:
         ) from error
 
 
+def check_new(option: str, folder: Path) -> None:
+    """A folder that `option` of the command line names is not there yet, or empty.
+
+    Raises:
+        UsageError: it is there.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{option} {folder}: is there already; delete it or give another")
+
+
 def write_text_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or as it was."""
     partial = _partial(path)
     try:
         partial.write_text(text)
+        _flush_entry(partial)
         partial.replace(path)
+        _flush_entry(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

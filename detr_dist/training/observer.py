@@ -52,6 +52,7 @@ class RunObserver:
         self._progress = progress
         self._saver = saver  # on the main process
         self._draw_pictures = draw_pictures  # on the main process, where they are wanted
+        self._details: Details | None = None  # of the evaluation at this epoch's end
         self._facts = facts
         self._monitor = DeviceMonitor(training.accelerator.device, host)
         if self._monitor.notice:
@@ -94,9 +95,8 @@ class RunObserver:
             if name in HEADLINES or name.endswith("_map")
         )
         self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
-        if self._draw_pictures is not None and scores.details is not None:
-            self._draw_pictures(scores.details, f"epoch_{self._num_epochs(state)}")
-        self._paused_s += time.perf_counter() - began_at
+        self._details = scores.details
+        self._paused_s += took_s
 
     def after_epoch(self, state: TrainState) -> None:
         """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""
@@ -119,6 +119,9 @@ class RunObserver:
             model = ModelCard(num_epochs, state.step, self._is_best, metrics, thresholds)
         if names or model is not None:
             self._save(state, names, model)  # the loop has checked the weights
+        if self._draw_pictures is not None and self._details is not None:
+            self._draw_pictures(self._details, f"epoch_{num_epochs}")
+        self._details = None
         self._paused_s += time.perf_counter() - began_at
 
     def save_last(self, state: TrainState) -> None:

@@ -149,13 +149,13 @@ def _in_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator
 
 
 class _Saved(NamedTuple):
-    epoch: float
+    step: int
     at: datetime
     """To the second."""
 
 
 def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
-    """The epochs that a run which went back has left: after them something of an earlier one was saved."""
+    """The epochs that a run which went back has left: after them something of an earlier step was saved."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = {
             path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
@@ -164,7 +164,7 @@ def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) 
     return {
         path
         for path, own in saved.items()
-        if "/epoch_" in path and own and any(each.epoch < own.epoch and each.at > own.at for each in known)
+        if "/epoch_" in path and own and any(each.step < own.step and each.at > own.at for each in known)
     }
 
 
@@ -174,9 +174,9 @@ def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None
         if "/models/" in artifact_uri:
             model = yaml.safe_load(fetch(f"{artifact_uri}/MLmodel", tracking_uri, scratch).read_text())
             at = datetime.fromisoformat(model["utc_time_created"]).replace(tzinfo=UTC)
-            return _Saved(float(model["metadata"]["epoch"]), at.replace(microsecond=0))
+            return _Saved(int(model["metadata"]["step"]), at.replace(microsecond=0))
         state = json.loads(fetch(f"{artifact_uri}/state.json", tracking_uri, scratch).read_text())
-        return _Saved(float(state["epoch"]), datetime.fromisoformat(state["saved_at"]).astimezone())
+        return _Saved(int(state["step"]), datetime.fromisoformat(state["saved_at"]).astimezone())
     except (MlflowException, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None  # the upload did not get that far
 

@@ -36,6 +36,11 @@ def describe_run(setup: Setup) -> Iterator[str]:
 def _describe_data(setup: Setup) -> Iterator[str]:
     train_data, val_data, edges = setup.train_data, setup.val_data, setup.config.data
     settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
+    if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
+        yield (
+            "warning: --train-dir and --val-dir are the same data: the validation figures will say nothing "
+            "of other images"
+        )
     for split in (train_data, val_data):
         yield from split.notices
         yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))

@@ -34,12 +34,19 @@ class FoundModel:
 
 def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
     """The model that `reference` names: a model's or checkpoint's folder, an artifact URI of MLflow
-    (`runs:/...`, `models:/...`), or a hub id. What has to be fetched or put together lies in `scratch`.
+    (`runs:/...`, `models:/...`), a run's id for its best model, or a hub id. What has to be fetched or put
+    together lies in `scratch`.
 
     Raises:
         UsageError: there is no such thing.
         CheckpointError: the checkpoint is not whole.
     """
+    if is_run_id(reference):
+        reference = f"runs:/{reference}"
+    if re.fullmatch("runs:/[^/]+/?", reference):
+        reference = f"{reference.rstrip('/')}/model"
+    if re.fullmatch("models:/[^/@]+/?", reference) and not reference.startswith("models:/m-"):
+        raise UsageError(f"{reference}: names no version; add one, e.g. /1, or an alias, e.g. @best")
     if is_artifact_uri(reference):
         into = Path(tempfile.mkdtemp(dir=scratch))
         folder = download_folder(re.sub("^(models:/[^/]+)/@", r"\1@", reference), tracking_uri, into)

@@ -1,6 +1,7 @@
 """`detr-dist evaluate` gives what training logged, however the model is named, on any number of processes."""
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def error_of(finished: subprocess.CompletedProcess[str], code: int = 2) -> str:
 
 
 @pytest.mark.parametrize(
-    "model", ["out/checkpoints/last", "out/model", "runs:/RUN/model", "models:/detector@best"]
+    "model", ["out/checkpoints/last", "out/model", "RUN", "runs:/RUN/model", "models:/detector@best"]
 )
 def test_every_name_of_the_model_gives_the_figures_of_the_run(trained, easy_data: Path, model: str) -> None:
     logged = trained.results()["metrics"]
@@ -47,7 +48,8 @@ def test_every_name_of_the_model_gives_the_figures_of_the_run(trained, easy_data
     report = report_of(trained, "--model", model, "--data-dir", easy_data / "val")
     assert report["metrics"] == logged
     assert len(logged) > 20
-    assert (report["model"], report["num_images"]) == (model, 7)
+    assert (report["model"], report["num_images"], report["thresholds"]) == (model, 7, "auto")
+    assert (report["run_id"] in (trained.results()["run_id"], None), report["step"]) == (True, 120)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,10 @@ def test_no_number_of_processes_and_no_batch_size_changes_anything(
         assert other["score"] == pytest.approx(one["score"], abs=1e-6)  # float32
         assert other["bbox"] == pytest.approx(one["bbox"], abs=1e-3)  # in pixels of up to 120
     assert report["confusion"] == expected_report["confusion"]
-    assert report["metrics"] == pytest.approx(expected_report["metrics"], abs=1e-5)  # losses of about 10
+    figures, expected_figures = report["metrics"], expected_report["metrics"]
+    assert figures == pytest.approx(expected_figures, abs=1e-5)  # losses of about 10, scores as thresholds
+    ranking = [name for name in figures if not re.search("loss|threshold", name)]
+    assert [figures[name] for name in ranking] == [expected_figures[name] for name in ranking]
 
 
 def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_data: Path) -> None:
@@ -94,6 +99,8 @@ def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_d
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
+        (("--model", "models:/detector"), 2, "models:/detector: names no version; add one"),
+        (("--model", "out/model", "--model-thresholds", "evaluation.score_threshold=0.3"), 2, "give one of"),
         (("--model", "out/modle"), 2, "out/modle: no such folder"),
         (("--model", "out/model", "--report", "out/model/config.json/x.json"), 2, "--report "),
         (
@@ -111,11 +118,39 @@ def test_what_cannot_be_is_one_line(trained, easy_data: Path, arguments, code: i
     assert part in error_of(finished, code)
 
 
-def test_data_of_other_classes_are_refused(trained, easy_data: Path, tmp_path: Path) -> None:
-    document = json.loads((easy_data / "val" / "_annotations.coco.json").read_text())
-    document["categories"][0]["name"] = "referee"
-    (tmp_path / "a.json").write_text(json.dumps(document))
-    for each in document["images"]:
-        (tmp_path / each["file_name"]).symlink_to(easy_data / "val" / each["file_name"])
+@pytest.fixture
+def val(easy_data: Path, tmp_path: Path) -> dict:
+    """The document of the validation data, to be changed before `tmp_path` is used as data."""
+    for each in (easy_data / "val").glob("*.jpg"):
+        (tmp_path / each.name).symlink_to(each)
+    return json.loads((easy_data / "val" / "_annotations.coco.json").read_text())
+
+
+def test_data_of_a_class_that_the_model_does_not_know_are_refused(trained, val: dict, tmp_path: Path) -> None:
+    val["categories"][0]["name"] = "referee"
+    (tmp_path / "a.json").write_text(json.dumps(val))
     line = error_of(trained.run("evaluate", "--model", "out/model", "--data-dir", tmp_path), 1)
-    assert "'player' only in out/model; 'referee' only here" in line
+    assert "its classes differ from those of out/model: 'referee' only here" in line
+
+
+def test_a_class_that_only_the_model_knows_has_no_figures(trained, val: dict, tmp_path: Path) -> None:
+    val["categories"] = [{"id": 7, "name": "player"}]
+    players = [each for each in val["annotations"] if each["category_id"] == 1]
+    val["annotations"] = [each | {"category_id": 7} for each in players]
+    (tmp_path / "a.json").write_text(json.dumps(val))
+    report = report_of(
+        trained, "--model", "out/model", "--data-dir", tmp_path, "--predictions", "players.json"
+    )
+    assert report["class_names"] == ["player", "ball"]
+    assert "val_ball_map" not in report["metrics"]
+    assert report["metrics"]["val_map"] == report["metrics"]["val_player_map"]
+    assert {each["category_id"] for each in json.loads((trained.folder / "players.json").read_text())} == {7}
+
+
+def test_a_setting_may_be_overridden_that_would_not_fit_the_defaults(trained, easy_data: Path) -> None:
+    """The model was trained with 64 to 96 pixels; by default the shortest edge is 800."""
+    report = report_of(
+        trained, "--model", "out/model", "--data-dir", easy_data / "val", "data.longest_edge=90"
+    )
+    assert report["config"]["data"]["shortest_edge"] == 64
+    assert report["config"]["data"]["longest_edge"] == 90

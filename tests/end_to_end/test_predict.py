@@ -1,6 +1,7 @@
 """`detr-dist predict` finds what evaluation finds, draws it, and passes over what it cannot read."""
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
     """A run of a few steps, and the folder `pictures`: those of the validation data, in two folders, of
-    several formats, with three files that are no pictures."""
+    several formats, with files that are no pictures."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(easy_data, "training.max_steps=4")
     assert finished.returncode == 0, finished.stderr
@@ -24,6 +25,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, e
             picture.save(folder / ("more" if number > 4 else ".") / f"{number}.{'png' if number else 'gif'}")
     whole = (easy_data / "val" / "000.jpg").read_bytes()
     (folder / "broken.jpg").write_bytes(b"no picture")
+    (folder / os.fsdecode(b"br\xffken.jpg")).write_bytes(b"no picture, with a name that is no text")
+    (folder / "folder.jpg").mkdir()
     (folder / "torn.jpg").write_bytes(whole[: len(whole) // 20])
     (folder / "notes.txt").write_text("no picture, and not meant to be one")
     return place
@@ -46,8 +49,10 @@ def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_na
         *("0.gif.png", "1.png", "2.png", "3.png", "4.png", "more/5.png", "more/6.png", "predictions.json")
     }
     warnings = [line for line in finished.stdout.splitlines() if line.startswith("warning: ")]
-    assert [line.split(":")[1].strip() for line in warnings] == ["pictures/broken.jpg", "pictures/torn.jpg"]
-    assert finished.stdout.splitlines()[-1].startswith("56 detections in 7 pictures, 2 passed over")
+    assert [line.split(":")[1].strip() for line in warnings] == [
+        *("pictures/broken.jpg", "'pictures/br\\udcffken.jpg", "pictures/torn.jpg")
+    ]
+    assert finished.stdout.splitlines()[-1].startswith("56 detections in 7 pictures, 3 passed over")
     assert {each["file_name"] for each in results} == {
         *("0.gif", "1.png", "2.png", "3.png", "4.png", "more/5.png", "more/6.png")
     }
@@ -101,7 +106,8 @@ def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
         (("--input", "nowhere"), 1, "nowhere: does not exist; name a picture"),
         (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no picture"),
         (("--input", "pictures/broken.jpg"), 1, "none of 1 pictures can be read"),
-        (("--input", "pictures", "--output-dir", "pictures"), 2, "holds the pictures themselves"),
+        (("--input", "pictures", "--output-dir", "pictures"), 2, "--output-dir pictures: is there already"),
+        (("--input", "pictures", "--output-dir", "pictures/found"), 2, "lies inside --input pictures"),
         (("--input", "pictures", "--threshold", "2"), 2, "--threshold"),
         (("--input", "pictures", "--model", "out/modle"), 2, "out/modle: no such folder"),
     ],

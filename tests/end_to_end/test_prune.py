@@ -1,6 +1,8 @@
 """Old checkpoints and epoch models go, when it is asked for, and nothing else does."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import mlflow
@@ -27,9 +29,9 @@ def checkpoints(place) -> set[str]:
     return {path.name for path in (place.folder / "out" / "checkpoints").iterdir()}
 
 
-def artifacts(place, path: str) -> set[str]:
+def artifacts(place, path: str, run_id: str | None = None) -> set[str]:
     client = MlflowClient(f"sqlite:///{place.folder / 'mlflow.db'}")
-    return {item.path for item in client.list_artifacts(place.results()["run_id"], path)}
+    return {item.path for item in client.list_artifacts(run_id or place.results()["run_id"], path)}
 
 
 def test_a_run_keeps_as_many_as_its_configuration_says(place) -> None:
@@ -90,6 +92,23 @@ def test_of_a_run_that_went_back_the_epochs_that_it_has_left_go_and_its_own_newe
     assert artifacts(workplace, "checkpoints") == {
         f"checkpoints/{name}" for name in ("best", "last", "epoch_2", "epoch_3")
     }
+
+
+def test_a_run_that_went_on_in_the_middle_of_an_epoch_has_left_nothing(workplace, tiny_data: Path) -> None:
+    overrides = ("training.batch_size=2", "training.num_epochs=4", "checkpoint.every_epochs=1")
+    cut_short = workplace.train(tiny_data, *overrides, "training.max_steps=24")  # of 20 steps an epoch
+    assert cut_short.returncode == 0, cut_short.stderr
+    going_on = workplace.start(tiny_data, *overrides, "--resume", "auto")
+    while "step 25/80" not in workplace.log:
+        assert going_on.poll() is None, workplace.log
+        time.sleep(0.01)
+    going_on.send_signal(signal.SIGTERM)  # saves `last`, and no model
+    assert going_on.wait(timeout=60) == 75
+    (run_id,) = [path.name for path in (workplace.folder / "out" / "outbox").iterdir()]
+    assert artifacts(workplace, "models", run_id) == {"models/epoch_1", "models/epoch_2"}
+    pruned = workplace.run("prune", run_id, "--keep-last", "2")
+    assert pruned.returncode == 0, pruned.stderr
+    assert "models/" not in pruned.stdout
 
 
 def test_a_run_that_is_named_in_several_ways_is_pruned_once(workplace, tiny_data: Path) -> None:

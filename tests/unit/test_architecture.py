@@ -130,6 +130,8 @@ def test_imports_with_the_rules_are_not_complained_about(tmp_path: Path) -> None
         ("-m", "detr_dist", "--help"),
         ("-m", "detr_dist", "train", "--help"),
         ("-m", "detr_dist", "check-data", "--help"),
+        ("-m", "detr_dist", "evaluate", "--help"),
+        ("-m", "detr_dist", "predict", "--help"),
         ("-m", "detr_dist", "export", "--help"),
     ],
     ids=" ".join,

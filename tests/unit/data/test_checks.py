@@ -237,9 +237,19 @@ def test_shares_of_the_image_instead_of_pixels_are_an_error(
     assert kinds(check(write_coco(document))) == {"boxes_in_fractions": 3}
 
 
-def test_a_split_without_boxes_is_one_warning(document: Document, write_coco: WriteCoco) -> None:
+def test_training_data_without_boxes_are_one_error(document: Document, write_coco: WriteCoco) -> None:
     document["annotations"] = []
-    assert kinds(check(write_coco(document))) == {"mostly_empty": 3}
+    report = check(write_coco(document))
+    assert kinds(report) == {"no_boxes": 1}
+    assert report.num_errors == 1
+
+
+def test_boxes_that_are_corners_are_recognised(document: Document, write_coco: WriteCoco) -> None:
+    right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of a picture of 60 x 40
+    document["annotations"] += [right_most | {"id": 100 + i, "bbox": [30, 2 * i, 58, 39]} for i in range(9)]
+    found = kinds(check(write_coco(document), num_queries=20))
+    assert found.pop("boxes_as_corners") == 9
+    assert found.keys() <= {"duplicate_box", "class_without_boxes"}
 
 
 def test_a_class_without_boxes_is_named(document: Document, write_coco: WriteCoco) -> None:

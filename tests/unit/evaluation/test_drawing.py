@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.evaluation.drawing import class_colour, draw_boxes
-from detr_dist.evaluation.lettering import class_label, printable
+from detr_dist.evaluation.lettering import class_label, drawable
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -105,7 +105,7 @@ def test_eighty_classes_have_colours_that_differ() -> None:
 
 
 def test_names_are_cut_to_what_the_font_shows() -> None:
-    assert printable("player") == "player"
-    assert printable("a very long name of a class", most=11) == "a ver…class"
+    assert drawable("player") == "player"
+    assert drawable("a very long name of a class", most=11) == "a ver…class"
     assert class_label(3, "サッカー") == "class 3"
     assert class_label(3, "ball\n\U0001f3d0") == "ball"
