@@ -8,6 +8,8 @@ import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from detr_dist.errors import StopRequested
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Ctrl-C reaches a process twice within milliseconds: from the terminal and from its launcher.
@@ -16,7 +18,7 @@ _SAME_INTERRUPT_S = 0.5
 
 class StopSignals:
     """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process at
-    once, with exit code 130.
+    once, with exit code 130. A run that was stopped is left with SIGTERM and SIGUSR1 ignored.
 
     Main thread only.
     """
@@ -50,8 +52,12 @@ class StopSignals:
         self._written.close()
         self._watcher.join()
         self._arrivals.close()
+        is_ending = kind is not None and issubclass(kind, StopRequested)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # A launcher asks once more when another of its processes has ended: one that is about to end by
+            # itself must come to say so, and with its own exit code.
+            is_in_the_way = is_ending and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if is_in_the_way else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

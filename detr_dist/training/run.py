@@ -5,6 +5,9 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.check_data import check_splits
@@ -150,7 +153,9 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
     scheduler = build_scheduler(optimizer, settings, setup.steps_of_all_epochs, done_steps=done_steps)
-    model, prepared_optimizer = accelerator.prepare(detector.train(), optimizer)
+    model, prepared_optimizer = accelerator.prepare(detector, optimizer)
+    _settle_order_of_sums(model, accelerator.device)
+    model.train()
     return Training(
         accelerator=accelerator,
         agreement=StepAgreement(setup.host, signals),
@@ -165,6 +170,22 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,
     )
+
+
+def _settle_order_of_sums(model: nn.Module, device: torch.device) -> None:
+    """Run forward and backward once, and forget the gradients. Collective.
+
+    DDP arranges the gradients anew by the first backward of a process, and where a gradient lies decides in
+    which order more than two processes sum it: a run that is resumed would round its first step in another
+    way than one that was not interrupted.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.eval()  # statistics of batch norm stay as they are
+        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+        with torch.compiler.set_stance("force_eager"):  # an image of this size does not come again
+            outputs = model(image, torch.tensor([[64, 64]], device=device))
+        torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+        model.zero_grad()
 
 
 def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:

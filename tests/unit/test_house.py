@@ -21,7 +21,8 @@ def shipped(pattern: str) -> list[Path]:
 
 
 YAML_FILES = [REPOSITORY / ".pre-commit-config.yaml", *shipped("*.yaml")]
-SHELL_SCRIPTS = [REPOSITORY / ".ci" / "run", *shipped("*.sh")]
+SHELL_SCRIPTS = [REPOSITORY / ".ci" / "run", *shipped("*.sh"), *shipped("*.sbatch")]
+SETTINGS_IN_BASH = shipped("*.env.example")
 NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 2}
 
 # As detr_dist makes its Accelerator: on the CPU where there is no GPU.
@@ -57,7 +58,7 @@ def test_every_shipped_yaml_file_holds_settings(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
 
 
-@pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=shown)
+@pytest.mark.parametrize("path", [*SHELL_SCRIPTS, *SETTINGS_IN_BASH], ids=shown)
 def test_every_shell_script_passes_shellcheck(path: Path) -> None:
     finished = subprocess.run([tool("shellcheck"), str(path)], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from detr_dist.errors import StopRequested
 from detr_dist.training.preemption import SIGNALS, StopSignals
 
 TWO_INTERRUPTS = """
@@ -42,6 +43,19 @@ def test_the_first_signal_is_the_one_that_is_told() -> None:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
     assert signals.received == "SIGUSR1"
+
+
+def test_a_run_that_has_stopped_is_not_killed_on_its_way_out() -> None:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with pytest.raises(StopRequested), StopSignals():
+            raise StopRequested("asked to stop")
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# What train.sbatch runs once on each node: `accelerate launch` with this node's part of the processes.
+set -euo pipefail
+
+launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+repository="$(cd "$launch_dir/../.." && pwd)"
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+echo "=== start $DETR_DIST_START of job $SLURM_JOB_ID, node $SLURM_NODEID of $SLURM_NNODES: $(hostname) at $(date '+%F %T')"
+
+if [[ -f "$launch_dir/site.env" ]]; then
+  set +u # what a site brings is seldom written for it
+  # shellcheck source=/dev/null
+  source "$launch_dir/site.env"
+  prepare_node || fail "prepare_node in $launch_dir/site.env failed on $(hostname)"
+  set -u
+fi
+command -v accelerate >/dev/null || PATH="$repository/.venv/bin:$PATH"
+command -v accelerate >/dev/null ||
+  fail "detr_dist is not installed on $(hostname): have prepare_node in $launch_dir/site.env activate the environment that has it"
+
+here="${SLURM_GPUS_ON_NODE:-$DETR_DIST_PROCESSES_PER_NODE}"
+[[ "$here" == "$DETR_DIST_PROCESSES_PER_NODE" ]] ||
+  fail "$(hostname) has $here GPUs for this job, the first node $DETR_DIST_PROCESSES_PER_NODE: ask for --gpus-per-node, which is the same on all"
+if [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
+  config="$repository/accelerate_configs/multi_gpu.yaml"
+else
+  config="$repository/accelerate_configs/multi_cpu.yaml"
+  # shellcheck disable=SC2153 # CPUS is meant
+  cores=$((SLURM_CPUS_ON_NODE / here))
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
+fi
+
+export PYTHONUNBUFFERED=1
+# The warning reaches every process of the job. The launcher would end by it; what it starts inherits that it is
+# ignored, until the trainer sets its own handler.
+trap '' USR1
+exec accelerate launch --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
+  --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * here)) --machine_rank "$SLURM_NODEID" \
+  --main_process_ip "$DETR_DIST_FIRST_HOST" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) \
+  --rdzv_backend static --deepspeed_multinode_launcher standard \
+  "$repository/scripts/train_detr.py" "$@"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Submit a training to Slurm:
+#   bash launch/slurm/submit.sh [option of sbatch ...] -- [option of detr-dist train ...]
+#
+# For example eight GPUs on each of two nodes, and two nodes without GPUs with two processes of four cores each:
+#   bash launch/slurm/submit.sh --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 --time 24:00:00 -- \
+#     --config configs/training.yaml --train-dir datasets/train --val-dir datasets/val --output-dir models/first
+#   bash launch/slurm/submit.sh --nodes 2 --ntasks-per-node 2 --cpus-per-task 4 -- ...
+#
+# Paths start at the current folder, which all nodes must see, as they must the repository and the output folder.
+# The job goes on by itself after a warning or the loss of a node; submitted again, so does a run that has ended.
+# What is particular to a cluster is in site.env, see site.env.example. docs/slurm.md says more.
+set -euo pipefail
+
+launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+sbatch_options=()
+if [[ -f "$launch_dir/site.env" ]]; then
+  # shellcheck source=/dev/null
+  source "$launch_dir/site.env"
+fi
+while (($#)) && [[ "$1" != -- ]]; do
+  if [[ "$1" == --help || "$1" == -h ]]; then
+    sed -n '2,/^set /{/^set /d; s/^# \{0,1\}//; p}' "${BASH_SOURCE[0]}"
+    exit 0
+  fi
+  sbatch_options+=("$1")
+  shift
+done
+(($# > 1)) || fail "no options of detr-dist train: they come after --, see $0 --help"
+shift
+command -v sbatch >/dev/null || fail "there is no sbatch here: submit from a machine of the cluster"
+
+export DETR_DIST_LAUNCH_DIR="$launch_dir"
+exec sbatch "${sbatch_options[@]}" "$launch_dir/train.sbatch" "$@"

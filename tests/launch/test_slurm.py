@@ -1,0 +1,270 @@
+"""The shipped scripts on a real Slurm: training on two nodes, warned, robbed of a node, failing."""
+
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[2]
+SUBMIT = REPOSITORY / "launch" / "slurm" / "submit.sh"
+NUM_STEPS = 12
+# Of 24 images, in two epochs of six steps, by four processes.
+SETTINGS = (
+    "training.batch_size=1",
+    "training.num_epochs=2",
+    "checkpoint.every_steps=1",
+    "checkpoint.keep_last=2",
+)
+TWO_BY_TWO = ("--nodes", "2", "--ntasks-per-node", "2")
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@dataclass
+class Job:
+    """A training that was submitted from a workplace, and what can be seen of it from outside."""
+
+    slurm: object
+    folder: Path
+    id: str
+    statuses: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> str:
+        """What the batch script says."""
+        path = self.folder / f"detr-dist-{self.id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def node_log(self, node: int) -> str:
+        return (self.folder / f"detr-dist-{self.id}.node-{node}.out").read_text()
+
+    @property
+    def everything(self) -> str:
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob(f"detr-dist-{self.id}*.out")))
+
+    @property
+    def state(self) -> str:
+        return str(self.slurm.job(self.id)["JobState"])
+
+    def note_status(self) -> None:
+        """Note what MLflow says of the run, when that has changed."""
+        for (status,) in self._ask("SELECT status FROM runs"):
+            if [status] != self.statuses[-1:]:
+                self.statuses.append(status)
+
+    def step(self) -> int:
+        """The last one that MLflow has a loss of."""
+        ((step,),) = self._ask("SELECT MAX(step) FROM metrics WHERE key = 'train_loss'")
+        return step or 0
+
+    def _ask(self, query: str) -> list[tuple]:
+        with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
+            return database.execute(query).fetchall()
+
+    def wait_until(self, condition: Callable[[], object]) -> None:
+        def is_met() -> bool:
+            self.note_status()
+            assert self.state in ("PENDING", "RUNNING", "COMPLETING") or condition(), self.everything
+            return bool(condition())
+
+        self.slurm.wait_until(is_met, 120)
+
+    def wait_for_end(self) -> None:
+        self.wait_until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED"))
+        self.note_status()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Path:
+    """Generated matches."""
+    place = new_workplace(tmp_path_factory.mktemp("scenes"))
+    finished = place.run("make-data", "data", "--num-train", "24", "--num-val", "4")
+    assert finished.returncode == 0, finished.stderr
+    return place.folder / "data"
+
+
+@pytest.fixture(scope="session")
+def submit(slurm, scenes: Path):
+    """Submit a training from a workplace, with options of sbatch and of the trainer."""
+
+    def start(workplace, *training: str, sbatch: tuple[str, ...] = TWO_BY_TWO, script: Path = SUBMIT) -> Job:
+        data = ("--train-dir", scenes / "train", "--val-dir", scenes / "val", "--output-dir", "out")
+        options = ("--config", "tiny.yaml", *map(str, data), *SETTINGS, *training)
+        told = slurm.run("bash", str(script), *sbatch, "--", *options, cwd=workplace.folder)
+        return Job(slurm, workplace.folder, told.split()[-1])
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, submit):
+    place = new_workplace(tmp_path_factory.mktemp("uninterrupted"))
+    job = submit(place)
+    job.wait_for_end()
+    return place, job
+
+
+def steps(workplace) -> list[int]:
+    return [step for step, _ in workplace.history("train_loss")]
+
+
+def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted) -> None:
+    place, job = uninterrupted
+    assert job.state == "COMPLETED", job.everything
+    assert "4 processes (cpu" in job.node_log(0)
+    assert "node 1 of 2" in job.node_log(1)
+    assert job.statuses == ["RUNNING", "FINISHED"]
+    assert steps(place) == list(range(1, NUM_STEPS + 1))
+    assert not list(place.folder.glob("*.stopped"))
+
+
+def test_a_job_that_is_warned_is_queued_again_and_ends_as_if_it_had_not_been(
+    workplace, submit, slurm, uninterrupted
+) -> None:
+    job = submit(workplace)
+    job.wait_until(lambda: job.step() >= 3)
+    slurm.run("scancel", "--batch", "--signal=USR1", job.id)  # as Slurm does before the time is over
+    job.wait_for_end()
+    assert job.state == "COMPLETED", job.everything
+    assert slurm.job(job.id)["Restarts"] == "1"
+    assert "asked to stop (SIGUSR1)" in job.log
+    stopped_at = re.search(r"going on from \S+ at step (\d+)", job.node_log(0))
+    assert stopped_at is not None, job.everything
+    assert 3 <= int(stopped_at[1]) < NUM_STEPS
+    assert job.statuses == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
+
+    whole, _ = uninterrupted
+    assert workplace.history("train_loss") == whole.history("train_loss")
+    assert steps(workplace) == list(range(1, NUM_STEPS + 1))
+    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, whole))
+    weights = load_file(last / "model.safetensors")
+    for key, tensor in load_file(expected / "model.safetensors").items():
+        assert torch.equal(weights[key], tensor), key
+
+
+def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slurm) -> None:
+    job = submit(workplace, "training.batch_size=2", sbatch=("--nodes", "2", "--gpus-per-node", "1"))
+    job.wait_until(lambda: job.step() >= 3)
+    slurm.kill_node(slurm.names[1])
+    job.wait_until(lambda: job.state == "PENDING")
+    slurm.start_node(slurm.names[1])
+    job.wait_for_end()
+    assert job.state == "COMPLETED", job.everything
+    assert slurm.job(job.id)["Restarts"] == "1"
+    assert "going on from" in job.node_log(0)
+    assert job.statuses[-1] == "FINISHED"
+    assert "FINISHED" not in job.statuses[:-1]
+    assert steps(workplace) == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_job_that_fails_stays_failed_and_names_the_line_to_look_at(workplace, submit, slurm) -> None:
+    job = submit(workplace, "training.learning_rat=1", sbatch=())
+    job.wait_for_end()
+    assert job.state == "FAILED", job.everything
+    assert slurm.job(job.id)["Restarts"] == "0"
+    found = re.search(r"training failed; look first at (\S+):(\d+): (.*)", job.log)
+    assert found is not None, job.log
+    assert "training.learning_rat" in found[3]
+    assert Path(found[1]).read_text().splitlines()[int(found[2]) - 1] == found[3]
+
+
+def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(workplace, submit, slurm) -> None:
+    job = submit(workplace, sbatch=())
+    job.wait_until(lambda: job.step() >= 3)
+    slurm.run("scancel", job.id)
+    job.wait_for_end()
+    slurm.wait_until(lambda: "saved in out/checkpoints/last" in job.node_log(0), 30)
+    slurm.wait_until(lambda: job.statuses[-1:] == ["KILLED"] or job.note_status(), 30)
+    assert slurm.job(job.id)["Restarts"] == "0"
+
+
+SITE = """
+sbatch_options=(--nodes=2 --ntasks-per-node=3 --output=mine-%j.out)
+prepare_node() {{ PATH="{programs}:$PATH"; }}
+export ACCELERATE_CONFIG_FILE=mine.yaml
+"""
+# Saves a checkpoint and is stopped at its first start, then finishes.
+ACCELERATE = """#!/usr/bin/env bash
+echo "told: $*"
+[[ -d out/checkpoints/last || "$SLURM_NODEID" == 1 ]] && exit
+mkdir -p out/checkpoints/last
+echo "stopped" >"$DETR_DIST_STOPPED_FILE"
+exit 1
+"""
+
+
+def test_the_settings_of_a_site_count_and_another_run_is_resumed_but_once(tmp_path: Path, slurm) -> None:
+    """With a launcher that does nothing but say what it was told."""
+    launch = tmp_path / "a repository" / "launch" / "slurm"
+    shutil.copytree(SUBMIT.parent, launch)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (launch / "site.env").write_text(SITE.format(programs=programs))
+    (programs / "accelerate").write_text(ACCELERATE)
+    (programs / "accelerate").chmod(0o755)
+    command = (
+        "bash",
+        str(launch / "submit.sh"),
+        "--",
+        "--output-dir=out",
+        "--resume",
+        "runs:/abc/checkpoints/last",
+    )
+    job_id = slurm.run(*command, cwd=tmp_path).split()[-1]
+    assert slurm.wait_for_end(job_id, 60)["JobState"] == "COMPLETED", slurm.logs()
+
+    told = [
+        [
+            line
+            for line in (tmp_path / f"mine-{job_id}.node-{node}.out").read_text().splitlines()
+            if "told" in line
+        ]
+        for node in (0, 1)
+    ]
+    for node, starts in enumerate(told):
+        assert len(starts) == 2
+        for line in starts:
+            assert "--config_file mine.yaml" in line
+            assert f"--num_machines 2 --num_processes 6 --machine_rank {node}" in line
+            assert f"--main_process_ip {slurm.names[0]}" in line
+    assert told[0][0].endswith("train_detr.py --output-dir=out --resume runs:/abc/checkpoints/last")
+    assert told[0][1].endswith("--resume runs:/abc/checkpoints/last --resume auto")
+
+
+def test_the_job_script_alone_works_in_the_folder_of_a_repository_and_says_so_elsewhere(
+    tmp_path: Path, slurm
+) -> None:
+    (tmp_path / "accelerate").write_text("#!/usr/bin/env bash\ntrue\n")
+    (tmp_path / "accelerate").chmod(0o755)
+    environment = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
+    script = str(SUBMIT.with_name("train.sbatch"))
+    for folder, state in ((REPOSITORY, "COMPLETED"), (tmp_path, "FAILED")):
+        log = tmp_path / f"{state}.out"
+        options = ("--parsable", "--chdir", str(tmp_path), "--output", str(log))
+        job_id = slurm.run("sbatch", *options, script, cwd=folder, environment=environment).strip()
+        assert slurm.wait_for_end(job_id, 30)["JobState"] == state, log.read_text()
+    assert "submit with launch/slurm/submit.sh, or in the repository's folder" in log.read_text()
+
+
+def examples() -> list[str]:
+    """The commands in the documentation that submit something."""
+    texts = [(REPOSITORY / "docs" / "slurm.md").read_text(), SUBMIT.read_text().replace("\n# ", "\n")]
+    found = re.findall(r"^ *(bash launch/slurm/submit\.sh (?:.*\\\n)*.*)$", "\n".join(texts), re.MULTILINE)
+    return [command for command in found if "[" not in command and "..." not in command]
+
+
+@pytest.mark.parametrize("command", examples())
+def test_slurm_takes_the_options_of_the_examples(command: str, slurm) -> None:
+    slurm.run("bash", "-c", command.replace("submit.sh", "submit.sh --test-only"), cwd=REPOSITORY)
+
+
+def test_without_options_of_the_trainer_nothing_is_submitted(slurm) -> None:
+    assert "they come after --" in slurm.run("bash", "-c", f"! bash '{SUBMIT}' --nodes 2 2>&1")
+    assert "Submit a training to Slurm" in slurm.run("bash", str(SUBMIT), "--help")
