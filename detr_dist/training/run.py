@@ -181,9 +181,9 @@ def _settle_order_of_sums(model: nn.Module, device: torch.device) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         model.eval()  # statistics of batch norm stay as they are
-        image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=device)
+        image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8, device=device)
         with torch.compiler.set_stance("force_eager"):  # an image of this size does not come again
-            outputs = model(image, torch.tensor([[64, 64]], device=device))
+            outputs = model(image, torch.tensor([[128, 128]], device=device))
         torch.stack([output.sum() for output in outputs.values()]).sum().backward()
         model.zero_grad()
 
