@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
-from detr_dist.errors import DetrDistError, StopRequested
+from detr_dist.errors import DetrDistError, StopRequested, report_error
 
 app = typer.Typer(
     name="detr-dist",
@@ -350,8 +350,5 @@ def _leave_note(request: StopRequested) -> None:
 
 
 def _fail(message: str, *, exit_code: int) -> None:
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
-    for line in message.splitlines():
-        print(f"{process}error: {line}", file=sys.stderr, flush=True)
+    report_error(message)
     raise SystemExit(exit_code)

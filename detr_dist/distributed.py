@@ -6,8 +6,10 @@ the device.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -17,8 +19,20 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import nn
 
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
+from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s, uses_cpu
+from detr_dist.heartbeat import Heart
 
 T = TypeVar("T")
+
+COLLECTIVE_LIMIT_S = 300.0
+"""A collective that waits longer for a process that lives has failed. Torch's own limits are 10 minutes
+(NCCL) and 30 (gloo); between two collectives of a step are seconds."""
+
+PATIENT_LIMIT_S = 3600.0
+"""So long the others wait where one may rightly take its time: to download, evaluate, score or save. Should
+it die or be stopped meanwhile, its heart tells."""
+
+_heart: Heart | None = None  # of the process group, of which there is one as well
 
 
 def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int | None = None) -> Accelerator:
@@ -54,22 +68,29 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
     return accelerator
 
 
-def uses_cpu() -> bool:
-    """Whether this process computes on the CPU: there is nothing else, or Accelerate was told so."""
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    return told or not torch.accelerator.is_available()
-
-
 @contextmanager
-def group_of_processes() -> Iterator[PartialState]:
+def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]:
     """The processes that were launched together, joined as long as this lasts.
 
-    Collective. An Accelerator that is built meanwhile joins the same group.
+    Collective. An Accelerator that is built meanwhile joins the same group. When a process is lost each of
+    the others writes its stacks into `stacks_dir` and ends with a line that says so, if need be by force.
 
     Raises:
-        TrainingError: another process was lost.
+        UsageError: there are too few GPUs.
+        TrainingError: another process did not come, or was lost.
     """
-    state = PartialState(cpu=uses_cpu())
+    global _heart
+    silence_s = limit_s("DETR_DIST_SILENCE_LIMIT_S", 40.0)
+    collective_s = limit_s("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S)
+    store = call_roll(device_problem(), limit_s("DETR_DIST_FORM_LIMIT_S", 60.0))
+    # Later than those between hosts, who can say more about it: NCCL ends the process by itself.
+    state = PartialState(cpu=uses_cpu(), timeout=timedelta(seconds=collective_s + 60))
+    if store is not None and state.num_processes > 1:
+        address = os.environ["MASTER_ADDR"]
+        _heart = Heart(state.process_index, board=store, address=address, silence_limit_s=silence_s)
+        _heart.stacks_dir = stacks_dir
+    if fell_back_to_cpu() and state.is_main_process and "WORLD_SIZE" in os.environ:
+        print("no GPU is found and none was asked for by its number: this runs on the CPU", flush=True)
     is_whole = False
     try:
         yield state
@@ -78,13 +99,13 @@ def group_of_processes() -> Iterator[PartialState]:
         is_whole = True
         raise
     except RuntimeError as error:
-        if state.num_processes > 1 and is_lost_contact(error):
-            raise TrainingError(
-                "lost contact with another process, which has ended or cannot be reached; the cause is what "
-                f"it says itself, or how the launcher says it ended ({' '.join(str(error).split())[:200]})"
-            ) from error
+        if _heart is not None and is_lost_contact(error):
+            raise TrainingError(_heart.explain(error, collective_s)) from error
         raise
     finally:
+        if _heart is not None:
+            _heart.close(failed=not is_whole)
+            _heart = None
         if is_whole:  # a group that has lost a process could wait for it for minutes
             state.destroy_process_group()
 
@@ -150,7 +171,24 @@ class HostGroup:
         self.num_processes = processes.num_processes
         self.process_index = processes.process_index
         self.local_process_index = processes.local_process_index
-        self._group: Any = dist.new_group(backend="gloo") if self.num_processes > 1 else None
+        self._heart = _heart
+        self._group: Any = None
+        self._patient_group: Any = None
+        if self.num_processes > 1:
+            limit = timedelta(seconds=limit_s("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S))
+            self._group = dist.new_group(backend="gloo", timeout=limit)
+            patient = timedelta(seconds=PATIENT_LIMIT_S)
+            self._patient_group = dist.new_group(backend="gloo", timeout=patient)
+
+    def note(self, **facts: Any) -> None:
+        """Note what this process is about (`step`, `image_ids`), should it hang or be lost. Local."""
+        if self._heart is not None:
+            self._heart.note(**facts)
+
+    def last_words(self, action: Callable[[str], None]) -> AbstractContextManager[None]:
+        """While entered, `action` is called with the reason before this process ends because it lost another
+        one. Local."""
+        return self._heart.last_words(action) if self._heart is not None else nullcontext()
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every process, on every process, in process order. float64."""
@@ -166,6 +204,7 @@ class HostGroup:
         elsewhere."""
         if self._group is None:
             return [value]
+        self._wait_for_others()
         gathered: list[Any] | None = [None] * self.num_processes if self.process_index == 0 else None
         dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered or []
@@ -184,6 +223,7 @@ class HostGroup:
         Returns its result on the main process, None elsewhere.
         """
         outcome = _attempt(action) if self.process_index == 0 else _Outcome[T]()
+        self._wait_for_others()
         error = self.broadcast(outcome.error)
         if error is not None:
             raise error
@@ -196,12 +236,18 @@ class HostGroup:
         Returns the result of one's own machine, which must be picklable.
         """
         outcome = _attempt(action) if self.local_process_index == 0 else _Outcome[T]()
+        self._wait_for_others()
         outcomes = self.all_gather_objects(outcome)
         for each in outcomes:
             if each.error is not None:
                 raise each.error
         own: _Outcome[T] = outcomes[self.process_index - self.local_process_index]
         return cast(T, own.result)
+
+    def _wait_for_others(self) -> None:
+        """For as long as it takes them."""
+        if self._patient_group is not None:
+            dist.barrier(group=self._patient_group)
 
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's buffers.

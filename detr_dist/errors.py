@@ -1,5 +1,8 @@
 """Errors that a user can act on: one line that says what is wrong, where, and what to do."""
 
+import os
+import sys
+
 
 class DetrDistError(Exception):
     """A failure with a clear message; the command line prints it without a traceback and exits with
@@ -30,3 +33,11 @@ class StopRequested(DetrDistError):
     """The run was asked to stop, has saved, and wants to be run again."""
 
     exit_code = 75
+
+
+def report_error(message: str) -> None:
+    """Print the one line of an error, with the number of the process where there are several."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
+    for line in message.splitlines():
+        print(f"{process}error: {line}", file=sys.stderr, flush=True)

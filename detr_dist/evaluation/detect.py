@@ -1,6 +1,7 @@
 """A detector's predictions on the images of a data set, in batches, each image once."""
 
-from collections.abc import Generator
+import sys
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from typing import NamedTuple
 
@@ -63,16 +64,13 @@ class ImagePass:
     @torch.no_grad()
     def run(self, detector: Detector) -> Generator[Predicted]:
         """The predictions of a detector in evaluation mode, batch by batch, with a bar on a terminal."""
-        bar = tqdm(
-            self._batches,
-            desc="images",
-            unit="batch",
-            leave=False,
-            dynamic_ncols=True,
-            disable=None if self._accelerator.is_main_process else True,
-        )
+        planned_batches: Iterable[EvaluationBatch] = self._batches
+        if self._accelerator.is_main_process and sys.stderr.isatty():  # even a hidden bar starts a thread
+            planned_batches = tqdm(
+                self._batches, desc="images", unit="batch", leave=False, dynamic_ncols=True
+            )
         with closing(iter(self._loader)) as batches:
-            for planned, batch in zip(bar, batches, strict=True):
+            for planned, batch in zip(planned_batches, batches, strict=True):
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
                 with self._accelerator.autocast():  # an averaged detector does not bring its own
                     outputs = detector(on_device.images, on_device.sizes_hw)

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +28,9 @@ from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
+
+# The launcher kills what is left of a run some 30 s after it has lost a process.
+_PATIENCE_AFTER_LOSS_S = 6.0
 
 # Tracking URIs that look like paths.
 _NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
@@ -57,6 +61,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         self.client = open_client(self.uri)
         self._outbox: Outbox | None = None
         self._thread: DeliveryThread | None = None
+        self._ending = threading.Lock()
         try:
             with patience(_TIMEOUT_S):
                 if run_id is None:
@@ -166,9 +171,13 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         """Upload a small file as it is now."""
         self.outbox.append_file(path)
 
-    def end(self, status: str, error: str | None = None) -> None:
+    def end(
+        self, status: str, error: str | None = None, *, patience_s: float = _PATIENCE_AT_THE_END_S
+    ) -> None:
         """Close the run as FINISHED, FAILED or KILLED, once all that was logged has been delivered; waits for
-        that, but not for ever."""
+        that, but not for ever. The first call counts."""
+        if not self._ending.acquire(blocking=False):
+            return
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:
@@ -176,7 +185,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)
-        num_left = self._thread.end(patience_s=_PATIENCE_AT_THE_END_S)
+        num_left = self._thread.end(patience_s=patience_s)
         folder = self.outbox.folder
         self.outbox.close()
         close_connections(self.client)
@@ -231,6 +240,12 @@ def run_status(tracker: MLflowTracker | None) -> Iterator[None]:
         raise
     if tracker is not None:
         tracker.end("FINISHED")
+
+
+def close_after_loss(tracker: MLflowTracker | None, reason: str) -> None:
+    """Close the MLflow run as FAILED within seconds, whatever the main thread waits for."""
+    if tracker is not None:
+        tracker.end("FAILED", reason, patience_s=_PATIENCE_AFTER_LOSS_S)
 
 
 def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:

@@ -1,5 +1,6 @@
 """What all processes must know of each other at an optimizer step: one exchange of a few host numbers."""
 
+import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -58,6 +59,8 @@ class StepAgreement:
             group = next(groups)
         except DetrDistError as error:
             self._problem = str(error)
+        image_ids = [image_id for batch in group for image_id in batch.image_ids]
+        self._host.note(step=step, image_ids=image_ids)
         stops, boxes, images, heights, widths = self._exchange(
             step,
             float(self._signals.is_requested),
@@ -70,7 +73,7 @@ class StepAgreement:
             raise StopRequested(
                 f"asked to stop ({self._signals.received or 'another process'}) at step {step}"
             )
-        self._image_ids = [image_id for batch in group for image_id in batch.image_ids]
+        self._image_ids = image_ids
         return Agreed(group, StepCounts(sum(boxes), sum(images)), (int(max(heights)), int(max(widths))))
 
     def check(self, step: int, model: nn.Module) -> None:
@@ -87,9 +90,10 @@ class StepAgreement:
         """The values of all processes, column by column, unless one of them has a problem."""
         *columns, problems = zip(*self._host.gather_rows([*values, float(bool(self._problem))]), strict=True)
         if any(problems):
+            all_problems = self._host.all_gather_objects((socket.gethostname(), self._problem))
             told = [
-                f"process {process}: {problem}"
-                for process, problem in enumerate(self._host.all_gather_objects(self._problem))
+                f"process {process} ({host_name}): {problem}"
+                for process, (host_name, problem) in enumerate(all_problems)
                 if problem
             ]
             advice = (

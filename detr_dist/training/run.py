@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.tracking.folder_lock import locked
-from detr_dist.tracking.mlflow import MLflowTracker, run_status, way_to_see
+from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
@@ -52,7 +53,7 @@ def train(config: Config, options: RunOptions) -> None:
     transformers_logging.disable_progress_bar()
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
-    with group_of_processes() as processes:
+    with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
         if options.dry_run:
             HostGroup(processes).on_main_process(lambda: _check_data(config, options))
         train_data = load_coco(options.train_dir)
@@ -69,7 +70,7 @@ def train(config: Config, options: RunOptions) -> None:
             with StopSignals() as signals, ExitStack() as held:
                 setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
                 tracker = setup.host.on_main_process(lambda: _open_run(setup))
-                with run_status(tracker):
+                with run_status(tracker), setup.host.last_words(partial(close_after_loss, tracker)):
                     setup.host.on_main_process(lambda: _open_output(setup, tracker))
                     _run(setup, _assemble(setup, signals), signals, tracker)
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,5 @@ def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data
     finished = workplace.train(data, "logging.mlflow=false", num_processes=2)
     assert finished.returncode != 0
     for process in (0, 1):
-        assert (
-            f"[process {process}] error: stopped at step 0: process 0: 10 images in a row" in finished.stderr
-        )
+        stopped = f"stopped at step 0: process 0 ({socket.gethostname()}): 10 images in a row"
+        assert f"[process {process}] error: {stopped}" in finished.stderr

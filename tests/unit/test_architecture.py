@@ -20,13 +20,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE
     | {"check_data", "data", "distributed", "evaluation", "inference", "models", "tracking", "training"},
     "check_data": BASE | {"data", "models"},
-    "inference": BASE | {"data", "distributed", "evaluation", "models", "tracking", "training"},
+    "inference": BASE | {"data", "distributed", "evaluation", "forming", "models", "tracking", "training"},
     "training": BASE | {"check_data", "data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
     "tracking": BASE | {"data", "distributed", "models"},
     "models": BASE,
     "data": BASE,
-    "distributed": {"config", "errors"},
+    "distributed": {"config", "errors", "forming", "heartbeat"},
+    "forming": {"errors"},
+    "launch": {"errors", "forming"},
+    "heartbeat": {"errors", "forming", "guard"},
+    "guard": set(),
     "config": {"errors"},
     "boxes": set(),
     "errors": set(),
@@ -34,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Libraries that only these rooms may know.
 CONFINED_LIBRARIES = {"accelerate", "mlflow", "pycocotools"}
-ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "tracking", "training"}
+ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "launch", "tracking", "training"}
 
 # Slow to import: none of them may be loaded for a help page or for reading a configuration.
 SLOW_LIBRARIES = {"accelerate", "mlflow", "numpy", "scipy", "timm", "torch", "torchvision", "transformers"}

@@ -41,7 +41,9 @@ def test_a_step_that_was_not_finite_stops_the_next_with_its_own_images(agreement
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
     agreement.next_step(4, groups)
     agreement.report(finite=False)
-    with pytest.raises(TrainingError, match=r"step 5: process 0: the loss is not finite, image ids \[17\]"):
+    with pytest.raises(
+        TrainingError, match=r"step 5: process 0 \(.+\): the loss is not finite, image ids \[17\]"
+    ):
         agreement.next_step(5, groups)
 
 
@@ -50,7 +52,7 @@ def test_weights_that_are_not_finite_are_found_before_anything_is_saved(agreemen
     agreement.check(1, layer)
     with torch.no_grad():
         layer.bias[1] = torch.inf
-    with pytest.raises(TrainingError, match="step 1: process 0: the weights are not finite"):
+    with pytest.raises(TrainingError, match=r"step 1: process 0 \(.+\): the weights are not finite"):
         agreement.check(1, layer)
 
 
@@ -59,7 +61,7 @@ def test_data_that_fail_stop_the_step_with_their_own_words(agreement: StepAgreem
         raise DataError("the disk is gone")
         yield
 
-    with pytest.raises(TrainingError, match=r"step 0: process 0: the disk is gone$"):
+    with pytest.raises(TrainingError, match=r"step 0: process 0 \(.+\): the disk is gone$"):
         agreement.next_step(0, broken())
 
 

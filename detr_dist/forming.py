@@ -1,0 +1,161 @@
+"""How the processes that were launched together find each other: who is there, missing, or cannot."""
+
+import json
+import math
+import os
+import socket
+import time
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch.distributed has them
+
+from detr_dist.errors import TrainingError, UsageError
+
+_LOOK_EVERY_S = 0.2
+_MOST_NAMES = 8
+
+
+class Board(Protocol):
+    """Where processes leave notes for each other: what we use of a torch Store."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def check(self, keys: list[str]) -> bool: ...
+
+
+def limit_s(name: str, default: float) -> float:
+    """A limit in seconds from the environment.
+
+    Raises:
+        UsageError: it is no number above 0.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"the environment variable {name} is {text!r}; give a number of seconds above 0")
+    return value
+
+
+def uses_cpu() -> bool:
+    """Whether this process computes on the CPU: there is nothing else, or Accelerate was told so."""
+    return _was_told_to_use_cpu() or not torch.accelerator.is_available()
+
+
+def _was_told_to_use_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+
+
+def device_problem() -> str | None:
+    """What is wrong with the GPUs of this machine, in words: each of its processes needs one of its own."""
+    if _was_told_to_use_cpu():
+        return None
+    named = _named_gpus()
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if named and len(named) > found:
+        return (
+            f"CUDA_VISIBLE_DEVICES names {len(named)} GPUs ({','.join(named)}), but torch finds {found} of "
+            f"them on {socket.gethostname()}; name those that nvidia-smi shows, or set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < found < num_local:
+        return (
+            f"{num_local} processes were launched on {socket.gethostname()}, but torch finds {found} GPUs "
+            "there; give accelerate launch a smaller --num_processes, or more GPUs"
+        )
+    return None
+
+
+def fell_back_to_cpu() -> bool:
+    """Whether nobody asked for the CPU, but there is nothing else."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # so do the YAML files for the CPU
+    return not _was_told_to_use_cpu() and not hidden and not torch.accelerator.is_available()
+
+
+def _named_gpus() -> list[str]:
+    """CUDA sees the ids before the first that there cannot be."""
+    named: list[str] = []
+    for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
+        if not each.strip() or each.strip().startswith("-"):
+            break
+        named.append(each.strip())
+    return named
+
+
+def call_roll(problem: str | None, within_s: float) -> Board | None:
+    """Wait until all processes are there; returns a store they share, or None in one process.
+
+    Collective. `problem` is what keeps this process from taking part, if anything does.
+
+    Raises:
+        UsageError: what keeps this process or another one from taking part.
+        TrainingError: names the processes that are missing.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if size == 1 or "MASTER_ADDR" not in os.environ:
+        if problem is not None:
+            raise UsageError(problem)
+        return None
+    deadline = time.monotonic() + within_s
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if problem is not None and not _launcher_has_store():
+        raise UsageError(problem)  # and the others miss this one, as its store would go with it
+    host = socket.gethostname()
+    store: Board = PrefixStore(f"detr_dist/{attempt}", _open_store(rank, within_s))
+    if problem is not None:
+        store.set("problem", json.dumps([rank, host, problem]))
+    store.set(str(rank), host)
+    if problem is not None:
+        raise UsageError(problem)
+    while not store.check([str(each) for each in range(size)]):
+        if time.monotonic() > deadline:
+            raise TrainingError(_missing(store, size, within_s))
+        time.sleep(_LOOK_EVERY_S)
+    if store.check(["problem"]):
+        where, host, theirs = json.loads(store.get("problem"))
+        raise UsageError(f"process {where} ({host}) cannot take part: {theirs}")
+    return store
+
+
+def _launcher_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _open_store(rank: int, within_s: float) -> Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return TCPStore(
+            address,
+            port,
+            is_master=rank == 0 and not _launcher_has_store(),
+            timeout=timedelta(seconds=within_s),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch opens it once more to form the group
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"process 0 is missing: nothing of this run answers at {address}:{port} within {within_s:.0f} s; "
+            f"see what its machine says, and whether this one can reach it ({reason})"
+        ) from error
+
+
+def _missing(store: Board, size: int, within_s: float) -> str:
+    here: dict[str, list[str]] = {}
+    missing = []
+    for rank in map(str, range(size)):
+        if store.check([rank]):
+            here.setdefault(store.get(rank).decode(), []).append(rank)
+        else:
+            missing.append(rank)
+    there = "; ".join(f"{', '.join(ranks)} on {host}" for host, ranks in here.items())
+    shown = ", ".join(missing[:_MOST_NAMES]) + (", ..." if len(missing) > _MOST_NAMES else "")
+    return (
+        f"{len(missing)} of {size} processes are missing after {within_s:.0f} s: {shown} (here: {there}); "
+        "see what their machines say, or raise DETR_DIST_FORM_LIMIT_S if they are slow to start"
+    )

@@ -1,0 +1,66 @@
+"""Which GPUs were asked for, and whether they are there."""
+
+import pytest
+import torch
+
+from detr_dist.errors import UsageError
+from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def num_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two; what there is in truth must not matter here."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("num_gpus")
+@pytest.mark.parametrize(
+    ("environment", "complaint"),
+    [
+        ({}, None),
+        ({"LOCAL_WORLD_SIZE": "2"}, None),
+        ({"LOCAL_WORLD_SIZE": "3"}, "3 processes were launched on .*, but torch finds 2 GPUs"),
+        ({"LOCAL_WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1"}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2"}, r"names 3 GPUs \(0,1,2\), but torch finds 2"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,-1,2"}, None),
+    ],
+)
+def test_every_process_needs_a_gpu_and_every_named_gpu_must_be_there(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], complaint: str | None
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if complaint is None:
+        assert device_problem() is None
+    else:
+        with pytest.raises(UsageError, match=complaint):
+            call_roll(device_problem(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("visible", "is_problem", "falls_back"),
+    [(None, False, True), ("", False, False), ("-1,-1", False, False), ("0", True, False)],
+)
+def test_without_gpus_the_cpu_is_used_unless_some_were_named(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, is_problem: bool, falls_back: bool
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (device_problem() is not None) is is_problem
+    assert fell_back_to_cpu() is falls_back
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
+def test_a_limit_that_is_no_time_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("DETR_DIST_FORM_LIMIT_S", text)
+    with pytest.raises(UsageError, match=f"DETR_DIST_FORM_LIMIT_S is '{text}'"):
+        limit_s("DETR_DIST_FORM_LIMIT_S", 60.0)
