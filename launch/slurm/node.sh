@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What train.sbatch runs once on each node: `accelerate launch` with this node's part of the processes.
+# What train.sbatch runs once on each node: the launcher with this node's part of the processes.
 set -euo pipefail
 
 launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -39,7 +39,7 @@ export PYTHONUNBUFFERED=1
 # The warning reaches every process of the job. The launcher would end by it; what it starts inherits that it is
 # ignored, until the trainer sets its own handler.
 trap '' USR1
-exec accelerate launch --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
+exec python -m detr_dist.launch --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * here)) --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$DETR_DIST_FIRST_HOST" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) \
   --rdzv_backend static --deepspeed_multinode_launcher standard \
