@@ -4,6 +4,7 @@ Sums, agreement and gathered records travel as host memory over gloo: a step mus
 the device.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin
 from torch import nn
 
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
@@ -21,9 +22,14 @@ from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageE
 T = TypeVar("T")
 
 
-def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int | None = None) -> Accelerator:
+def build_accelerator(
+    *,
+    mixed_precision: str,
+    gradient_accumulation_steps: int | None = None,
+    deepspeed: DeepSpeedPlugin | None = None,
+) -> Accelerator:
     """The Accelerator of this process, on the CPU where there is no accelerator. Without accumulation steps
-    it is for predictions only.
+    it is for predictions only. `deepspeed` replaces what the launcher says of DeepSpeed.
 
     Collective: forms the process group.
 
@@ -37,8 +43,10 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
     if mixed_precision == "fp16" and use_cpu:
         raise UsageError("training.mixed_precision=fp16 needs a GPU; use bf16 or no on the CPU")
     accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=mixed_precision,
+        cpu=use_cpu and not uses_deepspeed(),
+        # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
+        mixed_precision="no" if uses_deepspeed() else mixed_precision,
+        deepspeed_plugin=deepspeed,
         # The loop hands over whole groups of micro-batches; a data loader's end means nothing to it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps or 1, sync_with_dataloader=False
@@ -52,6 +60,10 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
             "they would train separately; start with one of accelerate_configs/*.yaml "
             "(multi_cpu.yaml without GPUs)"
         )
+    if uses_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or transformers would build every network in parts, under ZeRO-3
     return accelerator
 
 
@@ -59,6 +71,34 @@ def uses_cpu() -> bool:
     """Whether this process computes on the CPU: there is nothing else, or Accelerate was told so."""
     told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     return told or not torch.accelerator.is_available()
+
+
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """The precision in which a network computes; its weights are float32."""
+    dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
+
+
+def _place() -> dict[str, Any]:
+    """Where the processes compute, in Accelerate's words.
+
+    Raises:
+        UsageError: DeepSpeed is wanted, but not installed.
+    """
+    if not uses_deepspeed():
+        return {"cpu": uses_cpu()}
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "the Accelerate configuration wants DeepSpeed, which is not installed: pip install "
+            "'detr_dist[deepspeed]', or start with accelerate_configs/multi_gpu.yaml"
+        )
+    # On the CPU DeepSpeed works over gloo, if Accelerate does not know that it is the CPU.
+    return {} if torch.accelerator.is_available() else {"backend": "gloo"}
 
 
 @contextmanager
@@ -70,7 +110,7 @@ def group_of_processes() -> Iterator[PartialState]:
     Raises:
         TrainingError: another process was lost.
     """
-    state = PartialState(cpu=uses_cpu())
+    state = PartialState(**_place())
     is_whole = False
     try:
         yield state

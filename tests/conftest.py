@@ -121,8 +121,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _launcher(num_processes: int) -> tuple[str, ...]:
-    config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
+def _launcher(num_processes: int, config_name: str = "multi_cpu") -> tuple[str, ...]:
+    config = REPOSITORY / "accelerate_configs" / f"{config_name}.yaml"
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config))
     return (*launcher, "--num_processes", str(num_processes))
 
@@ -210,12 +210,17 @@ class Workplace:
         return self.folder / "tiny.yaml"
 
     def run(
-        self, *arguments: str | Path, num_processes: int = 1, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        num_processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+        launch_config: str = "multi_cpu",
     ) -> subprocess.CompletedProcess[str]:
-        """A command of ours, under `accelerate launch` where it shall have several processes; `environment`
-        adds to that of one process."""
+        """A command of ours, under `accelerate launch` and a shipped file of settings where it shall have
+        several processes; `environment` adds to that of one process."""
         if num_processes > 1:
-            return self.launch("-m", "detr_dist", *arguments, num_processes=num_processes)
+            module = ("-m", "detr_dist", *arguments)
+            return self.launch(*module, num_processes=num_processes, launch_config=launch_config)
         paths = self.folder / "stdout", self.folder / "stderr"
         command = self.server.start(arguments, self.folder, *paths, environment=environment)
         command.wait(timeout=100)
@@ -225,10 +230,12 @@ class Workplace:
         assert command.returncode is not None
         return subprocess.CompletedProcess([*map(str, arguments)], command.returncode, stdout, stderr)
 
-    def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, *arguments: str | Path, num_processes: int, launch_config: str = "multi_cpu"
+    ) -> subprocess.CompletedProcess[str]:
         """A script (or -m and a module) with its arguments, in several processes on the CPU."""
         return subprocess.run(
-            [sys.executable, *_launcher(num_processes), *map(str, arguments)],
+            [sys.executable, *_launcher(num_processes, launch_config), *map(str, arguments)],
             cwd=self.folder,
             env=_environment(),
             capture_output=True,
@@ -238,9 +245,15 @@ class Workplace:
         )
 
     def train(
-        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
+        self,
+        data: Path,
+        *overrides: str,
+        output: str = "out",
+        num_processes: int = 1,
+        launch_config: str = "multi_cpu",
     ) -> subprocess.CompletedProcess[str]:
-        return self.run(*self._training(data, output), *overrides, num_processes=num_processes)
+        arguments = (*self._training(data, output), *overrides)
+        return self.run(*arguments, num_processes=num_processes, launch_config=launch_config)
 
     def start(
         self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1

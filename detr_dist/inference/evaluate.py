@@ -59,7 +59,7 @@ def evaluate(options: EvaluateOptions) -> None:
                 print(notice)
             print(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
-                f"{accelerator.mixed_precision}) x batch {config.training.batch_size}",
+                f"{config.training.mixed_precision}) x batch {config.training.batch_size}",
                 flush=True,
             )
         began_at = time.perf_counter()

@@ -13,7 +13,6 @@ from detr_dist.data.statistics import CheckSettings, check_boxes
 from detr_dist.distributed import build_accelerator, group_of_processes
 from detr_dist.errors import CheckpointError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
-from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, run_status, way_to_see
@@ -34,6 +33,7 @@ from detr_dist.training.resume import restore_average, restore_optimizer
 from detr_dist.training.saver import Saver
 from detr_dist.training.setup import RunOptions, Setup, set_up
 from detr_dist.training.state import TrainState
+from detr_dist.training.zero import zero_plugin
 
 
 def train(config: Config, options: RunOptions) -> None:
@@ -50,10 +50,11 @@ def train(config: Config, options: RunOptions) -> None:
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
     train_data = load_coco(options.train_dir)
     val_data = load_coco(options.val_dir, classes=train_data.class_names)
-    with group_of_processes():
+    with group_of_processes() as processes:
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            deepspeed=zero_plugin(config.training, processes.num_processes),
         )
         try:
             setup = set_up(config, options, train_data, val_data, accelerator)
@@ -130,7 +131,7 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
     settings = config.training
     steps_of_all_epochs = settings.num_epochs * setup.plan.steps_per_epoch
     detector.to(accelerator.device)
-    average = WeightAverage(detector, settings.ema_decay)
+    average = setup.strategy.average(detector, settings.ema_decay)
     optimizer = build_optimizer(detector, settings)
     done_steps = 0
     if resumed is not None:
@@ -138,9 +139,10 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
     scheduler = build_scheduler(optimizer, settings, steps_of_all_epochs, done_steps=done_steps)
-    model, prepared_optimizer = accelerator.prepare(detector.train(), optimizer)
+    model, prepared_optimizer = setup.strategy.prepare(accelerator, detector.train(), optimizer)
     return Training(
         accelerator=accelerator,
+        strategy=setup.strategy,
         agreement=StepAgreement(setup.host, signals),
         model=model,
         average=average,
@@ -182,7 +184,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             tracker=tracker,
-            pack_model=ModelPacker(setup.detector, config, options.output_dir, tracker).pack,
+            pack_model=ModelPacker(training.average.detector, config, options.output_dir, tracker).pack,
             say=progress.say,
         )
     observer = RunObserver(
@@ -236,16 +238,17 @@ def _describe(setup: Setup, training: Training, state: TrainState) -> Iterator[s
     settings = CheckSettings(data.shortest_edge, data.longest_edge, num_queries)
     for split in (train_data, setup.val_data):
         yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))
+    precision = setup.config.training.mixed_precision
+    zero = f", ZeRO stage {setup.strategy.zero_stage}" if setup.strategy.zero_stage else ""
     left_out = f", {plan.num_dropped} images of each epoch left out" if plan.num_dropped else ""
     yield (
         f"{len(train_data)} images to train on, {len(setup.val_data)} to validate; classes: "
         f"{', '.join(train_data.class_names)}"
     )
     yield (
-        f"{accelerator.num_processes} processes ({accelerator.device}, precision "
-        f"{accelerator.mixed_precision}) x batch {plan.batch_size} x accumulation {plan.accumulation} = "
-        f"{plan.global_batch_size} images a step; {plan.steps_per_epoch} steps an epoch{left_out}, "
-        f"{training.total_steps} steps in all"
+        f"{accelerator.num_processes} processes ({accelerator.device}, precision {precision}{zero}) x "
+        f"batch {plan.batch_size} x accumulation {plan.accumulation} = {plan.global_batch_size} images a "
+        f"step; {plan.steps_per_epoch} steps an epoch{left_out}, {training.total_steps} steps in all"
     )
     if setup.config.training.warmup_steps >= training.total_steps:
         yield (
