@@ -240,7 +240,7 @@ class Workplace:
             env=_environment(),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=100 if launch_config == "multi_cpu" else 300,  # DeepSpeed compiles when it starts first
             check=False,
         )
 

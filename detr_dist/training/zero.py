@@ -58,6 +58,8 @@ def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin
     told["gradient_clipping"] = settings.gradient_clip
     for name in OURS_ALONE:
         told.pop(name, None)
+    # When offloading it would have its own AdamW, compiled on the spot; torch's steps on the CPU as well.
+    told["zero_force_ds_cpu_optimizer"] = False
     if settings.mixed_precision == "bf16":
         # As with DDP: weights, their gradients and sums over processes stay float32.
         told["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
@@ -169,7 +171,8 @@ class Zero(Replicated):
             parts = self._sharded.single_partition_of_fp32_groups
         for part in parts:
             self._stepped.state[part] = {name: torch.zeros_like(part) for name in MOMENTS}
-            self._stepped.state[part]["step"] = self._counter(step, part.device)
+            is_fused = self._stepped.defaults["fused"]
+            self._stepped.state[part]["step"] = torch.tensor(step, device=part.device if is_fused else "cpu")
         if self.zero_stage < 3:
             self._sharded._lazy_init_hp_params_optimizer_state()
         for parameter, of_parameter in memory.items():
@@ -178,14 +181,6 @@ class Zero(Replicated):
                     safe_set_local_optimizer_state(parameter, _own_part(parameter, of_parameter[name]), name)
                 else:
                     safe_set_full_optimizer_state(parameter, of_parameter[name], name)
-
-    def _counter(self, step: float, device: torch.device) -> Tensor | int:
-        """The number of steps, as the optimizer counts them."""
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        if isinstance(self._stepped, DeepSpeedCPUAdam):
-            return int(step)
-        return torch.tensor(step, device=device if self._stepped.defaults["fused"] else "cpu")
 
     def _gather(self) -> OptimizerMemory:
         """On the main process what a whole optimizer would remember, on the host. One tensor after the other,
