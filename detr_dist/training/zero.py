@@ -66,8 +66,9 @@ def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin
     sizes = ["reduce_bucket_size", "allgather_bucket_size"]
     if plugin.zero_stage == 3:
         sizes += ["stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"]
-    for name in sizes:
-        told["zero_optimization"].setdefault(name, BUCKET_ELEMENTS)
+    # Accelerate would work out an "auto" from the width of a language model.
+    chosen = {name: value for name, value in told["zero_optimization"].items() if value != "auto"}
+    told["zero_optimization"] = dict.fromkeys(sizes, BUCKET_ELEMENTS) | chosen
     return plugin
 
 

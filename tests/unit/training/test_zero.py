@@ -34,7 +34,15 @@ def test_without_deepspeed_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPa
     assert zero_plugin(SETTINGS, 2) is None
 
 
-@pytest.mark.parametrize("file", [None, {}, {"gradient_clipping": "auto", "train_batch_size": "auto"}])
+@pytest.mark.parametrize(
+    "file",
+    [
+        None,
+        {},
+        {"gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": "auto"}},
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+    ],
+)
 def test_what_the_launcher_leaves_open_is_filled_in_from_our_configuration(
     launched, file: dict[str, object] | None
 ) -> None:
@@ -45,6 +53,8 @@ def test_what_the_launcher_leaves_open_is_filled_in_from_our_configuration(
     assert (told["train_micro_batch_size_per_gpu"], told["train_batch_size"]) == (3, 24)
     assert (told["gradient_accumulation_steps"], told["gradient_clipping"]) == (2, 0.5)
     assert told["zero_optimization"]["stage"] == 3
+    assert "auto" not in told["zero_optimization"].values()
+    assert "bf16" not in told
     assert told["torch_autocast"] == {
         "enabled": True,
         "dtype": "bfloat16",
