@@ -28,17 +28,18 @@ AVERAGED = "training.ema_decay=0.9"
 WHOLE = ("training.batch_size=8", "training.gradient_accumulation_steps=1")
 HALVES = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 QUARTERS = ("training.batch_size=2", "training.gradient_accumulation_steps=2")  # per process of two
-# Rounding as well. A step moves a weight by up to its learning rate, 2e-5 to 1e-4, even where the gradient is next
-# to nothing (1e-9 in the first decoder layer). There offloading, which adds up elsewhere, differs by a part of a step.
-WEIGHTS_TOLERANCE = dict.fromkeys(ZERO, 1e-5) | {"deepspeed_zero2_offload": 1e-4}
+# Of the change that the last five steps make. Rounding as well: where a gradient is next to nothing (1e-9 in the first
+# decoder layer) it still decides what AdamW does. Seen: 0.001 for DDP against one process, 0.008 for offloading; what
+# is really different, such as no clipping, is 1.8.
+WEIGHTS_TOLERANCE = 0.03
 LOSSES = tuple(f"train_{loss}" for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
 FIGURES = (*LOSSES, "learning_rate", "val_loss")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """A workplace and its runs of ten steps: `one` process, two with `ddp`, and two with each file of ZeRO. The
-    odd stages accumulate; all but those that say it do average."""
+    """A workplace and its runs of ten steps: `one` process, two with `ddp`, and two with each file of ZeRO, of
+    which `deepspeed_zero2` alone does not accumulate."""
     place = new_workplace(tmp_path_factory.mktemp("zero"))
 
     def train(output: str, *overrides: str, launch_config: str = "multi_cpu", num_processes: int = 2) -> None:
@@ -62,10 +63,21 @@ def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Pat
     return place
 
 
-def largest_difference(first: Path, second: Path) -> float:
+def is_same(first: Path, second: Path) -> bool:
     ours, theirs = load_file(first), load_file(second)
-    assert ours.keys() == theirs.keys()
-    return max(float((ours[key] - theirs[key]).abs().max()) for key in ours)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def difference(runs, output: str, other: str, name: str) -> float:
+    """Of the weights at the end, as a share of what the last five steps change."""
+
+    def weights(run: str, checkpoint: str) -> torch.Tensor:
+        tensors = load_file(runs.folder / run / "checkpoints" / checkpoint / name)
+        floats = [tensor.flatten() for _, tensor in sorted(tensors.items()) if tensor.is_floating_point()]
+        return torch.cat(floats).double()
+
+    end = weights(other, "last")
+    return float((weights(output, "last") - end).norm() / (end - weights(other, "step_5")).norm())
 
 
 def last(runs, output: str) -> Path:
@@ -84,10 +96,8 @@ def test_a_stage_of_zero_trains_evaluates_and_averages_as_ddp_and_one_process_do
                 (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in runs.history(figure, other)
             ], (figure, other)
         for weights in ("model.safetensors", "ema.safetensors"):
-            path, others = last(runs, name) / weights, last(runs, other) / weights
-            assert largest_difference(path, others) < WEIGHTS_TOLERANCE[name], (other, weights)
-    unclipped = last(runs, "unclipped") / "model.safetensors"
-    assert largest_difference(last(runs, name) / "model.safetensors", unclipped) > 1e-5
+            assert difference(runs, name, other, weights) < WEIGHTS_TOLERANCE, (other, weights)
+    assert difference(runs, "unclipped", "one", "model.safetensors") > 1
     state = json.loads((last(runs, name) / "state.json").read_text())
     assert (state["zero_stage"], state["num_processes"], state["step"]) == (STAGES[name], 2, STEPS)
 
@@ -100,7 +110,7 @@ def test_the_model_of_a_zero_run_loads_from_mlflow_and_is_the_whole_trained_one(
     runs, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(runs.folder)
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{runs.folder / 'mlflow.db'}")
     model = mlflow.pytorch.load_model(f"runs:/{runs.results(name)['run_id']}/model")
     trained = load_file(runs.folder / name / "checkpoints" / "best" / "ema.safetensors")
     loaded = model.state_dict()
@@ -131,7 +141,7 @@ def test_a_zero_run_that_goes_on_is_bit_for_bit_the_one_that_was_not_interrupted
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "at step 5," in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
-        assert largest_difference(last(runs, output) / weights, last(runs, name) / weights) == 0, weights
+        assert is_same(last(runs, output) / weights, last(runs, name) / weights), weights
     ours, whole = (
         torch.load(last(runs, each) / "optimizer.pt", weights_only=True)["optimizer"] for each in (output, name)
     )
@@ -170,8 +180,8 @@ def test_a_run_may_change_its_number_of_processes_and_its_stage(
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "changed since: ZeRO stage" in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
-        tolerance = WEIGHTS_TOLERANCE.get(launch_config, 1e-5)
-        assert largest_difference(last(runs, output) / weights, last(runs, "one") / weights) < tolerance, weights
+        # A memory of the optimizer that was lost would be as much as the change itself.
+        assert difference(runs, output, "one", weights) < WEIGHTS_TOLERANCE, weights
 
 
 @pytest.mark.dist
@@ -197,7 +207,7 @@ def test_without_an_average_stage_3_evaluates_and_saves_the_trained_weights(
     trained = load_file(last(runs, "bf16") / "model.safetensors")
     assert {tensor.dtype for tensor in trained.values() if tensor.is_floating_point()} == {torch.float32}
     monkeypatch.chdir(runs.folder)
-    mlflow.set_tracking_uri("sqlite:///mlflow.db")
+    mlflow.set_tracking_uri(f"sqlite:///{runs.folder / 'mlflow.db'}")
     loaded = mlflow.pytorch.load_model(f"runs:/{runs.results('bf16')['run_id']}/model").state_dict()
     for key in trained.keys() & loaded.keys():
         assert torch.equal(loaded[key], trained[key]), key
