@@ -4,6 +4,8 @@ Sums, agreement and gathered records travel as host memory over gloo: a step mus
 the device.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -15,7 +17,7 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import GradientAccumulationPlugin
+from accelerate.utils import DeepSpeedPlugin, GradientAccumulationPlugin
 from torch import nn
 
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
@@ -35,9 +37,14 @@ it die or be stopped meanwhile, its heart tells."""
 _heart: Heart | None = None  # of the process group, of which there is one as well
 
 
-def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int | None = None) -> Accelerator:
+def build_accelerator(
+    *,
+    mixed_precision: str,
+    gradient_accumulation_steps: int | None = None,
+    deepspeed: DeepSpeedPlugin | None = None,
+) -> Accelerator:
     """The Accelerator of this process, on the CPU where there is no accelerator. Without accumulation steps
-    it is for predictions only.
+    it is for predictions only. `deepspeed` replaces what the launcher says of DeepSpeed.
 
     Collective: forms the process group.
 
@@ -50,8 +57,10 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
     if mixed_precision == "fp16" and use_cpu:
         raise UsageError("training.mixed_precision=fp16 needs a GPU; use bf16 or no on the CPU")
     accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=mixed_precision,
+        cpu=use_cpu and not uses_deepspeed(),
+        # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
+        mixed_precision="no" if uses_deepspeed() else mixed_precision,
+        deepspeed_plugin=deepspeed,
         # The loop hands over whole groups of micro-batches; a data loader's end means nothing to it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps or 1, sync_with_dataloader=False
@@ -65,7 +74,39 @@ def build_accelerator(*, mixed_precision: str, gradient_accumulation_steps: int 
             "they would train separately; start with one of accelerate_configs/*.yaml "
             "(multi_cpu.yaml without GPUs)"
         )
+    if uses_deepspeed():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()  # or transformers would build every network in parts, under ZeRO-3
     return accelerator
+
+
+def uses_deepspeed() -> bool:
+    """Whether `accelerate launch` was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """The precision in which a network computes; its weights are float32."""
+    dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
+
+
+def _place() -> dict[str, Any]:
+    """Where the processes compute, in Accelerate's words.
+
+    Raises:
+        UsageError: DeepSpeed is wanted, but not installed.
+    """
+    if not uses_deepspeed():
+        return {"cpu": uses_cpu()}
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(
+            "the Accelerate configuration wants DeepSpeed, which is not installed: pip install "
+            "'detr_dist[deepspeed]', or start with accelerate_configs/multi_gpu.yaml"
+        )
+    # On the CPU DeepSpeed works over gloo, if Accelerate does not know that it is the CPU.
+    return {} if torch.accelerator.is_available() else {"backend": "gloo"}
 
 
 @contextmanager
@@ -80,11 +121,16 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
         TrainingError: another process did not come, or was lost.
     """
     global _heart
+    if uses_cpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
+        # transformers imports it when it first saves a model; what it then remembers would outlive the group.
+        importlib.import_module("deepspeed")
     silence_s = limit_s("DETR_DIST_SILENCE_LIMIT_S", 40.0)
     collective_s = limit_s("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S)
     store = call_roll(device_problem(), limit_s("DETR_DIST_FORM_LIMIT_S", 60.0))
     # Later than those between hosts, who can say more about it: NCCL ends the process by itself.
-    state = PartialState(cpu=uses_cpu(), timeout=timedelta(seconds=collective_s + 60))
+    state = PartialState(**_place(), timeout=timedelta(seconds=collective_s + 60))
     if store is not None and state.num_processes > 1:
         address = os.environ["MASTER_ADDR"]
         _heart = Heart(state.process_index, board=store, address=address, silence_limit_s=silence_s)

@@ -122,8 +122,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _launcher(num_processes: int) -> tuple[str, ...]:
-    config = REPOSITORY / "accelerate_configs" / "multi_cpu.yaml"
+def _launcher(num_processes: int, config_name: str = "multi_cpu") -> tuple[str, ...]:
+    config = REPOSITORY / "accelerate_configs" / f"{config_name}.yaml"
     launcher = ("-m", "accelerate.commands.launch", "--config_file", str(config))
     return (*launcher, "--num_processes", str(num_processes))
 
@@ -229,10 +229,18 @@ class Workplace:
         return self.folder / "tiny.yaml"
 
     def run(
-        self, *arguments: str | Path, num_processes: int = 1, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        num_processes: int = 1,
+        environment: Mapping[str, str] | None = None,
+        launch_config: str = "multi_cpu",
     ) -> subprocess.CompletedProcess[str]:
         """A command of ours, in one process or in several as `accelerate launch` would start them on the CPU,
-        but for the time that importing takes; `environment` adds to theirs."""
+        but for the time that importing takes; `environment` adds to theirs. With another of the shipped files
+        of settings than `multi_cpu` it is started by the launcher."""
+        if launch_config != "multi_cpu":
+            module = ("-m", "detr_dist", *arguments)
+            return self.launch(*module, num_processes=num_processes, launch_config=launch_config)
         port = free_port()
         paths = [
             (self.folder / f"stdout_{rank}", self.folder / f"stderr_{rank}") for rank in range(num_processes)
@@ -257,22 +265,30 @@ class Workplace:
         code = next(filter(None, codes), 0)
         return subprocess.CompletedProcess([*map(str, arguments)], code, stdout, stderr)
 
-    def launch(self, *arguments: str | Path, num_processes: int) -> subprocess.CompletedProcess[str]:
+    def launch(
+        self, *arguments: str | Path, num_processes: int, launch_config: str = "multi_cpu"
+    ) -> subprocess.CompletedProcess[str]:
         """A script (or -m and a module) with its arguments, in several processes on the CPU."""
         return subprocess.run(
-            [sys.executable, *_launcher(num_processes), *map(str, arguments)],
+            [sys.executable, *_launcher(num_processes, launch_config), *map(str, arguments)],
             cwd=self.folder,
             env=_environment(),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=100 if launch_config == "multi_cpu" else 300,  # DeepSpeed compiles when it starts first
             check=False,
         )
 
     def train(
-        self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
+        self,
+        data: Path,
+        *overrides: str,
+        output: str = "out",
+        num_processes: int = 1,
+        launch_config: str = "multi_cpu",
     ) -> subprocess.CompletedProcess[str]:
-        return self.run(*self._training(data, output), *overrides, num_processes=num_processes)
+        arguments = (*self._training(data, output), *overrides)
+        return self.run(*arguments, num_processes=num_processes, launch_config=launch_config)
 
     def start(
         self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1

@@ -18,6 +18,7 @@ from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.distributed import autocast
 from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.detector import Detector
 from detr_dist.models.postprocess import postprocess
@@ -46,6 +47,7 @@ class ImagePass:
     def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
         self.data = data
         self._accelerator = accelerator
+        self._precision = config.training.mixed_precision
         edges = config.data.shortest_edge, config.data.longest_edge
         sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
         self._batches = evaluation_batches(
@@ -72,7 +74,7 @@ class ImagePass:
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
-                with self._accelerator.autocast():  # an averaged detector does not bring its own
+                with autocast(self._accelerator.device, self._precision):  # it does not bring its own
                     outputs = detector(on_device.images, on_device.sizes_hw)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
                 yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))

@@ -75,7 +75,7 @@ def evaluate(options: EvaluateOptions) -> None:
                 print(line)
             print(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
-                f"{accelerator.mixed_precision}) x batch {config.training.batch_size}",
+                f"{config.training.mixed_precision}) x batch {config.training.batch_size}",
                 flush=True,
             )
         began_at = time.perf_counter()

@@ -1,6 +1,8 @@
 """A moving average of the weights, which is often the better model."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
@@ -24,6 +26,11 @@ class WeightAverage:
         self.decay = decay
         self.detector = copy.deepcopy(trained).requires_grad_(False) if decay else trained
         self._trained = trained
+
+    @contextmanager
+    def current(self) -> Iterator[Detector]:
+        """`detector`, as of now and ready to predict meanwhile. Collective."""
+        yield self.detector
 
     @torch.no_grad()
     def update(self, step: int) -> None:

@@ -82,7 +82,9 @@ class StepAgreement:
 
         Waits for the device.
         """
-        if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
+        # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
+        weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._problem = self._problem or "the weights are not finite"
         self._exchange(step)
 

@@ -31,6 +31,7 @@ from detr_dist.models.detector import Detector
 from detr_dist.training.durable import link_folder, new_folder
 from detr_dist.training.loop import Training
 from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.strategy import OptimizerMemory
 
 NETWORK, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
@@ -58,16 +59,23 @@ class Snapshot:
         return self.network if self.average is None else self.average
 
 
-def take_snapshot(training: Training, detector: Detector, state: TrainState, facts: RunFacts) -> Snapshot:
-    """Copy the run as it stands. Waits for the device."""
+def take_snapshot(
+    training: Training,
+    detector: Detector,
+    state: TrainState,
+    facts: RunFacts,
+    memory: OptimizerMemory | None = None,
+) -> Snapshot:
+    """Copy the run as it stands; `memory` is the optimizer's, where it has not all of it itself. Waits for
+    the device."""
     scaler = training.accelerator.scaler
-    averaged = training.average.detector
+    average = training.average
     return Snapshot(
         network=_to_host(detector.network.state_dict()),
-        average=None if averaged is detector else _to_host(averaged.network.state_dict()),
+        average=_to_host(average.detector.network.state_dict()) if average.decay else None,
         optimizer=_to_host(
             {
-                "optimizer": training.optimizer.state_dict()["state"],
+                "optimizer": training.optimizer.state_dict()["state"] if memory is None else memory,
                 "scheduler": training.scheduler.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }

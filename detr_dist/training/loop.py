@@ -16,6 +16,7 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.training.agreement import Agreed, StepAgreement
 from detr_dist.training.state import TrainState
+from detr_dist.training.strategy import Replicated
 
 
 class StepDone(NamedTuple):
@@ -38,6 +39,7 @@ class Training:
     """Everything the loop works with."""
 
     accelerator: Accelerator
+    strategy: Replicated
     agreement: StepAgreement
     model: nn.Module
     average: WeightAverage

@@ -84,8 +84,9 @@ class RunObserver:
         if not self._was_evaluated:
             return
         began_at = time.perf_counter()
-        self._host.synchronise_buffers(self._averaged)
-        scores = self._evaluator.evaluate(self._averaged)
+        with self._training.average.current() as detector:
+            self._host.synchronise_buffers(detector)
+            scores = self._evaluator.evaluate(detector)
         self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
         self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
@@ -141,11 +142,6 @@ class RunObserver:
         if self._saver is not None:
             self._saver.close()
 
-    @property
-    def _averaged(self) -> Detector:
-        """What is evaluated and saved as the model."""
-        return self._training.average.detector
-
     def _num_epochs(self, state: TrainState) -> int:
         """Epochs begun so far, from 1."""
         return -(-state.step // self._training.plan.steps_per_epoch)
@@ -185,13 +181,16 @@ class RunObserver:
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is
         raised on every process: none waits for one that has stopped."""
-        self._host.on_main_process(lambda: self._hand_over(state, names, model))
-
-    def _hand_over(self, state: TrainState, names: Sequence[str], model: ModelCard | None) -> None:
-        """Main process. What is due is copied, and no more."""
-        assert self._saver is not None
+        self._host.on_main_process(lambda: self._saver.wait() if self._saver else None)
         if names:
-            take = partial(take_snapshot, self._training, self._detector, state, self._facts)
-            self._saver.save(take, names, model)
+            with self._training.strategy.whole() as memory:
+                take = partial(take_snapshot, self._training, self._detector, state, self._facts, memory)
+                self._host.on_main_process(
+                    lambda: self._saver.save(take, names, model) if self._saver else None
+                )
         elif model is not None:
-            self._saver.save_model(partial(copy_model, self._training), model)
+            take_model = partial(copy_model, self._training)
+            with self._training.average.current():
+                self._host.on_main_process(
+                    lambda: self._saver.save_model(take_model, model) if self._saver else None
+                )

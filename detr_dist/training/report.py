@@ -4,12 +4,10 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from detr_dist.data.statistics import CheckSettings, check_boxes
-from detr_dist.training.setup import Place, Setup
+from detr_dist.training.setup import Setup
 
 _MIB = 2**20
 
@@ -17,7 +15,7 @@ _MIB = 2**20
 def describe_run(setup: Setup) -> Iterator[str]:
     """Data, processes and devices, the size of a step and of a checkpoint; a line each."""
     yield from _describe_data(setup)
-    yield from _describe_processes(setup.accelerator, setup.places)
+    yield from _describe_processes(setup)
     plan = setup.plan
     left_out = f" ({plan.num_dropped} images of each left out)" if plan.num_dropped else ""
     yield (
@@ -50,15 +48,14 @@ def _describe_data(setup: Setup) -> Iterator[str]:
     )
 
 
-def _describe_processes(accelerator: Accelerator, places: list[Place]) -> Iterator[str]:
+def _describe_processes(setup: Setup) -> Iterator[str]:
     """One line for all and, where there are several, one for each machine."""
-    hosts = [place.host for place in places]
-    num_machines = len(set(hosts))
-    strategy = _strategy(accelerator)
-    precision = f"precision {accelerator.mixed_precision}"
+    places, precision = setup.places, f"precision {setup.config.training.mixed_precision}"
     if len(places) == 1:
         yield f"1 process on {places[0].host} ({places[0].device}), {precision}"
         return
+    num_machines = len(setup.host_names)
+    strategy = f"ZeRO-{setup.strategy.zero_stage}" if setup.strategy.zero_stage else "DDP"
     yield (
         f"{len(places)} processes (world size {len(places)}) on {num_machines} "
         f"machine{'s' * (num_machines > 1)}, {strategy} over {dist.get_backend()}, {precision}"
@@ -67,12 +64,6 @@ def _describe_processes(accelerator: Accelerator, places: list[Place]) -> Iterat
     for host, entries in groupby(by_host, key=lambda entry: entry[1].host):
         of_host = [f"{rank} on {place.device}" for rank, place in entries]
         yield f"  {host}: rank {', '.join(of_host)}"
-
-
-def _strategy(accelerator: Accelerator) -> str:
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
-    return "DDP"
 
 
 def _describe_sizes(setup: Setup) -> str:

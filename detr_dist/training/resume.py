@@ -58,6 +58,8 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
         )
     if saved.num_processes != now.num_processes:
         taken.append(f"number of processes {saved.num_processes} -> {now.num_processes}")
+    if saved.zero_stage != now.zero_stage:
+        taken.append(f"ZeRO stage {saved.zero_stage} -> {now.zero_stage}")
     taken += [
         f"{name} {saved.versions.get(name)} -> {version}"
         for name, version in now.versions.items()

@@ -6,9 +6,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.check_data import check_splits
@@ -17,7 +14,6 @@ from detr_dist.data.coco import load_coco
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
-from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
@@ -39,6 +35,7 @@ from detr_dist.training.resume import restore_average, restore_optimizer
 from detr_dist.training.saver import Saver
 from detr_dist.training.setup import RunOptions, Setup, set_up
 from detr_dist.training.state import TrainState
+from detr_dist.training.zero import zero_plugin
 
 
 def train(config: Config, options: RunOptions) -> None:
@@ -61,6 +58,7 @@ def train(config: Config, options: RunOptions) -> None:
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
+            deepspeed=zero_plugin(config.training, processes.num_processes),
         )
         try:
             setup = set_up(config, options, train_data, val_data, accelerator)
@@ -146,7 +144,7 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     detector.to(accelerator.device)
-    average = WeightAverage(detector, settings.ema_decay)
+    average = setup.strategy.average(detector, settings.ema_decay)
     optimizer = build_optimizer(detector, settings)
     done_steps = 0
     if resumed is not None:
@@ -154,11 +152,10 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
     scheduler = build_scheduler(optimizer, settings, setup.steps_of_all_epochs, done_steps=done_steps)
-    model, prepared_optimizer = accelerator.prepare(detector, optimizer)
-    _settle_order_of_sums(model, accelerator.device)
-    model.train()
+    model, prepared_optimizer = setup.strategy.prepare(accelerator, detector.train(), optimizer)
     return Training(
         accelerator=accelerator,
+        strategy=setup.strategy,
         agreement=StepAgreement(setup.host, signals),
         model=model,
         average=average,
@@ -171,22 +168,6 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,
     )
-
-
-def _settle_order_of_sums(model: nn.Module, device: torch.device) -> None:
-    """Run forward and backward once, and forget the gradients. Collective.
-
-    DDP arranges the gradients anew by the first backward of a process, and where a gradient lies decides in
-    which order more than two processes sum it: a run that is resumed would round its first step in another
-    way than one that was not interrupted.
-    """
-    if isinstance(model, DistributedDataParallel):
-        model.eval()  # statistics of batch norm stay as they are
-        image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8, device=device)
-        with torch.compiler.set_stance("force_eager"):  # an image of this size does not come again
-            outputs = model(image, torch.tensor([[128, 128]], device=device))
-        torch.stack([output.sum() for output in outputs.values()]).sum().backward()
-        model.zero_grad()
 
 
 def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:
@@ -216,7 +197,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             tracker=tracker,
-            pack_model=ModelPacker(setup.detector, config, options.output_dir, tracker).pack,
+            pack_model=ModelPacker(training.average.detector, config, options.output_dir, tracker).pack,
             say=progress.say,
         )
     observer = RunObserver(

@@ -21,6 +21,8 @@ from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import compare_with_saved, restore_weights
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
+from detr_dist.training.strategy import Replicated
+from detr_dist.training.zero import strategy_for
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Setup:
     train_data: CocoData
     val_data: CocoData
     accelerator: Accelerator
+    strategy: Replicated
     host: HostGroup
     plan: StepPlan
     sources: Sources
@@ -82,7 +85,7 @@ class Setup:
 def set_up(
     config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
 ) -> Setup:
-    host = HostGroup(accelerator)
+    host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     plan = StepPlan(
         len(train_data),
         config.training.batch_size,
@@ -101,6 +104,7 @@ def set_up(
         class_names=list(train_data.class_names),
         num_train_images=len(train_data),
         num_processes=accelerator.num_processes,
+        zero_stage=strategy.zero_stage,
         global_batch_size=plan.global_batch_size,
         init_from=options.init_from if resumed is None else resumed.facts.init_from,
         mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
@@ -113,6 +117,7 @@ def set_up(
         train_data=train_data,
         val_data=val_data,
         accelerator=accelerator,
+        strategy=strategy,
         host=host,
         plan=plan,
         sources=sources,

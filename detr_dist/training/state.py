@@ -48,3 +48,5 @@ class RunFacts:
     """Where the first weights came from, if not from the configuration."""
     mlflow_run_id: str | None
     versions: dict[str, str]
+    zero_stage: int = 0
+    """Of DeepSpeed; 0 without it."""

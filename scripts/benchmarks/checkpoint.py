@@ -32,6 +32,7 @@ from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.saver import Saver
 from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.strategy import Replicated
 
 GOAL = 1 / 3
 
@@ -51,6 +52,7 @@ def build_training(device: str, *, ema_decay: float) -> tuple[Training, Detector
     plan = StepPlan(num_samples=8, batch_size=4, num_processes=1, accumulation=1)
     training = Training(
         accelerator=accelerator,
+        strategy=Replicated(),
         agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
         model=detector,
         average=WeightAverage(detector, ema_decay),

@@ -79,7 +79,9 @@ def test_the_package_says_that_it_is_typed() -> None:
 
 
 def test_the_number_of_processes_of_every_accelerate_config_is_checked() -> None:
-    assert {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")} == NUM_PROCESSES.keys()
+    """Those of DeepSpeed train in tests/dist/test_zero.py."""
+    names = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
+    assert {name for name in names if not name.startswith("deepspeed_")} == NUM_PROCESSES.keys()
 
 
 @pytest.mark.dist

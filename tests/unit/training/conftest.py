@@ -22,6 +22,7 @@ from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.preemption import StopSignals
 from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.strategy import Replicated
 
 CLASS_NAMES = ["player", "ball"]
 
@@ -65,6 +66,7 @@ def training(detector: Detector) -> Training:
     average.update(0)
     return Training(
         accelerator=accelerator,
+        strategy=Replicated(),
         agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
         model=detector,
         average=average,

@@ -186,6 +186,10 @@ def test_another_number_of_processes_is_taken_if_the_global_batch_is_the_same() 
     ]
 
 
+def test_another_stage_of_zero_is_taken() -> None:
+    assert compare_with_saved(run(), run(zero_stage=3)) == ["ZeRO stage 0 -> 3"]
+
+
 def test_another_global_batch_is_refused_with_the_accumulation_that_would_keep_it() -> None:
     saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=2)
     now = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)

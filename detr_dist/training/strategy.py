@@ -1,0 +1,58 @@
+"""How weights and optimizer are spread over the processes of a run: the loop need not know."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from detr_dist.models.average import WeightAverage
+from detr_dist.models.detector import Detector
+
+OptimizerMemory = dict[int, dict[str, Any]]
+"""What an optimizer remembers of each parameter, by the parameter's place in its groups."""
+
+
+class Replicated:
+    """Every process holds all of them: one process, or DDP."""
+
+    zero_stage = 0
+
+    def average(self, trained: Detector, decay: float) -> WeightAverage:
+        return WeightAverage(trained, decay)
+
+    def prepare(
+        self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
+    ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """What trains: the detector, wrapped, and its optimizer with all that it remembers. Collective."""
+        model, prepared = accelerator.prepare(detector, optimizer)
+        if isinstance(model, DistributedDataParallel):
+            _settle_order_of_sums(model, accelerator.device)
+        return model, prepared
+
+    @contextmanager
+    def whole(self) -> Iterator[OptimizerMemory | None]:
+        """Meanwhile the main process has all weights in the detector. Gives it what the optimizer remembers,
+        unless the optimizer itself has all of it. Collective."""
+        yield None
+
+
+def _settle_order_of_sums(model: DistributedDataParallel, device: torch.device) -> None:
+    """Run forward and backward once, and forget the gradients. Collective.
+
+    DDP arranges the gradients anew by the first backward of a process, and where a gradient lies decides in
+    which order more than two processes sum it: a run that is resumed would round its first step in another
+    way than one that was not interrupted.
+    """
+    model.eval()  # statistics of batch norm stay as they are
+    image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8, device=device)
+    with torch.compiler.set_stance("force_eager"):  # an image of this size does not come again
+        outputs = model(image, torch.tensor([[128, 128]], device=device))
+    torch.stack([output.sum() for output in outputs.values()]).sum().backward()
+    model.zero_grad()
+    model.train()

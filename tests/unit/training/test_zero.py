@@ -1,0 +1,122 @@
+"""What DeepSpeed is told, and contradictions between its settings and ours."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from detr_dist.config import TrainingConfig
+from detr_dist.errors import UsageError
+from detr_dist.training.zero import zero_plugin
+
+SETTINGS = TrainingConfig(batch_size=3, gradient_accumulation_steps=2, gradient_clip=0.5)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """As `accelerate launch` would: with a stage and further variables, or with a file of DeepSpeed's own."""
+
+    def launch(stage: int = 2, file: dict[str, object] | None = None, **variables: str) -> None:
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+        for name, value in variables.items():
+            monkeypatch.setenv(f"ACCELERATE_{name}", value)
+        if file is not None:
+            path = tmp_path / "deepspeed.json"
+            path.write_text(json.dumps({"zero_optimization": {"stage": stage}} | file))
+            monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+
+    return launch
+
+
+def test_without_deepspeed_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    assert zero_plugin(SETTINGS, 2) is None
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        None,
+        {},
+        {"gradient_clipping": "auto", "train_batch_size": "auto", "bf16": {"enabled": "auto"}},
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+    ],
+)
+def test_what_the_launcher_leaves_open_is_filled_in_from_our_configuration(
+    launched, file: dict[str, object] | None
+) -> None:
+    launched(3, file)
+    plugin = zero_plugin(SETTINGS.model_copy(update={"mixed_precision": "bf16"}), 4)
+    assert plugin is not None
+    told = plugin.deepspeed_config
+    assert (told["train_micro_batch_size_per_gpu"], told["train_batch_size"]) == (3, 24)
+    assert (told["gradient_accumulation_steps"], told["gradient_clipping"]) == (2, 0.5)
+    assert told["zero_optimization"]["stage"] == 3
+    assert "auto" not in told["zero_optimization"].values()
+    assert "bf16" not in told
+    assert told["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "bfloat16",
+        "lower_precision_safe_modules": [],
+    }
+
+
+def test_what_both_say_alike_is_no_contradiction(launched) -> None:
+    launched(2, {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2, "train_batch_size": 12})
+    assert zero_plugin(SETTINGS, 2) is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "parts"),
+    [
+        ({"gradient_clipping": 1.0}, ["gradient_clipping is 1.0", "training.gradient_clip is 0.5"]),
+        (
+            {"gradient_accumulation_steps": 4},
+            ["gradient_accumulation_steps is 4", "training.gradient_accumulation_steps is 2"],
+        ),
+        (
+            {"train_micro_batch_size_per_gpu": 8},
+            ["train_micro_batch_size_per_gpu is 8", "training.batch_size is 3"],
+        ),
+        ({"train_batch_size": 8}, ["train_batch_size is 8", "is 12"]),
+        ({"bf16": {"enabled": True}}, ["section bf16"]),
+        ({"optimizer": {"type": "Adam"}}, ["section optimizer"]),
+    ],
+)
+def test_a_contradiction_names_both_values(launched, file: dict[str, object], parts: list[str]) -> None:
+    launched(2, file)
+    with pytest.raises(UsageError) as caught:
+        zero_plugin(SETTINGS, 2)
+    assert all(part in str(caught.value) for part in parts), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_clipping_in_the_settings_of_accelerate_is_compared_as_well(launched) -> None:
+    launched(GRADIENT_CLIPPING="1.0")
+    with pytest.raises(UsageError, match=r"gradient_clipping is 1\.0 .* training\.gradient_clip is 0\.5"):
+        zero_plugin(SETTINGS, 2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "variables", "changes", "part"),
+    [
+        (0, {}, {}, "ZeRO stage 0"),
+        (2, {"DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, {}, "nvme"),
+        (2, {}, {"mixed_precision": "fp16"}, "training.mixed_precision=fp16"),
+        (3, {}, {"compile_model": True}, "training.compile_model=true"),
+    ],
+)
+def test_what_is_not_supported_is_said(
+    launched, stage: int, variables: dict[str, str], changes: dict[str, object], part: str
+) -> None:
+    launched(stage, **variables)
+    with pytest.raises(UsageError, match=part):
+        zero_plugin(SETTINGS.model_copy(update=changes), 2)
+
+
+def test_a_file_that_cannot_be_read_is_said(launched, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched()
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
+    with pytest.raises(UsageError, match=r"nowhere\.json"):
+        zero_plugin(SETTINGS, 2)
