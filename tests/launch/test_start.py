@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -82,13 +83,61 @@ def test_a_dry_run_on_bad_data_names_every_fault_and_fails(workplace, tiny_data:
     assert line == "error: the data are not ready to train on: 3 errors, named above"
 
 
-def workstation(place, *arguments: str | Path, environment: dict[str, str] | None = None):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 2}
+
+
+def test_every_accelerate_config_is_trained_with() -> None:
+    """Those of DeepSpeed in tests/dist/test_zero.py."""
+    names = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
+    assert {name for name in names if not name.startswith("deepspeed_")} == NUM_PROCESSES.keys()
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NUM_PROCESSES)
+def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says(
+    workplace, tiny_data: Path, name: str
+) -> None:
+    config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
+    settings = yaml.safe_load(config.read_text())
+    assert settings["num_processes"] == NUM_PROCESSES[name]
+    machines = []
+    for rank in range(settings["num_machines"]):
+        several = ("--machine_rank", str(rank)) if settings["num_machines"] > 1 else ()
+        command = ["-m", "accelerate.commands.launch", "--config_file", config, *several]
+        script = [REPOSITORY / "scripts" / "train_detr.py", *options(workplace, tiny_data)]
+        machines.append(
+            subprocess.Popen(
+                [sys.executable, *command, *script, "training.num_epochs=2", "training.max_steps=10"],
+                cwd=workplace.folder,
+                env=environment() | {"OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    printed = ""
+    for machine in machines:
+        printed += machine.communicate(timeout=100)[0]
+        assert machine.returncode == 0, printed[-2000:]
+    assert f"{NUM_PROCESSES[name]} process" in printed
+    assert ("(world size 2) on 1 machine, DDP" in printed) == (NUM_PROCESSES[name] == 2)
+    assert " 10 steps in all" in printed
+    assert (workplace.folder / "out" / "results.json").exists()
+    if name.endswith("cpu"):
+        assert "on cpu" in printed or "(cpu)" in printed
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+
+
+def workstation(place, *arguments: str | Path, **variables: str):
     own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "VIRTUAL_ENV": sys.prefix}
     return subprocess.run(
         ["bash", REPOSITORY / "launch" / "workstation.sh", *arguments],
         cwd=place.folder,
-        env=clean | own | (environment or {}),
+        env=environment() | own | variables,
         capture_output=True,
         text=True,
         timeout=100,
@@ -101,7 +150,7 @@ def workstation(place, *arguments: str | Path, environment: dict[str, str] | Non
 def test_the_workstation_script_starts_as_many_processes_as_asked_for(workplace, tiny_data: Path) -> None:
     finished = workstation(
         workplace, "--processes", "2", *options(workplace, tiny_data), "training.max_steps=1",
-        environment={"CUDA_VISIBLE_DEVICES": ""},
+        CUDA_VISIBLE_DEVICES="",
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("0 GPUs: 2 processes by accelerate_configs/multi_cpu.yaml\n")
