@@ -10,4 +10,5 @@ set -x
 ruff format --check
 ruff check
 mypy
-pytest "$@"
+# Two at a time: the tests wait for processes more than they compute. What shares a file shares its set-up.
+pytest --numprocesses 2 --dist loadfile "$@"

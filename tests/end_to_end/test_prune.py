@@ -99,8 +99,9 @@ def test_a_run_that_went_on_in_the_middle_of_an_epoch_has_left_nothing(workplace
     cut_short = workplace.train(tiny_data, *overrides, "training.max_steps=24")  # of 20 steps an epoch
     assert cut_short.returncode == 0, cut_short.stderr
     going_on = workplace.start(tiny_data, *overrides, "--resume", "auto")
-    while "step 25/80" not in workplace.log:
-        assert going_on.poll() is None, workplace.log
+    log = workplace.folder / "log"
+    while not log.exists() or "step 25/80" not in log.read_text():
+        assert going_on.poll() is None, log.read_text()
         time.sleep(0.01)
     going_on.send_signal(signal.SIGTERM)  # saves `last`, and no model
     assert going_on.wait(timeout=60) == 75
