@@ -133,11 +133,11 @@ def status_of_the_run(nodes: Nodes) -> str:
 
 def test_a_process_that_dies_at_start_is_named_as_missing(nodes: Nodes) -> None:
     nodes.start(0)
-    nodes.start(1, train_dir=nodes.data / "nowhere")
+    nodes.start(1, "training.nonsense=1")
     codes = nodes.codes()
     assert 0 not in codes
     (own,) = nodes.errors(1)
-    assert "nowhere" in own
+    assert "training.nonsense: unknown configuration key" in own
     assert nodes.errors(0) == [
         f"[process 0] error: 1 of 2 processes are missing after 4 s: 1 (here: 0 on {HOST}); see what their "
         "machines say, or raise DETR_DIST_FORM_LIMIT_S if they are slow to start"

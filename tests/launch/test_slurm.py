@@ -118,7 +118,7 @@ def steps(workplace) -> list[int]:
 def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted) -> None:
     place, job = uninterrupted
     assert job.state == "COMPLETED", job.everything
-    assert "4 processes (cpu" in job.node_log(0)
+    assert "4 processes (world size 4) on 1 machine, DDP over gloo" in job.node_log(0)
     assert "node 1 of 2" in job.node_log(1)
     assert job.statuses == ["RUNNING", "FINISHED"]
     assert steps(place) == list(range(1, NUM_STEPS + 1))
@@ -191,7 +191,7 @@ prepare_node() {{ PATH="{programs}:$PATH"; }}
 export ACCELERATE_CONFIG_FILE=mine.yaml
 """
 # Saves a checkpoint and is stopped at its first start, then finishes.
-ACCELERATE = """#!/usr/bin/env bash
+LAUNCHER = """#!/usr/bin/env bash
 echo "told: $*"
 [[ -d out/checkpoints/last || "$SLURM_NODEID" == 1 ]] && exit
 mkdir -p out/checkpoints/last
@@ -207,8 +207,8 @@ def test_the_settings_of_a_site_count_and_another_run_is_resumed_but_once(tmp_pa
     programs = tmp_path / "programs"
     programs.mkdir()
     (launch / "site.env").write_text(SITE.format(programs=programs))
-    (programs / "accelerate").write_text(ACCELERATE)
-    (programs / "accelerate").chmod(0o755)
+    (programs / "python").write_text(LAUNCHER)
+    (programs / "python").chmod(0o755)
     command = (
         "bash",
         str(launch / "submit.sh"),
@@ -241,8 +241,8 @@ def test_the_settings_of_a_site_count_and_another_run_is_resumed_but_once(tmp_pa
 def test_the_job_script_alone_works_in_the_folder_of_a_repository_and_says_so_elsewhere(
     tmp_path: Path, slurm
 ) -> None:
-    (tmp_path / "accelerate").write_text("#!/usr/bin/env bash\ntrue\n")
-    (tmp_path / "accelerate").chmod(0o755)
+    (tmp_path / "python").write_text("#!/usr/bin/env bash\ntrue\n")
+    (tmp_path / "python").chmod(0o755)
     environment = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
     script = str(SUBMIT.with_name("train.sbatch"))
     for folder, state in ((REPOSITORY, "COMPLETED"), (tmp_path, "FAILED")):
