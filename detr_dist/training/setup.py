@@ -92,7 +92,12 @@ def set_up(
         accelerator.num_processes,
         config.training.gradient_accumulation_steps,
     )
-    sources = Sources(host, options.output_dir, config.logging.mlflow_tracking_uri)
+    sources = Sources(
+        host,
+        options.output_dir,
+        config.logging.mlflow_tracking_uri,
+        may_clear_up=not options.dry_run,
+    )
     resumed = sources.checkpoint(options.resume) if options.resume is not None else None
     if resumed is not None and options.init_from not in (None, resumed.facts.init_from):
         raise UsageError(

@@ -88,8 +88,11 @@ class Sources:
     else the end of that process.
     """
 
-    def __init__(self, host: HostGroup, output_dir: Path, tracking_uri: str) -> None:
+    def __init__(
+        self, host: HostGroup, output_dir: Path, tracking_uri: str, *, may_clear_up: bool = True
+    ) -> None:
         self._host = host
+        self._may_clear_up = may_clear_up
         self._output_dir = output_dir
         self._tracking_uri = tracking_uri
         self._scratch = tempfile.TemporaryDirectory(prefix="detr_dist_")  # of its own for each process
@@ -115,7 +118,8 @@ class Sources:
             UsageError: there is no such thing.
             CheckpointError: the one that was named is not whole.
         """
-        self._host.on_main_process(self._clear_up)
+        if self._may_clear_up:
+            self._host.on_main_process(self._clear_up)
         found = self._host.once_per_machine(lambda: self._find(resume))
         states = self._host.all_gather_objects(found and found.state)
         if any(state != states[0] for state in states):

@@ -2,6 +2,10 @@
 # What train.sbatch runs once on each node: the launcher with this node's part of the processes.
 set -euo pipefail
 
+# The warning reaches every process of the job. This script and the launcher would end by it; what they start
+# inherits that it is ignored, until the trainer sets its own handler.
+trap '' USR1
+
 launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 repository="$(cd "$launch_dir/../.." && pwd)"
 
@@ -36,9 +40,6 @@ else
 fi
 
 export PYTHONUNBUFFERED=1
-# The warning reaches every process of the job. The launcher would end by it; what it starts inherits that it is
-# ignored, until the trainer sets its own handler.
-trap '' USR1
 exec python -m detr_dist.launch --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * here)) --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$DETR_DIST_FIRST_HOST" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) \
