@@ -320,7 +320,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except StopRequested as request:
         if os.environ.get("RANK", "0") == "0":
             print(request, file=sys.stderr, flush=True)
-            _leave_note(request)
         raise SystemExit(request.exit_code) from None
     except DetrDistError as error:
         if "--debug" in arguments:
@@ -336,17 +335,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{type(error).__name__}: {reason} (a bug, or a machine's trouble: --debug shows where)",
             exit_code=1,
         )
-
-
-def _leave_note(request: StopRequested) -> None:
-    """Tell a scheduler, which names a file for it, that the run was stopped and did not fail: of its exit
-    code `accelerate launch` makes 1."""
-    path = os.environ.get("DETR_DIST_STOPPED_FILE")
-    if path is not None:
-        try:
-            Path(path).write_text(f"{request}\n")
-        except OSError as error:
-            _fail(f"DETR_DIST_STOPPED_FILE {path}: cannot be written ({error.strerror})", exit_code=1)
 
 
 def _fail(message: str, *, exit_code: int) -> None:

@@ -109,17 +109,33 @@ def call_roll(problem: str | None, within_s: float) -> Board | None:
     store: Board = PrefixStore(f"detr_dist/{attempt}", _open_store(rank, within_s))
     if problem is not None:
         store.set("problem", json.dumps([rank, host, problem]))
+    store.set("on cpu" if uses_cpu() else "on gpu", host)
     store.set(str(rank), host)
     if problem is not None:
         raise UsageError(problem)
-    while not store.check([str(each) for each in range(size)]):
-        if time.monotonic() > deadline:
-            raise TrainingError(_missing(store, size, within_s))
-        time.sleep(_LOOK_EVERY_S)
+    try:
+        while not store.check([str(each) for each in range(size)]):
+            if time.monotonic() > deadline:
+                raise TrainingError(_missing(store, size, within_s))
+            time.sleep(_LOOK_EVERY_S)
+        _look_for_problems(store)
+    except RuntimeError as error:  # the store has gone with process 0
+        raise TrainingError(
+            "process 0 has given up waiting for others; it says itself which are missing"
+        ) from error
+    return store
+
+
+def _look_for_problems(store: Board) -> None:
     if store.check(["problem"]):
         where, host, theirs = json.loads(store.get("problem"))
         raise UsageError(f"process {where} ({host}) cannot take part: {theirs}")
-    return store
+    if store.check(["on cpu", "on gpu"]):
+        without, with_gpus = (store.get(kind).decode() for kind in ("on cpu", "on gpu"))
+        raise UsageError(
+            f"there are GPUs on {with_gpus} but none on {without}: all processes must compute on the same "
+            f"kind of device; look at nvidia-smi on {without}"
+        )
 
 
 def _launcher_has_store() -> bool:

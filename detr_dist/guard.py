@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -158,6 +157,13 @@ class Channel:
             return None
 
 
+def listen(port: int) -> socket.socket:
+    """A server on all addresses of this machine; 0 is any port that is free."""
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
+    return socket.create_server(("", port), backlog=4096)
+
+
 class Guard:
     """Watches its own process, and the others through the hub or as the hub."""
 
@@ -192,12 +198,7 @@ class Guard:
             self._look(time.monotonic())
 
     def _listen(self) -> None:
-        if socket.has_dualstack_ipv6():
-            listener = socket.create_server(
-                ("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096
-            )
-        else:
-            listener = socket.create_server(("", 0), backlog=4096)
+        listener = listen(0)
         self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
         self._worker.send({"port": listener.getsockname()[1]})
         self._watch.hear(0, {"host": self._host}, time.monotonic())
@@ -222,12 +223,16 @@ class Guard:
         if messages is None:
             self._selector.unregister(self._worker.socket)
         for message in messages or ():
-            if "bye" in message:
-                self._worker_is_here = False
-                if not message["bye"] and self._is_hub:  # where process 0 is done, the run is over for all
-                    self._tell({"over": True})
-                    self._is_over = True
-            self._pass_on(message)
+            self.hear(message)
+
+    def hear(self, message: Message) -> None:
+        """What the own process says."""
+        if "bye" in message:
+            self._worker_is_here = False
+            if not message["bye"] and self._is_hub:  # where process 0 is done, the run is over for all
+                self._tell({"over": True})
+                self._is_over = True
+        self._pass_on(message)
 
     def _read_member(self, channel: Channel) -> None:
         messages = channel.receive()
@@ -285,10 +290,8 @@ class Guard:
             self._pass_on({"gone": True})
         if not self._worker_is_here and not self._is_silent:
             self._is_silent = True
-            for number in (
-                1,
-                2,
-            ):  # whoever reads what the process said waits for the last who may say something
+            for number in (1, 2):
+                # Whoever reads what the process said waits for the last who may say something.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
         verdict = self._watch.tick(now)
         if verdict is not None and not self._is_told:
@@ -327,12 +330,21 @@ class Guard:
             self._last_words = f"{verdict['loss']}; that is this process, which is killed now"
 
 
-def main(arguments: Iterable[str]) -> None:
-    (settings,) = map(json.loads, arguments)
+def main() -> None:
+    worker = Channel(socket.socket(fileno=0))
+    messages: list[Message] | None = []
+    while messages == []:
+        messages = worker.receive()
+    if messages is None:  # the process has ended already
+        return
+    settings, *beats = messages
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they are for the process; the guard ends after it
-    Guard(settings, Channel(socket.socket(fileno=0))).run()
+    guard = Guard(settings, worker)
+    for beat in beats:
+        guard.hear(beat)
+    guard.run()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

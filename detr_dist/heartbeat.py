@@ -64,11 +64,12 @@ class Heart:
         own, theirs = socket.socketpair()
         with theirs:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", guard.__file__, json.dumps(settings)],
+                [sys.executable, "-I", "-S", guard.__file__],
                 stdin=theirs.fileno(),
                 start_new_session=True,  # Ctrl-C is not for it
             )
         self._channel = guard.Channel(own)
+        self._channel.send(settings)  # and not as an argument, which everybody on the machine may read
         if rank == 0:
             own.settimeout(30.0)  # a machine may be slow to start it
             (first,) = self._channel.receive() or [{}]
@@ -99,9 +100,9 @@ class Heart:
             )
             self._channel.send({"stuck": stuck})
             self._is_lost.wait(_VERDICT_WITHIN_S)
-        if self._loss:
-            return self._loss
         reason = " ".join(str(error).split())[:200]
+        if self._loss:
+            return f"{self._loss} ({reason})"
         return (
             "lost contact with another process, which has ended or cannot be reached; the cause is what it "
             f"says itself, or how the launcher says it ended ({reason})"
@@ -136,7 +137,7 @@ class Heart:
                 if not selector.select(guard.BEAT_EVERY_S):
                     continue
                 messages = self._channel.receive()
-                if messages is None:  # without its guard it goes on unwatched, and so do the others
+                if messages is None:  # its guard is gone, for which the others take this process as well
                     return
                 for message in messages:
                     self._hear(message)

@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from detr_dist.errors import DetrDistError, TrainingError, UsageError, report_error
 from detr_dist.forming import limit_s
+from detr_dist.guard import listen
 
 _TRY_EVERY_S = 0.5
 _LONGEST_LINE = 4096
@@ -32,7 +33,7 @@ _LONGEST_LINE = 4096
 class Machines:
     """What this machine was told of all of them."""
 
-    number: int
+    num_machines: int
     rank: int
     address: str
     port: int
@@ -47,7 +48,7 @@ class Machines:
             return given if given is not None else getattr(told, name, None) or default
 
         return cls(
-            number=int(value("num_machines", 1)),
+            num_machines=int(value("num_machines", 1)),
             rank=int(value("machine_rank", 0)),
             address=str(value("main_process_ip", "127.0.0.1")),
             port=int(value("main_process_port", 29500)),
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     options = launch_command_parser().parse_args(arguments)
     try:
         machines = Machines.of(options)
-        if machines.number > 1:
+        if machines.num_machines > 1:
             within_s = limit_s("DETR_DIST_FORM_LIMIT_S", 60.0)
             call_machines(machines, within_s)
             options.rdzv_conf = options.rdzv_conf or f"timeout={within_s:.0f}"
@@ -83,8 +84,8 @@ def call_machines(machines: Machines, within_s: float) -> None:
     """Wait until every machine is there, each with a rank of its own.
 
     Raises:
-        UsageError: ranks or numbers contradict each other, or the port is in use.
-        TrainingError: a machine is missing.
+        UsageError: ranks or numbers contradict each other, the port is in use, or a machine is missing.
+        TrainingError: machine 0 is missing.
     """
     deadline = time.monotonic() + within_s
     if machines.rank == 0:
@@ -97,7 +98,7 @@ def _collect(machines: Machines, within_s: float, deadline: float) -> None:
     hosts, connections = {0: socket.gethostname()}, []
     problem = ""
     with _listen(machines) as listener:
-        while len(hosts) < machines.number and not problem:
+        while len(hosts) < machines.num_machines and not problem:
             if time.monotonic() > deadline:
                 problem = _missing(machines, hosts, within_s)
                 break
@@ -121,9 +122,7 @@ def _collect(machines: Machines, within_s: float, deadline: float) -> None:
 
 def _listen(machines: Machines) -> socket.socket:
     try:
-        if socket.has_dualstack_ipv6():
-            return socket.create_server(("", machines.port), family=socket.AF_INET6, dualstack_ipv6=True)
-        return socket.create_server(("", machines.port))
+        return listen(machines.port)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise UsageError(
@@ -134,33 +133,33 @@ def _listen(machines: Machines) -> socket.socket:
 
 def _contradiction(machines: Machines, hosts: dict[int, str], caller: dict[str, Any]) -> str:
     rank, host = caller["machine_rank"], caller["host"]
-    if caller["num_machines"] != machines.number:
+    if caller["num_machines"] != machines.num_machines:
         return (
-            f"--num_machines is {machines.number} on {hosts[0]} and {caller['num_machines']} on {host}; "
-            "give all the same"
+            f"--num_machines is {machines.num_machines} on {hosts[0]} and {caller['num_machines']} on "
+            f"{host}; give all the same"
         )
-    if not 0 < rank < machines.number:
-        last = machines.number - 1
-        return f"--machine_rank {rank} on {host}: with {machines.number} machines it is 0 to {last}"
+    if not 0 < rank < machines.num_machines:
+        last = machines.num_machines - 1
+        return f"--machine_rank {rank} on {host}: with {machines.num_machines} machines it is 0 to {last}"
     if rank in hosts:
         return f"--machine_rank {rank} was given twice, on {hosts[rank]} and on {host}; give each its own"
     return ""
 
 
 def _missing(machines: Machines, hosts: dict[int, str], within_s: float) -> str:
-    missing = [str(rank) for rank in range(machines.number) if rank not in hosts]
+    missing = [str(rank) for rank in range(machines.num_machines) if rank not in hosts]
     here = ", ".join(f"{rank} is {host}" for rank, host in sorted(hosts.items()))
     return (
-        f"of {machines.number} machines these did not come within {within_s:.0f} s: {', '.join(missing)} "
-        f"({here}); look whether they were started, with that --machine_rank, and can reach "
-        f"{machines.address}:{machines.port}"
+        f"of {machines.num_machines} machines these did not come within {within_s:.0f} s: "
+        f"{', '.join(missing)} ({here}); look whether they were started, with that --machine_rank, and can "
+        f"reach {machines.address}:{machines.port}"
     )
 
 
 def _report(machines: Machines, within_s: float, deadline: float) -> None:
     own = {
         "machine_rank": machines.rank,
-        "num_machines": machines.number,
+        "num_machines": machines.num_machines,
         "host": socket.gethostname(),
     }
     reason = ""

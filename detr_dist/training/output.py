@@ -17,6 +17,7 @@ OF_A_RUN = (
     "models",
     "outbox/*",
     "pictures",
+    "stacks",
     "tensorboard",
     "config.yaml",
     "results.json",

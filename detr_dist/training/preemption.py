@@ -5,15 +5,33 @@ import signal
 import socket
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from detr_dist.errors import StopRequested
+from detr_dist.errors import StopRequested, TrainingError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Ctrl-C reaches a process twice within milliseconds: from the terminal and from its launcher.
 _SAME_INTERRUPT_S = 0.5
+
+
+def leave_note(text: str) -> None:
+    """Tell a scheduler, which names a file for it, that the run was stopped and has saved: of its exit code
+    `accelerate launch` makes 1.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    path = os.environ.get("DETR_DIST_STOPPED_FILE")
+    if path is not None:
+        try:
+            Path(path).write_text(f"{text}\n")
+        except OSError as error:
+            raise TrainingError(
+                f"DETR_DIST_STOPPED_FILE {path}: cannot be written ({error.strerror})"
+            ) from error
 
 
 class StopSignals:

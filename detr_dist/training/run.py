@@ -28,7 +28,7 @@ from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, make_room, write_results
 from detr_dist.training.packing import ModelPacker
 from detr_dist.training.pictures import PictureMaker
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.preemption import StopSignals, leave_note
 from detr_dist.training.progress import Progress
 from detr_dist.training.report import describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
@@ -186,8 +186,9 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     progress = Progress(
         is_main_process=accelerator.is_main_process, first_step=state.step, total_steps=training.total_steps
     )
-    for line in (*describe_run(setup), *_describe_start(setup, training, state)):
-        progress.say(line)
+    if accelerator.is_main_process:
+        for line in (*describe_run(setup), *_describe_start(setup, training, state)):
+            progress.say(line)
     saver = pictures = None
     if accelerator.is_main_process:
         if config.evaluation.pictures:
@@ -221,10 +222,12 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         groups.close()  # its loader processes may be about to end, as all processes were asked to
         observer.save_last(state)
         observer.finish()
-        raise StopRequested(
+        text = (
             f"{request}: saved in {options.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
             f"{training.total_steps}; the same command with --resume auto goes on"
-        ) from None
+        )
+        host.on_main_process(lambda: leave_note(text))  # before anything that may take its time
+        raise StopRequested(text) from None
     finally:
         groups.close()
         observer.close()

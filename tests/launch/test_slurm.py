@@ -3,7 +3,10 @@
 import os
 import re
 import shutil
+import signal
 import sqlite3
+import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,52 +193,84 @@ sbatch_options=(--nodes=2 --ntasks-per-node=3 --output=mine-%j.out)
 prepare_node() {{ PATH="{programs}:$PATH"; }}
 export ACCELERATE_CONFIG_FILE=mine.yaml
 """
-# Saves a checkpoint and is stopped at its first start, then finishes.
-LAUNCHER = """#!/usr/bin/env bash
+# Is stopped before it has saved anything, then after it has, then finishes.
+THREE_STARTS = """#!/usr/bin/env bash
 echo "told: $*"
-[[ -d out/checkpoints/last || "$SLURM_NODEID" == 1 ]] && exit
-mkdir -p out/checkpoints/last
+[[ "$SLURM_NODEID" == 1 || "$DETR_DIST_START" == 3 ]] && exit
+[[ "$DETR_DIST_START" == 2 ]] && echo '  "step": 5,' >out/checkpoints/last/state.json
+echo "stopped" >"$DETR_DIST_STOPPED_FILE"
+exit 1
+"""
+NEVER_SAVES = """#!/usr/bin/env bash
 echo "stopped" >"$DETR_DIST_STOPPED_FILE"
 exit 1
 """
 
 
-def test_the_settings_of_a_site_count_and_another_run_is_resumed_but_once(tmp_path: Path, slurm) -> None:
-    """With a launcher that does nothing but say what it was told."""
-    launch = tmp_path / "a repository" / "launch" / "slurm"
-    shutil.copytree(SUBMIT.parent, launch)
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    (launch / "site.env").write_text(SITE.format(programs=programs))
-    (programs / "python").write_text(LAUNCHER)
-    (programs / "python").chmod(0o755)
-    command = (
-        "bash",
-        str(launch / "submit.sh"),
-        "--",
-        "--output-dir=out",
-        "--resume",
-        "runs:/abc/checkpoints/last",
-    )
-    job_id = slurm.run(*command, cwd=tmp_path).split()[-1]
-    assert slurm.wait_for_end(job_id, 60)["JobState"] == "COMPLETED", slurm.logs()
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tuple[Path, str]]:
+    """Folder and id of two jobs at a time, from repositories with the settings of a site, and with these in
+    the place of the launcher: Slurm holds a requeued job for half a minute."""
+    jobs = {}
+    for launcher in (THREE_STARTS, NEVER_SAVES):
+        folder = tmp_path_factory.mktemp("stand_in")
+        launch, programs = folder / "a repository" / "launch" / "slurm", folder / "programs"
+        shutil.copytree(SUBMIT.parent, launch)
+        programs.mkdir()
+        (launch / "site.env").write_text(SITE.format(programs=programs))
+        (programs / "python").write_text(launcher)
+        (programs / "python").chmod(0o755)
+        (folder / "out" / "checkpoints" / "last").mkdir(parents=True)  # of an earlier run
+        (folder / "out" / "checkpoints" / "last" / "state.json").write_text('{\n  "step": 9,\n}\n')
+        options = ("--output-dir=out", "--resume", "runs:/abc/checkpoints/last")
+        said = slurm.run("bash", str(launch / "submit.sh"), "--", *options, cwd=folder)
+        jobs[launcher] = folder, said.split()[-1]
+    return jobs
 
-    told = [
-        [
-            line
-            for line in (tmp_path / f"mine-{job_id}.node-{node}.out").read_text().splitlines()
-            if "told" in line
-        ]
-        for node in (0, 1)
-    ]
-    for node, starts in enumerate(told):
-        assert len(starts) == 2
+
+def test_the_settings_of_a_site_count_and_another_run_is_resumed_until_the_job_has_saved(
+    slurm, stand_ins
+) -> None:
+    folder, job_id = stand_ins[THREE_STARTS]
+    assert slurm.wait_for_end(job_id, 240)["JobState"] == "COMPLETED", slurm.logs()
+    for node in (0, 1):
+        lines = (folder / f"mine-{job_id}.node-{node}.out").read_text().splitlines()
+        starts = [line for line in lines if "told" in line]
         for line in starts:
             assert "--config_file mine.yaml" in line
             assert f"--num_machines 2 --num_processes 6 --machine_rank {node}" in line
             assert f"--main_process_ip {slurm.names[0]}" in line
-    assert told[0][0].endswith("train_detr.py --output-dir=out --resume runs:/abc/checkpoints/last")
-    assert told[0][1].endswith("--resume runs:/abc/checkpoints/last --resume auto")
+        given = "--resume runs:/abc/checkpoints/last"
+        assert [line.partition("train_detr.py --output-dir=out ")[2] for line in starts] == [
+            *(given, given, f"{given} --resume auto")
+        ]
+    assert {path.suffix for path in folder.glob("mine-*")} == {".out"}, "nothing else is left"
+
+
+def test_a_job_that_never_saves_anything_newer_is_not_queued_again_for_ever(slurm, stand_ins) -> None:
+    folder, job_id = stand_ins[NEVER_SAVES]
+    assert slurm.wait_for_end(job_id, 240)["JobState"] == "FAILED", slurm.logs()
+    assert slurm.job(job_id)["Restarts"] == "2"
+    log = (folder / f"mine-{job_id}.out").read_text()
+    assert "three starts have ended without a newer checkpoint (stopped)" in log
+
+
+def test_a_warning_that_comes_while_a_node_is_prepared_is_survived(tmp_path: Path) -> None:
+    launch = tmp_path / "launch" / "slurm"
+    shutil.copytree(SUBMIT.parent, launch)
+    (launch / "site.env").write_text(f'prepare_node() {{ PATH="{tmp_path}:$PATH"; sleep 2; }}\n')
+    (tmp_path / "python").write_text('#!/usr/bin/env bash\necho "launched"\n')
+    (tmp_path / "python").chmod(0o755)
+    given = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURM_NNODES": "1", "SLURM_CPUS_ON_NODE": "2"}
+    ours = {"DETR_DIST_START": "1", "DETR_DIST_PROCESSES_PER_NODE": "1", "DETR_DIST_FIRST_HOST": "localhost"}
+    node = subprocess.Popen(
+        ["bash", launch / "node.sh"], env=os.environ | given | ours, stdout=subprocess.PIPE, text=True
+    )
+    time.sleep(1)
+    node.send_signal(signal.SIGUSR1)
+    printed, _ = node.communicate(timeout=30)
+    assert node.returncode == 0
+    assert printed.splitlines()[-1] == "launched"
 
 
 def test_the_job_script_alone_works_in_the_folder_of_a_repository_and_says_so_elsewhere(
@@ -262,7 +297,8 @@ def examples() -> list[str]:
 
 @pytest.mark.parametrize("command", examples())
 def test_slurm_takes_the_options_of_the_examples(command: str, slurm) -> None:
-    slurm.run("bash", "-c", command.replace("submit.sh", "submit.sh --test-only"), cwd=REPOSITORY)
+    tried = command.replace("submit.sh", "submit.sh --test-only")
+    assert " to start at " in slurm.run("bash", "-c", f"({tried}) 2>&1", cwd=REPOSITORY)
 
 
 def test_without_options_of_the_trainer_nothing_is_submitted(slurm) -> None:

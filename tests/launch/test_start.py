@@ -20,8 +20,15 @@ def options(place, data: Path) -> list[str]:
 
 
 def test_a_dry_run_reports_and_leaves_nothing(workplace, tiny_data: Path) -> None:
+    (workplace.folder / "out" / "checkpoints" / ".step_5.partial").mkdir(parents=True)  # of a run at work
     before = sorted(workplace.folder.rglob("*"))
-    settings = ("training.gradient_accumulation_steps=2", "training.ema_decay=0.9", "training.max_steps=7")
+    settings = (
+        "--resume",
+        "auto",
+        "training.gradient_accumulation_steps=2",
+        "training.ema_decay=0.9",
+        "training.max_steps=7",
+    )
     finished = workplace.run("train", *options(workplace, tiny_data), "--dry-run", *settings)
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
@@ -101,9 +108,10 @@ def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
     settings = yaml.safe_load(config.read_text())
     assert settings["num_processes"] == NUM_PROCESSES[name]
-    machines = []
+    machines, port = [], free_port()
     for rank in range(settings["num_machines"]):
-        several = ("--machine_rank", str(rank)) if settings["num_machines"] > 1 else ()
+        several = ("--machine_rank", str(rank), "--main_process_port", str(port))
+        several = several if settings["num_machines"] > 1 else ()
         command = ["-m", "accelerate.commands.launch", "--config_file", config, *several]
         script = [REPOSITORY / "scripts" / "train_detr.py", *options(workplace, tiny_data)]
         machines.append(
@@ -126,6 +134,11 @@ def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says
     assert (workplace.folder / "out" / "results.json").exists()
     if name.endswith("cpu"):
         assert "on cpu" in printed or "(cpu)" in printed
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def environment() -> dict[str, str]:

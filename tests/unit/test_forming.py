@@ -64,3 +64,28 @@ def test_a_limit_that_is_no_time_is_refused_with_its_name(monkeypatch: pytest.Mo
     monkeypatch.setenv("DETR_DIST_FORM_LIMIT_S", text)
     with pytest.raises(UsageError, match=f"DETR_DIST_FORM_LIMIT_S is '{text}'"):
         limit_s("DETR_DIST_FORM_LIMIT_S", 60.0)
+
+
+@pytest.mark.parametrize(("other", "complaint"), [("on gpu", "GPUs on node1 but none on "), ("on cpu", None)])
+def test_all_processes_must_compute_on_the_same_kind_of_device(
+    monkeypatch: pytest.MonkeyPatch, other: str, complaint: str | None
+) -> None:
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launched = {
+        "WORLD_SIZE": "2",
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(agent.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    there = torch.distributed.PrefixStore("detr_dist/0", agent)
+    there.set("1", "node1")
+    there.set(other, "node1")
+    if complaint is None:
+        assert call_roll(None, 5.0) is not None
+    else:
+        with pytest.raises(UsageError, match=complaint):
+            call_roll(None, 5.0)

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from detr_dist.errors import StopRequested
-from detr_dist.training.preemption import SIGNALS, StopSignals
+from detr_dist.errors import StopRequested, TrainingError
+from detr_dist.training.preemption import SIGNALS, StopSignals, leave_note
 
 TWO_INTERRUPTS = """
 import os, signal, sys, time
@@ -95,3 +96,15 @@ def test_a_later_signal_of_another_kind_ends_nothing() -> None:
     command = [sys.executable, "-c", script, "0.7"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     assert (process.returncode, process.stdout) == (0, "SIGTERM\ngoes on\n")
+
+
+def test_a_scheduler_that_cannot_see_the_exit_code_finds_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    leave_note("nobody asked for it")
+    monkeypatch.setenv("DETR_DIST_STOPPED_FILE", str(tmp_path / "note"))
+    leave_note("asked to stop at step 3: saved")
+    assert (tmp_path / "note").read_text() == "asked to stop at step 3: saved\n"
+    monkeypatch.setenv("DETR_DIST_STOPPED_FILE", str(tmp_path / "no" / "folder"))
+    with pytest.raises(TrainingError, match="no/folder: cannot be written"):
+        leave_note("asked to stop at step 3: saved")
