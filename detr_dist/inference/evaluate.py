@@ -68,10 +68,10 @@ def evaluate(options: EvaluateOptions) -> None:
             may_lack_classes=True,
         )
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
-        thresholds = model.thresholds_or_default() if options.model_thresholds else None
+        thresholds, remarks = model.thresholds_or_default() if options.model_thresholds else (None, [])
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
         if accelerator.is_main_process:
-            for line in (*overrides_without_effect(options.overrides), *data.notices):
+            for line in (*overrides_without_effect(options.overrides), *remarks, *data.notices):
                 print(line)
             print(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
@@ -128,8 +128,9 @@ def _leave(
     source = {"auto": "the best for these data", "model": "those that the model brings"}
     print(f"thresholds: {source.get(str(facts['thresholds']), facts['thresholds'])}", flush=True)
     if options.predictions is not None:
-        write_text_whole(options.predictions, json.dumps(coco_results(data, details.records)))
-        print(f"{options.predictions}: {len(details.records.scores)} detections as COCO results")
+        results = coco_results(data, details.records)
+        write_text_whole(options.predictions, json.dumps(results))
+        print(f"{options.predictions}: {len(results)} detections as COCO results")
     if options.pictures is not None:
         with new_folder(options.pictures) as partial:
             draw_pictures(partial, data, details)

@@ -131,7 +131,10 @@ def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.floa
         threshold = model.settings(options.overrides).evaluation.score_threshold
     if isinstance(threshold, float):
         return np.full(len(model.class_names), threshold)
-    return np.array(model.thresholds_or_default())
+    thresholds, lines = model.thresholds_or_default()
+    for line in lines:
+        print(line, flush=True)
+    return np.array(thresholds)
 
 
 def _draw(output_dir: Path, data: CocoData, row: int, records: DetectionRecords) -> None:

@@ -60,16 +60,12 @@ class TrainedModel:
         known = self.metadata.get("thresholds") or {}
         return [known.get(name) for name in self.class_names]
 
-    def thresholds_or_default(self) -> list[float]:
-        """Thresholds of all classes; says so where the model does not know one."""
+    def thresholds_or_default(self) -> tuple[list[float], list[str]]:
+        """Thresholds of all classes, and a line to say where the model does not know one."""
         thresholds = self.thresholds
         unknown = [name for name, known in zip(self.class_names, thresholds, strict=True) if known is None]
-        if unknown:
-            print(
-                f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken",
-                flush=True,
-            )
-        return [DEFAULT_THRESHOLD if known is None else known for known in thresholds]
+        lines = [f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken"]
+        return [DEFAULT_THRESHOLD if known is None else known for known in thresholds], lines[: len(unknown)]
 
     def settings(self, overrides: Sequence[str]) -> Config:
         """Those that it was trained by, as far as this machine can follow them, with `section.key=value`
