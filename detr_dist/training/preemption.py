@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from detr_dist.errors import StopRequested, TrainingError
+from detr_dist.errors import TrainingError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -36,7 +36,7 @@ def leave_note(text: str) -> None:
 
 class StopSignals:
     """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process at
-    once, with exit code 130. A run that was stopped is left with SIGTERM and SIGUSR1 ignored.
+    once, with exit code 130. A run that was stopped or has failed is left with SIGTERM and SIGUSR1 ignored.
 
     Main thread only.
     """
@@ -70,11 +70,10 @@ class StopSignals:
         self._written.close()
         self._watcher.join()
         self._arrivals.close()
-        is_ending = kind is not None and issubclass(kind, StopRequested)
         for number, handler in self._before.items():
             # A launcher asks once more when another of its processes has ended: one that is about to end by
-            # itself must come to say so, and with its own exit code.
-            is_in_the_way = is_ending and number != signal.SIGINT
+            # itself must come to say why, and with its own exit code.
+            is_in_the_way = kind is not None and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if is_in_the_way else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:

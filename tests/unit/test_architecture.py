@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "distributed": {"config", "errors", "forming", "heartbeat"},
     "forming": {"errors"},
-    "launch": {"errors", "forming"},
+    "launch": {"errors", "forming", "guard"},
     "heartbeat": {"errors", "forming", "guard"},
     "guard": set(),
     "config": {"errors"},

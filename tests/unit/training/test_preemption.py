@@ -46,11 +46,12 @@ def test_the_first_signal_is_the_one_that_is_told() -> None:
     assert signals.received == "SIGUSR1"
 
 
-def test_a_run_that_has_stopped_is_not_killed_on_its_way_out() -> None:
+@pytest.mark.parametrize("error", [StopRequested, RuntimeError])
+def test_a_run_that_has_stopped_or_failed_is_not_killed_on_its_way_out(error: type[Exception]) -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with pytest.raises(StopRequested), StopSignals():
-            raise StopRequested("asked to stop")
+        with pytest.raises(error), StopSignals():
+            raise error("the end")
         for number in (signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
@@ -59,21 +60,16 @@ def test_a_run_that_has_stopped_is_not_killed_on_its_way_out() -> None:
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_the_handlers_from_before_are_back_afterwards(error: type[BaseException] | None) -> None:
+def test_the_handlers_from_before_are_back_afterwards() -> None:
     def own_handler(number: int, frame: object) -> None: ...
 
     default = signal.signal(signal.SIGUSR1, own_handler)
-    before = [signal.getsignal(number) for number in SIGNALS]
     try:
+        before = [signal.getsignal(number) for number in SIGNALS]
         with StopSignals():
             during = [signal.getsignal(number) for number in SIGNALS]
-            if error is not None:
-                raise error
-    except (RuntimeError, KeyboardInterrupt):
-        pass
-    finally:
         after = [signal.getsignal(number) for number in SIGNALS]
+    finally:
         signal.signal(signal.SIGUSR1, default)
     assert after == before
     assert not set(during) & set(before)
