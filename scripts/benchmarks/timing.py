@@ -1,0 +1,139 @@
+"""The one way in which all benchmarks here time, and say what they found and on what.
+
+A ratio counts only within one run: machines differ, and a shared one is noisy. So all ways of doing a thing
+take turns, and medians count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+
+LIBRARIES = ("torch", "torchvision", "transformers", "accelerate", "mlflow")
+
+Row = Mapping[str, Any]
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the program's own docstring, with the option that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    return parser
+
+
+def seconds_of(action: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """How long an action takes, with all that it leaves to the device."""
+    _synchronise(device)
+    began_at = time.perf_counter()
+    action()
+    _synchronise(device)
+    return time.perf_counter() - began_at
+
+
+def take_turns(
+    ways: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 2,
+    device: torch.device | str = "cpu",
+) -> dict[str, list[float]]:
+    """Seconds of every call of every way. Each round calls all of them once; the first `warm_up` rounds fill
+    caches and do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(warm_up + rounds):
+        for name, action in ways.items():
+            took_s = seconds_of(action, device)
+            if number >= warm_up:
+                seconds[name].append(took_s)
+    return seconds
+
+
+def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def median_ratio(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> float:
+    """The median of the rounds' own ratios: what slows the machine for a while slows both."""
+    pairs = zip(seconds[above], seconds[below], strict=True)
+    return statistics.median(one / other for one, other in pairs)
+
+
+def reset_peak_memory(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present size again
+
+
+def peak_memory_mib(device: torch.device | str) -> float:
+    """Most memory since the last reset: what torch has allocated on a GPU, or the whole process on the
+    CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text()
+    (peak_kib,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(peak_kib) / 2**10
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Where and with what a figure was measured."""
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "python": platform.python_version(),
+        **{library: version(library) for library in LIBRARIES},
+    }
+    if torch.device(device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def publish(
+    rows: Sequence[Row],
+    json_path: Path | None,
+    *,
+    device: torch.device | str = "cpu",
+    goals: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> None:
+    """Print a table of the rows, what else was found, and the machine; all of it as JSON too, if asked.
+
+    `goals` says of a fact what was hoped for.
+    """
+    where = machine(device)
+    print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format=_in_four_digits))
+    for name, value in facts.items():
+        goal = f"  (goal: {goals[name]})" if goals and name in goals else ""
+        print(f"{name.replace('_', ' ')}: {_in_four_digits(value)}{goal}")
+    print("on " + ", ".join(f"{name} {value}" for name, value in where.items()))
+    if json_path is not None:
+        found = {"rows": list(rows), **facts, "machine": where}
+        json_path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def _in_four_digits(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")
+
+
+def _synchronise(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
