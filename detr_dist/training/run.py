@@ -67,10 +67,10 @@ def train(config: Config, options: RunOptions) -> None:
                 return
             with StopSignals() as signals, ExitStack() as held:
                 setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
-                tracker = setup.host.on_main_process(lambda: _open_run(setup))
+                tracker = setup.host.on_main_process(lambda: open_run(setup))
                 with run_status(tracker), setup.host.last_words(partial(close_after_loss, tracker)):
-                    setup.host.on_main_process(lambda: _open_output(setup, tracker))
-                    _run(setup, _assemble(setup, signals), signals, tracker)
+                    setup.host.on_main_process(lambda: open_output(setup, tracker))
+                    _run(setup, assemble(setup, signals), signals, tracker)
         finally:
             for each in accelerator.trackers:
                 each.finish()
@@ -88,7 +88,7 @@ def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
     return locked(output_dir)
 
 
-def _open_run(setup: Setup) -> MLflowTracker | None:
+def open_run(setup: Setup) -> MLflowTracker | None:
     """Begin the MLflow run, or go on with it. Main process."""
     if not setup.config.logging.mlflow:
         return None
@@ -99,7 +99,7 @@ def _open_run(setup: Setup) -> MLflowTracker | None:
     return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
 
 
-def _open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
+def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
     """Give the run its files and the main process its trackers. Main process."""
     output_dir, config, resumed = setup.options.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
@@ -140,7 +140,8 @@ def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
         print(f"warning: the best model so far could not be brought here ({error})", flush=True)
 
 
-def _assemble(setup: Setup, signals: StopSignals) -> Training:
+def assemble(setup: Setup, signals: StopSignals) -> Training:
+    """Put the network, its optimizer and all else that the loop needs on the device. Collective."""
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     detector.to(accelerator.device)
@@ -172,17 +173,53 @@ def _assemble(setup: Setup, signals: StopSignals) -> Training:
 
 def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:
     """Train to the end, or to a request to stop. Collective."""
-    config, accelerator, host, options = setup.config, setup.accelerator, setup.host, setup.options
+    host, options = setup.host, setup.options
     state = setup.resumed.state if setup.resumed is not None else TrainState()
-    groups = GroupStream(
+    groups = training_data(setup, training, state)
+    observer = observe(setup, training, state, groups, signals, tracker)
+    try:
+        fit(training, state, groups, observer)
+        observer.finish()
+    except StopRequested as request:
+        groups.close()  # its loader processes may be about to end, as all processes were asked to
+        observer.save_last(state)
+        observer.finish()
+        text = (
+            f"{request}: saved in {options.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
+            f"{training.total_steps}; the same command with --resume auto goes on"
+        )
+        host.on_main_process(lambda: leave_note(text))  # before anything that may take its time
+        raise StopRequested(text) from None
+    finally:
+        groups.close()
+        observer.close()
+    host.on_main_process(lambda: _leave_results(setup, state, tracker))
+
+
+def training_data(setup: Setup, training: Training, state: TrainState) -> GroupStream:
+    """All that is left to see of the training data, from `state` on."""
+    return GroupStream(
         setup.train_data,
-        config,
+        setup.config,
         training.plan,
-        process_index=accelerator.process_index,
+        process_index=setup.accelerator.process_index,
         first_step=state.step,
         total_steps=max(training.total_steps, state.step),
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=setup.accelerator.device.type == "cuda",
     )
+
+
+def observe(
+    setup: Setup,
+    training: Training,
+    state: TrainState,
+    groups: GroupStream,
+    signals: StopSignals,
+    tracker: MLflowTracker | None,
+) -> RunObserver:
+    """What logs, evaluates and saves around the loop; on the main process it says how the run begins.
+    Collective."""
+    config, accelerator, options = setup.config, setup.accelerator, setup.options
     progress = Progress(
         is_main_process=accelerator.is_main_process, first_step=state.step, total_steps=training.total_steps
     )
@@ -201,37 +238,21 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
             pack_model=ModelPacker(training.average.detector, config, options.output_dir, tracker).pack,
             say=progress.say,
         )
-    observer = RunObserver(
+    evaluator = Evaluator(
+        setup.val_data, config, accelerator, setup.host, stop_requested=lambda: signals.is_requested
+    )
+    return RunObserver(
         training,
         setup.detector,
         config,
-        host=host,
+        host=setup.host,
         groups=groups,
-        evaluator=Evaluator(
-            setup.val_data, config, accelerator, host, stop_requested=lambda: signals.is_requested
-        ),
+        evaluator=evaluator,
         progress=progress,
         saver=saver,
         draw_pictures=pictures.draw if pictures is not None else None,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
-    try:
-        fit(training, state, groups, observer)
-        observer.finish()
-    except StopRequested as request:
-        groups.close()  # its loader processes may be about to end, as all processes were asked to
-        observer.save_last(state)
-        observer.finish()
-        text = (
-            f"{request}: saved in {options.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
-            f"{training.total_steps}; the same command with --resume auto goes on"
-        )
-        host.on_main_process(lambda: leave_note(text))  # before anything that may take its time
-        raise StopRequested(text) from None
-    finally:
-        groups.close()
-        observer.close()
-    host.on_main_process(lambda: _leave_results(setup, state, tracker))
 
 
 def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | None) -> None:

@@ -1,0 +1,386 @@
+"""Where the time of a training step goes: the step taken apart, from the bare network to the whole command.
+
+    python scripts/benchmarks/train_step.py [--config YAML] [--train-dir DIR] [section.key=value ...]
+
+Without a configuration: the quickstart's on the CPU; DETR with a ResNet-50 at 800x1333 in bf16 on a GPU.
+Without data: generated scenes. With your own of both it shows your own bottleneck.
+
+The rows, each holding all of those above it but the library's:
+
+    bare network           forward, backward and AdamW, on images that are on the device already
+    with our criterion     from bytes to losses: conversion, normalisation, matching, losses
+    the library's loss     the bare network with its own loss instead (`labels=`), never compiled
+    with the loop          `train_step` as in training: agreement, clipping, schedule, average
+    with loader            the same with images from loader processes
+    whole command          `detr-dist train` in a process of its own
+
+On the CPU the loader processes have cores of their own, as they have beside a GPU: the rest computes.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from timing import (
+    command_line,
+    median_ratio,
+    medians,
+    peak_memory_mib,
+    publish,
+    reset_peak_memory,
+    seconds_of,
+    take_turns,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from detr_dist.config import Config, load_config
+from detr_dist.data.batching import Batch
+from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.synthetic import make_data
+from detr_dist.distributed import autocast, build_accelerator, group_of_processes
+from detr_dist.models.criterion import StepCounts
+from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
+from detr_dist.training.loop import StepDone, Training, train_step
+from detr_dist.training.observer import RunObserver
+from detr_dist.training.optim import build_optimizer
+from detr_dist.training.preemption import StopSignals
+from detr_dist.training.run import assemble, observe, open_output, open_run, training_data
+from detr_dist.training.setup import RunOptions, Setup, set_up
+from detr_dist.training.state import TrainState
+
+REPOSITORY = Path(__file__).parents[2]
+BARE, CRITERION, LIBRARY = "bare network", "with our criterion", "the library's loss"
+LOOP, LOADER, COMMAND = "with the loop", "with loader", "whole command"
+STEPS_TO_WARM_UP = 30  # of the whole command
+
+ON_GPU = [
+    "model.pretrained_backbone=false",
+    "training.mixed_precision=bf16",
+    "training.compile_model=true",
+    "training.channels_last=true",
+    "data.augmentation=light",
+    "data.num_workers=12",
+]
+
+
+@dataclass
+class Workbench:
+    """A run that is ready to train, and its first batch for those ways that need no loader."""
+
+    setup: Setup
+    training: Training
+    observer: RunObserver
+    groups: Iterator[list[Batch]]
+    state: TrainState
+    batch: Batch
+    idle: torch.optim.Optimizer = field(init=False)
+    """As the training's own, but with rates of 0: it works as hard and changes nothing."""
+
+    def __post_init__(self) -> None:
+        self.idle = self._idle(self.setup.detector)
+        self.library = copy.deepcopy(self.setup.detector)
+        del self.library.network._loss_function
+        self.library_idle = self._idle(self.library)
+        on_device = self.batch.to(self.device)
+        self.images, self.sizes_hw = on_device.images, on_device.sizes_hw
+        self.labels, self.boxes_cxcywh = on_device.labels, on_device.boxes_cxcywh
+        mean, std = (
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)
+        )
+        layout = torch.channels_last if self.setup.config.training.channels_last else torch.contiguous_format
+        self.pixels = ((self.images / 255 - mean) / std).contiguous(memory_format=layout)
+        self.mask = torch.ones(self.images[:, 0].shape, dtype=torch.bool, device=self.device)
+        self.resident = itertools.repeat([self.batch])
+
+    @property
+    def device(self) -> torch.device:
+        return self.setup.accelerator.device
+
+    def bare(self) -> None:
+        with self._autocast():
+            outputs = self.setup.detector.network(pixel_values=self.pixels, pixel_mask=self.mask, labels=())
+        loss = torch.stack([output.float().mean() for output in outputs.loss_dict.values()]).sum()
+        self._learn(loss, self.idle)
+
+    def with_criterion(self) -> None:
+        counts = StepCounts(float(len(self.labels)), float(len(self.images)))
+        with self._autocast():
+            outputs = self.setup.detector(self.images, self.sizes_hw)
+        losses = self.training.criterion(
+            outputs, self.labels, self.boxes_cxcywh, self.batch.num_boxes, counts
+        )
+        self._learn(losses.loss, self.idle)
+
+    def with_library_loss(self) -> None:
+        per_image = zip(
+            self.labels.split(self.batch.num_boxes),
+            self.boxes_cxcywh.split(self.batch.num_boxes),
+            strict=True,
+        )
+        targets = [{"class_labels": labels, "boxes": boxes} for labels, boxes in per_image]
+        with self._autocast():
+            outputs = self.library.network(pixel_values=self.pixels, pixel_mask=self.mask, labels=targets)
+        self._learn(outputs.loss, self.library_idle)
+
+    def with_loop(self) -> None:
+        self.step(self.resident)
+
+    def with_loader(self) -> None:
+        self.step(self.groups)
+
+    def step(self, groups: Iterator[list[Batch]]) -> StepDone:
+        agreed = self.training.agreement.next_step(self.state.step, groups)
+        done = train_step(self.training, self.state.step, agreed)
+        self.state.step += 1
+        return done
+
+    def _learn(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _idle(self, detector: Any) -> torch.optim.Optimizer:
+        optimizer = build_optimizer(detector, self.setup.config.training)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        return optimizer
+
+    def _autocast(self) -> torch.autocast:
+        return autocast(self.device, self.setup.config.training.mixed_precision)
+
+    def count_operations(self) -> float:
+        """Floating-point operations of the bare network's forward and backward; what torch counts of them:
+        products of matrices, convolutions and attention."""
+        with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+            self.bare()
+        return float(counter.get_total_flops())
+
+
+def main() -> None:
+    options = parse_options()
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
+        config = configure(options, Path(folder))
+        if options.device == "cpu":
+            num_cores = len(os.sched_getaffinity(0))
+            torch.set_num_threads(max(1, num_cores - config.data.num_workers))
+        run_options = place(options, config, Path(folder))
+        held.enter_context(group_of_processes())
+        bench = lay_out(config, run_options, held)
+        measured = measure(bench, options.rounds)
+        operations, logging_s = bench.count_operations(), measure_logging(bench, options.log_steps)
+        report(
+            options, bench, measured, operations, logging_s, whole_command(bench, run_options, options.runs)
+        )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = command_line(__doc__)
+    parser.add_argument("--config", type=Path, help="of a run, instead of the ones named above")
+    parser.add_argument("--train-dir", type=Path, help="images and a COCO JSON, instead of generated scenes")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="times that each row is measured")
+    parser.add_argument("--log-steps", type=int, default=100, help="steps over which logging is measured")
+    parser.add_argument("--runs", type=int, default=2, help="runs of the whole command")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    return parser.parse_args()
+
+
+def configure(options: argparse.Namespace, folder: Path) -> Config:
+    """The user's configuration, or the default for the device, without pauses for evaluation and saving."""
+    on_gpu = options.device == "cuda"
+    path = options.config or REPOSITORY / "configs" / ("training.yaml" if on_gpu else "quickstart.yaml")
+    return load_config(
+        path,
+        [
+            *(ON_GPU if on_gpu and options.config is None else []),
+            *options.overrides,
+            "training.gradient_accumulation_steps=1",
+            "training.num_epochs=1",
+            "training.warmup_steps=1000000",  # so that the steps taken here teach next to nothing
+            f"logging.mlflow_tracking_uri=sqlite:///{folder / 'mlflow.db'}",
+            "logging.log_every_steps=10",
+        ],
+    )
+
+
+def place(options: argparse.Namespace, config: Config, folder: Path) -> RunOptions:
+    """Data for one long epoch, so that nothing happens between two steps that are timed."""
+    source = options.train_dir
+    if source is None:
+        make_data(folder / "scenes", num_train=64, num_val=4, seed=0)
+        source = folder / "scenes" / "train"
+    num_steps = max(STEPS_TO_WARM_UP + 100, 3 * options.rounds + options.log_steps + 20)
+    write_long_epoch(load_coco(source), folder / "train", (num_steps + 20) * config.training.batch_size)
+    write_long_epoch(load_coco(source), folder / "val", 1)
+    return RunOptions(folder / "train", folder / "val", folder / "out")
+
+
+def write_long_epoch(data: CocoData, folder: Path, num_images: int) -> None:
+    """A COCO JSON with the images of `data`, as often as it takes."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id in range(num_images):
+        row = image_id % len(data)
+        height, width = data.size_hw(row)
+        path = str(data.image_path(row).resolve())
+        images.append({"id": image_id, "file_name": path, "height": height, "width": width})
+        for box, category in zip(*data.training_targets(row), strict=True):
+            annotation = {"image_id": image_id, "category_id": int(category), "bbox": box.tolist()}
+            annotations.append({"id": len(annotations), **annotation})
+    categories = [{"id": index, "name": name} for index, name in enumerate(data.class_names)]
+    folder.mkdir()
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations.json").write_text(json.dumps(document))
+
+
+def lay_out(config: Config, options: RunOptions, held: ExitStack) -> Workbench:
+    accelerator = build_accelerator(
+        mixed_precision=config.training.mixed_precision, gradient_accumulation_steps=1
+    )
+    train_data = load_coco(options.train_dir)
+    val_data = load_coco(options.val_dir, classes=train_data.class_names)
+    setup = set_up(config, options, train_data, val_data, accelerator)
+    options.output_dir.mkdir()
+    tracker = open_run(setup)
+    open_output(setup, tracker)
+    signals, state = StopSignals(), TrainState()
+    training = assemble(setup, signals)
+    groups = training_data(setup, training, state)
+    observer = observe(setup, training, state, groups, signals, tracker)
+    for close in (*(each.finish for each in accelerator.trackers), observer.close, groups.close):
+        held.callback(close)
+    return Workbench(setup, training, observer, groups, state, next(groups)[0])
+
+
+def measure(bench: Workbench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of each call, and on a GPU the most memory that each way took."""
+    memory: dict[str, float] = {}
+
+    def watched(name: str, action: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            reset_peak_memory(bench.device)
+            action()
+            memory[name] = max(memory.get(name, 0.0), peak_memory_mib(bench.device))
+
+        return run if bench.device.type == "cuda" else action
+
+    ways = {
+        BARE: bench.bare,
+        CRITERION: bench.with_criterion,
+        LIBRARY: bench.with_library_loss,
+        LOOP: bench.with_loop,
+        LOADER: bench.with_loader,
+    }
+    watched_ways = {name: watched(name, action) for name, action in ways.items()}
+    return take_turns(watched_ways, rounds=rounds, warm_up=3, device=bench.device), memory
+
+
+def measure_logging(bench: Workbench, num_steps: int) -> float:
+    """Mean seconds that a step spends on losses, memory and progress."""
+    spent_s = 0.0
+    for _ in range(num_steps):
+        done = bench.step(bench.resident)
+        spent_s += seconds_of(lambda done=done: bench.observer.after_step(bench.state, done), bench.device)
+    return spent_s / num_steps
+
+
+def whole_command(bench: Workbench, options: RunOptions, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of the whole command, in turns with the bare network's."""
+    seconds: dict[str, list[float]] = {BARE: [], COMMAND: []}
+    for number in range(rounds):
+        bare = take_turns({BARE: bench.bare}, rounds=10, warm_up=2, device=bench.device)
+        seconds[BARE].append(statistics.median(bare[BARE]))
+        seconds[COMMAND].append(command_step_s(bench.setup.config, options, f"command_{number}"))
+    return seconds
+
+
+def command_step_s(config: Config, options: RunOptions, name: str) -> float:
+    """Between two moments that MLflow knows of a real run, after its warm-up."""
+    output_dir = options.output_dir.parent / name
+    num_steps = STEPS_TO_WARM_UP + 90
+    config_path = output_dir.with_suffix(".yaml")
+    config_path.write_text(config.to_yaml())
+    command = [
+        sys.executable,
+        "-m",
+        "detr_dist",
+        "train",
+        "--config",
+        config_path,
+        "--output-dir",
+        output_dir,
+    ]
+    command += ["--train-dir", options.train_dir, "--val-dir", options.val_dir]
+    command += [f"training.max_steps={num_steps}", f"logging.mlflow_run_name={name}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONWARNINGS": "ignore"}
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
+    results = json.loads((output_dir / "results.json").read_text())
+    history = MlflowClient(results["tracking_uri"]).get_metric_history(results["run_id"], "train_loss")
+    at_ms = {metric.step: metric.timestamp for metric in history}
+    return (at_ms[num_steps] - at_ms[STEPS_TO_WARM_UP]) / 1000 / (num_steps - STEPS_TO_WARM_UP)
+
+
+def report(
+    options: argparse.Namespace,
+    bench: Workbench,
+    measured: tuple[dict[str, list[float]], dict[str, float]],
+    operations: float,
+    logging_s: float,
+    command: dict[str, list[float]],
+) -> None:
+    seconds, memory = measured
+    num_images = len(bench.batch.image_ids)
+    steps_s = medians(seconds) | {COMMAND: statistics.median(command[COMMAND])}
+    share = {name: median_ratio(seconds, name, BARE) for name in seconds}
+    share[COMMAND] = median_ratio(command, COMMAND, BARE)
+    rows = [
+        {
+            "row": name,
+            "ms": 1000 * step_s,
+            "images/s": num_images / step_s,
+            "of the bare": share[name],
+            "TFLOP/s": operations / step_s / 1e12,
+        }
+        | ({"peak MiB": memory[name], "MiB an image": memory[name] / num_images} if name in memory else {})
+        for name, step_s in steps_s.items()
+    ]
+    config = bench.setup.config
+    publish(
+        rows,
+        options.json,
+        device=bench.device,
+        goals={
+            "whole_command_of_the_bare": "at most 1.1",
+            "logging_share": "at most 0.005",
+            "images_per_s_of_the_librarys_loss": "at least 1.5 on a GPU, compiled",
+        },
+        images=list(bench.batch.images.shape),
+        boxes=len(bench.labels),
+        network=f"{config.model.model_architecture}, {config.training.mixed_precision=}, "
+        f"{config.training.compile_model=}, {config.training.channels_last=}",
+        whole_command_of_the_bare=share[COMMAND],
+        logging_ms=1000 * logging_s,
+        logging_share=logging_s / steps_s[BARE],
+        images_per_s_of_the_librarys_loss=steps_s[LIBRARY] / steps_s[COMMAND],
+        peak_memory_mib=max(memory.values()) if memory else peak_memory_mib(bench.device),
+    )
+
+
+if __name__ == "__main__":
+    main()
