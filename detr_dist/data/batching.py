@@ -34,6 +34,7 @@ class Batch:
     image_ids: list[int]
     original_sizes_hw: list[tuple[int, int]]  # before the resize
     unreadable: list[str]  # "path: reason" of images that could not be read and were replaced
+    is_padded: bool  # whether any image is smaller than the canvas; the device need not be asked
 
     def pin_memory(self) -> "Batch":
         """The loader calls this by name, in its own thread."""
@@ -62,7 +63,9 @@ class Batch:
             raise ValueError(
                 f"a canvas of {tuple(self.images.shape[2:])} does not fit into {(height, width)}"
             )
-        return replace(self, images=pad(self.images, (0, right, 0, below)))
+        if not below and not right:
+            return self
+        return replace(self, images=pad(self.images, (0, right, 0, below)), is_padded=True)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -85,6 +88,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image_ids=[sample.image_id for sample in samples],
         original_sizes_hw=[sample.original_size_hw for sample in samples],
         unreadable=[path for sample in samples for path in sample.unreadable],
+        is_padded=len(set(sizes_hw)) > 1,
     )
 
 

@@ -75,7 +75,7 @@ class ImagePass:
             for planned, batch in zip(planned_batches, batches, strict=True):
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
                 with autocast(self._accelerator.device, self._precision):  # it does not bring its own
-                    outputs = detector(on_device.images, on_device.sizes_hw)
+                    outputs = detector(on_device.images, on_device.sizes_hw, on_device.is_padded)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
                 yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))
 

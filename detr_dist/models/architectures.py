@@ -25,6 +25,8 @@ class Architecture:
     weight_ce: float = 1.0
     class_head: str = "class_embed"
     width_option: str = "d_model"
+    masks_attention: bool = True
+    """Whether attention leaves out padding; where it samples points instead, padding counts as zeros."""
     config_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -36,7 +38,7 @@ ARCHITECTURES = {
         "conditional_detr", "sigmoid", weight_ce=2.0, class_head="class_labels_classifier"
     ),
     "deformable_detr": Architecture(
-        "deformable_detr", "sigmoid", weight_ce=2.0, config_defaults={"class_cost": 2}
+        "deformable_detr", "sigmoid", weight_ce=2.0, masks_attention=False, config_defaults={"class_cost": 2}
     ),
     "dab_detr": Architecture("dab-detr", "sigmoid", width_option="hidden_size"),
 }

@@ -67,7 +67,7 @@ def build_detector(
         _thaw_batch_norm(body)
     for name, parameter in body.named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and _is_stem(name)))
-    detector = Detector(network, loss_settings_of(network.config, architecture), channels_last=channels_last)
+    detector = _detector(network, architecture, channels_last=channels_last)
     _check_forward(detector)
     return detector
 
@@ -82,8 +82,16 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
         _thaw_batch_norm(backbone_body(network))
     model_type = network.config.model_type
     architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
-    settings = loss_settings_of(network.config, architecture)
-    return Detector(network, settings, channels_last=channels_last).eval()
+    return _detector(network, architecture, channels_last=channels_last).eval()
+
+
+def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_last: bool) -> Detector:
+    return Detector(
+        network,
+        loss_settings_of(network.config, architecture),
+        channels_last=channels_last,
+        masks_attention=architecture.masks_attention,
+    )
 
 
 def _has_pretrained_backbone(config: ModelConfig) -> bool:

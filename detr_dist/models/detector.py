@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from detr_dist.models.criterion import LossSettings
+from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
 
 # Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -22,11 +23,18 @@ class Detector(nn.Module):
     """
 
     def __init__(
-        self, network: PreTrainedModel, loss_settings: LossSettings, *, channels_last: bool = False
+        self,
+        network: PreTrainedModel,
+        loss_settings: LossSettings,
+        *,
+        channels_last: bool = False,
+        masks_attention: bool = True,
     ) -> None:
         super().__init__()
         network.loss_function = _every_layer
+        spare_finite_checks(network)
         self.network = network
+        self._masks = PaddingMasks(network) if masks_attention else None
         self.loss_settings = loss_settings
         self.channels_last = channels_last
         if channels_last:
@@ -44,9 +52,9 @@ class Detector(nn.Module):
         """The most objects that can be found in one image."""
         return int(self.network.config.num_queries)
 
-    def forward(self, images: Tensor, sizes_hw: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, sizes_hw: Tensor, is_padded: bool = True) -> dict[str, Tensor]:
         """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
-        in pixels.
+        in pixels; `is_padded` False if all of them are H x W.
 
         Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
         [L, B, Q, 4], cxcywh as shares of the image's own size; L decoder layers, the last one is the
@@ -56,7 +64,11 @@ class Detector(nn.Module):
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
         columns = torch.arange(width, device=images.device) < sizes_hw[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
-        pixels = (images - self.mean) / self.std * mask[:, None]
+        pixels = (images - self.mean) / self.std
+        if is_padded:
+            pixels = pixels * mask[:, None]
+        if self._masks is not None:
+            self._masks.is_padded = is_padded
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = pixels.contiguous(memory_format=layout)
         # Any labels but None make the library call its loss function, which hands us all layers instead.

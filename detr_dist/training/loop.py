@@ -96,7 +96,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
         torch.manual_seed(int(dropout.integers(2**63)))
         with accelerator.accumulate(training.model):
             batch = micro_batch.to(accelerator.device).pad_to(*agreed.canvas_hw)
-            outputs = training.model(batch.images, batch.sizes_hw)
+            outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded)
             losses = training.criterion(
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )

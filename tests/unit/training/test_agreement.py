@@ -26,6 +26,7 @@ def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -
         image_ids=image_ids,
         original_sizes_hw=[(height, width)] * len(image_ids),
         unreadable=[],
+        is_padded=False,
     )
 
 
