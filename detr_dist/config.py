@@ -132,7 +132,9 @@ class TrainingConfig(Section):
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_precision_name)] = "no"
     """Autocast precision of the network; the loss is always computed in float32."""
     compile_model: bool = False
-    """Compile the network with torch.compile."""
+    """Compile backbone and layers with torch.compile: minutes before the first step, faster ones after."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, slower steps."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last memory order."""
     seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)] = 42

@@ -74,7 +74,12 @@ class ImagePass:
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
                 on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
-                with autocast(self._accelerator.device, self._precision):  # it does not bring its own
+                # The detector does not bring its own precision. What was compiled for training would round
+                # otherwise than the same model does later, and be compiled for each size of images.
+                with (
+                    autocast(self._accelerator.device, self._precision),
+                    torch.compiler.set_stance("force_eager"),
+                ):
                     outputs = detector(on_device.images, on_device.sizes_hw, on_device.is_padded)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
                 yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))

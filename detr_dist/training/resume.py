@@ -23,6 +23,7 @@ FREE_KEYS = {
     "training.batch_size",  # with the number of processes and the accumulation: their product is compared
     "training.gradient_accumulation_steps",
     "training.compile_model",
+    "training.gradient_checkpointing",
     "training.channels_last",
     "training.early_stopping_patience",
 }

@@ -17,6 +17,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
+from detr_dist.models.execution import compile_regions, recompute_activations
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import compare_with_saved, restore_weights
 from detr_dist.training.sources import Sources
@@ -174,6 +175,8 @@ def _build_network(
         )
     if resumed is not None:
         restore_weights(resumed, detector)
+    if settings.gradient_checkpointing:
+        recompute_activations(detector.network)
     if settings.compile_model:
-        detector.network.compile()
+        compile_regions(detector.network)
     return detector

@@ -1,0 +1,44 @@
+"""How a detector computes in training: compiled by regions, or with less memory for more time."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from detr_dist.models.detector import backbone_body
+
+
+# Of one piece of code, before torch gives it up: the library's layers share theirs, and each comes with and
+# without padding, for one size and for any.
+_MOST_VARIANTS = 32
+
+
+def compile_regions(network: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile the backbone and each layer of encoder and decoder, when they first run.
+
+    Layers of one kind share what is compiled. Images of a second size are compiled for once more, then for
+    sizes of any kind. `torch.compile` of the whole network takes several times as long, and again for each
+    question in between.
+    """
+    import torch._dynamo.config as dynamo  # slow to import, and only here
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_VARIANTS)
+    encoder, decoder = network.model.encoder, network.model.decoder
+    for region in (backbone_body(network), *encoder.layers, *decoder.layers):
+        region.compile(backend=backend)
+
+
+def num_compiled_graphs() -> int:
+    """By this process so far: what goes on growing costs more time than compiling saves."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"])
+
+
+def recompute_activations(network: PreTrainedModel) -> None:
+    """Keep only what goes into each layer, and compute what is inside again in the backward pass.
+
+    Also between the stages of a timm backbone, unless its batch norm learns: that would see each batch twice.
+    """
+    network.gradient_checkpointing_enable({"use_reentrant": False})
+    stages = getattr(backbone_body(network), "_backbone", None)
+    if stages is not None and not any(isinstance(module, nn.BatchNorm2d) for module in stages.modules()):
+        stages.set_grad_checkpointing(True)
