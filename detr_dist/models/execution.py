@@ -1,17 +1,20 @@
 """How a detector computes in training: compiled by regions, or with less memory for more time."""
 
+from typing import Any
+
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from detr_dist.models.detector import backbone_body
-
+from detr_dist.models.host_waits import put_before
 
 # Of one piece of code, before torch gives it up: the library's layers share theirs, and each comes with and
 # without padding, for one size and for any.
 _MOST_VARIANTS = 32
 
 
-def compile_regions(network: PreTrainedModel, backend: str = "inductor") -> None:
+def compile_regions(network: PreTrainedModel, backend: Any = "inductor") -> None:
     """Compile the backbone and each layer of encoder and decoder, when they first run.
 
     Layers of one kind share what is compiled. Images of a second size are compiled for once more, then for
@@ -34,11 +37,20 @@ def num_compiled_graphs() -> int:
 
 
 def recompute_activations(network: PreTrainedModel) -> None:
-    """Keep only what goes into each layer, and compute what is inside again in the backward pass.
+    """Keep only what goes into each layer of encoder and decoder and each stage of the backbone, and compute
+    what is inside again in the backward pass.
 
-    Also between the stages of a timm backbone, unless its batch norm learns: that would see each batch twice.
+    A backbone whose batch norm learns keeps everything: its statistics would take in each batch twice.
     """
-    network.gradient_checkpointing_enable({"use_reentrant": False})
-    stages = getattr(backbone_body(network), "_backbone", None)
-    if stages is not None and not any(isinstance(module, nn.BatchNorm2d) for module in stages.modules()):
-        stages.set_grad_checkpointing(True)
+    body = backbone_body(network)
+    learns_statistics = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
+    stages = [] if learns_statistics else [child for child in body.children() if any(child.children())]
+    for part in (*stages, *network.model.encoder.layers, *network.model.decoder.layers):
+        put_before(part, _Recomputed)
+
+
+class _Recomputed(nn.Module):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.training:
+            return super().forward(*args, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)

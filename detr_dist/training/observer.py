@@ -10,6 +10,7 @@ from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.detector import Detector
+from detr_dist.models.execution import num_compiled_graphs
 from detr_dist.tracking.memory import DeviceMonitor
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
@@ -174,6 +175,8 @@ class RunObserver:
             "train_images_per_s": (sum(images) - self._logged_images) / elapsed_s,
             "train_data_wait_share": (max(waits) - self._logged_waited_s) / elapsed_s,
         }
+        if self._config.training.compile_model:
+            metrics["compiled_graphs"] = float(num_compiled_graphs())
         self._logged_at, self._logged_images, self._logged_waited_s = now, sum(images), max(waits)
         self._paused_s = 0.0
         self._training.accelerator.log(metrics, step=state.step)

@@ -54,6 +54,7 @@ from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import autocast, build_accelerator, group_of_processes
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
+from detr_dist.tracking.mlflow import run_status
 from detr_dist.training.loop import StepDone, Training, train_step
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer
@@ -258,13 +259,14 @@ def lay_out(config: Config, options: RunOptions, held: ExitStack) -> Workbench:
     setup = set_up(config, options, train_data, val_data, accelerator)
     options.output_dir.mkdir()
     tracker = open_run(setup)
+    held.enter_context(run_status(tracker))
     open_output(setup, tracker)
     signals, state = StopSignals(), TrainState()
     training = assemble(setup, signals)
     groups = training_data(setup, training, state)
     observer = observe(setup, training, state, groups, signals, tracker)
-    for close in (*(each.finish for each in accelerator.trackers), observer.close, groups.close):
-        held.callback(close)
+    held.callback(observer.close)
+    held.callback(groups.close)
     return Workbench(setup, training, observer, groups, state, next(groups)[0])
 
 

@@ -1,55 +1,25 @@
 """Every member of the family comes out as one kind of module, with what its paper says."""
 
-from typing import Any
-
 import pytest
 import timm
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.build import build_detector
-from detr_dist.models.criterion import SetCriterion, StepCounts
-from detr_dist.models.detector import Detector, plain_network
+from detr_dist.models.detector import plain_network
 
 CLASS_NAMES = ["player", "ball"]
-TINY = {
-    "backbone": {
-        "model_type": "resnet",
-        "layer_type": "basic",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage2", "stage3", "stage4"],
-    },
-    "pretrained_backbone": False,
-    "hidden_dim": 32,
-    "num_encoder_layers": 1,
-    "num_decoder_layers": 3,
-    "num_queries": 6,
-    "config_overrides": {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
-}
-
-
-def tiny_detector(architecture: str, **settings: object) -> Detector:
-    torch.manual_seed(0)
-    return build_detector(ModelConfig(**TINY | {"model_architecture": architecture} | settings), CLASS_NAMES)
-
-
-def two_images() -> tuple[torch.Tensor, torch.Tensor]:
-    images = torch.randint(
-        0, 255, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
-    return images, torch.tensor([[64, 96], [50, 70]])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_all_decoder_layers_predict_and_every_parameter_learns(architecture: str) -> None:
+def test_all_decoder_layers_predict_and_every_parameter_learns(
+    tiny_detector, two_images, architecture: str
+) -> None:
     detector = tiny_detector(architecture).train()
-    outputs = detector(*two_images())
+    outputs = detector(*two_images)
     columns = len(CLASS_NAMES) + (detector.loss_settings.kind == "softmax")
     assert outputs["pred_logits"].shape == (3, 2, 6, columns)
     assert outputs["pred_boxes"].shape == (3, 2, 6, 4)
@@ -59,12 +29,14 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(architecture: str
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(architecture: str) -> None:
+def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(
+    tiny_detector, two_images, architecture: str
+) -> None:
     detector = tiny_detector(architecture)
     for _ in range(3):
-        detector.train()(*two_images())  # moves the statistics of batch norm
+        detector.train()(*two_images)  # moves the statistics of batch norm
     detector.eval()
-    images, sizes_hw = two_images()
+    images, sizes_hw = two_images
     plain = plain_network(detector)
     assert type(plain) is type(AutoModelForObjectDetection.from_config(detector.network.config))
     assert "_loss_function" not in vars(plain)
@@ -80,61 +52,9 @@ def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(architectur
     assert torch.allclose(outputs["pred_boxes"][-1], expected.pred_boxes, atol=1e-5)
 
 
-class Questions(TorchDispatchMode):
-    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to go
-    on, or whose shape depends on values. Copies to the host are not seen."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if name in self.WAITING or by_mask:
-            self.asked.append(name)
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_asks_the_device_nothing(architecture: str, is_padded: bool) -> None:
-    detector = tiny_detector(architecture).train()
-    criterion = SetCriterion(detector.loss_settings)
-    images, sizes_hw = two_images()
-    labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
-    with Questions() as questions:
-        outputs = detector(images, sizes_hw, is_padded)
-        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2)).loss.backward()
-    assert questions.asked == []
-
-
-def test_a_question_to_the_device_is_noticed() -> None:
-    with Questions() as questions:
-        bool(torch.ones(3).isfinite().all())
-        torch.ones(3)[torch.tensor([True, False, True])]
-    assert questions.asked == ["_local_scalar_dense", "index"]
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_images_that_fill_the_canvas_need_no_mask(architecture: str) -> None:
-    detector = tiny_detector(architecture).eval()
-    images, _ = two_images()
-    sizes_hw = torch.tensor([[64, 96], [64, 96]])
-    with torch.no_grad():
-        masked, unmasked = (detector(images, sizes_hw, is_padded) for is_padded in (True, False))
-    # Another kernel of attention: rounding in float32.
-    for name in masked:
-        assert torch.allclose(masked[name], unmasked[name], atol=1e-5), name
-
-
-def test_what_lies_in_the_padding_does_not_matter() -> None:
+def test_what_lies_in_the_padding_does_not_matter(tiny_detector, two_images) -> None:
     detector = tiny_detector("detr").eval()
-    images, sizes_hw = two_images()
+    images, sizes_hw = two_images
     outputs = detector(images, sizes_hw)
     images[1, :, 50:] = 7
     images[1, :, :, 70:] = 200
@@ -142,14 +62,14 @@ def test_what_lies_in_the_padding_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("freeze", "trainable"), [("auto", True), (True, False), (False, True)])
-def test_batch_norm_from_scratch_learns_unless_frozen(freeze: object, trainable: bool) -> None:
+def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: object, trainable: bool) -> None:
     detector = tiny_detector("detr", freeze_batch_norm=freeze)
     norms = [m for m in detector.network.model.backbone.modules() if "BatchNorm2d" in type(m).__name__]
     assert norms
     assert all(isinstance(norm, torch.nn.BatchNorm2d) == trainable for norm in norms)
 
 
-def test_the_weights_of_the_losses_are_the_papers() -> None:
+def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
     weights = {name: tiny_detector(name).loss_settings for name in ARCHITECTURES}
     assert {name: (w.kind, w.cost_class, w.weight_ce) for name, w in weights.items()} == {
         "detr": ("softmax", 1, 1),
@@ -162,7 +82,9 @@ def test_the_weights_of_the_losses_are_the_papers() -> None:
     )
 
 
-def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_norm(tmp_path) -> None:
+def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_norm(
+    tiny_detector, tmp_path
+) -> None:
     trained = tiny_detector("conditional_detr")
     plain_network(trained).save_pretrained(tmp_path / "trained")
     config = ModelConfig(model_architecture="conditional_detr", pretrained=str(tmp_path / "trained"))
@@ -177,7 +99,7 @@ def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_n
     assert all("embedder" in name or "stages.0." in name for name in frozen)
 
 
-def test_a_pretrained_detector_of_another_kind_is_refused(tmp_path) -> None:
+def test_a_pretrained_detector_of_another_kind_is_refused(tiny_detector, tmp_path) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     with pytest.raises(UsageError, match=r"model\.model_architecture"):
         build_detector(
@@ -201,12 +123,16 @@ def test_weights_that_cannot_be_had_are_answered_with_the_setting_that_goes_with
 
 
 @pytest.mark.parametrize("architecture", ["conditional_detr", "deformable_detr", "dab_detr"])
-def test_sigmoid_heads_begin_with_one_in_classes_plus_one(architecture: str) -> None:
-    logits = tiny_detector(architecture)(*two_images())["pred_logits"]
+def test_sigmoid_heads_begin_with_one_in_classes_plus_one(
+    tiny_detector, two_images, architecture: str
+) -> None:
+    logits = tiny_detector(architecture)(*two_images)["pred_logits"]
     assert 0.25 < float(logits.detach().sigmoid().mean()) < 0.42  # 1/3 and random weights
 
 
-def test_fine_tuning_on_the_same_classes_keeps_their_head_and_on_others_makes_it_anew(tmp_path) -> None:
+def test_fine_tuning_on_the_same_classes_keeps_their_head_and_on_others_makes_it_anew(
+    tiny_detector, tmp_path
+) -> None:
     trained = tiny_detector("detr")
     torch.nn.init.constant_(trained.network.class_labels_classifier.weight, 7.0)
     plain_network(trained).save_pretrained(tmp_path / "trained")
@@ -227,7 +153,9 @@ def test_fine_tuning_on_the_same_classes_keeps_their_head_and_on_others_makes_it
         ({"encoder_ffn_dim": 77}, "no weights that fit"),
     ],
 )
-def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(overrides, hint, tmp_path) -> None:
+def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(
+    tiny_detector, overrides, hint, tmp_path
+) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     with pytest.raises(UsageError, match=hint):
         build_detector(
@@ -235,13 +163,13 @@ def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(overr
         )
 
 
-def test_two_stages_are_refused() -> None:
+def test_two_stages_are_refused(tiny_detector) -> None:
     overrides = {"two_stage": True, "with_box_refine": True}
     with pytest.raises(UsageError, match="two_stage"):
         tiny_detector("deformable_detr", config_overrides=overrides)
 
 
-def test_a_damaged_pretrained_folder_is_one_clear_error(tmp_path) -> None:
+def test_a_damaged_pretrained_folder_is_one_clear_error(tiny_detector, tmp_path) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     weights = tmp_path / "trained" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

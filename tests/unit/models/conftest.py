@@ -1,0 +1,49 @@
+"""A tiny member of the family, of any architecture."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from detr_dist.config import ModelConfig
+from detr_dist.models.build import build_detector
+from detr_dist.models.detector import Detector
+
+CLASS_NAMES = ["player", "ball"]
+TINY = {
+    "backbone": {
+        "model_type": "resnet",
+        "layer_type": "basic",
+        "embedding_size": 8,
+        "hidden_sizes": [8, 8, 16, 16],
+        "depths": [1, 1, 1, 1],
+        "out_features": ["stage2", "stage3", "stage4"],
+    },
+    "pretrained_backbone": False,
+    "hidden_dim": 32,
+    "num_encoder_layers": 1,
+    "num_decoder_layers": 3,
+    "num_queries": 6,
+    "config_overrides": {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_detector() -> Callable[..., Detector]:
+    """Builds one; settings of the model section may follow."""
+
+    def build(architecture: str, **settings: object) -> Detector:
+        torch.manual_seed(0)
+        model = ModelConfig.model_validate(TINY | {"model_architecture": architecture} | settings)
+        return build_detector(model, CLASS_NAMES)
+
+    return build
+
+
+@pytest.fixture
+def two_images() -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 64 x 96 and 50 x 70 on one canvas."""
+    images = torch.randint(
+        0, 255, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    return images, torch.tensor([[64, 96], [50, 70]])

@@ -1,0 +1,99 @@
+"""Compiled or with less memory, a detector learns the same."""
+
+import copy
+from typing import NoReturn
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.models.detector import Detector
+from detr_dist.models.execution import compile_regions, num_compiled_graphs, recompute_activations
+
+
+def learn(detector: Detector, height: int, width: int) -> dict[str, Tensor]:
+    """Predictions, and the gradients of all parameters."""
+    generator = torch.Generator().manual_seed(height)
+    images = torch.randint(0, 255, (2, 3, height, width), dtype=torch.uint8, generator=generator)
+    detector.zero_grad()
+    torch.manual_seed(2)  # of dropout
+    outputs = detector(images, torch.tensor([[height, width], [height - 9, width]]))
+    torch.stack([output.square().sum() for output in outputs.values()]).sum().backward()
+    return outputs | {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.slow
+def test_what_is_compiled_learns_the_same_and_is_compiled_for_three_sizes_at_most(tiny_detector) -> None:
+    plain = tiny_detector("detr", dropout=0.0, num_decoder_layers=2).train()
+    compiled = copy.deepcopy(plain)
+    # As the real one, but without the C++ compiler, which takes minutes.
+    compile_regions(compiled.network, backend="aot_eager")
+    graphs, breaks = [num_compiled_graphs()], sum(counters["graph_break"].values())
+    for height, width in ((64, 96), (70, 101), (90, 75), (97, 118), (111, 72)):
+        expected, found = learn(plain, height, width), learn(compiled, height, width)
+        for name, value in expected.items():
+            # Other kernels, other rounding in float32.
+            assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
+        graphs.append(num_compiled_graphs())
+    assert graphs[0] < graphs[1] < graphs[2], "nothing was compiled"
+    assert graphs[3:] == [graphs[3]] * 3
+    assert sum(counters["graph_break"].values()) == breaks
+
+
+def refuse(graph: object, inputs: object) -> NoReturn:
+    raise AssertionError("this was to be compiled")
+
+
+def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:
+    detector = tiny_detector("detr")
+    compile_regions(detector.network, backend=refuse)
+    learn(copy.deepcopy(detector), 64, 96)
+    with pytest.raises(Exception, match="this was to be compiled"):
+        learn(detector, 64, 96)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_activations_that_are_computed_again_are_the_same(tiny_detector, architecture: str) -> None:
+    plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
+    frugal = copy.deepcopy(plain)
+    recompute_activations(frugal.network)
+    expected, found = learn(plain, 64, 96), learn(frugal, 64, 96)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_batch_norm_that_learns_takes_in_each_batch_once(tiny_detector, freeze: bool) -> None:
+    plain = tiny_detector("detr", backbone="resnet18", freeze_batch_norm=freeze).train()
+    frugal = copy.deepcopy(plain)
+    recompute_activations(frugal.network)
+    learn(plain, 64, 96)
+    learn(frugal, 64, 96)
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(frugal.get_buffer(name), buffer), name
+
+
+@pytest.mark.parametrize(("freeze", "share"), [(True, 0.7), (False, 0.99)])
+def test_less_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, share: float) -> None:
+    detector = tiny_detector("detr", backbone="resnet18", freeze_batch_norm=freeze).train()
+    before = kept_bytes(detector)
+    recompute_activations(detector.network)
+    assert kept_bytes(detector) < share * before
+
+
+def kept_bytes(detector: Detector) -> int:
+    """Of activations, after a forward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        outputs = detector(torch.zeros(2, 3, 192, 192, dtype=torch.uint8), torch.tensor([[192, 192]] * 2))
+    weights = {each.untyped_storage().data_ptr() for each in detector.state_dict().values()}
+    assert len(outputs) == 2
+    return sum(num_bytes for address, num_bytes in kept.items() if address not in weights)

@@ -1,0 +1,64 @@
+"""A step waits for its device once: for the costs by which queries are assigned."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.models.criterion import SetCriterion, StepCounts
+
+
+class Questions(TorchDispatchMode):
+    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to go
+    on, or whose shape depends on values. Copies to the host are not seen."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if name in self.WAITING or by_mask:
+            self.asked.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_step_asks_the_device_nothing(
+    tiny_detector, two_images, architecture: str, is_padded: bool
+) -> None:
+    detector = tiny_detector(architecture).train()
+    criterion = SetCriterion(detector.loss_settings)
+    images, sizes_hw = two_images
+    labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
+    with Questions() as questions:
+        outputs = detector(images, sizes_hw, is_padded)
+        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2)).loss.backward()
+    assert questions.asked == []
+
+
+def test_a_question_to_the_device_is_noticed() -> None:
+    with Questions() as questions:
+        bool(torch.ones(3).isfinite().all())
+        torch.ones(3)[torch.tensor([True, False, True])]
+    assert questions.asked == ["_local_scalar_dense", "index"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, two_images, architecture: str) -> None:
+    detector = tiny_detector(architecture).eval()
+    images, _ = two_images
+    sizes_hw = torch.tensor([[64, 96], [64, 96]])
+    with torch.no_grad():
+        masked, unmasked = (detector(images, sizes_hw, is_padded) for is_padded in (True, False))
+    # Another kernel of attention: rounding in float32.
+    for name in masked:
+        assert torch.allclose(masked[name], unmasked[name], atol=1e-5), name
