@@ -70,6 +70,9 @@ class DataConfig(Section):
     augmentation: Literal["none", "light", "detr"] = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize."""
+    group_by_shape: bool = True
+    """Make optimizer steps of portraits alone, or of none: mixed ones are padded to squares. Where all images
+    are of one kind, nothing changes."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:

@@ -11,9 +11,9 @@ from torchvision import tv_tensors
 from detr_dist.boxes import xyxy_to_cxcywh
 from detr_dist.data.batching import Sample
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import UnreadableImageError, decode_rgb
+from detr_dist.data.decoding import UnreadableImageError, decode_reduced, decode_rgb
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
-from detr_dist.data.transforms import DetectionTransform, Example
+from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply
 from detr_dist.errors import DataError
 
 MAX_UNREADABLE_IN_A_ROW = 10
@@ -47,7 +47,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         for attempt in range(MAX_UNREADABLE_IN_A_ROW):
             row = (index + attempt) % len(self)
             try:
-                return self._sample(epoch, row, self._read_image(row), unreadable)
+                return self._sample(epoch, row, unreadable)
             except UnreadableImageError as error:
                 unreadable.append(str(error))
                 last_error = error
@@ -58,19 +58,26 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     def _evaluation_sample(self, epoch: int, index: int) -> Sample:
         try:
-            return self._sample(epoch, index, self._read_image(index), [])
+            return self._sample(epoch, index, [])
         except UnreadableImageError as error:
             blank = torch.zeros(3, *self.data.size_hw(index), dtype=torch.uint8)
-            return self._sample(epoch, index, blank, [str(error)])
+            return self._sample(epoch, index, [str(error)], blank)
 
-    def _read_image(self, row: int) -> Tensor:
-        path = self.data.image_path(row)
-        image = decode_rgb(path)
-        _check_size(path, tuple(image.shape[-2:]), self.data.size_hw(row))
+    def _read_image(self, row: int, plan: Plan) -> Tensor:
+        """At a reduced scale where the plan needs no more. A window is cut in the pixels of the file."""
+        path, size_hw = self.data.image_path(row), self.data.size_hw(row)
+        image = decode_reduced(path, size_hw, plan.size_hw) if plan.window is None else None
+        if image is None:
+            image = decode_rgb(path)
+            _check_size(path, tuple(image.shape[-2:]), size_hw)
         return image
 
-    def _sample(self, epoch: int, row: int, image: Tensor, unreadable: list[str]) -> Sample:
+    def _sample(self, epoch: int, row: int, unreadable: list[str], image: Tensor | None = None) -> Sample:
+        """`image` stands for the file's own."""
         size_hw = self.data.size_hw(row)
+        plan = self.transform.plan(size_hw, random_numbers(Purpose.AUGMENT, self.seed, epoch, row))
+        if image is None:
+            image = self._read_image(row, plan)
         boxes_xywh, classes = self.data.training_targets(row)
         boxes_xyxy = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
         example = Example(
@@ -80,8 +87,7 @@ class CocoDetectionDataset(Dataset[Sample]):
             ),
             labels=torch.from_numpy(classes),
         )
-        rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
-        image, boxes, labels = self.transform(example, rng)
+        image, boxes, labels = apply(plan, example)
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
         return Sample(

@@ -33,6 +33,25 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return random_numbers(Purpose.SHUFFLE, seed, epoch).permutation(num_samples)
 
 
+def group_by_shape(
+    order: NDArray[np.int64], sizes_hw: NDArray[np.int64], step_size: int
+) -> NDArray[np.int64]:
+    """The same samples as in the whole steps of `order`, portraits and others in steps of their own.
+
+    All images of a step are padded to one canvas, which would have to be a square for both. What is left of
+    both makes one mixed step. A step stands where its first sample stood: the two kinds alternate by chance,
+    and samples of one kind stay in their order.
+    """
+    height, width = sizes_hw[order[: len(order) // step_size * step_size]].T
+    places = [np.flatnonzero(height <= width), np.flatnonzero(height > width)]
+    ends = [len(kind) // step_size * step_size for kind in places]
+    whole = [kind[:end] for kind, end in zip(places, ends, strict=True)]
+    mixed = np.sort(np.concatenate([kind[end:] for kind, end in zip(places, ends, strict=True)]))
+    steps = np.concatenate([*whole, mixed]).reshape(-1, step_size)
+    grouped: NDArray[np.int64] = order[steps[np.argsort(steps[:, 0])].reshape(-1)]
+    return grouped
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """How an epoch is cut into optimizer steps, those into processes, those into micro-batches.
@@ -69,12 +88,12 @@ class StepPlan:
         return self.num_samples % self.global_batch_size
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MicroBatchSampler:
     """The keys of this process's micro-batches, from optimizer step `start_step` on for `num_steps` steps.
 
     Steps count through all epochs. A loader that takes this as its batch sampler delivers one stream without
-    a pause between epochs.
+    a pause between epochs. With `sizes_hw`, steps are made of images of like shape.
     """
 
     plan: StepPlan
@@ -82,6 +101,7 @@ class MicroBatchSampler:
     process_index: int
     start_step: int
     num_steps: int
+    sizes_hw: NDArray[np.int64] | None = None  # [N, 2] of all samples
 
     def __len__(self) -> int:
         return self.num_steps * self.plan.accumulation
@@ -92,12 +112,18 @@ class MicroBatchSampler:
         for step in range(self.start_step, self.start_step + self.num_steps):
             epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
             if epoch != order_of:
-                order, order_of = epoch_order(plan.num_samples, self.seed, epoch), epoch
+                order, order_of = self._order(epoch), epoch
             first = step_in_epoch * plan.global_batch_size
             of_step = order[first : first + plan.global_batch_size]
             own = of_step.reshape(plan.num_processes, plan.accumulation, plan.batch_size)[self.process_index]
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        order = epoch_order(self.plan.num_samples, self.seed, epoch)
+        if self.sizes_hw is None:
+            return order
+        return group_by_shape(order, self.sizes_hw, self.plan.global_batch_size)
 
 
 class EvaluationBatch(NamedTuple):

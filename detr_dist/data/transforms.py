@@ -35,28 +35,60 @@ class Example(NamedTuple):
     labels: Tensor  # int64 [T]
 
 
+class Colours(NamedTuple):
+    """Arguments of `adjust_colours`."""
+
+    contrast: float
+    gains_rgb: list[float]
+
+
+class Plan(NamedTuple):
+    """What is done to one picture, in this order."""
+
+    flip: bool
+    window: tuple[int, int, int, int] | None  # top, left, height, width of the crop, in pixels of the file
+    size_hw: tuple[int, int]  # after the resize
+    colours: Colours | None
+
+
 @dataclass(frozen=True, slots=True)
 class DetectionTransform:
-    """Augments if asked to, resizes, and leaves out the boxes that a crop has left without extent."""
+    """Chooses what is done to a picture."""
 
     augmentation: Augmentation
     shortest_edge: int
     longest_edge: int
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+    def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
+        """All random choices for a picture of this size, before it is decoded."""
         if self.augmentation == "none":
-            return _resize(example, self.shortest_edge, self.longest_edge)
-        if rng.random() < 0.5:
-            example = _flip(example)
-        shortest_edge = self.shortest_edge
+            return Plan(False, None, resized_hw(*size_hw, self.shortest_edge, self.longest_edge), None)
+        flip, window, shortest_edge = rng.random() < 0.5, None, self.shortest_edge
         if self.augmentation == "detr":
             if rng.random() < 0.5:
-                example = _random_crop(example, rng)
+                window = _random_window(size_hw, rng)
             shortest_edge = round(shortest_edge * rng.choice(DETR_RESIZE_EDGES) / DETR_EDGE)
-        image, boxes, labels = _resize(example, shortest_edge, self.longest_edge)
-        if rng.random() < 0.5:
-            image = _random_colours(image, rng)
-        return Example(image, boxes, labels)
+        height, width = window[2:] if window is not None else size_hw
+        resized = resized_hw(height, width, shortest_edge, self.longest_edge)
+        return Plan(flip, window, resized, _random_colours(rng) if rng.random() < 0.5 else None)
+
+
+def apply(plan: Plan, example: Example) -> Example:
+    """The example as planned, without the boxes that a crop has left without extent.
+
+    Boxes are in pixels of the file; the picture may have been decoded at a reduced scale, unless a window is
+    cut from it.
+    """
+    image, boxes, labels = example
+    if plan.flip:
+        image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
+    if plan.window is not None:
+        image, boxes, labels = _crop(Example(image, boxes, labels), plan.window)
+    size = list(plan.size_hw)
+    image, boxes = F.resize(image, size, antialias=True), F.resize(boxes, size)
+    if plan.colours is not None:
+        image = adjust_colours(image, *plan.colours)
+    return Example(image, boxes, labels)
 
 
 def build_transform(
@@ -98,37 +130,28 @@ def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -
     return rows.to(torch.uint8).reshape(height, width, 3).permute(2, 0, 1)
 
 
-def _random_colours(image: Tensor, rng: np.random.Generator) -> Tensor:
+def _random_colours(rng: np.random.Generator) -> Colours:
     brightness, contrast = (rng.uniform(1 - r, 1 + r) for r in (BRIGHTNESS_RANGE, CONTRAST_RANGE))
     cast_rgb = rng.uniform(1 - CAST_RANGE, 1 + CAST_RANGE, size=3)
-    return adjust_colours(image, contrast, (brightness * cast_rgb).tolist())
+    return Colours(contrast, (brightness * cast_rgb).tolist())
 
 
-def _flip(example: Example) -> Example:
-    return Example(F.horizontal_flip(example.image), F.horizontal_flip(example.boxes), example.labels)
-
-
-def _random_crop(example: Example, rng: np.random.Generator) -> Example:
+def _random_window(size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
     """A window as DETR cuts it: of 384 to 600 pixels a side after a resize to 400, 500 or 600.
 
     Source: DETR. Departure: cut from the original, so that its pixels are interpolated only once, in the
     resize that follows.
     """
-    height, width = example.image.shape[-2:]
+    height, width = size_hw
     unit = min(height, width) / rng.choice(DETR_CROP_RESIZE_EDGES)
     smallest, largest = (edge * unit for edge in DETR_CROP_EDGES)
     crop_height, crop_width = (round(rng.uniform(smallest, min(side, largest))) for side in (height, width))
     top, left = rng.integers(0, (height - crop_height + 1, width - crop_width + 1)).tolist()
-    window = (top, left, crop_height, crop_width)
+    return top, left, crop_height, crop_width
+
+
+def _crop(example: Example, window: tuple[int, int, int, int]) -> Example:
     boxes = F.clamp_bounding_boxes(F.crop(example.boxes, *window))
     kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
     boxes = tv_tensors.wrap(boxes[kept], like=boxes)
     return Example(F.crop(example.image, *window), boxes, example.labels[kept])
-
-
-def _resize(example: Example, shortest_edge: int, longest_edge: int) -> Example:
-    height, width = example.image.shape[-2:]
-    size = list(resized_hw(height, width, shortest_edge, longest_edge))
-    return Example(
-        F.resize(example.image, size, antialias=True), F.resize(example.boxes, size), example.labels
-    )

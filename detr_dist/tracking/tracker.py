@@ -59,6 +59,7 @@ def run_params(
         "num_workers": data.num_workers,
         "prefetch_factor": data.prefetch_factor,
         "augmentation": data.augmentation,
+        "group_by_shape": data.group_by_shape,
         "shortest_edge": data.shortest_edge,
         "longest_edge": data.longest_edge,
         "num_processes": num_processes,

@@ -197,6 +197,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if found != written:
             raise CheckpointError(f"{path}: not as it was written (size or SHA-256 differs)")
     document = _read_json(folder / STATE)
+    match document:
+        case {"config": {"data": dict(data)}}:
+            data.setdefault("group_by_shape", False)  # it was saved before there was a choice
     try:
         return Checkpoint(
             folder,

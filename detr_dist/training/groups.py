@@ -37,7 +37,14 @@ class GroupStream:
         self._group_size = config.training.gradient_accumulation_steps
         self._loader = BatchLoader(
             CocoDetectionDataset(data, transform, seed=seed, train=True),
-            MicroBatchSampler(plan, seed, process_index, first_step, total_steps - first_step),
+            MicroBatchSampler(
+                plan,
+                seed,
+                process_index,
+                first_step,
+                total_steps - first_step,
+                data.sizes_hw if config.data.group_by_shape else None,
+            ),
             config.data,
             pin_memory=pin_memory,
         )

@@ -1,41 +1,48 @@
-"""How fast one core loads, decodes, augments (`light`) and resizes JPEGs, beside Pillow's decoding alone.
+"""How fast one core makes batches of JPEGs: ours, Pillow's decoding alone, and transformers' example.
 
-All are timed in one run, in turns, by the processor time that they take, so that a busy machine counts less.
-The goal is 100 images/s where Pillow's decoding alone does 129, a ratio of 0.775.
+    python scripts/benchmarks/loader.py [--images FOLDER] [--size-hw 720 1280] [--edges 800 1333]
 
-Pillow has two speeds, and chance decides which: the C library may ask the system for new memory for every
-picture, as it did where the 129 was measured, or keep what it has. Each row fixes that, in its own process.
-
-    python scripts/benchmarks/loader.py [--images FOLDER_OF_JPEGS] [--json out.json]
+Seconds are those of one processor, so that a busy machine counts less. Ours augments with `light`. The
+example (examples/pytorch/object-detection there) opens with Pillow, flips and changes brightness and contrast
+with albumentations if that is installed (nothing if not: it is then faster than it would be), and lets
+DetrImageProcessor resize, normalise and pad; both run in a loader process. Pillow has two speeds, and chance
+decides which: the C library may ask the system for new memory for every picture, or keep what it has. Each
+row fixes that, in its own process.
 """
 
-import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch.utils.data import DataLoader
+from timing import command_line, median_ratio, medians, publish, take_turns
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import functional as F
+from transformers import DetrImageProcessor
 
-from detr_dist.data.batching import Sample, collate
-from detr_dist.data.coco import load_coco
+from detr_dist.data.batching import Batch, collate
+from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.decoding import decode_rgb
-from detr_dist.data.transforms import build_transform
+from detr_dist.data.decoding import decode_reduced, decode_rgb
+from detr_dist.data.transforms import build_transform, resized_hw
 
-HEIGHT, WIDTH, GOAL = 720, 1280, 100 / 129
-REFERENCE, OURS = "Pillow, decode, new memory", "ours, all, in a loader process"
-PILLOW = """
+NUM_IMAGES, BATCH_SIZE = 32, 4
+PILLOW, OURS, EXAMPLE = "Pillow, decode, new memory", "ours, all", "transformers' example, all"
+PILLOW_LOOP = """
 import sys, time
 from PIL import Image
 for line in sys.stdin:
@@ -48,53 +55,139 @@ NEW_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_": "1000000000"}
 
 
+class ExampleDataset(Dataset[tuple[NDArray[np.uint8], dict[str, Any]]]):
+    """Pictures and COCO annotations as the example's transform leaves them."""
+
+    def __init__(self, data: CocoData) -> None:
+        self.data = data
+        self.augment = albumentations_transform()
+
+    def __getitem__(self, row: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+        image = np.array(Image.open(self.data.image_path(row)).convert("RGB"))
+        boxes, labels = self.data.training_targets(row)
+        if self.augment is not None:
+            made = self.augment(image=image, bboxes=boxes, category=labels)
+            image, boxes, labels = made["image"], made["bboxes"], made["category"]
+        annotations = [
+            {"category_id": label, "bbox": list(box), "iscrowd": 0, "area": box[2] * box[3]}
+            for box, label in zip(boxes, labels, strict=True)
+        ]
+        return image, {"image_id": row, "annotations": annotations}
+
+
+def albumentations_transform() -> Callable[..., dict[str, Any]] | None:
+    if importlib.util.find_spec("albumentations") is None:
+        return None
+    import albumentations as A
+
+    chosen = [A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.5)]
+    transform: Callable[..., dict[str, Any]] = A.Compose(
+        chosen, bbox_params=A.BboxParams(format="coco", label_fields=["category"], clip=True)
+    )
+    return transform
+
+
+class ExampleCollate:
+    """The example's batch: float32 `pixel_values`, `pixel_mask` and `labels`."""
+
+    def __init__(self, edges: tuple[int, int]) -> None:
+        self.processor = DetrImageProcessor(size={"shortest_edge": edges[0], "longest_edge": edges[1]})
+
+    def __call__(self, samples: Sequence[tuple[NDArray[np.uint8], dict[str, Any]]]) -> dict[str, Any]:
+        images, annotations = zip(*samples, strict=True)
+        return dict(self.processor(images=list(images), annotations=list(annotations), return_tensors="pt"))
+
+
+class LoaderProcess:
+    """One loader process that stays between rounds."""
+
+    def __init__(self, dataset: Dataset[Any], keys: Sequence[Any], collate_fn: Callable[..., Any]) -> None:
+        batches = [keys[first : first + BATCH_SIZE] for first in range(0, len(keys), BATCH_SIZE)]
+        self._loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=batches, num_workers=1, collate_fn=collate_fn, persistent_workers=True
+        )
+        others = set(multiprocessing.active_children())
+        self.bytes_per_image = sum(map(num_bytes, self._loader)) / len(keys)
+        (child,) = set(multiprocessing.active_children()) - others
+        self._process = psutil.Process(child.pid)
+
+    def seconds(self) -> float:
+        """Processor time of an epoch; that includes handing the batches over through shared memory."""
+        before = self._process.cpu_times()
+        for _ in self._loader:
+            pass
+        after = self._process.cpu_times()
+        return after.user + after.system - before.user - before.system
+
+
+def num_bytes(batch: Batch | dict[str, Any]) -> int:
+    """Of a batch's pictures, as they go to the device."""
+    tensors: list[Tensor] = (
+        [batch["pixel_values"], batch["pixel_mask"]] if isinstance(batch, dict) else [batch.images]
+    )
+    return sum(tensor.nbytes for tensor in tensors)
+
+
 def main() -> None:
     options = parse_options()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = sorted(options.images.glob("*.jp*g")) if options.images else write_photos(Path(folder), 32)
-        dataset = make_dataset(Path(folder), paths)
-        loader = start_loader(dataset, len(paths))
-        with (
-            pillow_process(paths, NEW_MEMORY) as pillow,
-            pillow_process(paths, KEPT_MEMORY) as keeping_pillow,
-        ):
-            rates = measure(
-                options.rounds,
-                {
-                    REFERENCE: lambda: ask_for_seconds(pillow),
-                    "Pillow, decode, kept memory": lambda: ask_for_seconds(keeping_pillow),
-                    "ours, decode": lambda: decoding_seconds(paths),
-                    OURS: lambda: loader_seconds(loader),
-                },
-                len(paths),
-            )
-            pillow.communicate()
-            keeping_pillow.communicate()
-    report(rates, options.json)
-
-
-def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    edges: tuple[int, int] = tuple(options.edges)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as children:
+        folder = Path(name)
+        paths = (
+            sorted(options.images.glob("*.jp*g")) if options.images else write_photos(folder, options.size_hw)
+        )
+        data = write_data(folder, paths)
+        transform = build_transform("light", *edges, train=True)
+        ours = LoaderProcess(
+            CocoDetectionDataset(data, transform, seed=0, train=True),
+            [(0, i) for i in range(len(data))],
+            collate,
+        )
+        example = LoaderProcess(ExampleDataset(data), range(len(data)), ExampleCollate(edges))
+        ways = {
+            PILLOW: pillow_process(children, paths, NEW_MEMORY),
+            "Pillow, decode, kept memory": pillow_process(children, paths, KEPT_MEMORY),
+            "ours, decode": lambda: processor_seconds(lambda path: decode_rgb(path), paths),
+            **reduced_ways(data, paths, edges),
+            EXAMPLE: example.seconds,
+            OURS: ours.seconds,
+        }
+        seconds = take_turns(ways, rounds=options.rounds, warm_up=1, stopwatch=lambda way: way())
+    sizes = {OURS: ours.bytes_per_image / 2**20, EXAMPLE: example.bytes_per_image / 2**20}
+    rows = [
+        {"": name, "images/s": len(paths) / took_s, "MiB to the device per image": sizes.get(name)}
+        for name, took_s in medians(seconds).items()
+    ]
+    publish(
+        rows,
+        options.json,
+        goals={"ours_to_example": "at least 2", "ours_to_pillow_decoding": f"at least {100 / 129:.3f}"},
+        albumentations="installed" if albumentations_transform() else "not installed: nothing is augmented",
+        ours_to_example=median_ratio(seconds, EXAMPLE, OURS),
+        ours_to_pillow_decoding=median_ratio(seconds, PILLOW, OURS),
     )
+
+
+def parse_options() -> Any:
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=Path, help="folder of JPEGs to use instead of generated ones")
-    parser.add_argument(
-        "--rounds", type=int, default=7, help="times that every row is measured; the median counts"
-    )
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
+    parser.add_argument("--size-hw", type=int, nargs=2, default=[720, 1280], help="of the generated JPEGs")
+    parser.add_argument("--edges", type=int, nargs=2, default=[800, 1333], help="shortest_edge longest_edge")
+    parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 
 
-def write_photos(folder: Path, num_images: int) -> list[Path]:
+def write_photos(folder: Path, size_hw: tuple[int, int]) -> list[Path]:
     """Noise of many scales, with as much detail in a JPEG as a photograph has."""
+    height, width = size_hw
     rng = np.random.default_rng(0)
     paths = []
-    for index in range(num_images):
-        picture = np.zeros((HEIGHT, WIDTH, 3), np.float32)
+    for index in range(NUM_IMAGES):
+        picture = np.zeros((height, width, 3), np.float32)
         for cell in (320, 80, 20, 5, 2):
-            coarse = rng.integers(0, 256, (HEIGHT // cell + 1, WIDTH // cell + 1, 3), dtype=np.uint8)
-            octave = Image.fromarray(coarse).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+            coarse = rng.integers(0, 256, (height // cell + 1, width // cell + 1, 3), dtype=np.uint8)
+            octave = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
             picture += np.asarray(octave) * min(1, cell / 24)
         picture *= 255 / picture.max()
         paths.append(folder / f"{index:03d}.jpg")
@@ -102,7 +195,8 @@ def write_photos(folder: Path, num_images: int) -> list[Path]:
     return paths
 
 
-def make_dataset(folder: Path, paths: list[Path]) -> CocoDetectionDataset:
+def write_data(folder: Path, paths: list[Path]) -> CocoData:
+    """A data set of these pictures with eight boxes in each."""
     boxes = [(i, [40 * j, 30 * j, 90, 60]) for i in range(len(paths)) for j in range(8)]
     annotations = [
         {"id": n, "image_id": i, "category_id": 1, "bbox": box} for n, (i, box) in enumerate(boxes, start=1)
@@ -110,73 +204,56 @@ def make_dataset(folder: Path, paths: list[Path]) -> CocoDetectionDataset:
     images = [{"id": i, "file_name": str(path.resolve())} for i, path in enumerate(paths)]
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (folder / "annotations.json").write_text(json.dumps(document))
-    transform = build_transform("light", 800, 1333, train=True)
-    return CocoDetectionDataset(load_coco(folder), transform, seed=0, train=True)
+    return load_coco(folder)
 
 
-def measure(rounds: int, rows: dict[str, Callable[[], float]], num_images: int) -> dict[str, float]:
-    """Images per second of processor time, the median of all rounds."""
-    rates: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in range(rounds):
-        for name, seconds in rows.items():
-            rates[name].append(num_images / seconds())
-    return {name: statistics.median(values) for name, values in rates.items()}
+def reduced_ways(data: CocoData, paths: list[Path], edges: tuple[int, int]) -> dict[str, Callable[[], float]]:
+    """Decoding and resizing the whole picture, and at a reduced scale, where that is done."""
+    needed_hw = resized_hw(*data.size_hw(0), *edges)
+    if decode_reduced(paths[0], data.size_hw(0), needed_hw) is None:
+        return {}
+
+    def shrink(image: Tensor | None) -> None:
+        assert image is not None
+        F.resize(image, list(needed_hw), antialias=True)
+
+    def whole(path: Path) -> None:
+        shrink(decode_rgb(path))
+
+    def reduced(path: Path) -> None:
+        shrink(decode_reduced(path, data.size_hw(0), needed_hw))
+
+    return {
+        "ours, decode, resize": lambda: processor_seconds(whole, paths),
+        "ours, decode at a reduced scale, resize": lambda: processor_seconds(reduced, paths),
+    }
 
 
-def pillow_process(paths: list[Path], memory: dict[str, str]) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", PILLOW, *map(str, paths)]
-    environment = {**os.environ, **memory}
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-
-
-def ask_for_seconds(child: "subprocess.Popen[str]") -> float:
-    assert child.stdin is not None
-    assert child.stdout is not None
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    return float(child.stdout.readline())
-
-
-def decoding_seconds(paths: list[Path]) -> float:
+def processor_seconds(action: Callable[[Path], object], paths: list[Path]) -> float:
     started_at = time.process_time()
     for path in paths:
-        decode_rgb(path)
+        action(path)
     return time.process_time() - started_at
 
 
-def start_loader(dataset: CocoDetectionDataset, num_images: int) -> "DataLoader[Sample]":
-    """One loader process, warmed up, that stays between rounds."""
-    keys = [[(0, i) for i in range(first, num_images, 4)] for first in range(4)]
-    loader = DataLoader(
-        dataset, batch_sampler=keys, num_workers=1, collate_fn=collate, persistent_workers=True
-    )
-    loader_seconds(loader)
-    return loader
-
-
-def loader_seconds(loader: "DataLoader[Sample]") -> float:
-    """Of the loader process, for one epoch; that includes handing the batches over through shared memory."""
-    batches = iter(loader)
-    (child,) = multiprocessing.active_children()
-    before = psutil.Process(child.pid).cpu_times()
-    for _ in batches:
-        pass
-    after = psutil.Process(child.pid).cpu_times()
-    return after.user + after.system - before.user - before.system
-
-
-def report(rates: dict[str, float], json_path: Path | None) -> None:
-    reference = rates[REFERENCE]
-    for name, rate in rates.items():
-        print(f"{name:32s} {rate:7.1f} images/s   {rate / reference:5.2f} of Pillow")
-    ratio = rates[OURS] / reference
-    print(f"ratio {ratio:.3f}, goal {GOAL:.3f}: {'reached' if ratio >= GOAL else 'missed'}")
-    if json_path:
-        json_path.write_text(
-            json.dumps({"images_per_s": rates, "ratio": ratio, "goal": GOAL}, indent=2) + "\n"
+def pillow_process(children: ExitStack, paths: list[Path], memory: dict[str, str]) -> Callable[[], float]:
+    """A way to decode the pictures in a process of its own."""
+    command = [sys.executable, "-c", PILLOW_LOOP, *map(str, paths)]
+    child = children.enter_context(
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **memory}
         )
+    )
+    children.callback(child.communicate)  # it ends when its input does
+
+    def seconds() -> float:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write("go\n")
+        child.stdin.flush()
+        return float(child.stdout.readline())
+
+    return seconds
 
 
 if __name__ == "__main__":

@@ -46,13 +46,15 @@ def take_turns(
     rounds: int,
     warm_up: int = 2,
     device: torch.device | str = "cpu",
+    stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every call of every way. Each round calls all of them once; the first `warm_up` rounds fill
-    caches and do not count."""
+    caches and do not count. A `stopwatch` calls a way and says how long it took; without one, `seconds_of`
+    does."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name, action in ways.items():
-            took_s = seconds_of(action, device)
+            took_s = stopwatch(action) if stopwatch else seconds_of(action, device)
             if number >= warm_up:
                 seconds[name].append(took_s)
     return seconds

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import load_coco
 from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
 from detr_dist.errors import DataError
 
@@ -155,6 +156,58 @@ def test_an_image_of_another_size_than_annotated_counts_as_unreadable(
     assert "3.jpg: the image is 40x60 but its annotation says 60x40; its EXIF" in dataset[0, 1].unreadable[0]
     Image.new("RGB", (41, 60)).save(folder / "3.jpg")
     assert "3.jpg: the image is 41x60 but its annotation says 60x40; correct" in dataset[0, 1].unreadable[0]
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
+def test_decoding_at_a_reduced_scale_changes_no_box_and_hardly_a_pixel_and_crops_not_at_all(
+    document: Document, write_coco: WriteCoco, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for image in document["images"]:
+        image |= {"width": 600, "height": 400}
+    for annotation in document["annotations"]:
+        annotation["bbox"] = [10 * value for value in annotation["bbox"]]
+    dataset = make_dataset(write_coco(document), augmentation)
+    keys = [(epoch, row) for epoch in range(30) for row in range(3)]
+    as_always = [dataset[key] for key in keys]
+    monkeypatch.setattr("detr_dist.data.dataset.decode_reduced", lambda *_: None)
+    num_equal = 0
+    for key, sample in zip(keys, as_always, strict=True):
+        whole = dataset[key]
+        assert sample.image.shape == whole.image.shape
+        assert torch.equal(sample.boxes_cxcywh, whole.boxes_cxcywh)
+        assert torch.equal(sample.labels, whole.labels)
+        assert sample.original_size_hw == (400, 600)
+        # Colours that fill many pixels: both ways differ in rounding, and by a few levels at edges.
+        assert float((sample.image.float() - whole.image.float()).abs().mean()) < 1
+        num_equal += torch.equal(sample.image, whole.image)
+    # Half of `detr`'s are crops; 4.7 is a standard deviation.
+    assert (25 < num_equal < 65) if augmentation == "detr" else num_equal == 0
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
+def test_no_picture_is_reduced_below_what_its_transform_asks_for(
+    document: Document, write_coco: WriteCoco, augmentation: Augmentation
+) -> None:
+    sizes_hw = [(64, 96), (65, 97), (127, 190), (131, 300), (300, 131), (500, 500), (801, 1203), (97, 1000)]
+    for id_, (height, width) in enumerate(sizes_hw):
+        document["images"].append(
+            {"id": 100 + id_, "file_name": f"{100 + id_}.jpg", "width": width, "height": height}
+        )
+    folder = write_coco(document)
+    dataset, reduced = make_dataset(folder, augmentation), 0
+    for row in range(3, len(dataset)):
+        path, size_hw = dataset.data.image_path(row), dataset.data.size_hw(row)
+        for seed in range(20):
+            plan = dataset.transform.plan(size_hw, np.random.default_rng(seed))
+            image = dataset._read_image(row, plan)
+            if plan.window is not None:
+                assert torch.equal(image, decode_rgb(path))
+                continue
+            height, width = image.shape[-2:]
+            reduced += (height, width) != size_hw
+            assert height >= min(plan.size_hw[0], size_hw[0])
+            assert width >= min(plan.size_hw[1], size_hw[1])
+    assert reduced > 30
 
 
 def test_reading_leaves_global_randomness_alone(document: Document, write_coco: WriteCoco) -> None:

@@ -3,6 +3,7 @@ from itertools import chain, pairwise
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from detr_dist.data.sampling import (
     MicroBatchSampler,
@@ -11,20 +12,25 @@ from detr_dist.data.sampling import (
     StepPlan,
     epoch_order,
     evaluation_batches,
+    group_by_shape,
     random_numbers,
 )
 from detr_dist.errors import UsageError
 
+LANDSCAPE, SQUARE, PORTRAIT = (480, 640), (500, 500), (640, 480)
+MIXED = np.array([PORTRAIT if i % 10 < 3 else SQUARE if i % 10 < 5 else LANDSCAPE for i in range(100)])
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
 NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 
 
-def steps(plan: StepPlan, *, seed: int = 5, start_step: int = 0) -> Iterator[list[list[SampleKey]]]:
+def steps(
+    plan: StepPlan, *, seed: int = 5, start_step: int = 0, sizes_hw: NDArray[np.int64] | None = None
+) -> Iterator[list[list[SampleKey]]]:
     """For every optimizer step the keys of each process, in the order of its micro-batches."""
     num_steps = NUM_STEPS - start_step
     streams = []
     for process_index in range(plan.num_processes):
-        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps)
+        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps, sizes_hw)
         micro_batches = list(sampler)
         assert len(micro_batches) == len(sampler) == num_steps * plan.accumulation
         assert {len(keys) for keys in micro_batches} == {plan.batch_size}
@@ -42,14 +48,20 @@ def test_every_split_of_a_global_batch_sees_the_same_samples_in_each_step(
     split = StepPlan(NUM_SAMPLES, batch_size, num_processes, accumulation)
     assert split.steps_per_epoch == 4
     assert split.num_dropped == 4
-    for one, several in zip(steps(whole), steps(split), strict=True):
-        assert list(chain.from_iterable(several)) == one[0], "process by process, in the order of the whole"
+    for sizes_hw in (None, MIXED):
+        streams = steps(whole, sizes_hw=sizes_hw), steps(split, sizes_hw=sizes_hw)
+        for one, several in zip(*streams, strict=True):
+            assert list(chain.from_iterable(several)) == one[0], (
+                "process by process, in the order of the whole"
+            )
 
 
 @pytest.mark.parametrize("start_step", [0, 1, 4, 7, 10])
 def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(start_step: int) -> None:
     plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
-    assert list(steps(plan, start_step=start_step)) == list(steps(plan))[start_step:]
+    for sizes_hw in (None, MIXED):
+        whole = list(steps(plan, sizes_hw=sizes_hw))
+        assert list(steps(plan, start_step=start_step, sizes_hw=sizes_hw)) == whole[start_step:]
 
 
 def test_no_sample_comes_twice_in_an_epoch() -> None:
@@ -57,6 +69,35 @@ def test_no_sample_comes_twice_in_an_epoch() -> None:
     keys = [key for step in steps(plan) for process in step for key in process]
     assert len(set(keys)) == len(keys) == NUM_STEPS * 24
     assert {epoch for epoch, _ in keys} == {0, 1, 2}
+
+
+def test_portraits_and_other_images_are_in_steps_of_their_own_and_all_but_one_step_is_pure() -> None:
+    plan = StepPlan(NUM_SAMPLES, 6, 1, 1)
+    for epoch in range(20):
+        sampler = MicroBatchSampler(plan, 5, 0, epoch * 16, 16, MIXED)
+        of_steps = [[index for _, index in keys] for keys in sampler]
+        ungrouped = epoch_order(NUM_SAMPLES, 5, epoch)[:96].tolist()
+        assert sorted(chain.from_iterable(of_steps)) == sorted(ungrouped)
+        num_portraits = [int((MIXED[rows, 0] > MIXED[rows, 1]).sum()) for rows in of_steps]
+        assert sum(0 < number < 6 for number in num_portraits) <= 1
+
+
+def test_kinds_of_shape_alternate_by_chance_through_an_epoch() -> None:
+    sizes_hw = np.array([PORTRAIT if i < 3000 else LANDSCAPE for i in range(10_000)])
+    order = group_by_shape(epoch_order(10_000, 0, 0), sizes_hw, 10)
+    portraits = (order < 3000).reshape(10, 1000).mean(axis=1)
+    # Of 1000 draws, 300 +- 14 are portraits; a step more or less of them at either end of a tenth adds 10.
+    np.testing.assert_allclose(portraits, 0.3, atol=0.08)
+    first_of_epochs = {
+        int(group_by_shape(epoch_order(10_000, 0, epoch), sizes_hw, 10)[0]) < 3000 for epoch in range(30)
+    }
+    assert first_of_epochs == {True, False}
+
+
+@pytest.mark.parametrize("sizes_hw", [[LANDSCAPE, SQUARE], [PORTRAIT, (1000, 100)]])
+def test_images_of_one_kind_of_shape_keep_their_order(sizes_hw: list[tuple[int, int]]) -> None:
+    order = epoch_order(100, 3, 7)
+    assert np.array_equal(group_by_shape(order, np.array(sizes_hw * 50), 24), order[:96])
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from detr_dist.errors import CheckpointError, DetrDistError
+from detr_dist.errors import CheckpointError, DetrDistError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
@@ -31,6 +31,7 @@ from detr_dist.training.checkpoint import (
     write_checkpoint,
 )
 from detr_dist.training.loop import Training
+from detr_dist.training.resume import compare_with_saved
 from detr_dist.training.state import RunFacts, TrainState
 
 LISTED = (NETWORK, AVERAGE, OPTIMIZER, STRUCTURE, STATE)
@@ -204,6 +205,16 @@ def test_a_state_that_this_version_does_not_know_is_refused_by_its_key(
     rewrite(checkpoint, STATE, json.dumps(document).encode())
     with pytest.raises(CheckpointError, match=f"{checkpoint / STATE}: step not as this version writes it"):
         open_checkpoint(checkpoint)
+
+
+def test_a_run_from_before_shapes_were_grouped_did_not_group_them(
+    checkpoint: Path, rewrite: Rewrite, facts: RunFacts
+) -> None:
+    state = json.loads((checkpoint / STATE).read_text())
+    assert state["config"]["data"].pop("group_by_shape") is True
+    rewrite(checkpoint, STATE, json.dumps(state).encode())
+    with pytest.raises(UsageError, match=r"data\.group_by_shape False -> True\. Set it as it was to resume"):
+        compare_with_saved(open_checkpoint(checkpoint).facts, facts)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")

@@ -31,6 +31,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "data.shortest_edge",
     "data.longest_edge",
     "data.augmentation",
+    "data.group_by_shape",
     "model.model_architecture",
     "model.backbone",
     "model.pretrained",
