@@ -102,7 +102,7 @@ def run_processes(folder: Path, num_processes: int, options: argparse.Namespace)
 
 
 def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """By the number of processes; one process is measured before and after the others, and the mean counts."""
+    """By the number of processes. One process is measured before and after the others; their mean counts."""
     counts = [2] if options.device == "cpu" else range(2, torch.cuda.device_count() + 1)
     with tempfile.TemporaryDirectory() as folder:
         before = run_processes(Path(folder), 1, options)
