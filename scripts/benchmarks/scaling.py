@@ -17,8 +17,8 @@ Predicted: the seconds of a step of n processes, g = 8 of them in a node, m = n 
 
 where `last` is the share of DDP's last bucket (25 MiB at most), which only goes out when the backward pass is
 over. On the CPU nothing hides: the all-reduce needs the core that computes. The measured step of several
-processes stands beside the predicted one; step(1) is then that of a process which waits for nobody while the
-others work too, as they share memory and, on a busy machine, cores. What is not given is measured here.
+processes stands beside the predicted one; step(1) is then that of the slowest of processes which work at the
+same time and wait for nobody: they share memory and, on a busy machine, cores. What is not given is measured.
 """
 
 import argparse
@@ -142,8 +142,8 @@ def measured_rows(measured: dict[int, dict[str, float]]) -> list[dict[str, Any]]
             "processes": count,
             "step_ms": 1e3 * each["step_s"],
             "alone_ms": 1e3 * each["alone_s"],
-            "of_one_process": measured[1]["step_s"] / each["step_s"],
-            "of_alone": each["alone_s"] / each["step_s"],
+            "slowest_ms": 1e3 * each["slowest_s"],
+            "efficiency": measured[1]["step_s"] / each["step_s"],
             "images_per_s": count * each["batch_size"] / each["step_s"],
             "backward_ms": 1e3 * each["backward_s"],
             "exchange_ms": 1e3 * each["exchange_s"],
@@ -186,7 +186,7 @@ def main() -> None:
     model = model_of(measured, options)
     checked, nothing_given = max(measured), dict.fromkeys(vars(options)) | {"device": options.device}
     from_here = model_of(measured, argparse.Namespace(**nothing_given))
-    from_here = replace(from_here, step_s=measured[checked]["alone_s"])
+    from_here = replace(from_here, step_s=measured[checked]["slowest_s"])
     predicted_s, found_s = from_here.step(checked), measured[checked]["step_s"]
     publish(
         measured_rows(measured),

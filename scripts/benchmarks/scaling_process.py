@@ -113,8 +113,11 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
         return (lambda: dist.all_reduce(tensor)) if accelerator.num_processes > 1 else (lambda: None)
 
     ways = {"step_s": step, "alone_s": lambda: train_step(alone, next(steps), agreed)}
+    seconds = take_turns(ways, rounds=rounds, warm_up=WARM_UP, device=device)
+    # Of each round the slowest process: a common step has to wait for it.
+    slowest_s = [max(of_round) for of_round in zip(*host.gather_rows(seconds["alone_s"]), strict=True)]
     return {
-        **medians(take_turns(ways, rounds=rounds, warm_up=WARM_UP, device=device)),
+        **medians(seconds | {"slowest_s": slowest_s}),
         "backward_s": statistics.median([backward_s() for _ in range(WARM_UP + rounds)][WARM_UP:]),
         "exchange_s": median_s(lambda: host.gather_rows(EXCHANGED), rounds, device),
         "all_reduce_s": median_s(all_reduce(flat), rounds, device),
