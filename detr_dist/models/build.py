@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
@@ -239,6 +238,8 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
             "model.backbone is a configuration of its own, for which there are no pretrained weights; "
             "set model.pretrained_backbone=false, or name a timm backbone"
         )
+    import timm  # a network that begins from scratch starts sooner without it
+
     out_indices = network.config.backbone_config.out_indices
     try:
         source = timm.create_model(

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.evaluate import Details
-from detr_dist.evaluation.plots import draw_pictures
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.training.durable import failure_on_disk, new_folder
 
@@ -30,6 +29,8 @@ class PictureMaker:
 
     def draw(self, details: Details, name: str) -> None:
         """Into the folder `name` of the run's pictures."""
+        from detr_dist.evaluation.plots import draw_pictures  # matplotlib: training begins without it
+
         folder = self._pictures_dir / name
         try:
             with new_folder(folder) as partial:

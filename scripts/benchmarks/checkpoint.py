@@ -1,14 +1,13 @@
 """How long training waits for a checkpoint, against how long the whole save takes.
 
-    python scripts/benchmarks/checkpoint.py [--folder DIR] [--rounds 5] [--ema] [--device cuda] [--json]
+    python scripts/benchmarks/checkpoint.py [--folder DIR] [--rounds 5] [--ema] [--device cuda]
+        [--json FILE]
 
 Saves a DETR with a ResNet-50 and the state of its optimizer, as a run does: copied to the host while training
 waits, then written, flushed to disk and hashed in the background. The goal is that training waits at most a
 third.
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from timing import command_line, publish
 
 from detr_dist.config import Config, ModelConfig, TrainingConfig
 from detr_dist.data.sampling import StepPlan
@@ -101,30 +101,21 @@ def measure(
         "training_waits_s": statistics.median(waits_s),
         "whole_save_s": statistics.median(wholes_s),
         "share": statistics.median(wait / whole for wait, whole in zip(waits_s, wholes_s, strict=True)),
-        "goal": GOAL,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--folder", type=Path, help="where to write; a temporary folder if left out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ema", action="store_true", help="save a moving average of the weights as well")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     prepared = build_training(options.device, ema_decay=0.999 if options.ema else 0.0)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         figures = measure(Path(folder), options.rounds, *prepared)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    print(
-        f"checkpoint of {figures['size_mib']:.0f} MiB, medians of {options.rounds} rounds on {options.device}"
-    )
-    print(f"training waits  {figures['training_waits_s']:.3f} s")
-    print(f"the whole save  {figures['whole_save_s']:.3f} s")
-    print(f"share           {figures['share']:.2f} (goal: at most {GOAL:.2f})")
+    goals = {"share": f"at most {GOAL:.2f}"}
+    publish([figures], options.json, device=options.device, goals=goals, share=figures["share"])
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """Time of our criterion, forward and backward, beside that of the transformers library.
 
-    python scripts/benchmarks/criterion.py [--device cuda] [--threads 2] [--json]
+    python scripts/benchmarks/criterion.py [--device cuda] [--threads 2] [--json FILE]
 
-Both run alternately in one process, so that whatever else the machine does meets both. Medians after warm-up.
+Both take turns in one process. The goal is a quarter of the library's time.
 """
 
-import argparse
-import json
-import statistics
-import sys
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from timing import command_line, median_ratio, medians, publish, take_turns
 from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
@@ -90,72 +86,47 @@ def library_loss(settings: LossSettings, outputs: dict[str, Tensor], labels: Ten
     return loss
 
 
-def time_ms(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[float, float]:
-    """Milliseconds of one forward and backward pass, and the loss."""
-    for leaf in leaves:
-        leaf.grad = None
-    on_cuda = leaves[0].is_cuda
-    if on_cuda:
-        torch.cuda.synchronize()
-    started_at = time.perf_counter()
-    loss = function()
-    loss.backward()
-    if on_cuda:
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started_at), float(loss.detach())
-
-
-def compare(kind: ClassKind, device: str, repeats: int) -> dict[str, Any]:
-    """Median times of both criteria and how far their losses lie apart."""
+def compare(kind: ClassKind, device: str, rounds: int) -> dict[str, Any]:
+    """Median times of both criteria, forward and backward, and how far their losses lie apart."""
     settings = settings_for(kind)
     outputs, labels, boxes = random_problem(kind, device)
-    leaves = list(outputs.values())
-    ours, library = [], []
-    loss_difference = 0.0
-    for repeat in range(repeats + 5):
-        our_ms, our_value = time_ms(lambda: our_loss(settings, outputs, labels, boxes), leaves)
-        library_ms, library_value = time_ms(lambda: library_loss(settings, outputs, labels, boxes), leaves)
-        loss_difference = max(loss_difference, abs(our_value / library_value - 1))
-        if repeat >= 5:  # the first calls fill caches and start threads
-            ours.append(our_ms)
-            library.append(library_ms)
-    our_median, library_median = statistics.median(ours), statistics.median(library)
+    losses: dict[str, Tensor] = {}
+
+    def run(name: str, criterion: Callable[..., Tensor]) -> None:
+        for leaf in outputs.values():
+            leaf.grad = None
+        loss = criterion(settings, outputs, labels, boxes)
+        loss.backward()
+        losses[name] = loss.detach()
+
+    ways = {"ours": lambda: run("ours", our_loss), "library": lambda: run("library", library_loss)}
+    seconds = take_turns(ways, rounds=rounds, warm_up=5, device=device)
+    of_ways = medians(seconds)
     return {
-        "kind": kind,
-        "device": device,
-        "ours_ms": round(our_median, 3),
-        "library_ms": round(library_median, 3),
-        "ratio": round(library_median / our_median, 2),
-        "relative_loss_difference": loss_difference,
+        "classes": kind,
+        "ours_ms": 1000 * of_ways["ours"],
+        "library_ms": 1000 * of_ways["library"],
+        "ratio": median_ratio(seconds, "library", "ours"),
+        "loss_differs_by": abs(float(losses["ours"] / losses["library"]) - 1),
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu", help="torch device")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
-    parser.add_argument("--repeats", type=int, default=50, help="timed repetitions")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    parser.add_argument("--rounds", type=int, default=50)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     kinds: tuple[ClassKind, ...] = ("softmax", "sigmoid")
-    rows = [compare(kind, args.device, args.repeats) for kind in kinds]
-    if args.json:
-        print(json.dumps({"torch": torch.__version__, "threads": args.threads, "results": rows}))
-        return 0
+    rows = [compare(kind, options.device, options.rounds) for kind in kinds]
     print(
-        f"{NUM_IMAGES} images, {NUM_LAYERS} layers, {NUM_QUERIES} queries, {NUM_BOXES} boxes per image,",
-        end=" ",
+        f"{NUM_IMAGES} images, {NUM_LAYERS} layers, {NUM_QUERIES} queries, {NUM_BOXES} boxes per image, "
+        f"{NUM_CLASSES} classes, forward and backward, {options.device}"
     )
-    print(f"{NUM_CLASSES} classes, forward and backward, {args.device}, {args.threads} CPU threads")
-    print(f"{'classes':<10}{'ours ms':>10}{'library ms':>12}{'ratio':>8}{'loss differs by':>18}")
-    for row in rows:
-        times = f"{row['ours_ms']:>10.2f}{row['library_ms']:>12.2f}{row['ratio']:>8.2f}"
-        print(f"{row['kind']:<10}{times}{row['relative_loss_difference']:>18.1e}")
-    return 0
+    least = min(row["ratio"] for row in rows)
+    publish(rows, options.json, device=options.device, goals={"least_ratio": "4"}, least_ratio=least)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,6 +1,7 @@
 """Time and memory of scoring predictions, beside pycocotools on the same ones.
 
-    python scripts/benchmarks/evaluation.py [--images 5000] [--detections 100] [--classes 80] [--json]
+    python scripts/benchmarks/evaluation.py [--images 5000] [--detections 100] [--classes 80]
+        [--json FILE]
 
 Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory
 is its own growth. Ours is all that follows the network: records of all batches put together, COCO's figures,
@@ -8,14 +9,10 @@ precision, recall, F1, thresholds and confusions. pycocotools reads its results,
 summarises.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import multiprocessing
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -26,6 +23,7 @@ import numpy as np
 import psutil
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from timing import command_line, peak_memory_mib, publish, reset_peak_memory
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.coco_metrics import coco_figures
@@ -103,25 +101,20 @@ def measured(function: Callable[[], float]) -> dict[str, float]:
 
 
 def _measure(function: Callable[[], float], sender: Connection) -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = psutil.Process().memory_info().rss
+    reset_peak_memory("cpu")
+    before_mib = psutil.Process().memory_info().rss / 2**20
     began_at = time.perf_counter()
     result = function()
     seconds = time.perf_counter() - began_at
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    sender.send({"s": seconds, "mib": (peak - before) / 2**20, "map": result})
+    sender.send({"seconds": seconds, "peak_mib": peak_memory_mib("cpu") - before_mib, "map": result})
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main() -> None:
+    parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--detections", type=int, default=100, help="of each image")
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, alternating")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     data, batches = scene(args.images, args.detections, args.classes)
     records = DetectionRecords.concatenate(batches)
@@ -140,33 +133,20 @@ def main() -> int:
     for _ in range(args.rounds):
         runs["ours"].append(measured(lambda: ours(data, batches)))
         runs["pycocotools"].append(measured(lambda: reference(truth, results)))
-    medians = {
-        name: {key: statistics.median(each[key] for each in of_name) for key in of_name[0]}
+    rows = [
+        {"of": name} | {key: statistics.median(each[key] for each in of_name) for key in of_name[0]}
         for name, of_name in runs.items()
-    }
-    report = {
-        "columns_mib": columns_mib,
-        "objects_mib": objects_mib,
-        **medians,
-        "share_of_time": medians["ours"]["s"] / medians["pycocotools"]["s"],
-        "map_differs_by": abs(medians["ours"]["map"] - medians["pycocotools"]["map"]),
-    }
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    print(
-        f"{args.images} images x {args.detections} detections, {args.classes} classes; predictions take "
-        f"{columns_mib:.0f} MiB as columns, {objects_mib:.0f} MiB as Python objects"
+    ]
+    mine, theirs = rows
+    publish(
+        rows,
+        args.json,
+        columns_mib=columns_mib,
+        objects_mib=objects_mib,
+        share_of_time=mine["seconds"] / theirs["seconds"],
+        map_differs_by=abs(mine["map"] - theirs["map"]),
     )
-    print(f"{'':<12}{'seconds':>9}{'peak MiB':>10}{'AP':>9}")
-    for name, each in medians.items():
-        print(f"{name:<12}{each['s']:>9.2f}{each['mib']:>10.0f}{each['map']:>9.4f}")
-    print(
-        f"time {report['share_of_time']:.3f} of pycocotools'; AP differs by {report['map_differs_by']:.1e}; "
-        f"{os.cpu_count()} cores"
-    )
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,13 +1,12 @@
 """What an outage of the MLflow server costs a run: a real server is killed in the middle of it.
 
-    python scripts/benchmarks/mlflow_outage.py [--outage 60] [--json]
+    python scripts/benchmarks/mlflow_outage.py [--outage 60] [--json FILE]
 
 Trains the quickstart's network on generated scenes, logging every step, with a model for MLflow at every
 epoch of 8 steps. Prints the median time of a step before the outage and during it, and whether the server has
 everything once in the end.
 """
 
-import argparse
 import json
 import os
 import signal
@@ -22,8 +21,10 @@ from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
+from timing import command_line, publish
 
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 BEFORE_S = 30
@@ -92,7 +93,8 @@ def noted_losses(output_dir: Path) -> list[tuple[int, int]]:
     return noted
 
 
-def measure(folder: Path, outage_s: float) -> dict[str, float | bool]:
+def measure(folder: Path, outage_s: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Steps before and during the outage, and what else was found."""
     make_data = ("make-data", "data", "--num-train", str(NUM_SCENES), "--num-val", "8")
     subprocess.run([sys.executable, "-m", "detr_dist", *make_data], cwd=folder, check=True)
     server = Server(folder)
@@ -130,32 +132,28 @@ def measure(folder: Path, outage_s: float) -> dict[str, float | bool]:
         there = Counter(entry.step for entry in client.get_metric_history(run_dir.name, "train_loss"))
         models = {item.path for item in client.list_artifacts(run_dir.name, "models")}
         epochs = {f"models/epoch_{epoch}" for epoch in range(1, noted[-1][0] // (NUM_SCENES // BATCH) + 1)}
-        return {
-            "steps_before": len(before),
-            "before_ms": statistics.median(before),
-            "steps_during": len(during),
-            "during_ms": statistics.median(during),
+        rows = [
+            {"when": when, "steps": len(each), "median_ms": statistics.median(each)}
+            for when, each in (("before", before), ("during", during))
+        ]
+        facts = {
             "ratio": statistics.median(during) / statistics.median(before),
             "each_step_once": there == Counter(step for step, _ in noted),
             "num_models": len(models),
             "each_model_there": models == epochs,
         }
+        return rows, facts
     finally:
         server.kill()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = command_line(__doc__)
     parser.add_argument("--outage", type=float, default=60, help="seconds")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(Path(folder), options.outage)
-    if options.json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:<18} {value:.3f}" if isinstance(value, float) else f"{name:<18} {value}")
+        rows, facts = measure(Path(folder), options.outage)
+    publish(rows, options.json, **facts)
 
 
 if __name__ == "__main__":

@@ -107,20 +107,23 @@ def publish(
     *,
     device: torch.device | str = "cpu",
     goals: Mapping[str, str] | None = None,
+    more_rows: Mapping[str, Sequence[Row]] | None = None,
     **facts: Any,
 ) -> None:
     """Print a table of the rows, what else was found, and the machine; all of it as JSON too, if asked.
 
-    `goals` says of a fact what was hoped for.
+    `goals` says of a fact what was hoped for; `more_rows` are further tables, by title.
     """
-    where = machine(device)
-    print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format=_in_four_digits))
+    where, more_rows = machine(device), more_rows or {}
+    for title, of_table in {"": rows, **more_rows}.items():
+        print(title, end="\n" if title else "")
+        print(pd.DataFrame(of_table).fillna("").to_string(index=False, float_format=_in_four_digits))
     for name, value in facts.items():
         goal = f"  (goal: {goals[name]})" if goals and name in goals else ""
         print(f"{name.replace('_', ' ')}: {_in_four_digits(value)}{goal}")
     print("on " + ", ".join(f"{name} {value}" for name, value in where.items()))
     if json_path is not None:
-        found = {"rows": list(rows), **facts, "machine": where}
+        found = {"rows": list(rows), **more_rows, **facts, "machine": where}
         json_path.write_text(json.dumps(found, indent=2) + "\n")
 
 

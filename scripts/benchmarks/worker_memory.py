@@ -4,26 +4,25 @@ Writes a COCO JSON (no pictures), reads it, and goes over an epoch of its target
 Data in Python objects would grow there: to count a reference is to write to the object's page, so to copy it.
 The goal is that no process is more than 100 MB above its parent after the epoch.
 
-    python scripts/benchmarks/worker_memory.py [--num-images 100000] [--num-boxes 850000] [--json out.json]
+    python scripts/benchmarks/worker_memory.py [--num-images 100000] [--num-boxes 850000] [--json FILE]
 """
 
-import argparse
 import json
 import multiprocessing
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from timing import command_line, publish
 from torch.utils.data import DataLoader, Dataset
 
 from detr_dist.data.coco import CocoData, load_coco
 
 NUM_CLASSES, GOAL_MB = 80, 100
-KINDS = ("rss", "pss", "uss")
+KINDS = ("rss", "pss", "uss")  # resident, with its share of what is shared, its own alone
 
 
 class Targets(Dataset[tuple[int, float]]):
@@ -42,24 +41,26 @@ class Targets(Dataset[tuple[int, float]]):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--num-images", type=int, default=100_000)
     parser.add_argument("--num-boxes", type=int, default=850_000)
     parser.add_argument("--num-workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size_mb = write_annotations(Path(folder), options.num_images, options.num_boxes)
         started_at = time.perf_counter()
         data = load_coco(folder, check_files=False)
         load_s = time.perf_counter() - started_at
-    print(
-        f"read {len(data)} images and {len(data.areas)} boxes from {size_mb:.0f} MB of JSON in {load_s:.1f} s"
-    )
+    print(f"{len(data)} images and {len(data.areas)} boxes from {size_mb:.0f} MB of JSON; memory in MB")
     figures = run_epoch(data, options.num_workers)
-    report({"load_s": load_s, "processes_mb": figures}, options.json)
+    resident = {name: memory["rss_after"] for name, memory in figures.items()}
+    publish(
+        [{"process": name} | memory for name, memory in figures.items()],
+        options.json,
+        goals={"above_the_parent_mb": f"at most {GOAL_MB}"},
+        load_s=load_s,
+        above_the_parent_mb=max(resident.values()) - resident["parent"],
+    )
 
 
 def write_annotations(folder: Path, num_images: int, num_boxes: int) -> float:
@@ -118,21 +119,6 @@ def memory_of_all(when: str) -> dict[str, dict[str, float]]:
     return {
         name: {f"{kind}_{when}": getattr(info, kind) / 1e6 for kind in KINDS} for name, info in infos.items()
     }
-
-
-def report(figures: dict[str, Any], json_path: Path | None) -> None:
-    print("MB after the first batches -> after the epoch (resident; proportional share; own alone)")
-    for name, memory in figures["processes_mb"].items():
-        cells = (
-            f"{kind} {memory[f'{kind}_before']:6.0f} -> {memory[f'{kind}_after']:6.0f}" for kind in KINDS
-        )
-        print(f"{name:10s}" + "   ".join(cells))
-    resident = {name: memory["rss_after"] for name, memory in figures["processes_mb"].items()}
-    above = max(resident.values()) - resident["parent"]
-    verdict = "reached" if above <= GOAL_MB else "missed"
-    print(f"highest above the parent: {above:.0f} MB, goal {GOAL_MB}: {verdict}")
-    if json_path:
-        json_path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Seconds from the command to the end of the first training step, by part.
+
+    python scripts/benchmarks/start_up.py [--rounds 3] [--config configs/quickstart.yaml] [--json FILE]
+
+Starts training as scripts/quickstart.sh does, on scenes as it makes them, with no MLflow database and with
+one that is there already, in turns. timed_start.py, in the place of train_detr.py, notes the parts. The first
+round brings the files into the system's cache and does not count. The goal is 10 s without the launcher and
+the imports.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from timing import command_line, publish
+
+from detr_dist.data.synthetic import make_data
+
+REPOSITORY = Path(__file__).parents[2]
+NEW, KNOWN = "new MLflow database", "known one"
+
+
+def start(folder: Path, config: Path) -> dict[str, float]:
+    """Seconds of each part of one start."""
+    parts_path = folder / "parts.json"
+    parts_path.unlink(missing_ok=True)
+    launch = f"accelerate launch --quiet --config_file {REPOSITORY / 'accelerate_configs' / 'cpu.yaml'}"
+    options = f"--config {config} --train-dir data/train --val-dir data/val --output-dir out"
+    command = [*launch.split(), str(Path(__file__).with_name("timed_start.py")), parts_path.name]
+    finished = subprocess.run(
+        [*command, str(time.time()), *options.split()],
+        cwd=folder,
+        # As quickstart.sh has it.
+        env={"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if not parts_path.exists():
+        raise SystemExit(f"{finished.stdout}{finished.stderr}it did not come to a first step")
+    seconds: dict[str, float] = json.loads(parts_path.read_text())
+    return seconds
+
+
+def measure(folder: Path, config: Path, rounds: int) -> dict[str, list[dict[str, float]]]:
+    make_data(folder / "data", num_train=512, num_val=128, seed=0)
+    starts: dict[str, list[dict[str, float]]] = {NEW: [], KNOWN: []}
+    for number in range(1 + rounds):
+        (folder / "mlflow.db").unlink(missing_ok=True)
+        for each in starts.values():
+            seconds = start(folder, config)
+            if number > 0:
+                each.append(seconds)
+    return starts
+
+
+def is_ours(part: str) -> bool:
+    return part != "launcher" and not part.startswith("import ")
+
+
+def main() -> None:
+    parser = command_line(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "quickstart.yaml")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        starts = measure(Path(folder), options.config.resolve(), options.rounds)
+    parts = list(dict.fromkeys(part for each in starts.values() for seconds in each for part in seconds))
+    rows = [
+        {"part": part}
+        | {way: statistics.median(seconds.get(part, 0.0) for seconds in each) for way, each in starts.items()}
+        for part in sorted(parts, key=lambda part: (part != "launcher", is_ours(part)))
+    ]
+    sums: dict[str, float] = {}
+    for way, each in starts.items():
+        sums[f"all, {way}, s"] = statistics.median(sum(seconds.values()) for seconds in each)
+        sums[f"ours, {way}, s"] = statistics.median(
+            sum(took_s for part, took_s in seconds.items() if is_ours(part)) for seconds in each
+        )
+    goals = {name: "below 10" for name in sums if name.startswith("ours")}
+    publish(rows, options.json, goals=goals, **sums)
+
+
+if __name__ == "__main__":
+    main()
