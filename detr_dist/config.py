@@ -71,8 +71,8 @@ class DataConfig(Section):
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize."""
     group_by_shape: bool = True
-    """Make optimizer steps of portraits alone, or of none: mixed ones are padded to squares. Where all images
-    are of one kind, nothing changes."""
+    """Make each optimizer step of images that are of like height and width once augmented: all of a step are
+    padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:

@@ -63,6 +63,14 @@ class CocoDetectionDataset(Dataset[Sample]):
             blank = torch.zeros(3, *self.data.size_hw(index), dtype=torch.uint8)
             return self._sample(epoch, index, [str(error)], blank)
 
+    def size_hw(self, key: SampleKey) -> tuple[int, int]:
+        """Height and width of a training sample as the network will see it, if its image can be read."""
+        return self._plan(*key).size_hw
+
+    def _plan(self, epoch: int, row: int) -> Plan:
+        rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
+        return self.transform.plan(self.data.size_hw(row), rng)
+
     def _read_image(self, row: int, plan: Plan) -> Tensor:
         """At a reduced scale where the plan needs no more. A window is cut in the pixels of the file."""
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
@@ -75,7 +83,7 @@ class CocoDetectionDataset(Dataset[Sample]):
     def _sample(self, epoch: int, row: int, unreadable: list[str], image: Tensor | None = None) -> Sample:
         """`image` stands for the file's own."""
         size_hw = self.data.size_hw(row)
-        plan = self.transform.plan(size_hw, random_numbers(Purpose.AUGMENT, self.seed, epoch, row))
+        plan = self._plan(epoch, row)
         if image is None:
             image = self._read_image(row, plan)
         boxes_xywh, classes = self.data.training_targets(row)

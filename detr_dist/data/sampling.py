@@ -1,7 +1,7 @@
 """Which samples make which optimizer step, on which process: pure functions of the seed and the position."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -13,6 +13,10 @@ from detr_dist.errors import UsageError
 
 SampleKey = tuple[int, int]
 """Epoch and index of a sample: all that decides, with the seed, how it looks."""
+
+
+WINDOW_STEPS = 32
+"""Among so many steps' samples like shapes are looked for. More would pad less, and shuffle less."""
 
 
 class Purpose(IntEnum):
@@ -33,23 +37,30 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return random_numbers(Purpose.SHUFFLE, seed, epoch).permutation(num_samples)
 
 
-def group_by_shape(
-    order: NDArray[np.int64], sizes_hw: NDArray[np.int64], step_size: int
-) -> NDArray[np.int64]:
-    """The same samples as in the whole steps of `order`, portraits and others in steps of their own.
+def group_by_shape(sizes_hw: NDArray[np.int64], step_size: int) -> NDArray[np.int64]:
+    """Places [S, step_size] of images of these sizes [S * step_size, 2], like heights and widths in one step:
+    all images of a step are padded to one canvas.
 
-    All images of a step are padded to one canvas, which would have to be a square for both. What is left of
-    both makes one mixed step. A step stands where its first sample stood: the two kinds alternate by chance,
-    and samples of one kind stay in their order.
+    The images are halved by the side that differs most, and the halves again. A step stands where its first
+    image stood, and like images stay in their order. Whole numbers only: all processes must come to the same.
     """
-    height, width = sizes_hw[order[: len(order) // step_size * step_size]].T
-    places = [np.flatnonzero(height <= width), np.flatnonzero(height > width)]
-    ends = [len(kind) // step_size * step_size for kind in places]
-    whole = [kind[:end] for kind, end in zip(places, ends, strict=True)]
-    mixed = np.sort(np.concatenate([kind[end:] for kind, end in zip(places, ends, strict=True)]))
-    steps = np.concatenate([*whole, mixed]).reshape(-1, step_size)
-    grouped: NDArray[np.int64] = order[steps[np.argsort(steps[:, 0])].reshape(-1)]
-    return grouped
+    steps = np.array(list(_halve(np.arange(len(sizes_hw)), sizes_hw, step_size)))
+    return steps[np.argsort(steps[:, 0])]
+
+
+def _halve(
+    places: NDArray[np.int64], sizes_hw: NDArray[np.int64], step_size: int
+) -> Iterator[NDArray[np.int64]]:
+    num_steps = len(places) // step_size
+    if num_steps == 1:
+        yield np.sort(places)
+        return
+    (least_height, least_width), (height, width) = sizes_hw[places].min(axis=0), sizes_hw[places].max(axis=0)
+    side = int(width * least_height > height * least_width)
+    places = places[np.argsort(sizes_hw[places, side], kind="stable")]
+    middle = num_steps // 2 * step_size
+    yield from _halve(places[:middle], sizes_hw, step_size)
+    yield from _halve(places[middle:], sizes_hw, step_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +99,13 @@ class StepPlan:
         return self.num_samples % self.global_batch_size
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class MicroBatchSampler:
     """The keys of this process's micro-batches, from optimizer step `start_step` on for `num_steps` steps.
 
     Steps count through all epochs. A loader that takes this as its batch sampler delivers one stream without
-    a pause between epochs. With `sizes_hw`, steps are made of images of like shape.
+    a pause between epochs. With `size_hw`, which tells how large a sample will be, the samples of every
+    `WINDOW_STEPS` steps are put into steps of like shape.
     """
 
     plan: StepPlan
@@ -101,29 +113,36 @@ class MicroBatchSampler:
     process_index: int
     start_step: int
     num_steps: int
-    sizes_hw: NDArray[np.int64] | None = None  # [N, 2] of all samples
+    size_hw: Callable[[SampleKey], tuple[int, int]] | None = None
 
     def __len__(self) -> int:
         return self.num_steps * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        plan, order_of = self.plan, -1
-        order = np.empty(0, np.int64)
+        plan, window_of = self.plan, (-1, -1)
+        window = np.empty((0, 0), np.int64)
         for step in range(self.start_step, self.start_step + self.num_steps):
             epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
-            if epoch != order_of:
-                order, order_of = self._order(epoch), epoch
-            first = step_in_epoch * plan.global_batch_size
-            of_step = order[first : first + plan.global_batch_size]
+            number, step_in_window = divmod(step_in_epoch, WINDOW_STEPS)
+            if window_of != (epoch, number):
+                window, window_of = self._window(epoch, number), (epoch, number)
+            of_step = window[step_in_window]
             own = of_step.reshape(plan.num_processes, plan.accumulation, plan.batch_size)[self.process_index]
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        order = epoch_order(self.plan.num_samples, self.seed, epoch)
-        if self.sizes_hw is None:
-            return order
-        return group_by_shape(order, self.sizes_hw, self.plan.global_batch_size)
+    def _window(self, epoch: int, number: int) -> NDArray[np.int64]:
+        """The samples of up to `WINDOW_STEPS` steps, [steps, global batch]."""
+        plan = self.plan
+        order = epoch_order(plan.num_samples, self.seed, epoch)[
+            : plan.steps_per_epoch * plan.global_batch_size
+        ]
+        samples = order.reshape(-1, plan.global_batch_size)[number * WINDOW_STEPS :][:WINDOW_STEPS]
+        if self.size_hw is None:
+            return samples
+        sizes_hw = np.array([self.size_hw((epoch, index)) for index in samples.flatten().tolist()])
+        grouped: NDArray[np.int64] = samples.flatten()[group_by_shape(sizes_hw, plan.global_batch_size)]
+        return grouped
 
 
 class EvaluationBatch(NamedTuple):

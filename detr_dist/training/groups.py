@@ -35,15 +35,16 @@ class GroupStream:
         )
         seed = config.training.seed
         self._group_size = config.training.gradient_accumulation_steps
+        dataset = CocoDetectionDataset(data, transform, seed=seed, train=True)
         self._loader = BatchLoader(
-            CocoDetectionDataset(data, transform, seed=seed, train=True),
+            dataset,
             MicroBatchSampler(
                 plan,
                 seed,
                 process_index,
                 first_step,
                 total_steps - first_step,
-                data.sizes_hw if config.data.group_by_shape else None,
+                dataset.size_hw if config.data.group_by_shape else None,
             ),
             config.data,
             pin_memory=pin_memory,

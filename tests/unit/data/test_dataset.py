@@ -210,6 +210,15 @@ def test_no_picture_is_reduced_below_what_its_transform_asks_for(
     assert reduced > 30
 
 
+@pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
+def test_the_size_of_a_sample_is_known_before_it_is_made(
+    document: Document, write_coco: WriteCoco, augmentation: Augmentation
+) -> None:
+    dataset = make_dataset(write_coco(document), augmentation)
+    for key in [(epoch, row) for epoch in range(10) for row in range(3)]:
+        assert dataset.size_hw(key) == tuple(dataset[key].image.shape[-2:])
+
+
 def test_reading_leaves_global_randomness_alone(document: Document, write_coco: WriteCoco) -> None:
     dataset = make_dataset(write_coco(document), "detr")
     torch_state = torch.get_rng_state()

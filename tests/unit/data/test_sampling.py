@@ -1,11 +1,12 @@
-from collections.abc import Iterator
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterator
+from itertools import chain, pairwise, product
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from detr_dist.data.sampling import (
+    WINDOW_STEPS,
     MicroBatchSampler,
     Purpose,
     SampleKey,
@@ -17,20 +18,20 @@ from detr_dist.data.sampling import (
 )
 from detr_dist.errors import UsageError
 
-LANDSCAPE, SQUARE, PORTRAIT = (480, 640), (500, 500), (640, 480)
-MIXED = np.array([PORTRAIT if i % 10 < 3 else SQUARE if i % 10 < 5 else LANDSCAPE for i in range(100)])
+SHAPES = [(480, 640), (500, 500), (640, 480)]
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
+SizeOf = Callable[[SampleKey], tuple[int, int]]
 NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 
 
 def steps(
-    plan: StepPlan, *, seed: int = 5, start_step: int = 0, sizes_hw: NDArray[np.int64] | None = None
+    plan: StepPlan, *, seed: int = 5, start_step: int = 0, size_hw: SizeOf | None = None
 ) -> Iterator[list[list[SampleKey]]]:
     """For every optimizer step the keys of each process, in the order of its micro-batches."""
     num_steps = NUM_STEPS - start_step
     streams = []
     for process_index in range(plan.num_processes):
-        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps, sizes_hw)
+        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps, size_hw)
         micro_batches = list(sampler)
         assert len(micro_batches) == len(sampler) == num_steps * plan.accumulation
         assert {len(keys) for keys in micro_batches} == {plan.batch_size}
@@ -48,8 +49,8 @@ def test_every_split_of_a_global_batch_sees_the_same_samples_in_each_step(
     split = StepPlan(NUM_SAMPLES, batch_size, num_processes, accumulation)
     assert split.steps_per_epoch == 4
     assert split.num_dropped == 4
-    for sizes_hw in (None, MIXED):
-        streams = steps(whole, sizes_hw=sizes_hw), steps(split, sizes_hw=sizes_hw)
+    for size_hw in (None, size_of):
+        streams = steps(whole, size_hw=size_hw), steps(split, size_hw=size_hw)
         for one, several in zip(*streams, strict=True):
             assert list(chain.from_iterable(several)) == one[0], (
                 "process by process, in the order of the whole"
@@ -59,9 +60,9 @@ def test_every_split_of_a_global_batch_sees_the_same_samples_in_each_step(
 @pytest.mark.parametrize("start_step", [0, 1, 4, 7, 10])
 def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(start_step: int) -> None:
     plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
-    for sizes_hw in (None, MIXED):
-        whole = list(steps(plan, sizes_hw=sizes_hw))
-        assert list(steps(plan, start_step=start_step, sizes_hw=sizes_hw)) == whole[start_step:]
+    for size_hw in (None, size_of):
+        whole = list(steps(plan, size_hw=size_hw))
+        assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == whole[start_step:]
 
 
 def test_no_sample_comes_twice_in_an_epoch() -> None:
@@ -71,33 +72,47 @@ def test_no_sample_comes_twice_in_an_epoch() -> None:
     assert {epoch for epoch, _ in keys} == {0, 1, 2}
 
 
-def test_portraits_and_other_images_are_in_steps_of_their_own_and_all_but_one_step_is_pure() -> None:
-    plan = StepPlan(NUM_SAMPLES, 6, 1, 1)
-    for epoch in range(20):
-        sampler = MicroBatchSampler(plan, 5, 0, epoch * 16, 16, MIXED)
+def size_of(key: SampleKey) -> tuple[int, int]:
+    """Of three shapes, by chance for each epoch as an augmentation would."""
+    return SHAPES[random_numbers(Purpose.AUGMENT, 0, *key).integers(3)]
+
+
+def test_an_epoch_sees_the_same_samples_grouped_or_not_and_all_but_a_few_steps_are_of_one_shape() -> None:
+    plan = StepPlan(1000, 6, 1, 1)
+    for epoch in range(3):
+        sampler = MicroBatchSampler(plan, 5, 0, epoch * 166, 166, size_of)
         of_steps = [[index for _, index in keys] for keys in sampler]
-        ungrouped = epoch_order(NUM_SAMPLES, 5, epoch)[:96].tolist()
-        assert sorted(chain.from_iterable(of_steps)) == sorted(ungrouped)
-        num_portraits = [int((MIXED[rows, 0] > MIXED[rows, 1]).sum()) for rows in of_steps]
-        assert sum(0 < number < 6 for number in num_portraits) <= 1
+        ungrouped = epoch_order(1000, 5, epoch)[:996].tolist()
+        for first in range(0, 166, WINDOW_STEPS):
+            window = list(chain.from_iterable(of_steps[first : first + WINDOW_STEPS]))
+            assert sorted(window) == sorted(ungrouped[6 * first : 6 * first + len(window)])
+        is_mixed = [len({size_of((epoch, index)) for index in indices}) > 1 for indices in of_steps]
+        assert sum(is_mixed) <= 2 * 6  # of each of the 6 windows two, where shapes meet
+        firsts = [ungrouped.index(indices[0]) for indices in of_steps]
+        assert firsts[:WINDOW_STEPS] == sorted(firsts[:WINDOW_STEPS])
 
 
-def test_kinds_of_shape_alternate_by_chance_through_an_epoch() -> None:
-    sizes_hw = np.array([PORTRAIT if i < 3000 else LANDSCAPE for i in range(10_000)])
-    order = group_by_shape(epoch_order(10_000, 0, 0), sizes_hw, 10)
-    portraits = (order < 3000).reshape(10, 1000).mean(axis=1)
-    # Of 1000 draws, 300 +- 14 are portraits; a step more or less of them at either end of a tenth adds 10.
-    np.testing.assert_allclose(portraits, 0.3, atol=0.08)
-    first_of_epochs = {
-        int(group_by_shape(epoch_order(10_000, 0, epoch), sizes_hw, 10)[0]) < 3000 for epoch in range(30)
-    }
-    assert first_of_epochs == {True, False}
+def test_halving_brings_like_sizes_together() -> None:
+    # By hand: heights differ most, 5 times; then, in both halves, widths.
+    sizes_hw = np.array([(10, 30), (50, 20), (11, 10), (50, 40), (50, 41), (10, 31), (10, 11), (50, 21)])
+    assert group_by_shape(sizes_hw, 2).tolist() == [[0, 5], [1, 7], [2, 6], [3, 4]]
 
 
-@pytest.mark.parametrize("sizes_hw", [[LANDSCAPE, SQUARE], [PORTRAIT, (1000, 100)]])
-def test_images_of_one_kind_of_shape_keep_their_order(sizes_hw: list[tuple[int, int]]) -> None:
-    order = epoch_order(100, 3, 7)
-    assert np.array_equal(group_by_shape(order, np.array(sizes_hw * 50), 24), order[:96])
+def test_steps_of_like_sizes_pad_far_less() -> None:
+    sizes_hw = np.array(list(product(range(400, 800, 50), range(400, 1300, 50))) * 4)
+    sizes_hw = np.random.default_rng(0).permutation(sizes_hw)
+
+    def padded_share(steps: NDArray[np.int64]) -> float:
+        canvas_px = steps.max(axis=1).prod(axis=1).sum() * steps.shape[1]
+        return 1 - steps.prod(axis=2).sum() / canvas_px
+
+    mixed = padded_share(sizes_hw.reshape(-1, 16, 2))
+    assert padded_share(sizes_hw[group_by_shape(sizes_hw, 16)]) < 0.3 * mixed
+
+
+def test_images_of_one_size_keep_their_order() -> None:
+    plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
+    assert list(steps(plan, size_hw=lambda key: (720, 1280))) == list(steps(plan))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
