@@ -2,9 +2,9 @@
 
     python scripts/benchmarks/padding.py [--edges 100 166] [--device cuda] [--json FILE]
 
-Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each
-with `light` and `detr`. The padded share is of an epoch of 8,000 images; the time is forward and backward of a
-ResNet-18's convolutions on some of its canvases, at the edges that are asked for.
+Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each with `light`
+and `detr`. The padded share is of an epoch of 8,000 images; the time is forward and backward of a ResNet-18's
+convolutions on some of its canvases, at the edges that are asked for.
 """
 
 from collections.abc import Callable
