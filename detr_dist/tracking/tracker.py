@@ -40,6 +40,7 @@ def run_params(
         "mixed_precision": training.mixed_precision,
         "compile_model": training.compile_model,
         "channels_last": training.channels_last,
+        "gradient_checkpointing": training.gradient_checkpointing,
         "lr_schedule": training.lr_schedule,
         "warmup_steps": training.warmup_steps,
         "seed": training.seed,
