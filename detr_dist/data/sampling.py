@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +33,12 @@ def random_numbers(purpose: Purpose, seed: int, epoch: int, index: int = 0) -> n
     return np.random.default_rng((purpose, seed, epoch, index))
 
 
+@lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the samples."""
-    return random_numbers(Purpose.SHUFFLE, seed, epoch).permutation(num_samples)
+    """A permutation of the samples, to be read only."""
+    order = random_numbers(Purpose.SHUFFLE, seed, epoch).permutation(num_samples)
+    order.setflags(write=False)
+    return order
 
 
 def group_by_shape(sizes_hw: NDArray[np.int64], step_size: int) -> NDArray[np.int64]:
@@ -119,30 +123,42 @@ class MicroBatchSampler:
         return self.num_steps * self.plan.accumulation
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        plan, window_of = self.plan, (-1, -1)
+        plan, window_of, end = self.plan, (-1, -1), self.start_step + self.num_steps
         window = np.empty((0, 0), np.int64)
-        for step in range(self.start_step, self.start_step + self.num_steps):
+        sizes: dict[SampleKey, tuple[int, int]] = {}
+        for step in range(self.start_step, end):
             epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
             number, step_in_window = divmod(step_in_epoch, WINDOW_STEPS)
             if window_of != (epoch, number):
-                window, window_of = self._window(epoch, number), (epoch, number)
+                window, window_of = self._window(epoch, number, sizes), (epoch, number)
             of_step = window[step_in_window]
             own = of_step.reshape(plan.num_processes, plan.accumulation, plan.batch_size)[self.process_index]
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
+            if self.size_hw is not None and step + WINDOW_STEPS < end:
+                # A step's share of the next window, so that training does not pause for all of it at once.
+                sizes |= {key: self.size_hw(key) for key in self._keys(step + WINDOW_STEPS)}
 
-    def _window(self, epoch: int, number: int) -> NDArray[np.int64]:
-        """The samples of up to `WINDOW_STEPS` steps, [steps, global batch]."""
+    def _window(self, epoch: int, number: int, sizes: dict[SampleKey, tuple[int, int]]) -> NDArray[np.int64]:
+        """The samples of up to `WINDOW_STEPS` steps, [steps, global batch]. What it needs of `sizes` is taken
+        out."""
         plan = self.plan
-        order = epoch_order(plan.num_samples, self.seed, epoch)[
-            : plan.steps_per_epoch * plan.global_batch_size
-        ]
-        samples = order.reshape(-1, plan.global_batch_size)[number * WINDOW_STEPS :][:WINDOW_STEPS]
+        first, last = number * WINDOW_STEPS, min((number + 1) * WINDOW_STEPS, plan.steps_per_epoch)
+        steps = range(epoch * plan.steps_per_epoch + first, epoch * plan.steps_per_epoch + last)
+        keys = [key for step in steps for key in self._keys(step)]
+        samples = np.array([index for _, index in keys])
         if self.size_hw is None:
-            return samples
-        sizes_hw = np.array([self.size_hw((epoch, index)) for index in samples.flatten().tolist()])
-        grouped: NDArray[np.int64] = samples.flatten()[group_by_shape(sizes_hw, plan.global_batch_size)]
+            return samples.reshape(-1, plan.global_batch_size)
+        sizes_hw = np.array([sizes.pop(key) if key in sizes else self.size_hw(key) for key in keys])
+        grouped: NDArray[np.int64] = samples[group_by_shape(sizes_hw, plan.global_batch_size)]
         return grouped
+
+    def _keys(self, step: int) -> list[SampleKey]:
+        """Of an optimizer step, before samples of like shape are looked for."""
+        epoch, step_in_epoch = divmod(step, self.plan.steps_per_epoch)
+        first = step_in_epoch * self.plan.global_batch_size
+        order = epoch_order(self.plan.num_samples, self.seed, epoch)
+        return [(epoch, index) for index in order[first : first + self.plan.global_batch_size].tolist()]
 
 
 class EvaluationBatch(NamedTuple):

@@ -37,8 +37,8 @@ def num_compiled_graphs() -> int:
 
 
 def recompute_activations(network: PreTrainedModel) -> None:
-    """Keep only what goes into each layer of encoder and decoder and each stage of the backbone, and compute
-    what is inside again in the backward pass.
+    """Keep only what goes into each layer of encoder and decoder and each stage of a timm backbone, and
+    compute what is inside again in the backward pass.
 
     A backbone whose batch norm learns keeps everything: its statistics would take in each batch twice.
     """
@@ -50,7 +50,9 @@ def recompute_activations(network: PreTrainedModel) -> None:
 
 
 class _Recomputed(nn.Module):
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    """Around the call and not inside `forward`, where it would cut what is compiled into pieces."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:
-            return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+            return super().__call__(*args, **kwargs)
+        return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)

@@ -1,7 +1,8 @@
 """Where a `transformers` detector waits for its device in the middle of a forward pass, and how it is spared
 that.
 
-Each such wait leaves a GPU with nothing queued, and ends a compiled region.
+Each such wait leaves a GPU with nothing queued, and ends a compiled region. One is left: Deformable DETR
+copies the sizes of its feature maps to the device.
 """
 
 from typing import Any
@@ -21,14 +22,14 @@ def spare_finite_checks(network: PreTrainedModel) -> None:
         put_before(layer, _Unasked)
 
 
-def put_before(module: nn.Module, forward: type[nn.Module]) -> None:
-    """Let a module's `forward` be that of another class, which calls the module's own as `super().forward`.
+def put_before(module: nn.Module, methods: type[nn.Module]) -> None:
+    """Let the methods of another class come before a module's own, which they call by `super()`.
 
     Unlike a wrapper that changes no name in the state dict, and unlike a function on the instance it survives
     a copy.
     """
     kind = type(module)
-    module.__class__ = type(kind.__name__, (forward, kind), {})
+    module.__class__ = type(kind.__name__, (methods, kind), {})
 
 
 class _Unasked(nn.Module):
@@ -63,13 +64,13 @@ class PaddingMasks:
     def _make(
         self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        made = {name: self._mask(kwargs[name]) for name in kwargs if name.endswith("mask")}
-        return args, kwargs | made
+        masks = {name: mask for name, mask in kwargs.items() if name.endswith("mask") and mask is not None}
+        return args, kwargs | {name: self._mask(mask) for name, mask in masks.items() if mask.ndim == 2}
 
-    def _mask(self, is_image: Tensor | None) -> Tensor | None:
+    def _mask(self, is_image: Tensor) -> Tensor | None:
         """For all heads and queries [B, 1, 1, S], from what is known of the S positions of the feature map
         [B, S]."""
-        if is_image is None or not self.is_padded:
+        if not self.is_padded:
             return None
         is_image = is_image[:, None, None]
         if not self._is_additive:

@@ -121,14 +121,14 @@ class RunObserver:
             model = ModelCard(num_epochs, state.step, self._is_best, metrics, thresholds)
         if names or model is not None:
             self._save(state, names, model)  # the loop has checked the weights
+        details, self._details = self._details, None
         if self._was_evaluated and self._config.evaluation.pictures:
-            self._host.on_main_process(lambda: self._draw(f"epoch_{num_epochs}"))
+            self._host.on_main_process(lambda: self._draw(details, f"epoch_{num_epochs}"))
         self._paused_s += time.perf_counter() - began_at
 
-    def _draw(self, name: str) -> None:
-        if self._draw_pictures is not None and self._details is not None:
-            self._draw_pictures(self._details, name)
-        self._details = None
+    def _draw(self, details: Details | None, name: str) -> None:
+        if self._draw_pictures is not None and details is not None:
+            self._draw_pictures(details, name)
 
     def save_last(self, state: TrainState) -> None:
         """Save at once, wherever the run stands, because it is about to stop."""

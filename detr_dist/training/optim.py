@@ -32,7 +32,9 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
             }
             for (is_backbone, is_norm_or_bias), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
-        fused=True,  # one pass over each tensor, on the CPU as well
+        # One pass over each tensor, on the CPU as well. But it skips by itself a step that has overflowed:
+        # Accelerate, which looks whether the step was called, would not know.
+        fused=config.mixed_precision != "fp16",
     )
 
 

@@ -176,7 +176,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     host, options = setup.host, setup.options
     state = setup.resumed.state if setup.resumed is not None else TrainState()
     groups = training_data(setup, training, state)
-    observer = observe(setup, training, state, groups, signals, tracker)
+    observer = observe(setup, training, state, groups, signals=signals, tracker=tracker)
     try:
         fit(training, state, groups, observer)
         observer.finish()
@@ -214,6 +214,7 @@ def observe(
     training: Training,
     state: TrainState,
     groups: GroupStream,
+    *,
     signals: StopSignals,
     tracker: MLflowTracker | None,
 ) -> RunObserver:

@@ -7,7 +7,7 @@ example (examples/pytorch/object-detection there) opens with Pillow, flips and c
 with albumentations if that is installed (nothing if not: it is then faster than it would be), and lets
 DetrImageProcessor resize, normalise and pad; both run in a loader process. Pillow has two speeds, and chance
 decides which: the C library may ask the system for new memory for every picture, or keep what it has. Each
-row fixes that, in its own process.
+row of Pillow's fixes that, in its own process.
 """
 
 import importlib.util

@@ -102,7 +102,7 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
         batch = agreed.group[0].to(device)
         is_ddp = isinstance(training.model, DistributedDataParallel)
         with training.model.no_sync() if is_ddp else nullcontext():
-            outputs = training.model(batch.images, batch.sizes_hw)
+            outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded)
             targets = batch.labels, batch.boxes_cxcywh, batch.num_boxes
             loss = training.criterion(outputs, *targets, agreed.counts).loss
             took_s = seconds_of(loss.backward, device)
@@ -121,7 +121,9 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
         "backward_s": statistics.median([backward_s() for _ in range(WARM_UP + rounds)][WARM_UP:]),
         "exchange_s": median_s(lambda: host.gather_rows(EXCHANGED), rounds, device),
         "all_reduce_s": median_s(all_reduce(flat), rounds, device),
-        "latency_s": median_s(all_reduce(flat[:1].clone()), rounds, device) / 2,  # two steps of a ring of two
+        # A ring of n takes 2 (n - 1) steps.
+        "latency_s": median_s(all_reduce(flat[:1].clone()), rounds, device)
+        / (2 * max(1, accelerator.num_processes - 1)),
         "gradient_bytes": float(flat.nbytes),
         "batch_size": float(training.plan.batch_size),
     }

@@ -110,6 +110,24 @@ def test_steps_of_like_sizes_pad_far_less() -> None:
     assert padded_share(sizes_hw[group_by_shape(sizes_hw, 16)]) < 0.3 * mixed
 
 
+def test_sizes_are_asked_for_step_by_step_and_once() -> None:
+    asked: list[SampleKey] = []
+
+    def note(key: SampleKey) -> tuple[int, int]:
+        asked.append(key)
+        return size_of(key)
+
+    plan = StepPlan(1000, 6, 1, 1)  # 166 steps an epoch
+    counts = []
+    for _ in MicroBatchSampler(plan, 5, 0, 0, 300, note):
+        counts.append(len(asked))
+    assert counts[0] == WINDOW_STEPS * 6
+    # Six for each step, but where an epoch ends with a window of 6 steps, whose next one comes the sooner.
+    in_between = [later - earlier for earlier, later in pairwise(counts)]
+    assert sorted(in_between, reverse=True)[1] <= 6
+    assert len(asked) == len(set(asked)) == (166 + 5 * WINDOW_STEPS) * 6
+
+
 def test_images_of_one_size_keep_their_order() -> None:
     plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
     assert list(steps(plan, size_hw=lambda key: (720, 1280))) == list(steps(plan))

@@ -1,5 +1,6 @@
 """A step waits for its device once: for the costs by which queries are assigned."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -62,3 +63,20 @@ def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, two_images, arc
     # Another kernel of attention: rounding in float32.
     for name in masked:
         assert torch.allclose(masked[name], unmasked[name], atol=1e-5), name
+
+
+def test_a_copy_masks_by_its_own_padding(tiny_detector, two_images) -> None:
+    detector = tiny_detector("detr").eval()
+    average = copy.deepcopy(detector)
+    images, sizes_hw = two_images
+    with torch.no_grad():
+        expected = average(images, sizes_hw, True)["pred_boxes"]
+        detector(images, sizes_hw, False)
+        average.network.model.encoder.register_forward_pre_hook(
+            lambda module, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        masks: list[torch.Tensor | None] = []
+        assert torch.equal(average(images, sizes_hw, True)["pred_boxes"], expected)
+        average(images, torch.tensor([[64, 96], [64, 96]]), False)
+    assert masks[0] is not None
+    assert masks[1] is None
