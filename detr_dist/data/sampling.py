@@ -15,6 +15,8 @@ from detr_dist.errors import UsageError
 SampleKey = tuple[int, int]
 """Epoch and index of a sample: all that decides, with the seed, how it looks."""
 
+SizeOf = Callable[[SampleKey], tuple[int, int]]
+"""Tells the height and width of a sample as the network will see it."""
 
 WINDOW_STEPS = 32
 """Among so many steps' samples like shapes are looked for. More would pad less, and shuffle less."""
@@ -117,7 +119,7 @@ class MicroBatchSampler:
     process_index: int
     start_step: int
     num_steps: int
-    size_hw: Callable[[SampleKey], tuple[int, int]] | None = None
+    size_hw: SizeOf | None = None
 
     def __len__(self) -> int:
         return self.num_steps * self.plan.accumulation
@@ -125,32 +127,32 @@ class MicroBatchSampler:
     def __iter__(self) -> Iterator[list[SampleKey]]:
         plan, window_of, end = self.plan, (-1, -1), self.start_step + self.num_steps
         window = np.empty((0, 0), np.int64)
-        sizes: dict[SampleKey, tuple[int, int]] = {}
+        size_hw = self.size_hw and lru_cache(2 * WINDOW_STEPS * plan.global_batch_size)(self.size_hw)
         for step in range(self.start_step, end):
             epoch, step_in_epoch = divmod(step, plan.steps_per_epoch)
             number, step_in_window = divmod(step_in_epoch, WINDOW_STEPS)
             if window_of != (epoch, number):
-                window, window_of = self._window(epoch, number, sizes), (epoch, number)
+                window, window_of = self._window(step - step_in_window, size_hw), (epoch, number)
             of_step = window[step_in_window]
             own = of_step.reshape(plan.num_processes, plan.accumulation, plan.batch_size)[self.process_index]
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
-            if self.size_hw is not None and step + WINDOW_STEPS < end:
+            if size_hw is not None and step + WINDOW_STEPS < end:
                 # A step's share of the next window, so that training does not pause for all of it at once.
-                sizes |= {key: self.size_hw(key) for key in self._keys(step + WINDOW_STEPS)}
+                for key in self._keys(step + WINDOW_STEPS):
+                    size_hw(key)
 
-    def _window(self, epoch: int, number: int, sizes: dict[SampleKey, tuple[int, int]]) -> NDArray[np.int64]:
-        """The samples of up to `WINDOW_STEPS` steps, [steps, global batch]. What it needs of `sizes` is taken
-        out."""
-        plan = self.plan
-        first, last = number * WINDOW_STEPS, min((number + 1) * WINDOW_STEPS, plan.steps_per_epoch)
-        steps = range(epoch * plan.steps_per_epoch + first, epoch * plan.steps_per_epoch + last)
+    def _window(self, first: int, size_hw: SizeOf | None) -> NDArray[np.int64]:
+        """The samples of the steps from `first` on, up to `WINDOW_STEPS` of the same epoch, [steps, global
+        batch]."""
+        left_in_epoch = self.plan.steps_per_epoch - first % self.plan.steps_per_epoch
+        steps = range(first, first + min(WINDOW_STEPS, left_in_epoch))
         keys = [key for step in steps for key in self._keys(step)]
         samples = np.array([index for _, index in keys])
-        if self.size_hw is None:
-            return samples.reshape(-1, plan.global_batch_size)
-        sizes_hw = np.array([sizes.pop(key) if key in sizes else self.size_hw(key) for key in keys])
-        grouped: NDArray[np.int64] = samples[group_by_shape(sizes_hw, plan.global_batch_size)]
+        if size_hw is None:
+            return samples.reshape(len(steps), -1)
+        sizes_hw = np.array([size_hw(key) for key in keys])
+        grouped: NDArray[np.int64] = samples[group_by_shape(sizes_hw, self.plan.global_batch_size)]
         return grouped
 
     def _keys(self, step: int) -> list[SampleKey]:

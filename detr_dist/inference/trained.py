@@ -64,8 +64,9 @@ class TrainedModel:
         """Thresholds of all classes, and a line to say where the model does not know one."""
         thresholds = self.thresholds
         unknown = [name for name, known in zip(self.class_names, thresholds, strict=True) if known is None]
-        lines = [f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken"]
-        return [DEFAULT_THRESHOLD if known is None else known for known in thresholds], lines[: len(unknown)]
+        line = f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken"
+        values = [DEFAULT_THRESHOLD if known is None else known for known in thresholds]
+        return values, [line] if unknown else []
 
     def settings(self, overrides: Sequence[str]) -> Config:
         """Those that it was trained by, as far as this machine can follow them, with `section.key=value`

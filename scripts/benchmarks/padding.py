@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from timing import command_line, median_ratio, publish, seconds_of, take_turns
 
-from detr_dist.data.sampling import MicroBatchSampler, Purpose, SampleKey, StepPlan, random_numbers
+from detr_dist.data.sampling import MicroBatchSampler, Purpose, SampleKey, SizeOf, StepPlan, random_numbers
 from detr_dist.data.transforms import Augmentation, build_transform
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
@@ -60,9 +60,7 @@ def main() -> None:
     publish(rows, options.json, device=options.device)
 
 
-def sizes(
-    augmentation: Augmentation, is_mixed: bool, edges: list[int]
-) -> Callable[[SampleKey], tuple[int, int]]:
+def sizes(augmentation: Augmentation, is_mixed: bool, edges: list[int]) -> SizeOf:
     """What tells the size of a sample as the network will see it."""
     is_portrait = np.random.default_rng(0).random(NUM_SAMPLES) < SHARE_OF_PORTRAITS
     transform = build_transform(augmentation, *edges, train=True)
@@ -75,9 +73,7 @@ def sizes(
     return size_of
 
 
-def epoch_of(
-    size_of: Callable[[SampleKey], tuple[int, int]], step_size: int, *, grouped: bool
-) -> NDArray[np.int64]:
+def epoch_of(size_of: SizeOf, step_size: int, *, grouped: bool) -> NDArray[np.int64]:
     """Sizes [steps, images, 2] of an epoch's samples."""
     plan = StepPlan(NUM_SAMPLES, step_size, 1, 1)
     sampler = MicroBatchSampler(plan, 0, 0, 0, plan.steps_per_epoch, size_of if grouped else None)

@@ -22,17 +22,15 @@ same time and wait for nobody: they share memory and, on a busy machine, cores. 
 """
 
 import argparse
-import json
 import math
 import os
-import subprocess
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import command_line, publish
+from timing import command_line, figures_of, publish
 
 REPOSITORY = Path(__file__).parents[2]
 GPUS_OF_A_NODE = 8
@@ -88,17 +86,8 @@ def run_processes(folder: Path, num_processes: int, options: argparse.Namespace)
     settings = REPOSITORY / "accelerate_configs" / f"{one if num_processes == 1 else several}.yaml"
     script, out = Path(__file__).with_name("scaling_process.py"), folder / f"{num_processes}.json"
     launch = ("accelerate", "launch", "--quiet", "--config_file", settings, "--num_processes", num_processes)
-    finished = subprocess.run(
-        [*map(str, (*launch, script, out, options.config, options.edge, options.rounds))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not out.exists():
-        raise SystemExit(f"{finished.stdout}{finished.stderr}{num_processes} processes measured nothing")
-    figures: dict[str, float] = json.loads(out.read_text())
-    return figures
+    command = (*launch, script, out, options.config, options.edge, options.rounds)
+    return figures_of(command, out, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:

@@ -8,15 +8,13 @@ round brings the files into the system's cache and does not count. The goal is 1
 the imports.
 """
 
-import json
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from timing import command_line, publish
+from timing import command_line, figures_of, publish
 
 from detr_dist.data.synthetic import make_data
 
@@ -31,19 +29,9 @@ def start(folder: Path, config: Path) -> dict[str, float]:
     launch = f"accelerate launch --quiet --config_file {REPOSITORY / 'accelerate_configs' / 'cpu.yaml'}"
     options = f"--config {config} --train-dir data/train --val-dir data/val --output-dir out"
     command = [*launch.split(), str(Path(__file__).with_name("timed_start.py")), parts_path.name]
-    finished = subprocess.run(
-        [*command, str(time.time()), *options.split()],
-        cwd=folder,
-        # As quickstart.sh has it.
-        env={"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | os.environ,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if not parts_path.exists():
-        raise SystemExit(f"{finished.stdout}{finished.stderr}it did not come to a first step")
-    seconds: dict[str, float] = json.loads(parts_path.read_text())
-    return seconds
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as quickstart.sh has it
+    command += [str(time.time()), *options.split()]
+    return figures_of(command, parts_path, cwd=folder, env=threads | os.environ)
 
 
 def measure(folder: Path, config: Path, rounds: int) -> dict[str, list[dict[str, float]]]:

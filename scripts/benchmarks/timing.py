@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -27,8 +28,25 @@ Row = Mapping[str, Any]
 def command_line(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the program's own docstring, with the option that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the figures here, too")
     return parser
+
+
+def _new_file(text: str) -> Path:
+    """Better refused now than after minutes of measuring."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def figures_of(command: Sequence[object], path: Path, **how: Any) -> dict[str, float]:
+    """What a program leaves as JSON in a file; ends with the program's output if it leaves nothing."""
+    finished = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **how)
+    if not path.exists():
+        raise SystemExit(f"{finished.stdout}{finished.stderr}{command[0]} has measured nothing")
+    figures: dict[str, float] = json.loads(path.read_text())
+    return figures
 
 
 def seconds_of(action: Callable[[], object], device: torch.device | str = "cpu") -> float:

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain, pairwise, product
 
 import numpy as np
@@ -10,6 +10,7 @@ from detr_dist.data.sampling import (
     MicroBatchSampler,
     Purpose,
     SampleKey,
+    SizeOf,
     StepPlan,
     epoch_order,
     evaluation_batches,
@@ -20,7 +21,6 @@ from detr_dist.errors import UsageError
 
 SHAPES = [(480, 640), (500, 500), (640, 480)]
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
-SizeOf = Callable[[SampleKey], tuple[int, int]]
 NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 
 

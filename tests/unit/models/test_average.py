@@ -6,34 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from detr_dist.config import ModelConfig
 from detr_dist.models.average import WeightAverage
-from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 
 
 @pytest.fixture
-def detector() -> Detector:
+def detector(tiny_detector) -> Detector:
     """One whose decoder layers share their heads."""
-    torch.manual_seed(0)
-    config = ModelConfig(
-        model_architecture="deformable_detr",
-        backbone={
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 8, 8],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage2", "stage3", "stage4"],
-        },
-        pretrained_backbone=False,
-        hidden_dim=32,
-        num_encoder_layers=1,
-        num_decoder_layers=3,
-        num_queries=6,
-        config_overrides={"encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
-    )
-    return build_detector(config, ["player", "ball"]).train()
+    return tiny_detector("deformable_detr").train()
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Every member of the family as ONNX: the same predictions as torch at any number and size of images."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -8,10 +9,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from detr_dist.config import ModelConfig
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.models.architectures import ARCHITECTURES
-from detr_dist.models.build import build_detector
 from detr_dist.models.detector import plain_network
 from detr_dist.models.onnx import check_onnx_packages, write_onnx
 
@@ -20,31 +19,20 @@ VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
 }
 
 
-def tiny_network(architecture: str, **overrides: object) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = ModelConfig(
-        model_architecture=architecture,
-        backbone={
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 16, 16],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage2", "stage3", "stage4"],
-        },
-        pretrained_backbone=False,
-        hidden_dim=32,
-        num_encoder_layers=1,
-        num_decoder_layers=2,
-        num_queries=6,
-        config_overrides={"encoder_attention_heads": 2, "decoder_attention_heads": 2, **overrides},
-    )
-    return plain_network(build_detector(config, ["player", "ball"]))
+@pytest.fixture
+def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
+    """Builds the library's own; options of its configuration may follow."""
+
+    def build(architecture: str, **overrides: object) -> PreTrainedModel:
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        return plain_network(tiny_detector(architecture, config_overrides=heads | overrides))
+
+    return build
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
-    variant: str, tmp_path: Path
+    tiny_network, variant: str, tmp_path: Path
 ) -> None:
     architecture, overrides = VARIANTS[variant]
     network = tiny_network(architecture, **overrides)
@@ -66,21 +54,23 @@ def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
 
 
 def test_without_what_makes_the_trace_follow_the_image_the_comparison_refuses_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.models.onnx.DeformableDetrMultiscaleDeformableAttention", ())
     with pytest.raises(DetrDistError, match=r"differ from torch's by .* more than"):
         write_onnx(tiny_network("deformable_detr"), tmp_path / "model.onnx")
 
 
-def test_a_network_whose_outputs_are_not_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_network_whose_outputs_are_not_numbers_is_refused(tiny_network, tmp_path: Path) -> None:
     network = tiny_network("detr")
     torch.nn.init.constant_(network.class_labels_classifier.bias, float("nan"))
     with pytest.raises(DetrDistError, match="logits of this detr differ from torch's by nan"):
         write_onnx(network, tmp_path / "model.onnx")
 
 
-def test_a_network_that_cannot_be_traced_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_cannot_be_traced_is_one_line(
+    tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = tiny_network("detr")
     monkeypatch.setattr(network.model.encoder, "forward", lambda **_: 1 / 0)
     with pytest.raises(DetrDistError, match=r"this detr cannot be exported .*division by zero"):
