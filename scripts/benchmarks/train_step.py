@@ -339,14 +339,21 @@ def measure_logging(bench: Workbench, num_steps: int) -> float:
 
 
 def whole_command(bench: Workbench, options: RunOptions, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a step of the whole command, in turns with the bare network's, and its share of waiting."""
+    """Seconds of a step of the whole command and of the bare network's before and after it; and the
+    command's share of waiting."""
+    num_steps = 4 * BLOCK_STEPS
+
+    def bare_s() -> float:
+        return seconds_of(lambda: [bench.bare() for _ in range(num_steps)], bench.device) / num_steps
+
     seconds: dict[str, list[float]] = {BARE: [], COMMAND: []}
-    wait_shares = []
+    wait_shares, before_s = [], bare_s()
     for number in range(rounds):
-        block_s = seconds_of(lambda: [bench.bare() for _ in range(3 * BLOCK_STEPS)], bench.device)
-        seconds[BARE].append(block_s / (3 * BLOCK_STEPS))
         step_s, wait_share = run_command(bench.setup.config, options, f"command_{number}")
+        after_s = bare_s()
+        seconds[BARE].append((before_s + after_s) / 2)
         seconds[COMMAND].append(step_s)
+        before_s = after_s
         wait_shares.append(wait_share)
     return seconds, statistics.median(wait_shares)
 
