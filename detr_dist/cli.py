@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
-from detr_dist.errors import DetrDistError, StopRequested, report_error
+from detr_dist.console import make_robust
+from detr_dist.errors import DetrDistError, StopRequested, UsageError, report_error
 
 app = typer.Typer(
     name="detr-dist",
@@ -303,8 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     An error prints one clear line, on every process.
     """
+    make_robust()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        _refuse_empty(arguments)
         # Typer makes an exit code, which it returns, of Ctrl-C.
         if app(arguments, prog_name="detr-dist", standalone_mode=False) == 130:
             raise KeyboardInterrupt
@@ -335,6 +338,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{type(error).__name__}: {reason} (a bug, or a machine's trouble: --debug shows where)",
             exit_code=1,
         )
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty path, name or id: as a path it would be the current folder.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        if not argument.strip() or (option.startswith("-") and equals and not value.strip()):
+            name = option if equals else before if before.startswith("-") else "an argument"
+            raise UsageError(f"{name} is empty; give a value (is a shell variable unset?)")
 
 
 def _fail(message: str, *, exit_code: int) -> None:

@@ -248,12 +248,14 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = _parse_yaml(path.read_bytes())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
-    except UnicodeDecodeError:
-        raise UsageError(f"--config {path}: not a text file; give the path of a YAML file") from None
-    except yaml.YAMLError as error:
+    except yaml.reader.ReaderError as error:
+        raise UsageError(f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except _RepeatedKeyError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}
@@ -264,6 +266,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping has a key twice. YAML forbids it, and the parser would keep the last one in silence."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                name, line = self.construct_object(key), key.start_mark.line + 1
+                if name in lines:
+                    raise _RepeatedKeyError(
+                        f"line {line}: the key {key.value!r} is there already in line {lines[name]}; "
+                        "make them one"
+                    )
+                lines[name] = line
+        return node
+
+
+def _parse_yaml(text: bytes | str) -> Any:
+    """Of bytes, which are UTF-8 or UTF-16 with a byte-order mark.
+
+    Raises:
+        yaml.YAMLError, ValueError: it is no YAML, or has a key twice.
+    """
+    return yaml.load(text, _Loader)
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one key. A dotted path may go deeper than section.key, into a mapping such as
     model.config_overrides."""
@@ -272,8 +306,10 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or len(keys) < 2 or not all(keys):
         raise UsageError(f"{override!r} is not of the form section.key=value, e.g. training.batch_size=8")
     try:
-        value = yaml.safe_load(value_text)
-    except yaml.YAMLError:
+        value = _parse_yaml(value_text)
+    except _RepeatedKeyError as error:
+        raise UsageError(f"{override!r}: {error}") from None
+    except (yaml.YAMLError, ValueError):
         raise UsageError(
             f"{override!r}: the value is not valid YAML; quote it if it holds special characters"
         ) from None

@@ -37,7 +37,7 @@ class StopRequested(DetrDistError):
 
 def report_error(message: str) -> None:
     """Print the one line of an error, with the number of the process where there are several."""
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
     process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
     for line in message.splitlines():
         print(f"{process}error: {line}", file=sys.stderr, flush=True)

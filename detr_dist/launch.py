@@ -21,6 +21,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, TrainingError, UsageError, report_error
 from detr_dist.forming import limit_s
 from detr_dist.guard import listen
@@ -57,6 +58,7 @@ class Machines:
 
 def main(arguments: Sequence[str]) -> int:
     """Launch, and return the exit code."""
+    make_robust()
     options = launch_command_parser().parse_args(arguments)
     try:
         machines = Machines.of(options)

@@ -35,7 +35,7 @@ echo
 python - "$output/results.json" <<'PY'
 import json, os, shlex, sys
 
-results = json.load(open(sys.argv[1]))
+results = json.load(open(sys.argv[1], encoding="utf-8"))
 for name, value in sorted(results["metrics"].items(), key=lambda item: (item[0] != "val_map", item[0])):
     if name.endswith("_map"):
         print(f"{name:<20} {value:.3f}")

@@ -105,7 +105,11 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
     else:
-        metadata = yaml.safe_load(mlmodel.read_text()).get("metadata") or {} if mlmodel.exists() else {}
+        metadata = (
+            yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
+            if mlmodel.exists()
+            else {}
+        )
         try:
             config = Config.model_validate(metadata.get("config") or {})
         except ValidationError:
@@ -170,7 +174,7 @@ def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:
     state, facts = checkpoint.state, checkpoint.facts
     is_best = state.best_step == state.step
     return {
-        "epoch": math.ceil(json.loads((checkpoint.folder / STATE).read_text())["epoch"]),
+        "epoch": math.ceil(json.loads((checkpoint.folder / STATE).read_text(encoding="utf-8"))["epoch"]),
         "step": state.step,
         "val_map": state.best_map if is_best else None,
         "is_best": is_best,

@@ -66,7 +66,7 @@ def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
     for name in names:
         uri = f"runs:/{run_id}/{name}"
         try:
-            state = json.loads(fetch(f"{uri}/state.json", tracking_uri, scratch).read_text())
+            state = json.loads(fetch(f"{uri}/state.json", tracking_uri, scratch).read_text(encoding="utf-8"))
             saved_at[uri] = str(state["saved_at"])
         except (MlflowException, OSError, ValueError, KeyError, TypeError):
             saved_at[uri] = ""  # the upload did not get that far

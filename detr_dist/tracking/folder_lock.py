@@ -38,7 +38,7 @@ def locked(output_dir: Path) -> Iterator[None]:
 
 def _lock(path: Path) -> TextIO:
     while True:
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8")
         try:
             # Of this process alone: loader processes that outlive it for seconds do not inherit it.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

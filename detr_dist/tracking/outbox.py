@@ -110,7 +110,7 @@ class OutboxReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.address = Address(**json.loads((folder / "run.json").read_text()))
+            self.address = Address(**json.loads((folder / "run.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise DataError(
                 f"{folder}: holds nothing for MLflow (run.json cannot be read: {error})"
@@ -182,13 +182,13 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 def _read_cursors(folder: Path) -> dict[str, int]:
     """None after a power cut: then everything is gone through again, and the server knows what it has."""
     with suppress(OSError, ValueError):
-        return dict(json.loads((folder / "delivered.json").read_text()))
+        return dict(json.loads((folder / "delivered.json").read_text(encoding="utf-8")))
     return {}
 
 
 def _replace_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -15,12 +15,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from detr_dist.config import load_config
+from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, UsageError
 
 _NUM_PORTS_TO_TRY = 100
 
 
 def main() -> None:
+    make_robust()
     parser = argparse.ArgumentParser(
         prog="start_mlflow_ui.sh",
         usage="%(prog)s [TRACKING_URI] [--config FILE] [--port N] [option of `mlflow ui` ...]",

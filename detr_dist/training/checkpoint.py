@@ -113,10 +113,10 @@ def write_checkpoint(checkpoints_dir: Path, names: Sequence[str], snapshot: Snap
         if snapshot.average is not None:
             save_file(snapshot.average, partial / AVERAGE)
         torch.save(snapshot.optimizer, partial / OPTIMIZER)
-        (partial / STRUCTURE).write_text(snapshot.structure)
-        (partial / STATE).write_text(json.dumps(snapshot.document, indent=2) + "\n")
+        (partial / STRUCTURE).write_text(snapshot.structure, encoding="utf-8")
+        (partial / STATE).write_text(json.dumps(snapshot.document, indent=2) + "\n", encoding="utf-8")
         manifest = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for name in others:
         link_folder(checkpoints_dir / first, checkpoints_dir / name)
 
@@ -241,7 +241,7 @@ def outdated_checkpoints(checkpoints_dir: Path, keep_last: int) -> list[Path]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
         raise CheckpointError(f"{path}: {reason}; its checkpoint is not whole") from None

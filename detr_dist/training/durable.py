@@ -108,7 +108,7 @@ def write_text_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or as it was."""
     partial = _partial(path)
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         _flush_entry(partial)
         partial.replace(path)
         _flush_entry(path.parent)

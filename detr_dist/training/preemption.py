@@ -25,9 +25,9 @@ def leave_note(text: str) -> None:
         TrainingError: it cannot be written.
     """
     path = os.environ.get("DETR_DIST_STOPPED_FILE")
-    if path is not None:
+    if path:
         try:
-            Path(path).write_text(f"{text}\n")
+            Path(path).write_text(f"{text}\n", encoding="utf-8")
         except OSError as error:
             raise TrainingError(
                 f"DETR_DIST_STOPPED_FILE {path}: cannot be written ({error.strerror})"

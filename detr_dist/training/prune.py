@@ -94,7 +94,7 @@ def _in_output(folder: Path, keep_last: int) -> Iterator[_Find]:
         num_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
         yield _Find(str(checkpoint), num_bytes, partial(remove_folder, checkpoint))
     for path in outboxes:
-        address = Address(**json.loads(path.read_text()))
+        address = Address(**json.loads(path.read_text(encoding="utf-8")))
         yield from _in_runs(
             _runs(address.tracking_uri, run_id=address.run_id), address.tracking_uri, keep_last
         )
@@ -172,10 +172,14 @@ def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None
     """How far a run was when it saved a checkpoint or a model, and when that was; None if it does not say."""
     try:
         if "/models/" in artifact_uri:
-            model = yaml.safe_load(fetch(f"{artifact_uri}/MLmodel", tracking_uri, scratch).read_text())
+            model = yaml.safe_load(
+                fetch(f"{artifact_uri}/MLmodel", tracking_uri, scratch).read_text(encoding="utf-8")
+            )
             at = datetime.fromisoformat(model["utc_time_created"]).replace(tzinfo=UTC)
             return _Saved(int(model["metadata"]["step"]), at.replace(microsecond=0))
-        state = json.loads(fetch(f"{artifact_uri}/state.json", tracking_uri, scratch).read_text())
+        state = json.loads(
+            fetch(f"{artifact_uri}/state.json", tracking_uri, scratch).read_text(encoding="utf-8")
+        )
         return _Saved(int(state["step"]), datetime.fromisoformat(state["saved_at"]).astimezone())
     except (MlflowException, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None  # the upload did not get that far

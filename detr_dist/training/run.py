@@ -105,7 +105,7 @@ def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
         _bring_best(setup, resumed)
-    (output_dir / "config.yaml").write_text(config.to_yaml())
+    (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     trackers = setup.accelerator.trackers
     if tracker is not None:
         tracker.open(output_dir / "outbox")

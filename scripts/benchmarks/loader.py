@@ -203,7 +203,7 @@ def write_data(folder: Path, paths: list[Path]) -> CocoData:
     ]
     images = [{"id": i, "file_name": str(path.resolve())} for i, path in enumerate(paths)]
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
-    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "annotations.json").write_text(json.dumps(document), encoding="utf-8")
     return load_coco(folder)
 
 

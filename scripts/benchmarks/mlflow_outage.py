@@ -50,7 +50,7 @@ class Server:
         store = ("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}")
         artifacts = ("--artifacts-destination", str(self._folder / "artifacts"))
         address = ("--host", "127.0.0.1", "--port", str(self._port), "--workers", "1")
-        with (self._folder / "server.log").open("a") as log:
+        with (self._folder / "server.log").open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *address],
                 env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
@@ -86,7 +86,7 @@ def noted_losses(output_dir: Path) -> list[tuple[int, int]]:
     """Step and moment, in milliseconds, of every loss in the outbox."""
     noted = []
     for path in output_dir.glob("outbox/*/records.jsonl"):
-        for line in path.read_text().splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             record = json.loads(line) if line.endswith("\n") else {}
             if record.get("kind") == "metrics" and "train_loss" in record["values"]:
                 noted.append((record["step"], record["at_ms"]))
@@ -104,7 +104,7 @@ def measure(folder: Path, outage_s: float) -> tuple[list[dict[str, Any]], dict[s
             training.batch_size={BATCH} training.num_epochs=100000 evaluation.every_epochs=100000
             checkpoint.every_epochs=100000 logging.log_every_steps=1
             logging.mlflow_tracking_uri={server.uri}"""
-        with (folder / "train.log").open("w") as log:
+        with (folder / "train.log").open("w", encoding="utf-8") as log:
             training = subprocess.Popen(
                 [sys.executable, "-m", "detr_dist", *command.split()],
                 cwd=folder,

@@ -138,7 +138,7 @@ def main() -> None:
         )
         figures = measure(accelerator, config_path, int(edge), int(rounds))
         if accelerator.is_main_process:
-            Path(out_path).write_text(json.dumps(figures))
+            Path(out_path).write_text(json.dumps(figures), encoding="utf-8")
 
 
 if __name__ == "__main__":

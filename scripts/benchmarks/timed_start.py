@@ -127,7 +127,7 @@ def main() -> None:
     def leave() -> None:
         clock.seconds["launcher"] = ENTERED_AT - float(began_at)
         clock.seconds["the rest"] = time.time() - float(began_at) - sum(clock.seconds.values())
-        Path(parts_path).write_text(json.dumps(clock.seconds))
+        Path(parts_path).write_text(json.dumps(clock.seconds), encoding="utf-8")
         raise KeyboardInterrupt
 
     sys.argv = ["scripts/train_detr.py", *arguments]

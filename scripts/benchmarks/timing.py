@@ -45,7 +45,7 @@ def figures_of(command: Sequence[object], path: Path, **how: Any) -> dict[str, f
     finished = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **how)
     if not path.exists():
         raise SystemExit(f"{finished.stdout}{finished.stderr}{command[0]} has measured nothing")
-    figures: dict[str, float] = json.loads(path.read_text())
+    figures: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return figures
 
 
@@ -92,7 +92,9 @@ def reset_peak_memory(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak is the present size again
+        Path("/proc/self/clear_refs").write_text(
+            "5", encoding="utf-8"
+        )  # Linux: the peak is the present size again
 
 
 def peak_memory_mib(device: torch.device | str) -> float:
@@ -100,7 +102,7 @@ def peak_memory_mib(device: torch.device | str) -> float:
     CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     (peak_kib,) = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(peak_kib) / 2**10
 
@@ -142,7 +144,7 @@ def publish(
     print("on " + ", ".join(f"{name} {value}" for name, value in where.items()))
     if json_path is not None:
         found = {"rows": list(rows), **more_rows, **facts, "machine": where}
-        json_path.write_text(json.dumps(found, indent=2) + "\n")
+        json_path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def _in_four_digits(value: Any) -> str:
@@ -151,7 +153,7 @@ def _in_four_digits(value: Any) -> str:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "CPU")

@@ -276,7 +276,7 @@ def write_long_epoch(data: CocoData, folder: Path, num_images: int) -> None:
     categories = [{"id": index, "name": name} for index, name in enumerate(data.class_names)]
     folder.mkdir()
     document = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "annotations.json").write_text(json.dumps(document))
+    (folder / "annotations.json").write_text(json.dumps(document), encoding="utf-8")
 
 
 def lay_out(config: Config, options: RunOptions, held: ExitStack) -> Workbench:
@@ -364,13 +364,13 @@ def run_command(config: Config, options: RunOptions, name: str) -> tuple[float, 
     output_dir = options.output_dir.parent / name
     num_steps = STEPS_TO_WARM_UP + 90
     config_path = output_dir.with_suffix(".yaml")
-    config_path.write_text(config.to_yaml())
+    config_path.write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "detr_dist", "train", "--config", config_path]
     command += ["--output-dir", output_dir, "--train-dir", options.train_dir, "--val-dir", options.val_dir]
     command += [f"training.max_steps={num_steps}", f"logging.mlflow_run_name={name}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONWARNINGS": "ignore"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    results = json.loads((output_dir / "results.json").read_text())
+    results = json.loads((output_dir / "results.json").read_text(encoding="utf-8"))
     client = MlflowClient(results["tracking_uri"])
     history = client.get_metric_history(results["run_id"], "train_data_wait_share")
     at_ms = {metric.step: metric.timestamp for metric in history}

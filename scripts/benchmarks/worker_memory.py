@@ -87,7 +87,7 @@ def write_annotations(folder: Path, num_images: int, num_boxes: int) -> float:
         "categories": [{"id": c, "name": f"class {c}"} for c in range(1, NUM_CLASSES + 1)],
     }
     path = folder / "annotations.json"
-    path.write_text(json.dumps(document))
+    path.write_text(json.dumps(document), encoding="utf-8")
     return path.stat().st_size / 1e6
 
 

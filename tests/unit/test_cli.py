@@ -1,5 +1,9 @@
 """The command line: help, usage errors, generated data."""
 
+import shlex
+import subprocess
+import sys
+
 import pytest
 
 from detr_dist.cli import main
@@ -31,6 +35,57 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments: list[str], h
     assert code == 2
     assert len(error.strip().splitlines()) == 1
     assert hint in error
+
+
+TRAIN = {"--train-dir": "a", "--val-dir": "b", "--output-dir": "c"}
+COMMANDS = {
+    "train": TRAIN | {"--config": "x", "--resume": "x", "--init-from": "x"},
+    "evaluate": {"--model": "m", "--data-dir": "d", "--predictions": "p", "--report": "r", "--pictures": "q"},
+    "predict": {"--model": "m", "--input": "i", "--output-dir": "o"},
+    "export": {"--model": "m", "--output-dir": "o", "--register-as": "n", "--alias": "a"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [(command, option) for command in COMMANDS for option in COMMANDS[command]]
+)
+def test_an_empty_option_is_refused_with_its_name(
+    capsys, tmp_path, monkeypatch: pytest.MonkeyPatch, command: str, option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [each for other, value in COMMANDS[command].items() if other != option for each in (other, value)]
+    for empty in ([option, ""], [f"{option}="], [option, " "]):
+        code, _, error = run(capsys, command, *given, *empty)
+        assert code == 2
+        assert error.startswith(f"error: {option} is empty")
+        assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["make-data", "check-data", "sync", "prune"])
+def test_an_empty_argument_is_refused(capsys, tmp_path, monkeypatch, command: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, error = run(capsys, command, "")
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert "empty" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_ends_early_is_no_error(tmp_path) -> None:
+    detr_dist = shlex.join([sys.executable, "-m", "detr_dist"])
+    commands = (
+        "--help",
+        "train --help",
+        "make-data data --num-train 2 --num-val 2",
+        "check-data data/train data/val",
+    )
+    script = "".join(f"{{ sleep 0.05; {detr_dist} {each}; echo $? >>codes; }} | true\n" for each in commands)
+    finished = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=True
+    )
+    assert finished.stderr == ""
+    assert (tmp_path / "codes").read_text().split() == ["0"] * len(commands)
+    assert len(list((tmp_path / "data" / "train").glob("*.jpg"))) == 2
 
 
 def test_without_arguments_the_help_is_shown(capsys) -> None:

@@ -65,6 +65,49 @@ def test_a_file_that_is_no_mapping_is_named(content: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("content", "key", "line", "first"),
+    [
+        ("training: {seed: 1}\nevaluation: {}\n\ntraining: {num_epochs: 3}\n", "training", 4, 1),
+        ("training:\n  seed: 1\n  batch_size: 2\n  seed: 1\n", "seed", 4, 2),
+        ("model:\n  config_overrides:\n    a: [{b: 1,\n      b: 1}]\n", "b", 4, 3),
+        ("training:\n  'seed': 1\n  seed: 2\n", "seed", 3, 2),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named_with_both_lines(
+    content: str, key: str, line: int, first: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=rf"twice\.yaml: line {line}: the key '{key}' .* in line {first}\b"):
+        load_config(path)
+
+
+def test_an_override_with_a_key_twice_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"model\.config_overrides=.*'a'"):
+        load_config(None, ["model.config_overrides={a: 1, b: {c: 1}, a: 2}"])
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("model:\n  config_overrides:\n    a: &a {b: 1, c: 1}\n    d: {<<: *a, c: 2}\n")
+    assert load_config(path).model.config_overrides["d"] == {"b": 1, "c": 2}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_file_may_be_saved_by_any_editor(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("logging: {mlflow_run_name: Läufe 球}\n".encode(encoding))
+    assert load_config(path).logging.mlflow_run_name == "Läufe 球"
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_bytes("logging: {mlflow_run_name: Läufe}\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"settings\.yaml: not UTF-8 text"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
     ("given", "threshold"), [("auto", "auto"), ("0.3", 0.3), ("1", 1.0), ("1e-3", 0.001)]
 )
 def test_a_score_threshold_is_a_number_or_auto(given: str, threshold: float | str) -> None:

@@ -1,0 +1,76 @@
+"""Standard output and error take any character, and outlive their reader."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detr_dist.console import make_robust
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_the_console_cannot_encode_is_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict"))
+    make_robust()
+    for stream in (sys.stdout, sys.stderr):
+        print("球 \udce9", file=stream, flush=True)
+        assert stream.buffer.getvalue() == b"\\u7403 \\udce9\n"
+
+
+def test_no_console_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    make_robust()
+    assert sys.stdout is None
+
+
+def test_a_report_on_a_console_of_another_encoding_is_complete(tmp_path: Path) -> None:
+    document = {
+        "images": [{"id": 1, "file_name": "été.jpg", "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20]}],
+        "categories": [{"id": 1, "name": "球"}],
+    }
+    (tmp_path / "été.jpg").touch()
+    (tmp_path / "a.json").write_text(json.dumps(document, ensure_ascii=False), encoding="utf-8-sig")
+    (tmp_path / "a.yaml").write_text("# größer\ndata: {shortest_edge: 100}\n", encoding="utf-8")
+    finished = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "detr_dist",
+            "check-data",
+            "--quick",
+            tmp_path,
+            "--config",
+            tmp_path / "a.yaml",
+        ],
+        env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
+        capture_output=True,
+        timeout=100,
+        check=False,
+    )
+    assert finished.stderr == b""
+    lines = finished.stdout.splitlines()
+    assert lines[-1] == b"verdict: 0 errors, 0 warnings: ready to train"
+    assert any(line.split()[:2] == [b"\\u7403", b"1"] for line in lines)
+
+
+@pytest.mark.parametrize("options", [(), ("-u",)])
+def test_what_nobody_reads_any_more_is_dropped(options: tuple[str, ...], tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from detr_dist.console import make_robust; make_robust()\n"
+        "for i in range(100000): print(i); print(i, file=sys.stderr)\n"
+        "Path('done').touch()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, *options, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "done").exists()
