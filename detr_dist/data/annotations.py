@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ class Section:
 
     def _wrong(self, key: str, values: list[Any], kind: ValueKind) -> DataError:
         row = next((row for row, value in enumerate(values) if not kind.is_right(value)), 0)
-        return DataError(f"{self.where(row)}: {key!r} is {brief(values[row])}; it must be {kind.wanted}")
+        return DataError(f"{self.where(row)}: {complaint(key, values[row], kind)}")
 
 
 def read_sections(path: Path) -> tuple[Section, Section, Section]:
@@ -117,11 +118,15 @@ def _read_json(path: Path) -> Any:
     collecting = gc.isenabled()
     gc.disable()  # a million new objects, none of them garbage: the collector would walk them again and again
     try:
-        return json.loads(path.read_bytes(), object_hook=_without_outline)
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_outline)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
             "repair the file or export it again"
+        ) from None
+    except _RepeatedKeyError as error:
+        raise DataError(
+            f"{path}: one object has several values for {error}, of which one would count; make them one"
         ) from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
@@ -134,7 +139,16 @@ def _read_json(path: Path) -> Any:
             gc.enable()
 
 
-def _without_outline(record: dict[str, Any]) -> dict[str, Any]:
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if value != record[key]:
+                raise _RepeatedKeyError(repr(key))
     record.pop("segmentation", None)
     return record
 
@@ -176,6 +190,13 @@ def _is_box(value: Any) -> bool:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and value != ""
+
+
+def complaint(key: str, value: Any, kind: ValueKind) -> str:
+    """What is wrong with a value that is not of its kind."""
+    too_large = isinstance(value, int | float) and math.isfinite(value) and not _is_in_range(value)
+    limit = " from -2^63 to 2^63 - 1" if kind is WHOLE and too_large else ""
+    return f"{key!r} is {brief(value)}; it must be {kind.wanted}{limit}"
 
 
 def brief(value: Any, limit: int = 60) -> str:

@@ -9,8 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.annotations import Section
-from detr_dist.data.layout import shown
+from detr_dist.data.layout import folded, shown
 from detr_dist.errors import DataError
+
+NO_SUPERCATEGORY = {"", "-", "n/a", "nan", "none", "null", "undefined"}
+"""How exporters write that a category has no supercategory; a class of such a name groups nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +89,18 @@ def _differences(names: Sequence[str], own: Sequence[str]) -> tuple[list[str], l
     return [name for name in names if name not in set(own)], [name for name in own if name not in set(names)]
 
 
+def look_alike(names: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether some of the names differ in what cannot be seen, such as the Unicode normal form."""
+    return bool({folded(name) for name in names} & {folded(name) for name in others})
+
+
 def _check_same_names(names: Sequence[str], own: Sequence[str], source: str, path: Path) -> None:
     lacking, foreign = _differences(names, own)
     if not (lacking or foreign):
         return
-    parts = [f"{shown(lacking)} only in {source}"] * bool(lacking) + [f"{shown(foreign)} only here"] * bool(
-        foreign
-    )
+    in_ascii = look_alike(lacking, foreign)
+    parts = [f"{shown(lacking, in_ascii=in_ascii)} only in {source}"] * bool(lacking)
+    parts += [f"{shown(foreign, in_ascii=in_ascii)} only here"] * bool(foreign)
     raise DataError(
         f"{path}: its classes differ from those of {source}: {'; '.join(parts)}; they must agree by name"
     )
@@ -115,7 +123,13 @@ def read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[Categ
     if len(set(ids)) < len(ids):
         twice = sorted({i for i in ids if ids.count(i) > 1})
         raise DataError(f"{section.path}: several categories have the id {shown(twice)}; give each its own")
-    groups = [str(record.get("supercategory")) for record in section.records]
+    groups = [_group(record.get("supercategory")) for record in section.records]
     used, members = set(used_ids.tolist()), Counter(groups)
     rows = sorted(zip(ids, names, groups, strict=True))
     return [Category(i, name, i not in used and members[name] > (group == name)) for i, name, group in rows]
+
+
+def _group(supercategory: object) -> str | None:
+    """The name of the category that it is part of; None if it is part of none, however that is written."""
+    is_name = isinstance(supercategory, str) and supercategory.strip().casefold() not in NO_SUPERCATEGORY
+    return str(supercategory) if is_name else None

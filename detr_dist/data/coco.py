@@ -14,7 +14,7 @@ from PIL import Image
 from detr_dist.data.annotations import Section, read_sections
 from detr_dist.data.box_columns import read_boxes
 from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
-from detr_dist.data.layout import check_images_exist, find_annotations, shown
+from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of, shown
 from detr_dist.errors import DataError
 
 __all__ = ["CocoData", "find_annotations", "load_coco"]
@@ -38,7 +38,7 @@ class CocoData:
     notices: list[str]  # what was repaired or left out while reading, one line each
     image_ids: NDArray[np.int64]  # [N]
     sizes_hw: NDArray[np.int64]  # [N, 2]
-    file_names: NDArray[np.bytes_]  # [N] of one width, encoded by the file system's encoding
+    file_names: NDArray[np.bytes_]  # [N] of one width, see `encoded_name`
     box_offsets: NDArray[np.int64]  # [N + 1]
     boxes_xywh_px: NDArray[np.float64]  # [M, 4]
     box_classes: NDArray[np.int64]  # [M]
@@ -197,7 +197,7 @@ def read_columns(
         notices=[f"{path}: {notice}" for notice in notices],
         image_ids=image_ids,
         sizes_hw=sizes_hw,
-        file_names=np.array([os.fsencode(name) for name in file_names]),
+        file_names=np.array([encoded_name(name) for name in file_names]),
         box_offsets=np.concatenate([[0], np.cumsum(num_boxes)]),
         boxes_xywh_px=boxes.xywh_px[order],
         box_classes=box_classes[order],
@@ -225,7 +225,7 @@ def _read_sizes(images: Section, images_dir: Path, file_names: list[str]) -> NDA
     unknown = -1
     sizes_hw = np.stack([images.integers("height", unknown), images.integers("width", unknown)], axis=1)
     for row in np.flatnonzero((sizes_hw == unknown).any(axis=1)).tolist():
-        image_path = images_dir / file_names[row]
+        image_path = path_of(images_dir, file_names[row])
         try:
             with Image.open(image_path) as image:
                 sizes_hw[row] = image.height, image.width

@@ -1,9 +1,12 @@
 """Where a data set keeps its annotations and its images."""
 
 import os
+import posixpath
+import unicodedata
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
-from posixpath import normpath
+from contextlib import suppress
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from posixpath import join
 
 from detr_dist.errors import DataError
 
@@ -47,9 +50,11 @@ def check_images_exist(images_dir: Path, file_names: list[str], source: Path) ->
     """
     missing = missing_images(images_dir, file_names)
     if missing:
+        difference = difference_in_name(images_dir, missing)
         raise DataError(
-            f"{source}: {len(missing)} of {len(file_names)} images are missing in {images_dir}, "
-            f"first {missing[0]!r}; restore the files or remove their entries"
+            f"{source}: {len(missing)} of {len(file_names)} images are missing in {images_dir}, first "
+            f"{missing[0]!r}{f' ({difference})' if difference else ''}; restore the files or "
+            f"{'correct' if difference else 'remove'} their entries"
         )
 
 
@@ -58,9 +63,9 @@ def missing_images(images_dir: Path, file_names: list[str]) -> list[str]:
     listings: dict[str, set[str]] = {}
     missing: list[str] = []
     for file_name in file_names:
-        parent, _, name = file_name.rpartition("/")
+        parent, name = posixpath.split(file_name)
         if parent not in listings:
-            listings[parent] = _listing(images_dir / parent)
+            listings[parent] = _listing(images_dir, parent)
         if name not in listings[parent]:
             missing.append(file_name)
     return missing
@@ -68,28 +73,94 @@ def missing_images(images_dir: Path, file_names: list[str]) -> list[str]:
 
 def unlisted_pictures(images_dir: Path, file_names: list[str]) -> list[str]:
     """Pictures in the folders of the listed files that are not listed themselves."""
-    listed = set(map(normpath, file_names))
-    folders = {"", *(name.rpartition("/")[0] for name in listed)}
-    there = (f"{folder}/{name}".lstrip("/") for folder in folders for name in _listing(images_dir / folder))
-    return sorted(path for path in there if path not in listed and _is_picture(PurePosixPath(path)))
+    real = {name: _real(images_dir, name) for name in {"", *map(posixpath.dirname, file_names)}}
+    listed = {join(real[posixpath.dirname(name)], posixpath.basename(name)) for name in file_names}
+    there = (join(folder, name) for folder in set(real.values()) for name in _listing(images_dir, folder))
+    unlisted = (path for path in there if path not in listed and _is_picture(PurePosixPath(path)))
+    return sorted(path.removeprefix(join(real[""], "")) for path in unlisted)
+
+
+def difference_in_name(images_dir: Path, missing: list[str]) -> str:
+    """Why the first of the missing files is not found, if its name alone shows it.
+
+    It may be there under a name that looks the same: in another Unicode normal form (macOS decomposes), in
+    upper or lower case, or without the backslashes of Windows.
+    """
+    if not missing:
+        return ""
+    wanted = PurePosixPath(missing[0].replace("\\", "/")).parts
+    there: tuple[str, ...] = ()
+    for part in wanted:
+        names = _listing(images_dir, join("", *there))
+        alike = part if part in names or part == "/" else _first_alike(part, names)
+        if alike is None:
+            is_absolute = wanted[0] == "/" or PureWindowsPath(missing[0]).drive
+            return "an absolute path, which is not there: make it relative" if is_absolute else ""
+        there = (*there, alike)
+    kind = "case"
+    if "\\" in missing[0]:
+        kind = "backslashes, which must be /"
+    elif unicodedata.normalize("NFC", join(*there)) == unicodedata.normalize("NFC", join(*wanted)):
+        kind = "the Unicode normal form"
+    return f"there is {join(*there)!a}, but not {missing[0]!a}: they differ in {kind}"
+
+
+def _first_alike(name: str, names: set[str]) -> str | None:
+    return min((each for each in names if folded(each) == folded(name)), default=None)
+
+
+def folded(name: str) -> str:
+    """Equal for names that look the same but for upper and lower case."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def encoded_name(file_name: str) -> bytes:
+    """A file's name as Linux keeps it, in UTF-8 whatever the locale.
+
+    Raises:
+        UnicodeEncodeError: no file can have such a name.
+    """
+    return file_name.encode("utf-8", "surrogateescape")
+
+
+def decoded_name(encoded: bytes) -> str:
+    """The name that `encoded_name` encodes."""
+    return encoded.decode("utf-8", "surrogateescape")
+
+
+def path_of(folder: Path, file_name: str) -> Path:
+    """The path of a file that a JSON names relative to `folder`, or absolutely.
+
+    Raises:
+        UnicodeEncodeError: no file can have such a name.
+    """
+    return folder / os.fsdecode(encoded_name(file_name))
 
 
 def _is_picture(path: PurePosixPath) -> bool:
     return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
 
 
-def _listing(folder: Path) -> set[str]:
-    """The names in a folder; none where there is no such folder."""
+def _real(images_dir: Path, folder: str) -> str:
+    """The folder's absolute path without links; its name alone where no folder can have that."""
+    with suppress(ValueError):
+        return decoded_name(os.path.realpath(os.fsencode(path_of(images_dir, folder))))
+    return folder
+
+
+def _listing(images_dir: Path, folder: str) -> set[str]:
+    """The names in a folder that a JSON names; none where there is no such folder."""
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
+        with os.scandir(path_of(images_dir, folder)) as entries:
+            return {decoded_name(os.fsencode(entry.name)) for entry in entries}
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return set()
 
 
-def shown(names: Iterable[object]) -> str:
+def shown(names: Iterable[object], *, in_ascii: bool = False) -> str:
     """The first few names, for a message of one line."""
-    quoted = [repr(name if isinstance(name, str | int) else str(name)) for name in names]
+    quote = ascii if in_ascii else repr
+    quoted = [quote(name if isinstance(name, str | int) else str(name)) for name in names]
     rest = len(quoted) - NUM_NAMES_SHOWN
     return ", ".join(quoted[:NUM_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 

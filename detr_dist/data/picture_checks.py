@@ -19,6 +19,7 @@ from tqdm import tqdm
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import UnreadableImageError, decode_rgb
 from detr_dist.data.findings import Finding, found
+from detr_dist.data.layout import decoded_name
 
 PICTURES_AT_A_TIME = 256
 """Handed to the threads together, so that a million pictures wait in no queue."""
@@ -110,7 +111,7 @@ def _rows_of_files(data: CocoData, missing: frozenset[str]) -> dict[str, list[in
     """The rows that list each file: more than one where it is listed twice."""
     rows_of: dict[str, list[int]] = {}
     for row, encoded in enumerate(data.file_names):
-        name = os.fsdecode(encoded)
+        name = decoded_name(encoded)
         if name not in missing:
             rows_of.setdefault(normpath(name), []).append(row)
     return rows_of

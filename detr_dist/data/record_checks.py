@@ -1,7 +1,6 @@
 """Everything that is wrong in the records of a COCO JSON, where reading it for training stops at the first
 fault."""
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,11 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detr_dist.data.annotations import BOX, NUMBER, TEXT, WHOLE, Section, ValueKind, brief, read_sections
-from detr_dist.data.classes import differing_names, read_categories
+from detr_dist.data.annotations import (
+    BOX,
+    NUMBER,
+    TEXT,
+    WHOLE,
+    Section,
+    ValueKind,
+    brief,
+    complaint,
+    read_sections,
+)
+from detr_dist.data.classes import differing_names, look_alike, read_categories
 from detr_dist.data.coco import CocoData, read_columns
 from detr_dist.data.findings import Finding, found
-from detr_dist.data.layout import find_annotations, missing_images, unlisted_pictures
+from detr_dist.data.layout import (
+    decoded_name,
+    difference_in_name,
+    encoded_name,
+    find_annotations,
+    missing_images,
+    path_of,
+    unlisted_pictures,
+)
 from detr_dist.errors import DataError
 
 Record = dict[str, Any]
@@ -52,7 +69,7 @@ def check_records(split: str) -> CheckedRecords:
     sections = read_sections(path)
     names = [record["file_name"] for record in sections[0].records if _has_file_name(record)]
     missing = missing_images(images_dir, list(dict.fromkeys(names)))
-    findings = found("missing_image", split, missing)
+    findings = found("missing_image", split, missing, detail=difference_in_name(images_dir, missing))
     findings += found("unlisted_picture", split, unlisted_pictures(images_dir, names))
     findings += found("no_size", split, (r["file_name"] for r in sections[0].records if _lacks_size(r)))
     data = None
@@ -76,7 +93,7 @@ def check_records(split: str) -> CheckedRecords:
         findings += found(
             "box_without_extent", split, map(_annotation, data.dropped_ids), count=len(data.dropped_ids)
         )
-        files = (normpath(os.fsdecode(name)) for name in data.file_names)
+        files = (normpath(decoded_name(name)) for name in data.file_names)
         findings += found("file_listed_twice", split, _seen_before(files))
         repeated = _seen_before(sections[1].integers("id").tolist())
         findings += found("duplicate_annotation_id", split, map(_annotation, repeated))
@@ -89,9 +106,9 @@ def check_classes(
 ) -> list[Finding]:
     """Whether a model that was trained on the split `first`, with its classes, can be evaluated here."""
     lacking, foreign = differing_names(class_names, checked.categories, checked.used_category_ids)
-    examples = [f"{name} only in {first}" for name in lacking] + [
-        f"{name} only in {split}" for name in foreign
-    ]
+    show = ascii if look_alike(lacking, foreign) else str
+    examples = [f"{show(name)} only in {first}" for name in lacking]
+    examples += [f"{show(name)} only in {split}" for name in foreign]
     return found("classes_differ", split, examples)
 
 
@@ -138,7 +155,7 @@ class _Faults:
         What is not so is a missing file or becomes an unreadable one."""
         file_name = record["file_name"]
         try:
-            os.fsencode(file_name)
+            encoded_name(file_name)
         except UnicodeEncodeError:
             return False
         if not _lacks_size(record):
@@ -146,7 +163,7 @@ class _Faults:
         if file_name in self._missing:
             return False
         try:
-            with Image.open(self._images_dir / file_name):
+            with Image.open(path_of(self._images_dir, file_name)):
                 return True
         except OSError as error:
             self._examples["unreadable_image"].append(f"{file_name}: {error}")
@@ -226,10 +243,10 @@ def _fault(
         if key not in record:
             return f"has no {key!r}"
         if not kind.is_right(record[key]):
-            return f"{key!r} is {brief(record[key])}; it must be {kind.wanted}"
+            return complaint(key, record[key], kind)
     for key, kind in optional:
         if record.get(key) is not None and not kind.is_right(record[key]):
-            return f"{key!r} is {brief(record[key])}; it must be {kind.wanted}"
+            return complaint(key, record[key], kind)
     return None
 
 

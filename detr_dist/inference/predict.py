@@ -16,6 +16,7 @@ from PIL import Image
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import printable
+from detr_dist.data.layout import decoded_name
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.distributed import build_accelerator, group_of_processes
 from detr_dist.errors import DataError, DetrDistError, UsageError
@@ -74,7 +75,7 @@ def predict(options: PredictOptions) -> None:
     num_read = len(data) - len(failed)
     if num_read == 0:
         raise DataError(f"{options.source}: none of {len(names)} pictures can be read")
-    file_names = [os.fsdecode(name) for name in data.file_names]
+    file_names = [decoded_name(name) for name in data.file_names]
     results = [
         {"file_name": file_names[row], "category_name": data.class_names[label], **result}
         for row, label, result in zip(

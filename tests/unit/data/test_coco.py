@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from detr_dist.data.coco import find_annotations, load_coco
+from detr_dist.data.record_checks import check_records
 from detr_dist.errors import DataError
 
 Document = dict[str, Any]
@@ -140,6 +141,27 @@ def test_a_group_with_boxes_is_a_class(document: Document, write_coco: WriteCoco
     assert load_coco(write_coco(document)).class_names == ("ball", "player")
 
 
+@pytest.mark.parametrize("name", ["None", "none", "null", "NaN", "undefined", "-"])
+@pytest.mark.parametrize("supercategory", [None, "", "none", "None", "null", float("nan"), "as the class"])
+def test_a_class_named_like_no_supercategory_is_kept(
+    document: Document, write_coco: WriteCoco, name: str, supercategory: object
+) -> None:
+    document["categories"].append({"id": 30, "name": name})
+    for category in document["categories"]:
+        category["supercategory"] = name if supercategory == "as the class" else supercategory
+    assert load_coco(write_coco(document)).class_names == ("ball", "player", name)
+
+
+def test_a_category_without_supercategory_groups_nothing(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"] = [
+        {"id": 0, "name": "match"},
+        {"id": 10, "name": "ball", "supercategory": "match"},
+        {"id": 20, "name": "player"},
+        {"id": 30, "name": "None", "supercategory": None},
+    ]
+    assert load_coco(write_coco(document)).class_names == ("ball", "player", "None")
+
+
 def test_validation_classes_follow_the_training_classes_by_name(
     document: Document, write_coco: WriteCoco
 ) -> None:
@@ -207,6 +229,10 @@ def change(path: str, value: object) -> Callable[[Document], None]:
         (change("images/1/id", None), r"images\[1\]: has no 'id'"),
         (change("images/1/id", "x3"), r"images\[1\] \(id 'x3'\): 'id' is 'x3'; it must be a whole number"),
         (change("images/1/id", 2**70), "it must be a whole number"),
+        (change("images/1/id", 2**63), r"'id' is 9223372036854775808; it must be .* to 2\^63 - 1"),
+        (change("annotations/2/id", -(2**63) - 1), r"it must be a whole number from -2\^63 to 2\^63 - 1"),
+        (change("annotations/2/image_id", 2**64 + 3), r"'image_id' is 18.*9; it must be .* 2\^63 - 1"),
+        (change("categories/0/id", 1e19), r"'id' is 1e\+19; it must be .* to 2\^63 - 1"),
         (change("images/1/id", 7), "several images have the id 7"),
         (change("images/1/file_name", 3), r"\(id 3\): 'file_name' is 3; it must be a text"),
         (change("images/1/width", 0), r"images\[1\] \(id 3\): width and height must be at least 1"),
@@ -251,9 +277,59 @@ def test_missing_files_are_counted_and_the_first_named(document: Document, write
     assert len(load_coco(folder, check_files=False)) == 3
 
 
+def test_absolute_file_names_are_found(document: Document, write_coco: WriteCoco, tmp_path: Path) -> None:
+    folder, elsewhere = write_coco(document), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(folder / "7.jpg", elsewhere)
+    for image, path in zip(document["images"], (elsewhere / "7.jpg", folder / "3.jpg"), strict=False):
+        image["file_name"] = str(path)
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    assert [load_coco(folder).image_path(row).is_file() for row in range(3)] == [True] * 3
+    assert check_records(str(folder)).findings == []
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "in_json", "shown"),
+    [
+        (
+            "e\u0301t\u00e9.jpg",
+            "\u00e9t\u00e9.jpg",
+            ["'e\\u0301t\\xe9.jpg'", "'\\xe9t\\xe9.jpg'", "normal form"],
+        ),
+        ("caf\u00e9/7.jpg", "cafe\u0301/7.jpg", ["'caf\\xe9/7.jpg'", "'cafe\\u0301/7.jpg'", "normal form"]),
+        ("7.JPG", "7.jpg", ["'7.JPG'", "'7.jpg'", "case"]),
+        ("a/7.jpg", "a\\7.jpg", ["'a/7.jpg'", "backslashes"]),
+        ("7.jpg", "/no/such/7.jpg", ["'/no/such/7.jpg'", "absolute"]),
+        ("7.jpg", "C:\\data\\7.jpg", ["'C:", "absolute"]),
+    ],
+)
+def test_a_file_under_a_name_that_looks_the_same_is_shown(
+    document: Document, write_coco: WriteCoco, on_disk: str, in_json: str, shown: list[str]
+) -> None:
+    document["images"][0]["file_name"] = on_disk
+    folder = write_coco(document)
+    document["images"][0]["file_name"] = in_json
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match="1 of 3 images are missing") as caught:
+        load_coco(folder)
+    (finding,) = (each for each in check_records(str(folder)).findings if each.kind == "missing_image")
+    assert all(part in str(caught.value) and part in str(finding) for part in shown[1:]), caught.value
+    assert shown[0] in str(caught.value)
+
+
+def test_class_names_that_look_the_same_are_told_apart(document: Document, write_coco: WriteCoco) -> None:
+    document["categories"][0]["name"] = "caf\u00e9"
+    train = load_coco(write_coco(document))
+    document["categories"][0]["name"] = "cafe\u0301"
+    with pytest.raises(DataError, match=r"'caf\\xe9' only in .*'cafe\\u0301' only here"):
+        load_coco(write_coco(document, "val"), classes=train.class_names)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('{"images": [], "annotations": [], "images": [{}]}', "several values for 'images'"),
+        ('{"images": [{"id": 1, "id": 2}]}', "several values for 'id'"),
         ('{"images": [,]}', "broken JSON at line 1, column 13"),
         ("", "broken JSON at line 1, column 1"),
         ("[]", "holds a list"),
