@@ -21,7 +21,14 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Gra
 from torch import nn
 
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
-from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s, uses_cpu
+from detr_dist.forming import (
+    call_roll,
+    check_environment,
+    device_problem,
+    fell_back_to_cpu,
+    limit_s,
+    uses_cpu,
+)
 from detr_dist.heartbeat import Heart
 
 T = TypeVar("T")
@@ -123,6 +130,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
         TrainingError: another process did not come, or was lost.
     """
     global _heart
+    check_environment()
     if uses_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
@@ -161,14 +169,14 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
 
 def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
     """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if launched not in ("no", mixed_precision):
         raise UsageError(
             f"mixed precision is {launched} for accelerate launch, but training.mixed_precision is "
             f"{mixed_precision}; set training.mixed_precision={launched} or take it out of Accelerate's "
             "settings"
         )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
     if gradient_accumulation_steps is not None and accumulation not in (
         "1",
         str(gradient_accumulation_steps),

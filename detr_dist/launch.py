@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, TrainingError, UsageError, report_error
-from detr_dist.forming import limit_s
+from detr_dist.forming import launch_numbers, limit_s
 from detr_dist.guard import listen
 
 _TRY_EVERY_S = 0.5
@@ -61,6 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     make_robust()
     options = launch_command_parser().parse_args(arguments)
     try:
+        launch_numbers("OMP_NUM_THREADS")  # which Accelerate reads
         machines = Machines.of(options)
         if machines.num_machines > 1:
             within_s = limit_s("DETR_DIST_FORM_LIMIT_S", 60.0)

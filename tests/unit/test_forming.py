@@ -1,15 +1,28 @@
 """Which GPUs were asked for, and whether they are there."""
 
+import os
+
 import pytest
 import torch
 
 from detr_dist.errors import UsageError
-from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s
+from detr_dist.forming import call_roll, check_environment, device_problem, fell_back_to_cpu, limit_s
+
+LAUNCHED = {
+    "WORLD_SIZE": "2",
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "RANK"):
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the code under test unsets variables as well
+    launched = {*LAUNCHED, "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "PMI_SIZE"}
+    for name in launched:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -89,3 +102,63 @@ def test_all_processes_must_compute_on_the_same_kind_of_device(
     else:
         with pytest.raises(UsageError, match=complaint):
             call_roll(None, 5.0)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        LAUNCHED,
+        LAUNCHED | {"PMI_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4"},  # one launcher on each of four nodes
+        LAUNCHED | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "PMI_SIZE": "2"},
+        dict.fromkeys([*LAUNCHED, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU"], ""),
+        {"WORLD_SIZE": " ", "LOCAL_RANK": "-1"},
+        {"WORLD_SIZE": "1"},
+        {"RANK": "0"},
+        {"PMI_SIZE": "1", "PMI_RANK": "0"},
+        {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
+    ],
+)
+def test_what_is_set_to_nothing_or_agrees_is_no_problem(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_environment()
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "ACCELERATE_USE_CPU"):
+        assert os.environ.get(name, "1").strip() not in ("", "-1")
+
+
+def test_a_local_rank_alone_is_of_the_only_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_environment()
+    assert "LOCAL_RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 .* RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set"),
+        (LAUNCHED | {"MASTER_ADDR": ""}, "WORLD_SIZE is 2 .* MASTER_ADDR not set"),
+        (LAUNCHED | {"RANK": "2"}, "RANK is 2 in the environment, but WORLD_SIZE is 2"),
+        (LAUNCHED | {"WORLD_SIZE": ""}, "RANK is 1 in the environment, but WORLD_SIZE is not set"),
+        ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3 in the environment, but WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no whole number"),
+        ({"LOCAL_RANK": "0.0"}, "LOCAL_RANK is '0.0'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE is 2"),
+        ({"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "3"}, "OMPI_COMM_WORLD_SIZE is 8"),
+        ({"MV2_COMM_WORLD_SIZE": "2", "WORLD_SIZE": "1"}, "MV2_COMM_WORLD_SIZE is 2"),
+        ({"PMI_RANK": "first"}, "PMI_RANK is 'first'"),
+        ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is 'maybe'"),
+    ],
+)
+def test_a_variable_that_a_launcher_left_over_is_named(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
+) -> None:
+    for each, value in environment.items():
+        monkeypatch.setenv(each, value)
+    with pytest.raises(UsageError, match=name) as caught:
+        check_environment()
+    assert "\n" not in str(caught.value)
