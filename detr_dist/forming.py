@@ -106,8 +106,8 @@ def check_environment() -> None:
         for name in _SIZES_OF_MPI:
             if values.get(name, 1) > 1:
                 raise UsageError(
-                    f"{name} is {values[name]} in the environment, as under mpirun or srun, which cannot start "
-                    "a run of several processes; unset it, or start with accelerate launch"
+                    f"{name} is {values[name]} in the environment, as under mpirun or srun, which cannot "
+                    "start a run of several processes; unset it, or start with accelerate launch"
                 )
 
 

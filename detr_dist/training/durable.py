@@ -53,15 +53,15 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
 
 
-def finish_interrupted(parent: Path) -> list[str]:
-    """Bring to an end what `new_folder` and `remove_folder` were doing in `parent` when their process was
-    killed.
+def finish_interrupted(parent: Path, pattern: str = "*") -> list[str]:
+    """Bring to an end what `new_folder` and `remove_folder` were doing with folders of such names in `parent`
+    when their process was killed.
 
     Returns the names of the folders of which there was only a part, now removed.
     """
-    for removed in parent.glob(".*.removed"):
+    for removed in parent.glob(f".{pattern}.removed"):
         shutil.rmtree(removed, ignore_errors=True)
-    leftovers = [*parent.glob(".*.partial"), *parent.glob(".*.replaced")]
+    leftovers = [*parent.glob(f".{pattern}.partial"), *parent.glob(f".{pattern}.replaced")]
     names = sorted({path.stem.removeprefix(".") for path in leftovers})
     return [name for name in names if _finish(parent / name)]
 

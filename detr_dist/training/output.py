@@ -2,26 +2,67 @@
 
 import itertools
 import json
+import re
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from detr_dist.errors import CheckpointError
-from detr_dist.training.checkpoint import Checkpoint, claimed_age, open_checkpoint
+from detr_dist.config import load_config
+from detr_dist.data.layout import shown
+from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
 from detr_dist.training.durable import new_folder, write_text_whole
 
-OF_A_RUN = (
-    "checkpoints",
-    "model",
-    "models",
-    "outbox/*",
-    "pictures",
-    "stacks",
-    "tensorboard",
-    "config.yaml",
-    "results.json",
-)
+_WRITTEN = {
+    "": r"model|tensorboard|config\.yaml|results\.json",
+    "checkpoints": r"\.?((epoch|step)_\d+|best|last)(\.partial|\.replaced|\.removed)?",
+    "models": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
+    "outbox": r"[0-9a-f]{32}",
+    "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
+    "stacks": r"rank_\d+\.txt",
+}
+"""What a run writes, by folder: names to match. All else in an output folder is its user's."""
+
+
+def check_output(output_dir: Path) -> None:
+    """Refuse a folder in which a run would take a user's files for its own.
+
+    Raises:
+        UsageError: what a run would replace is there, but no trace of a run.
+    """
+    there = [str(path.relative_to(output_dir)) for path in _of_runs(output_dir)]
+    if there and not _holds_run(output_dir):
+        raise UsageError(
+            f"--output-dir {output_dir}: holds {shown(there)}, which no run has left there and a run would "
+            "replace; give another folder, or move them away"
+        )
+
+
+def _of_runs(output_dir: Path) -> list[Path]:
+    """What lies where a run writes, and checkpoints under any name: a run could be resumed from them."""
+    return [
+        path
+        for folder, names in _WRITTEN.items()
+        for path in sorted((output_dir / folder).glob("*"))
+        if re.fullmatch(names, path.name) or (folder == "checkpoints" and is_checkpoint(path))
+    ]
+
+
+def _holds_run(output_dir: Path) -> bool:
+    """Whether a run was here: it left a checkpoint, an outbox, stacks, or its resolved configuration."""
+    traces = ("checkpoints/*/state.json", "checkpoints/*/manifest.json", "outbox/*/run.json", "stacks/rank_*")
+    found = any(any(output_dir.glob(pattern)) for pattern in traces)
+    return found or _is_resolved(output_dir / "config.yaml")
+
+
+def _is_resolved(config_path: Path) -> bool:
+    """Whether the file holds every setting: only a run writes them all."""
+    try:
+        return load_config(config_path).to_yaml() == config_path.read_text(encoding="utf-8")
+    except (UsageError, ValueError, OSError):
+        return False
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
@@ -31,13 +72,14 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
     run; otherwise the checkpoints that are newer than the resumed one, or do not tell.
     """
     checkpoints_dir = output_dir / "checkpoints"
+    there = _of_runs(output_dir)
     if resumed is None or resumed.folder.parent.resolve() != checkpoints_dir.resolve():
-        there = (path for pattern in OF_A_RUN for path in sorted(output_dir.glob(pattern)))
         # What the same run has not delivered comes before what it logs from now on, or never.
         leaving = [path for path in there if resumed is None or path.name != resumed.facts.mlflow_run_id]
         what = "an earlier run"
     else:
-        leaving = [path for path in checkpoints_dir.iterdir() if claimed_age(path) > resumed.age]
+        checkpoints = [path for path in there if path.parent == checkpoints_dir]
+        leaving = [path for path in checkpoints if claimed_age(path) > resumed.age]
         if checkpoints_dir / "best" in leaving and (output_dir / "model").exists():
             leaving.append(output_dir / "model")  # made of the same weights
         what = f"checkpoints that are newer than step {resumed.state.step}, or not whole"
@@ -47,6 +89,9 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
             target = aside / path.relative_to(output_dir)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
+        for folder in {path.parent for path in leaving} - {output_dir}:
+            with suppress(OSError):  # something else is there as well
+                folder.rmdir()
         print(f"{output_dir} held {what}: moved to {aside}", flush=True)
     (output_dir / "results.json").unlink(missing_ok=True)
 

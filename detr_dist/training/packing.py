@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from detr_dist.config import Config
 from detr_dist.models.detector import Detector, load_plain_weights, plain_network
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
-from detr_dist.training.durable import new_folder
+from detr_dist.training.durable import finish_interrupted, new_folder
 
 
 @dataclass(frozen=True)
@@ -70,4 +71,7 @@ class ModelPacker:
         if card.is_best:
             self._tracker.log_folder(folder, "model")
         else:
-            shutil.rmtree(folder.parent)  # whatever a kill has left there as well
+            shutil.rmtree(folder)
+            finish_interrupted(folder.parent, "epoch_*")  # and whatever a kill has left there
+            with suppress(OSError):  # something of the user's is there as well
+                folder.parent.rmdir()

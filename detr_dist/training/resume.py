@@ -57,6 +57,8 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
             f"this is not the run that was saved: {'; '.join(refused)}. Set it as it was to resume, or "
             "begin a new run, if you like from its weights with --init-from"
         )
+    if has_other_validation(saved, now):
+        taken.append("validation data: the best score so far is of other data and no longer counts")
     if saved.num_processes != now.num_processes:
         taken.append(f"number of processes {saved.num_processes} -> {now.num_processes}")
     if saved.zero_stage != now.zero_stage:
@@ -67,6 +69,11 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
         if saved.versions.get(name) != version
     ]
     return taken
+
+
+def has_other_validation(saved: RunFacts, now: RunFacts) -> bool:
+    """Whether scores of before and after cannot be compared."""
+    return saved.val_data_sha256 not in (None, now.val_data_sha256)
 
 
 def _global_batch(saved: RunFacts, now: RunFacts) -> str:

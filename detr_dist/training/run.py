@@ -25,7 +25,7 @@ from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.output import bring_best, make_room, write_results
+from detr_dist.training.output import bring_best, check_output, make_room, write_results
 from detr_dist.training.packing import ModelPacker
 from detr_dist.training.pictures import PictureMaker
 from detr_dist.training.preemption import StopSignals, leave_note
@@ -51,6 +51,7 @@ def train(config: Config, options: RunOptions) -> None:
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
     with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
+        HostGroup(processes).on_main_process(lambda: check_output(options.output_dir))
         if options.dry_run:
             HostGroup(processes).on_main_process(lambda: _check_data(config, options))
         train_data = load_coco(options.train_dir)

@@ -2,7 +2,7 @@
 
 import platform
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import compile_regions, recompute_activations
 from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.resume import compare_with_saved, restore_weights
+from detr_dist.training.resume import compare_with_saved, has_other_validation, restore_weights
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
 from detr_dist.training.strategy import Replicated
@@ -115,8 +115,12 @@ def set_up(
         init_from=options.init_from if resumed is None else resumed.facts.init_from,
         mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
         data_sha256=train_data.fingerprint(),
+        val_data_sha256=val_data.fingerprint(),
         versions=_versions(),
     )
+    changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
+    if resumed is not None and has_other_validation(resumed.facts, facts):
+        resumed = replace(resumed, state=resumed.state.without_best())
     return Setup(
         config=config,
         options=options,
@@ -129,7 +133,7 @@ def set_up(
         sources=sources,
         resumed=resumed,
         facts=facts,
-        changes=compare_with_saved(resumed.facts, facts) if resumed is not None else [],
+        changes=changes,
         detector=_build_network(facts, train_data, sources, resumed),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
@@ -168,6 +172,11 @@ def _build_network(
             if facts.init_from is not None
             else str(error)
         ) from error
+    if train_data.max_boxes_per_image == 0:  # nothing would be learned
+        raise DataError(
+            f"{train_data.annotations_path}: has no box to train on (crowd boxes do not count); check that "
+            "it is the right file"
+        )
     if train_data.max_boxes_per_image > detector.num_queries:
         raise DataError(
             f"{train_data.annotations_path}: an image has {train_data.max_boxes_per_image} boxes, but the "

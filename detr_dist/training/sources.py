@@ -151,7 +151,7 @@ class Sources:
         if not os.access(self._output_dir, os.W_OK):  # not there yet, or the run will say that it cannot be
             return
         with locked(self._output_dir):
-            finish_interrupted(self._output_dir)  # the best model
+            finish_interrupted(self._output_dir, "model")
             for name in finish_interrupted(self._output_dir / "checkpoints"):
                 self._say(
                     f"checkpoint {name} was being written when its process ended: removed what there was "

@@ -1,6 +1,7 @@
 """Where a run stands: the few numbers from which everything else follows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 from detr_dist.config import Config
 
@@ -21,6 +22,10 @@ class TrainState:
     """Evaluations in a row that did not raise `best_map`: what early stopping counts."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
+
+    def without_best(self) -> Self:
+        """Return the same progress, as if no evaluation had been: on other data scores cannot be compared."""
+        return replace(self, best_map=None, best_step=None, evaluations_since_best=0)
 
     def evaluated(self, metrics: dict[str, float]) -> bool:
         """Take in an evaluation of the current step; says whether it is the best so far."""
@@ -50,3 +55,5 @@ class RunFacts:
     versions: dict[str, str]
     zero_stage: int = 0
     """Of DeepSpeed; 0 without it."""
+    val_data_sha256: str | None = None
+    """Of the validation annotations; None in checkpoints of earlier versions."""

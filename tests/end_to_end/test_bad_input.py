@@ -46,6 +46,10 @@ BAD_DATA: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: edit(d / "train" / JSON, lambda doc: first_box(doc).update(bbox=[5, 5, -3, 4])),
         "-3",
     ),
+    "no_box_to_train_on": (
+        lambda d: edit(d / "train" / JSON, lambda doc: [box.update(iscrowd=1) for box in doc["annotations"]]),
+        "no box to train on",
+    ),
     "other_classes": (
         lambda d: edit(d / "val" / JSON, lambda doc: doc["categories"][1].update(name="referee")),
         "referee",

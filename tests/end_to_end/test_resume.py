@@ -1,5 +1,6 @@
 """A run that is stopped or killed, and goes on as if it had not been."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from detr_dist.training.checkpoint import newest_checkpoint
+from detr_dist.training.checkpoint import _fingerprint, newest_checkpoint
 
 STEPS = 40
 EVERYTHING_THAT_DRAWS_OR_REMEMBERS = (
@@ -179,6 +180,37 @@ def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data
     assert workplace.history("train_loss") == [
         (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "whole")
     ]
+
+
+def test_on_other_validation_data_the_best_starts_anew(workplace, tiny_data: Path) -> None:
+    quiet = ("logging.mlflow=false", "evaluation.every_epochs=1", "training.early_stopping_patience=2")
+    assert workplace.train(tiny_data, *quiet).returncode == 0
+    last = workplace.folder / "out" / "checkpoints" / "last"
+    never_again = {"best_map": 0.99, "best_step": 10, "evaluations_since_best": 1}
+    for name, change in (
+        ("state.json", lambda: never_again),
+        ("manifest.json", lambda: {"state.json": _fingerprint(last / "state.json")}),
+    ):
+        (last / name).write_text(json.dumps(json.loads((last / name).read_text()) | change()))
+    shutil.rmtree(workplace.folder / "out" / "model")
+
+    other = workplace.folder / "other"
+    shutil.copytree(tiny_data, other)
+    path = other / "val" / "_annotations.coco.json"
+    document = json.loads(path.read_text())
+    document["annotations"].pop()
+    path.write_text(json.dumps(document))
+    finished = workplace.train(other, *quiet, "--resume", "auto", "training.num_epochs=2")
+    assert finished.returncode == 0, finished.stderr
+    assert len([line for line in finished.stdout.splitlines() if "validation data" in line]) == 1
+    state = json.loads((last / "state.json").read_text())
+    assert state["best_map"] == state["metrics"]["val_map"] < 0.99
+    assert (state["best_step"], state["evaluations_since_best"]) == (state["step"], 0)
+    assert (workplace.folder / "out" / "model" / "config.json").exists()
+
+    finished = workplace.train(other, *quiet, "--resume", "auto", "training.num_epochs=2")
+    assert finished.returncode == 0, finished.stderr
+    assert "changed since" not in finished.stdout
 
 
 @pytest.mark.slow

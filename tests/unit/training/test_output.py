@@ -3,12 +3,13 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
 
+from detr_dist.config import Config
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.training.checkpoint import (
     NETWORK,
@@ -18,10 +19,10 @@ from detr_dist.training.checkpoint import (
     write_checkpoint,
 )
 from detr_dist.training.durable import check_writable
-from detr_dist.training.output import bring_best, make_room, write_results
+from detr_dist.training.output import bring_best, check_output, make_room, write_results
 
 SnapshotAt = Callable[..., Snapshot]
-RUN = {"checkpoints", "model", "models", "tensorboard", "config.yaml", "results.json"}
+RUN = {"checkpoints", "model", "models", "pictures", "tensorboard", "config.yaml", "results.json"}
 OTHERS = {"mlflow.db", "notes"}
 
 
@@ -36,8 +37,8 @@ def output_dir(tmp_path: Path, snapshot_at: SnapshotAt) -> Path:
     ):
         snapshot = snapshot_at(step, closed_step=closed_step, best_step=10)
         write_checkpoint(folder / "checkpoints", names, snapshot)
-    for name in ("model", "models", "tensorboard", "notes"):
-        (folder / name).mkdir()
+    for name in ("model", "models/epoch_2", "pictures/epoch_2", "tensorboard", "notes"):
+        (folder / name).mkdir(parents=True)
         (folder / name / "content").write_text(name)
     for name in ("config.yaml", "results.json", "mlflow.db"):
         (folder / name).write_text(name)
@@ -86,6 +87,74 @@ def test_runs_that_are_set_aside_in_the_same_second_do_not_mix(
         folder.name: (folder / "config.yaml").read_text() for folder in (tmp_path / "earlier_runs").iterdir()
     }
     assert kept == {"now": "0", "now_2": "1", "now_3": "2"}
+
+
+USERS_OWN = (
+    "checkpoints/mine/w.bin",
+    "models/important/w.bin",
+    "models/.cache.partial/w.bin",
+    "pictures/holiday.jpg",
+    "outbox/letter.txt",
+    "stacks/notes.txt",
+    "earlier_runs/mine.txt",
+)
+
+
+def write_files(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def test_what_a_user_keeps_beside_a_run_stays_in_its_place(output_dir: Path) -> None:
+    write_files(output_dir, USERS_OWN)
+    check_output(output_dir)
+    make_room(output_dir, None)
+    assert all((output_dir / name).read_text() == name for name in USERS_OWN)
+    aside = next(path for path in (output_dir / "earlier_runs").iterdir() if path.is_dir())
+    assert names_in(aside) == RUN
+    assert names_in(output_dir / "checkpoints") == {"mine"}
+
+
+def test_what_a_user_keeps_among_checkpoints_stays_when_a_run_resumes(output_dir: Path) -> None:
+    write_files(output_dir, USERS_OWN)
+    make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "step_20"))
+    assert all((output_dir / name).read_text() == name for name in USERS_OWN)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.yaml",
+        "results.json",
+        "model/w.bin",
+        "tensorboard/x",
+        "checkpoints/best/x",
+        "pictures/epoch_1/x",
+    ],
+)
+def test_a_folder_with_files_that_a_run_would_replace_is_refused(name: str, tmp_path: Path) -> None:
+    write_files(tmp_path, [*USERS_OWN, name])
+    with pytest.raises(
+        UsageError, match=f"--output-dir {tmp_path}: holds '{name.rpartition('/')[0] or name}'"
+    ):
+        check_output(tmp_path)
+    assert all((tmp_path / each).read_text() == each for each in (*USERS_OWN, name))
+
+
+def test_a_folder_with_other_files_is_taken(tmp_path: Path) -> None:
+    write_files(tmp_path, USERS_OWN)
+    check_output(tmp_path)
+    make_room(tmp_path, None)
+    assert all((tmp_path / name).read_text() == name for name in USERS_OWN)
+    check_output(tmp_path / "not there yet")
+
+
+@pytest.mark.parametrize("trace", ["checkpoints/a/state.json", "outbox/x/run.json", "stacks/rank_0.txt", ""])
+def test_any_trace_of_a_run_makes_the_folder_one_of_runs(trace: str, tmp_path: Path) -> None:
+    write_files(tmp_path, ["model/w.bin", "results.json", *([trace] if trace else [])])
+    (tmp_path / "config.yaml").write_text("training: {seed: 1}" if trace else Config().to_yaml())
+    check_output(tmp_path)
 
 
 def test_a_run_that_goes_on_keeps_all_but_newer_checkpoints_and_old_results(

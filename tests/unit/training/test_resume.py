@@ -21,6 +21,7 @@ from detr_dist.training.resume import (
     FREE_KEYS,
     FREE_SECTIONS,
     compare_with_saved,
+    has_other_validation,
     restore_average,
     restore_optimizer,
     restore_weights,
@@ -185,6 +186,17 @@ def test_another_number_of_processes_is_taken_if_the_global_batch_is_the_same() 
         "training.gradient_accumulation_steps 2 -> 1",
         "number of processes 1 -> 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_other"), [("1" * 64, False), ("0" * 64, True), (None, False)], ids=["same", "other", "old"]
+)
+def test_other_validation_data_are_taken_and_said(saved: str | None, is_other: bool) -> None:
+    facts = run(val_data_sha256=saved), run(val_data_sha256="1" * 64)
+    assert has_other_validation(*facts) is is_other
+    changes = compare_with_saved(*facts)
+    assert len(changes) == is_other
+    assert all("validation data" in change for change in changes)
 
 
 def test_another_stage_of_zero_is_taken() -> None:

@@ -26,6 +26,14 @@ def test_the_best_evaluation_is_remembered_with_its_step_and_those_since_are_cou
     assert state.metrics == {"val_map": 0.2, "val_ball_map": 0.5}
 
 
+def test_on_other_data_the_best_starts_anew_and_the_progress_stays() -> None:
+    state = TrainState(20, 20, best_map=0.9, best_step=10, evaluations_since_best=3, metrics={"val_map": 0.5})
+    anew = state.without_best()
+    assert anew == TrainState(20, 20, metrics={"val_map": 0.5})
+    assert anew.evaluated({"val_map": 0.1})
+    assert state.best_map == 0.9
+
+
 def test_an_evaluation_without_a_map_counts_as_zero() -> None:
     state = TrainState(step=10)
     assert state.evaluated({})
