@@ -301,6 +301,8 @@ def _parse_yaml(text: bytes | str) -> Any:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one key. A dotted path may go deeper than section.key, into a mapping such as
     model.config_overrides."""
+    # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
+    override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     keys_text, equals, value_text = override.partition("=")
     keys = keys_text.split(".")
     if not equals or len(keys) < 2 or not all(keys):

@@ -87,6 +87,11 @@ def test_an_override_with_a_key_twice_is_refused() -> None:
         load_config(None, ["model.config_overrides={a: 1, b: {c: 1}, a: 2}"])
 
 
+def test_an_override_may_come_from_a_command_line_in_another_locale() -> None:
+    escaped = "logging.mlflow_run_name=Läufe".encode().decode("ascii", "surrogateescape")
+    assert load_config(None, [escaped]).logging.mlflow_run_name == "Läufe"
+
+
 def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "merged.yaml"
     path.write_text("model:\n  config_overrides:\n    a: &a {b: 1, c: 1}\n    d: {<<: *a, c: 2}\n")
