@@ -148,9 +148,9 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
             self.outbox.append(
                 "dataset",
                 context=context,
-                name=data.annotations_path.parent.name,
+                name=_as_text(data.annotations_path.parent.name),
                 digest=data.fingerprint()[:32],
-                source=str(data.annotations_path.absolute()),
+                source=_as_text(str(data.annotations_path.absolute())),
                 profile={"num_images": len(data), "num_boxes": len(data.box_classes)},
             )
 
@@ -313,4 +313,10 @@ def _source_tags() -> dict[str, str]:
         tags["mlflow.source.git.commit"] = commit.stdout.strip()
     except (OSError, subprocess.SubprocessError, KeyError):
         pass  # no git, no repository, no such user: nothing to record
-    return tags
+    return {name: _as_text(value) for name, value in tags.items()}
+
+
+def _as_text(argument: str) -> str:
+    """What came from the command line or the file system, without Python's escapes for what is not of the
+    locale: no server takes those."""
+    return argument.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
