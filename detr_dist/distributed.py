@@ -20,7 +20,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError, as_one_line
 from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s, uses_cpu
 from detr_dist.heartbeat import Heart
 
@@ -209,7 +209,7 @@ def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     except DetrDistError as error:
         return _Outcome(error=error)
     except Exception as error:  # anything else would leave the other processes waiting
-        return _Outcome(error=DetrDistError(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        return _Outcome(error=DetrDistError(as_one_line(error)))
 
 
 class HostGroup:

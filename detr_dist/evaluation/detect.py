@@ -15,7 +15,7 @@ from detr_dist.config import Config
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader
+from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import autocast
@@ -61,6 +61,7 @@ class ImagePass:
             [[(0, index) for index in batch.indices] for batch in self._batches],
             config.data,
             pin_memory=accelerator.device.type == "cuda",
+            need=shared_memory_need(config, data, train=False),
         )
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from detr_dist.config import Config
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader
+from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
 
@@ -48,6 +48,7 @@ class GroupStream:
             ),
             config.data,
             pin_memory=pin_memory,
+            need=shared_memory_need(config, data, train=True),
         )
         self._micro_batches: Generator[Batch] | None = None
         self.waited_s = 0.0

@@ -11,6 +11,8 @@ from transformers.utils import logging as transformers_logging
 from detr_dist.check_data import check_splits
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.loading import shared_memory_need
+from detr_dist.data.shared_memory import Need, check_room
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
@@ -62,6 +64,7 @@ def train(config: Config, options: RunOptions) -> None:
         )
         try:
             setup = set_up(config, options, train_data, val_data, accelerator)
+            setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
             if options.dry_run:
                 setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
                 return
@@ -74,6 +77,12 @@ def train(config: Config, options: RunOptions) -> None:
         finally:
             for each in accelerator.trackers:
                 each.finish()
+
+
+def _shared_memory_need(setup: Setup) -> Need:
+    """Of both loaders of a process: while one evaluates, the other waits with what it has prepared."""
+    training = shared_memory_need(setup.config, setup.train_data, train=True)
+    return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
 
 
 def _check_data(config: Config, options: RunOptions) -> None:
