@@ -8,8 +8,9 @@ import threading
 import traceback
 import warnings
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -77,11 +78,11 @@ class BatchLoader:
         """`need` is what the line says when shared memory runs out."""
         self._need = need
         num_workers = num_loader_processes(config.num_workers)
-        with warnings.catch_warnings(
-            action="ignore"
-        ):  # of more loader processes than cores, as was asked for
+        self._failures: SimpleQueue[DetrDistError] | None
+        self._failures = multiprocessing.SimpleQueue() if num_workers else None
+        with _quiet():
             self._loader: DataLoader[Any] = DataLoader(
-                _Batches(dataset),
+                _Batches(dataset, self._failures),
                 sampler=batch_sampler,
                 batch_size=None,  # they come whole
                 collate_fn=_as_it_is,
@@ -100,15 +101,16 @@ class BatchLoader:
                 failure: DetrDistError | None = None
                 try:
                     batches = self._start(processes) if batches is None else batches
-                    item = next(batches)
+                    failure = self._early_failure(processes)
+                    item = next(batches) if failure is None else None
                 except StopIteration:
                     return
                 except Exception as error:
-                    failure = self._explain(error, processes)
-                if isinstance(item, _SharedMemoryIsFull):
-                    failure = LoaderError(f"shared memory ran out: {shared_memory.describe(self._need)}")
-                elif isinstance(item, DetrDistError):
+                    failure = self._death(processes) or _failure("loading images failed", error)
+                if isinstance(item, DetrDistError):
                     failure = item
+                if isinstance(failure, _SharedMemoryIsFull):
+                    failure = LoaderError(f"shared memory ran out: {shared_memory.describe(self._need)}")
                 if failure is not None:
                     # Not inside `except`: the traceback of torch's error would keep the loader processes.
                     raise failure
@@ -122,19 +124,25 @@ class BatchLoader:
         before = set(multiprocessing.active_children())
         handler = signal.getsignal(signal.SIGCHLD)
         try:
-            return iter(self._loader)
+            with _quiet():
+                return iter(self._loader)
         finally:
             processes += set(multiprocessing.active_children()) - before
-            # Torch would raise the end of a loader process wherever the main thread then is. While it waits
-            # for a batch it looks by itself, every few seconds.
+            # Torch would raise the end of a loader process wherever the main thread then is.
             if signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
 
-    def _explain(self, error: Exception, processes: list[BaseProcess]) -> DetrDistError:
-        """Return in one line why there is no next batch."""
+    def _early_failure(self, processes: list[BaseProcess]) -> DetrDistError | None:
+        """Return what has gone wrong in a loader process, although its batch may not be due yet."""
+        if self._failures is not None and not self._failures.empty():
+            return self._failures.get()
+        return self._death(processes)
+
+    def _death(self, processes: list[BaseProcess]) -> DetrDistError | None:
+        """Return what a loader process has died of, if one has."""
         code = next((process.exitcode for process in processes if process.exitcode), None)
         if code is None:
-            return _failure("loading images failed", error)
+            return None
         if code > 0:
             return LoaderError(f"a loader process ended by itself, with exit code {code}")
         name = signal.Signals(-code).name
@@ -160,10 +168,17 @@ class _Batches(Dataset[Batch | DetrDistError]):
     """Whole batches by their keys. What goes wrong is returned: of what is raised in a loader process torch
     would pass on the text only, and nothing of what fails while a batch is sent."""
 
-    def __init__(self, samples: CocoDetectionDataset) -> None:
+    def __init__(self, samples: CocoDetectionDataset, failures: "SimpleQueue[DetrDistError] | None") -> None:
         self._samples = samples
+        self._failures = failures  # tells of them at once, and not when the batch is due
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | DetrDistError:
+        batch = self._load(keys)
+        if isinstance(batch, DetrDistError) and self._failures is not None:
+            self._failures.put(batch)
+        return batch
+
+    def _load(self, keys: list[SampleKey]) -> Batch | DetrDistError:
         samples = []
         try:
             for epoch, row in keys:
@@ -190,6 +205,12 @@ def _failure(what: str, error: Exception) -> LoaderError:
     failure = LoaderError(f"{what}: {as_one_line(error)}{advice}")
     failure.add_note("".join(traceback.format_exception(error)).strip())
     return failure
+
+
+def _quiet() -> AbstractContextManager[Any]:
+    """Keep back torch's warning of more loader processes than cores: that is as the user asked, or as it was
+    where the model was trained."""
+    return warnings.catch_warnings(action="ignore")
 
 
 def _as_it_is(batch: Any) -> Any:
