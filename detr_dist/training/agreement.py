@@ -57,6 +57,10 @@ class StepAgreement:
             text = f"the loss is not finite, image ids {self._image_ids}"
             self._problem = _Problem(text, _NOT_FINITE)
 
+    def report_failure(self, error: Exception) -> None:
+        """Note what keeps this process from the next step. Local."""
+        self._problem = _Problem(as_one_line(error), cause=error)
+
     def next_step(self, step: int, groups: Iterator[list[Batch]]) -> Agreed:
         """Fetch and agree on the data of optimizer step `step`, from 0.
 
@@ -71,7 +75,7 @@ class StepAgreement:
         try:
             group = next(groups)
         except Exception as error:  # anything else would leave the other processes waiting
-            self._problem = _Problem(as_one_line(error), cause=error)
+            self.report_failure(error)
         image_ids = [image_id for batch in group for image_id in batch.image_ids]
         self._host.note(step=step, image_ids=image_ids)
         stops, boxes, images, heights, widths = self._exchange(
