@@ -1,8 +1,11 @@
 """Which GPUs were asked for, and whether they are there."""
 
+import os
+
 import pytest
 import torch
 
+from detr_dist.distributed import group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.forming import call_roll, device_problem, fell_back_to_cpu, limit_s
 
@@ -89,3 +92,20 @@ def test_all_processes_must_compute_on_the_same_kind_of_device(
     else:
         with pytest.raises(UsageError, match=complaint):
             call_roll(None, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(None, None), ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"), ("PYTORCH_CUDA_ALLOC_CONF", "")],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, value: str | None
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    if name is not None and value is not None:
+        monkeypatch.setenv(name, value)
+    with group_of_processes():
+        found = {each: os.environ[each] for each in os.environ if each.endswith("_ALLOC_CONF")}
+    assert found == ({name: value} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
