@@ -11,7 +11,7 @@ import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
 from detr_dist.console import make_robust
-from detr_dist.errors import DetrDistError, StopRequested, UsageError, report_error
+from detr_dist.errors import DetrDistError, StopRequested, UsageError, as_one_line, report_error
 
 app = typer.Typer(
     name="detr-dist",
@@ -333,9 +333,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        reason = " ".join(str(error).split())
         _fail(
-            f"{type(error).__name__}: {reason} (a bug, or a machine's trouble: --debug shows where)",
+            f"{as_one_line(error)} (a bug, or a machine's trouble: --debug shows where)",
             exit_code=1,
         )
 

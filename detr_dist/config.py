@@ -42,11 +42,19 @@ def _share_or_auto(value: Any) -> Any:
     return value
 
 
+def _count_or_auto(value: Any) -> Any:
+    """One complaint instead of pydantic's two, as above."""
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ValueError("a whole number from 0 or auto is wanted")
+    return value
+
+
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
 
 
@@ -59,8 +67,9 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    num_workers: CountOrZero = 4
-    """Loader processes per training process; 0 loads in the training process itself."""
+    num_workers: CountOrAuto = "auto"
+    """Loader processes per training process; `auto`: as many as it has CPU cores, but at most 4; 0 loads in
+    the training process itself."""
     prefetch_factor: Count = 4
     """Micro-batches that each loader process prepares ahead."""
     shortest_edge: Annotated[int, Field(ge=32)] = 800
@@ -138,6 +147,9 @@ class TrainingConfig(Section):
     """Compile backbone and layers with torch.compile: minutes before the first step, faster ones after."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, slower steps."""
+    try_largest_batch: bool = True
+    """On a GPU, compute the largest batch of the run once before the first step, so that a lack of memory
+    shows at once. Changes no result."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last memory order."""
     seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)] = 42

@@ -7,6 +7,7 @@ the device.
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError, as_one_line
 from detr_dist.forming import (
+    Board,
     call_roll,
     check_environment,
     device_problem,
@@ -40,6 +42,11 @@ COLLECTIVE_LIMIT_S = 300.0
 PATIENT_LIMIT_S = 3600.0
 """So long the others wait where one may rightly take its time: to download, evaluate, score or save. Should
 it die or be stopped meanwhile, its heart tells."""
+
+# The first is torch's name; the others it still reads.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
+_FAILURE = "failure"  # key in the store that the processes share
 
 _heart: Heart | None = None  # of the process group, of which there is one as well
 
@@ -95,6 +102,13 @@ def uses_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
+def _keep_segments_expandable() -> None:
+    """Have torch grow its pieces of GPU memory, unless the user has set its allocator: images of many sizes
+    would leave gaps between them. Counts where nothing has been allocated yet."""
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     """The precision in which a network computes; its weights are float32."""
     dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
@@ -131,6 +145,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     """
     global _heart
     check_environment()
+    _keep_segments_expandable()
     if uses_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
@@ -155,9 +170,13 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     except StopRequested:
         is_whole = True
         raise
-    except RuntimeError as error:
-        if _heart is not None and is_lost_contact(error):
-            raise TrainingError(_heart.explain(error, collective_s)) from error
+    except Exception as error:
+        if _heart is not None and isinstance(error, RuntimeError) and is_lost_contact(error):
+            reason = _failure_of_another(store)
+            raise TrainingError(f"{_heart.explain(error, collective_s)}{reason}") from error
+        if store is not None:
+            with suppress(RuntimeError):  # process 0 may have gone, and the store with it
+                store.set(_FAILURE, f"process {state.process_index}: {as_one_line(error)}")
         raise
     finally:
         if _heart is not None:
@@ -165,6 +184,14 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
             _heart = None
         if is_whole:  # a group that has lost a process could wait for it for minutes
             state.destroy_process_group()
+
+
+def _failure_of_another(store: Board | None) -> str:
+    """Return what another process has said before it ended, to be put behind a line."""
+    with suppress(RuntimeError):  # process 0 may have gone, and the store with it
+        if store is not None and store.check([_FAILURE]):
+            return f"; {store.get(_FAILURE).decode()}"
+    return ""
 
 
 def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
@@ -217,7 +244,7 @@ def _attempt(action: Callable[[], T]) -> _Outcome[T]:
     except DetrDistError as error:
         return _Outcome(error=error)
     except Exception as error:  # anything else would leave the other processes waiting
-        return _Outcome(error=DetrDistError(f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        return _Outcome(error=DetrDistError(as_one_line(error)))
 
 
 class HostGroup:

@@ -21,6 +21,10 @@ class DataError(DetrDistError):
     """The data set on disk cannot be used as it is."""
 
 
+class LoaderError(DetrDistError):
+    """Images cannot be loaded: the cause is the machine or a bug, and not the data set."""
+
+
 class TrainingError(DetrDistError):
     """Training cannot go on."""
 
@@ -33,6 +37,14 @@ class StopRequested(DetrDistError):
     """The run was asked to stop, has saved, and wants to be run again."""
 
     exit_code = 75
+
+
+def as_one_line(error: BaseException) -> str:
+    """Return what an error says; of one that is not ours, its type as well."""
+    reason = " ".join(str(error).split())
+    if isinstance(error, DetrDistError):
+        return reason
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 
 def report_error(message: str) -> None:

@@ -56,6 +56,12 @@ class Batch:
             boxes_cxcywh=self.boxes_cxcywh.to(device, non_blocking=non_blocking),
         )
 
+    def share_memory(self) -> "Batch":
+        """Move all tensors to memory that another process can map; that of the images is there already."""
+        for tensor in (self.images, self.sizes_hw, self.labels, self.boxes_cxcywh):
+            tensor.share_memory_()
+        return self
+
     def pad_to(self, height: int, width: int) -> "Batch":
         """The same images on a canvas of this size, which must not be smaller."""
         below, right = height - self.images.shape[2], width - self.images.shape[3]

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
@@ -109,6 +110,16 @@ def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -
     else:
         short, long = max(1, round(longest_edge * short / long)), longest_edge
     return (short, long) if height <= width else (long, short)
+
+
+def largest_area(
+    sizes_hw: NDArray[np.int64], augmentation: Augmentation, shortest_edge: int, longest_edge: int
+) -> int:
+    """Return the pixels of the largest image that the resize makes of images of these sizes [N, 2]."""
+    if augmentation == "detr":  # a crop may be of almost any shape
+        return shortest_edge * longest_edge
+    sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
+    return max(height * width for height, width in sizes)
 
 
 def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -> Tensor:

@@ -15,12 +15,13 @@ from detr_dist.config import Config
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader
+from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
 from detr_dist.distributed import autocast
 from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.detector import Detector
+from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
 
 
@@ -47,6 +48,7 @@ class ImagePass:
     def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
         self.data = data
         self._accelerator = accelerator
+        self._memory = DeviceMemory(config, accelerator.device)
         self._precision = config.training.mixed_precision
         edges = config.data.shortest_edge, config.data.longest_edge
         sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
@@ -61,6 +63,7 @@ class ImagePass:
             [[(0, index) for index in batch.indices] for batch in self._batches],
             config.data,
             pin_memory=accelerator.device.type == "cuda",
+            need=shared_memory_need(config, data, train=False),
         )
 
     @torch.no_grad()
@@ -77,6 +80,12 @@ class ImagePass:
                 # The detector does not bring its own precision. What was compiled for training would round
                 # otherwise than the same model does later, and be compiled for each size of images.
                 with (
+                    self._memory.explained(
+                        "in evaluation",
+                        num_images=len(planned.indices),
+                        canvas_hw=planned.canvas_hw,
+                        is_training=False,
+                    ),
                     autocast(self._accelerator.device, self._precision),
                     torch.compiler.set_stance("force_eager"),
                 ):

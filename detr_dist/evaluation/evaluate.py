@@ -14,7 +14,7 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.findings import printable
 from detr_dist.distributed import HostGroup
-from detr_dist.errors import DetrDistError, StopRequested
+from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, operating_points
@@ -89,6 +89,8 @@ class Evaluator:
             part = self._detect(detector)
         except DetrDistError as error:
             part = error
+        except Exception as error:  # anything else would leave the other processes waiting
+            part = DetrDistError(as_one_line(error))
         detector.train(was_training)
         parts = self._host.gather_objects(part)
         scores = self._host.on_main_process(lambda: self._score(parts))

@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.loading import shared_memory_need
+from detr_dist.data.shared_memory import check_room
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
@@ -67,6 +70,7 @@ def evaluate(options: EvaluateOptions) -> None:
             classes_source=options.model,
             may_lack_classes=True,
         )
+        host.once_per_machine(partial(check_room, shared_memory_need(config, data, train=False)))
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
         thresholds, remarks = model.thresholds_or_default() if options.model_thresholds else (None, [])
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)

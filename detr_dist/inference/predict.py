@@ -17,7 +17,9 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import printable
 from detr_dist.data.layout import decoded_name
+from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
+from detr_dist.data.shared_memory import check_room
 from detr_dist.distributed import build_accelerator, group_of_processes
 from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detect import ImagePass
@@ -98,6 +100,7 @@ def _predict(
     for line in overrides_without_effect(options.overrides):
         print(line, flush=True)
     config = model.settings(options.overrides)
+    check_room(shared_memory_need(config, data, train=False))
     accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
     detector = model.detector(config).to(accelerator.device)
     thresholds = _thresholds(options, model)

@@ -8,6 +8,7 @@ from accelerate.tracking import TensorBoardTracker
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.loading import num_loader_processes
 from detr_dist.models.detector import Detector
 
 
@@ -57,7 +58,7 @@ def run_params(
         "dropout": network_config.dropout,
         "train_samples": len(train),
         "val_samples": len(val),
-        "num_workers": data.num_workers,
+        "num_workers": num_loader_processes(data.num_workers),
         "prefetch_factor": data.prefetch_factor,
         "augmentation": data.augmentation,
         "group_by_shape": data.group_by_shape,

@@ -9,7 +9,7 @@ from torch import nn
 
 from detr_dist.data.batching import Batch
 from detr_dist.distributed import HostGroup
-from detr_dist.errors import DetrDistError, StopRequested, TrainingError
+from detr_dist.errors import StopRequested, TrainingError, as_one_line
 from detr_dist.models.criterion import StepCounts
 from detr_dist.training.preemption import StopSignals
 
@@ -25,6 +25,18 @@ class Agreed(NamedTuple):
     processes."""
 
 
+_NOT_FINITE = (
+    "; look at these images and their boxes, lower training.learning_rate, set training.gradient_clip, "
+    "or use bf16 instead of fp16"
+)
+
+
+class _Problem(NamedTuple):
+    text: str
+    advice: str = ""
+    cause: Exception | None = None
+
+
 class StepAgreement:
     """Sums and checks over all processes, once per optimizer step.
 
@@ -36,13 +48,18 @@ class StepAgreement:
     def __init__(self, host: HostGroup, signals: StopSignals) -> None:
         self._host = host
         self._signals = signals
-        self._problem = ""
+        self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
     def report(self, *, finite: bool) -> None:
         """Note whether a micro-batch of the current step had finite predictions. Local."""
         if not finite:
-            self._problem = f"the loss is not finite, image ids {self._image_ids}"
+            text = f"the loss is not finite, image ids {self._image_ids}"
+            self._problem = _Problem(text, _NOT_FINITE)
+
+    def report_failure(self, error: Exception) -> None:
+        """Note what keeps this process from the next step. Local."""
+        self._problem = _Problem(as_one_line(error), cause=error)
 
     def next_step(self, step: int, groups: Iterator[list[Batch]]) -> Agreed:
         """Fetch and agree on the data of optimizer step `step`, from 0.
@@ -50,15 +67,15 @@ class StepAgreement:
         Collective.
 
         Raises:
-            TrainingError: on all processes, when on any of them the previous step was not finite or there are
-            no data.
+            TrainingError: on all processes, when on any of them the previous step was not finite or its data
+            cannot be loaded.
             StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
         try:
             group = next(groups)
-        except DetrDistError as error:
-            self._problem = str(error)
+        except Exception as error:  # anything else would leave the other processes waiting
+            self.report_failure(error)
         image_ids = [image_id for batch in group for image_id in batch.image_ids]
         self._host.note(step=step, image_ids=image_ids)
         stops, boxes, images, heights, widths = self._exchange(
@@ -85,24 +102,27 @@ class StepAgreement:
         # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
-            self._problem = self._problem or "the weights are not finite"
+            self._problem = self._problem or _Problem("the weights are not finite", _NOT_FINITE)
         self._exchange(step)
 
     def _exchange(self, step: int, *values: float) -> list[tuple[float, ...]]:
         """The values of all processes, column by column, unless one of them has a problem."""
-        *columns, problems = zip(*self._host.gather_rows([*values, float(bool(self._problem))]), strict=True)
+        *columns, problems = zip(
+            *self._host.gather_rows([*values, float(self._problem is not None)]), strict=True
+        )
         if any(problems):
-            all_problems = self._host.all_gather_objects((socket.gethostname(), self._problem))
-            told = [
-                f"process {process} ({host_name}): {problem}"
-                for process, (host_name, problem) in enumerate(all_problems)
-                if problem
+            own = self._problem and self._problem._replace(cause=None)  # which need not be fit to travel
+            found = [
+                (process, host, problem)
+                for process, (host, problem) in enumerate(
+                    self._host.all_gather_objects((socket.gethostname(), own))
+                )
+                if problem is not None
             ]
-            advice = (
-                "; look at these images and their boxes, lower training.learning_rate, set "
-                "training.gradient_clip, or use bf16 instead of fp16"
-                if any("finite" in problem for problem in told)
-                else ""
+            told = "; ".join(
+                f"process {process} ({host}): {problem.text}" for process, host, problem in found
             )
-            raise TrainingError(f"stopped at step {step}: {'; '.join(told)}{advice}")
+            advice = next((problem.advice for *_, problem in found if problem.advice), "")
+            error = TrainingError(f"stopped at step {step}: {told}{advice}")
+            raise error from (self._problem.cause if self._problem is not None else None)
         return columns

@@ -1,15 +1,20 @@
 """The stream of training data: groups of micro-batches, one group per optimizer step."""
 
+import math
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 from detr_dist.config import Config
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader
+from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
+
+# So many images are planned to find the largest canvas: less than a second.
+_MOST_SIZES = 10_000
 
 
 class GroupStream:
@@ -36,18 +41,21 @@ class GroupStream:
         seed = config.training.seed
         self._group_size = config.training.gradient_accumulation_steps
         dataset = CocoDetectionDataset(data, transform, seed=seed, train=True)
+        self._size_hw = dataset.size_hw
+        self._sampler = MicroBatchSampler(
+            plan,
+            seed,
+            process_index,
+            first_step,
+            total_steps - first_step,
+            dataset.size_hw if config.data.group_by_shape else None,
+        )
         self._loader = BatchLoader(
             dataset,
-            MicroBatchSampler(
-                plan,
-                seed,
-                process_index,
-                first_step,
-                total_steps - first_step,
-                dataset.size_hw if config.data.group_by_shape else None,
-            ),
+            self._sampler,
             config.data,
             pin_memory=pin_memory,
+            need=shared_memory_need(config, data, train=True),
         )
         self._micro_batches: Generator[Batch] | None = None
         self.waited_s = 0.0
@@ -69,6 +77,20 @@ class GroupStream:
             for reason in batch.unreadable:
                 print(f"warning: {reason}; the next image takes its place", flush=True)
         return group
+
+    def largest_canvas_hw(self) -> tuple[int, int]:
+        """Return height and width of the largest canvas of the steps to come; of a long run, of the first
+        ones."""
+        plan = self._sampler.plan
+        steps = replace(
+            self._sampler,  # of one process that takes a step at once
+            plan=StepPlan(plan.num_samples, plan.global_batch_size, num_processes=1, accumulation=1),
+            process_index=0,
+            num_steps=min(self._sampler.num_steps, -(-_MOST_SIZES // plan.global_batch_size)),
+        )
+        canvases = ([max(sides) for sides in zip(*map(self._size_hw, keys), strict=True)] for keys in steps)
+        height, width = max(canvases, key=math.prod)
+        return height, width
 
     def close(self) -> None:
         """End the loader processes."""

@@ -1,7 +1,7 @@
 """The training loop. Two units of progress only: the micro-batch and the optimizer step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from detr_dist.data.batching import Batch
 from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.training.agreement import Agreed, StepAgreement
 from detr_dist.training.state import TrainState
 from detr_dist.training.strategy import Replicated
@@ -51,6 +52,7 @@ class Training:
     seed: int
     gradient_clip: float
     patience: int
+    memory: DeviceMemory = field(default_factory=DeviceMemory)
 
     def is_over(self, state: TrainState) -> bool:
         """Whether all steps are done and closed, or `patience` evaluations have brought nothing better."""
@@ -66,13 +68,20 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ob
 
     Raises:
         StopRequested: between two steps; `state` is what to save.
+        TrainingError: the data, the predictions or the memory of a device fail.
     """
     steps_per_epoch = training.plan.steps_per_epoch
     while not training.is_over(state):
         epoch_end = (state.closed_step // steps_per_epoch + 1) * steps_per_epoch
         while state.step < min(epoch_end, training.total_steps):
             agreed = training.agreement.next_step(state.step, groups)
-            done = train_step(training, state.step, agreed)
+            with training.memory.explained(
+                f"at step {state.step} of {agreed.counts.num_images:.0f} images",
+                num_images=training.plan.batch_size,
+                canvas_hw=agreed.canvas_hw,
+                is_training=True,
+            ):
+                done = train_step(training, state.step, agreed)
             state.step += 1
             observer.after_step(state, done)
         training.agreement.check(state.step, training.model)

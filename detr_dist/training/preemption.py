@@ -67,8 +67,10 @@ class StopSignals:
         traceback: TracebackType | None,
     ) -> None:
         signal.set_wakeup_fd(-1)
-        self._written.close()
+        # Closing is not enough to wake the watcher: forked loader processes hold this end as well.
+        self._written.shutdown(socket.SHUT_WR)
         self._watcher.join()
+        self._written.close()
         self._arrivals.close()
         for number, handler in self._before.items():
             # A launcher asks once more when another of its processes has ended: one that is about to end by

@@ -24,6 +24,7 @@ FREE_KEYS = {
     "training.gradient_accumulation_steps",
     "training.compile_model",
     "training.gradient_checkpointing",
+    "training.try_largest_batch",
     "training.channels_last",
     "training.early_stopping_patience",
 }

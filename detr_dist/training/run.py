@@ -11,10 +11,13 @@ from transformers.utils import logging as transformers_logging
 from detr_dist.check_data import check_splits
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.loading import shared_memory_need
+from detr_dist.data.shared_memory import Need, check_room
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
@@ -35,6 +38,7 @@ from detr_dist.training.resume import restore_average, restore_optimizer
 from detr_dist.training.saver import Saver
 from detr_dist.training.setup import RunOptions, Setup, set_up
 from detr_dist.training.state import TrainState
+from detr_dist.training.trial import try_largest_batch
 from detr_dist.training.zero import zero_plugin
 
 
@@ -63,6 +67,7 @@ def train(config: Config, options: RunOptions) -> None:
         )
         try:
             setup = set_up(config, options, train_data, val_data, accelerator)
+            setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
             if options.dry_run:
                 setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
                 return
@@ -75,6 +80,12 @@ def train(config: Config, options: RunOptions) -> None:
         finally:
             for each in accelerator.trackers:
                 each.finish()
+
+
+def _shared_memory_need(setup: Setup) -> Need:
+    """Of both loaders of a process: while one evaluates, the other waits with what it has prepared."""
+    training = shared_memory_need(setup.config, setup.train_data, train=True)
+    return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
 
 
 def _check_data(config: Config, options: RunOptions) -> None:
@@ -169,6 +180,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
         seed=settings.seed,
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,
+        memory=DeviceMemory(config, accelerator.device),
     )
 
 
@@ -179,6 +191,7 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     groups = training_data(setup, training, state)
     observer = observe(setup, training, state, groups, signals=signals, tracker=tracker)
     try:
+        _try_largest_batch(setup, training, state, groups)
         fit(training, state, groups, observer)
         observer.finish()
     except StopRequested as request:
@@ -195,6 +208,21 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
         groups.close()
         observer.close()
     host.on_main_process(lambda: _leave_results(setup, state, tracker))
+
+
+def _try_largest_batch(setup: Setup, training: Training, state: TrainState, groups: GroupStream) -> None:
+    """Only where memory is short and the whole network on each device. Collective."""
+    settings, device = setup.config.training, setup.accelerator.device
+    if not settings.try_largest_batch or device.type == "cpu" or setup.strategy.zero_stage:
+        return
+    if not training.is_over(state):
+        try_largest_batch(
+            training,
+            state.step,
+            num_images=settings.batch_size,
+            num_boxes=setup.train_data.max_boxes_per_image,
+            canvas_hw=groups.largest_canvas_hw(),
+        )
 
 
 def training_data(setup: Setup, training: Training, state: TrainState) -> GroupStream:

@@ -55,6 +55,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from detr_dist.config import Config, load_config
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.loading import num_loader_processes
 from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import autocast, build_accelerator, group_of_processes
 from detr_dist.errors import DetrDistError, report_error
@@ -198,7 +199,7 @@ def run(options: argparse.Namespace) -> None:
         if options.device == "cpu":
             os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU; the command inherits it
             num_cores = len(os.sched_getaffinity(0))
-            torch.set_num_threads(max(1, num_cores - config.data.num_workers))
+            torch.set_num_threads(max(1, num_cores - num_loader_processes(config.data.num_workers)))
         run_options = place(options, config, Path(folder))
         held.enter_context(group_of_processes())
         bench = lay_out(config, run_options, held)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 
 from detr_dist.cli import main
@@ -151,8 +152,21 @@ def test_every_process_says_what_is_wrong_and_none_hangs(workplace, data) -> Non
 def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
         path.write_bytes(b"not a picture")
-    finished = workplace.train(data, "logging.mlflow=false", num_processes=2)
+    finished = workplace.train(data, "logging.mlflow=false", "data.num_workers=1", num_processes=2)
     assert finished.returncode != 0
     for process in (0, 1):
         stopped = f"stopped at step 0: process 0 ({socket.gethostname()}): 10 images in a row"
         assert f"[process {process}] error: {stopped}" in finished.stderr
+
+
+def test_what_a_loader_process_raises_ends_the_run_with_one_line_and_as_failed(workplace, data) -> None:
+    for path in (data / "train").glob("*.jpg"):
+        path.write_bytes(b"not a picture")
+    finished = workplace.train(data, "data.num_workers=2")
+    assert finished.returncode == 1
+    (line,) = finished.stderr.splitlines()
+    assert "10 images in a row" in line
+    client = mlflow.MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("detr_training").experiment_id])
+    assert run.info.status == "FAILED"
+    assert "10 images in a row" in run.data.tags["error"]

@@ -48,6 +48,9 @@ def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None
         ("evaluation.score_threshold=best", "a number from 0 to 1 or auto is wanted, got 'best'$"),
         ("evaluation.score_threshold=true", "a number from 0 to 1 or auto is wanted, got True$"),
         ("evaluation.score_threshold=.nan", "a number from 0 to 1 or auto is wanted, got nan$"),
+        ("data.num_workers=-1", "a whole number from 0 or auto is wanted, got -1$"),
+        ("data.num_workers=all", "a whole number from 0 or auto is wanted, got 'all'$"),
+        ("data.num_workers=true", "a whole number from 0 or auto is wanted, got True$"),
         ("model.model_architecture=yolo", "'dab_detr'"),
     ],
 )

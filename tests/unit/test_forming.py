@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from detr_dist.distributed import group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.forming import call_roll, check_environment, device_problem, fell_back_to_cpu, limit_s
 
@@ -162,3 +163,20 @@ def test_a_variable_that_a_launcher_left_over_is_named(
     with pytest.raises(UsageError, match=name) as caught:
         check_environment()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(None, None), ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"), ("PYTORCH_CUDA_ALLOC_CONF", "")],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, name: str | None, value: str | None
+) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    if name is not None and value is not None:
+        monkeypatch.setenv(name, value)
+    with group_of_processes():
+        found = {each: os.environ[each] for each in os.environ if each.endswith("_ALLOC_CONF")}
+    assert found == ({name: value} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,19 @@ def test_the_handlers_from_before_are_back_afterwards() -> None:
         signal.signal(signal.SIGUSR1, default)
     assert after == before
     assert not set(during) & set(before)
+
+
+def test_leaving_does_not_wait_for_forked_processes() -> None:
+    with StopSignals():
+        child = os.fork()  # as a loader process, which holds all open files as well
+        if child == 0:
+            time.sleep(30)
+            os._exit(0)
+        began_at = time.monotonic()
+    took_s = time.monotonic() - began_at
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert took_s < 10
 
 
 def test_a_second_interrupt_within_half_a_second_is_the_same_request() -> None:

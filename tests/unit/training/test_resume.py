@@ -117,7 +117,7 @@ def test_what_does_not_decide_what_is_learned_may_change_and_is_said() -> None:
         ),
     )
     assert changed == [
-        "data.num_workers 4 -> 0",
+        "data.num_workers auto -> 0",
         "training.num_epochs 300 -> 5",
         "training.max_steps unset -> 100",
         "training.early_stopping_patience 0 -> 3",

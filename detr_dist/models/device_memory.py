@@ -1,0 +1,80 @@
+"""One line when the device runs out of memory."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from detr_dist.config import Config
+from detr_dist.errors import TrainingError
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Says what to do when the device has run out of it."""
+
+    config: Config = field(default_factory=Config)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @contextmanager
+    def explained(
+        self, doing: str, *, num_images: int, canvas_hw: tuple[int, int], is_training: bool
+    ) -> Iterator[None]:
+        """While entered, a lack of memory is an error in one line; `num_images` on a canvas are computed.
+
+        Raises:
+            TrainingError: the device has run out of memory.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            height, width = canvas_hw
+            remedies = self._for_training() if is_training else self._for_evaluation()
+            raise TrainingError(
+                f"out of memory on {self.device} {doing}: {num_images} images on a canvas of "
+                f"{height}x{width} (height x width), {self._peak()}; in this order set {', '.join(remedies)}"
+            ) from error
+
+    def _peak(self) -> str:
+        if self.device.type != "cuda":
+            scale = 1 if sys.platform == "darwin" else 1024
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+            return f"peak memory {peak / _GIB:.1f} GiB (of the process)"
+        peak, total = torch.cuda.max_memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[1]
+        return f"peak memory {peak / _GIB:.1f} of {total / _GIB:.1f} GiB"
+
+    def _for_training(self) -> Iterator[str]:
+        """As in docs/performance.md, without what is done already."""
+        settings = self.config.training
+        if not settings.gradient_checkpointing:
+            yield "training.gradient_checkpointing=true"
+        if settings.batch_size > 1:
+            halves = settings.batch_size % 2 == 0
+            batch_size = settings.batch_size // 2 if halves else 1
+            accumulation = settings.gradient_accumulation_steps * settings.batch_size // batch_size
+            yield (
+                f"training.batch_size={batch_size} with training.gradient_accumulation_steps={accumulation} "
+                "(the same training)"
+            )
+        if settings.mixed_precision == "no":
+            yield "training.mixed_precision=bf16"
+        yield self._smaller_images()
+        yield "or use ZeRO (docs/distributed.md)"
+
+    def _for_evaluation(self) -> Iterator[str]:
+        if self.config.training.batch_size > 1:
+            yield f"training.batch_size={self.config.training.batch_size // 2}"
+        if self.config.training.mixed_precision == "no":
+            yield "training.mixed_precision=bf16"
+        yield self._smaller_images()
+
+    def _smaller_images(self) -> str:
+        edges = self.config.data
+        return (
+            f"data.longest_edge below {edges.longest_edge} and data.shortest_edge below {edges.shortest_edge}"
+        )

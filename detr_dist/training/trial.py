@@ -1,0 +1,89 @@
+"""The largest batch of a run, computed once before the first step: a lack of memory shows at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from detr_dist.errors import TrainingError
+from detr_dist.models.criterion import StepCounts
+from detr_dist.training.loop import Training
+
+
+def try_largest_batch(
+    training: Training, step: int, *, num_images: int, num_boxes: int, canvas_hw: tuple[int, int]
+) -> None:
+    """Compute the loss and gradients of black images, with `num_boxes` boxes each, and forget all of it.
+
+    Weights, buffers, optimizer and random numbers are afterwards what they were, to the bit.
+
+    Collective.
+
+    Raises:
+        TrainingError: on every process, when any of them has run out of memory.
+    """
+    device = training.accelerator.device
+    try:
+        with training.memory.explained(
+            "at the largest batch of the run, tried before the first step (training.try_largest_batch)",
+            num_images=num_images,
+            canvas_hw=canvas_hw,
+            is_training=True,
+        ):
+            _compute(training, torch.zeros(num_images, 3, *canvas_hw, dtype=torch.uint8), num_boxes)
+    except TrainingError as error:
+        if training.memory.config.training.compile_model:  # it was not tried as it will run
+            print(f"warning: not compiled, it does not fit: {error}", flush=True)
+        else:
+            training.agreement.report_failure(error)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    training.agreement.check(step, training.model)
+
+
+def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
+    """Run forward and backward, with room for what the optimizer keeps from its first step on."""
+    device, (num_images, _, *size_hw) = training.accelerator.device, images.shape
+    is_replicated = isinstance(training.model, DistributedDataParallel)
+    detector = (
+        training.model.module if isinstance(training.model, DistributedDataParallel) else training.model
+    )
+    labels = torch.zeros(num_images * num_boxes, dtype=torch.int64, device=device)
+    boxes_cxcywh = torch.full((num_images * num_boxes, 4), 0.5, device=device)
+    learning = [parameter for parameter in detector.parameters() if parameter.requires_grad]
+    with _unchanged(detector, device), torch.compiler.set_stance("force_eager"):
+        moments = [
+            torch.empty_like(p) for p in learning for _ in range(2) if p not in training.optimizer.state
+        ]
+        # DDP keeps gradients in buckets of its own, which are there already.
+        hooks = [p.register_post_accumulate_grad_hook(_forget_gradient) for p in learning if is_replicated]
+        try:
+            outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
+            counts = StepCounts(float(num_images * num_boxes), num_images)
+            losses = training.criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
+            losses.loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        del moments
+
+
+def _forget_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _unchanged(detector: nn.Module, device: torch.device) -> Iterator[None]:
+    """Afterwards there are no gradients, and buffers and random numbers are as before."""
+    buffers = [(buffer, buffer.clone()) for buffer in detector.buffers()]
+    devices = [device] if device.type != "cpu" else []
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        try:
+            yield
+        finally:
+            detector.zero_grad()
+            for buffer, before in buffers:
+                buffer.copy_(before)

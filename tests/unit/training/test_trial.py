@@ -1,0 +1,124 @@
+"""The largest batch is tried before the first step, and leaves nothing behind."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from detr_dist.config import load_config
+from detr_dist.data.coco import load_coco
+from detr_dist.data.sampling import StepPlan
+from detr_dist.errors import TrainingError
+from detr_dist.models.device_memory import DeviceMemory
+from detr_dist.training.groups import GroupStream
+from detr_dist.training.loop import Training
+from detr_dist.training.trial import try_largest_batch
+
+BATCH = {"num_images": 2, "num_boxes": 3, "canvas_hw": (64, 96)}
+
+
+def everything(training: Training) -> list[Tensor]:
+    """Weights, buffers, their average, what the optimizer remembers, and the state of random numbers."""
+    states = (training.model.state_dict(), training.average.detector.state_dict())
+    moments = [value for state in training.optimizer.state.values() for value in state.values()]
+    tensors = [*(tensor for state in states for tensor in state.values()), *moments, torch.get_rng_state()]
+    return copy.deepcopy(tensors)
+
+
+@pytest.mark.parametrize("is_first_step", [True, False])
+def test_trying_changes_nothing_to_the_bit(training: Training, is_first_step: bool) -> None:
+    training.model.train()
+    if is_first_step:
+        training.optimizer.state.clear()
+    training.optimizer.zero_grad()
+    before = everything(training)
+    tracked = [name for name in training.model.state_dict() if name.endswith("num_batches_tracked")]
+    assert tracked  # batch norm that learns
+    try_largest_batch(training, 0, **BATCH)
+    after = everything(training)
+    assert len(after) == len(before)
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert all(parameter.grad is None for parameter in training.model.parameters())
+    assert training.model.training
+
+
+def test_forward_and_backward_are_computed(training: Training) -> None:
+    seen: list[tuple[int, ...]] = []
+    parameter = next(p for p in training.model.parameters() if p.requires_grad)
+    parameter.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
+    training.model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    try_largest_batch(training, 0, **BATCH)
+    assert seen == [(2, 3, 64, 96), tuple(parameter.shape)]
+
+
+def lack_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def test_a_lack_of_memory_names_the_batch_and_what_to_do_in_order(training: Training) -> None:
+    training.model.register_forward_hook(lack_memory)
+    config = load_config(None, ["training.batch_size=2"])
+    training = replace(training, memory=DeviceMemory(config))
+    with pytest.raises(TrainingError) as raised:
+        try_largest_batch(training, 0, **BATCH)
+    message = str(raised.value)
+    remedies = (
+        "training.gradient_checkpointing=true",
+        "training.batch_size=1 with training.gradient_accumulation_steps=2",
+        "training.mixed_precision=bf16",
+        "data.longest_edge",
+        "ZeRO",
+    )
+    parts = ("out of memory", "2 images", "64x96", "peak memory", "GiB", *remedies)
+    places = [message.find(part) for part in parts]
+    assert -1 not in places
+    assert places == sorted(places)
+    assert "\n" not in message
+
+
+def test_remedies_that_are_taken_already_are_not_named_again(training: Training) -> None:
+    taken = ["training.gradient_checkpointing=true", "training.mixed_precision=bf16", "training.batch_size=1"]
+    memory = DeviceMemory(load_config(None, taken))
+    with (
+        pytest.raises(TrainingError) as raised,
+        memory.explained("at step 3", num_images=1, canvas_hw=(8, 8), is_training=True),
+    ):
+        lack_memory()
+    assert not [setting for setting in taken if setting.partition("=")[0] in str(raised.value)]
+
+
+def test_the_documentation_names_the_remedies_in_the_same_order() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "performance.md").read_text()
+    item = page[page.index("3. Out of memory") : page.index("4. Otherwise")]
+    keys = ("gradient_checkpointing", "batch_size", "mixed_precision", "longest_edge", "ZeRO")
+    places = [item.find(key) for key in keys]
+    assert -1 not in places
+    assert places == sorted(places)
+
+
+@pytest.mark.parametrize("group_by_shape", [True, False])
+def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_by_shape: bool) -> None:
+    config = load_config(
+        None,
+        [
+            *("data.num_workers=0", "data.shortest_edge=64", "data.longest_edge=96", "training.batch_size=2"),
+            *("training.gradient_accumulation_steps=2", f"data.group_by_shape={str(group_by_shape).lower()}"),
+        ],
+    )
+    data = load_coco(tiny_data / "train")
+    plan = StepPlan(len(data), batch_size=2, num_processes=2, accumulation=2)
+    streams = [
+        GroupStream(data, config, plan, process_index=process, first_step=2, total_steps=12, pin_memory=False)
+        for process in (0, 1)
+    ]
+    canvases = []
+    for groups in zip(*streams, strict=False):
+        sizes = [batch.images.shape[-2:] for group in groups for batch in group]
+        canvases.append(tuple(max(sides) for sides in zip(*sizes, strict=True)))
+        if len(canvases) == 10:
+            break
+    largest = max(canvases, key=lambda canvas: canvas[0] * canvas[1])
+    assert {stream.largest_canvas_hw() for stream in streams} == {largest}
