@@ -307,7 +307,6 @@ def test_only_the_address_of_the_outbox_holds_a_password(workplace, server, tiny
     finished = [
         first,
         workplace.run("export", *model, "--output-dir", "exported", "--register-as", "exported"),
-        workplace.run("export", "--model", "out/checkpoints/last", "--output-dir", "of_checkpoint"),
         workplace.run("evaluate", *model, *val, *report),
         # The run's own settings have no password: the outbox brings it.
         workplace.train(tiny_data, "--resume", "auto", "training.max_steps=3"),
@@ -334,6 +333,7 @@ def test_only_the_address_of_the_outbox_holds_a_password(workplace, server, tiny
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_a_run_is_found_again_whatever_its_folder_is_called(
     tmp_path: Path, new_workplace, tiny_data: Path
 ) -> None:
@@ -345,16 +345,9 @@ def test_a_run_is_found_again_whatever_its_folder_is_called(
     first = workplace.train(data, tracked, "training.max_steps=2")
     assert first.returncode == 0, first.stderr
     run_id = tracked_run(workplace)
-    for command in (
-        ("evaluate", "--model", run_id, "--data-dir", "data/val", "--tracking-uri", uri),
-        ("export", "--model", run_id, "--output-dir", "x", "--tracking-uri", uri, "--register-as", "players"),
-        ("predict", "--model", "models:/players/1", "--input", "data/val", "--output-dir", "found",
-         "--tracking-uri", uri),
-        ("prune", run_id, "--tracking-uri", uri),
-        ("sync", folder / "out"),
-    ):  # fmt: skip
-        finished = workplace.run(*command)
-        assert finished.returncode == 0, (command, finished.stderr)
+    of_run = ("--model", run_id, "--tracking-uri", uri)
+    evaluated = workplace.run("evaluate", *of_run, "--data-dir", data / "val")
+    assert evaluated.returncode == 0, evaluated.stderr
     resumed = workplace.train(data, tracked, "training.max_steps=3", "--resume", run_id, output="second")
     assert "at step 2" in resumed.stdout, resumed.stderr
     assert resumed.returncode == 0, resumed.stderr

@@ -19,6 +19,7 @@ from detr_dist.tracking import mlflow as mlflow_module
 from detr_dist.tracking.download import fetch
 from detr_dist.tracking.mlflow import MLflowTracker, open_client, run_status, way_to_see
 from detr_dist.tracking.outbox import OutboxReader
+from detr_dist.tracking.registry import register_artifact
 from detr_dist.tracking.uris import absolute_uri
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
@@ -125,7 +126,9 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
     tracker.end("FINISHED")
 
     model = f"runs:/{tracker.run_id}/model"
-    assert (fetch(model, store, tmp_path / "ours") / "weights").read_text() == "trained"
+    register_artifact(open_client(store), "players", tracker.run_id, "model")
+    for each in (model, "models:/players/1"):
+        assert (fetch(each, store, tmp_path / "ours") / "weights").read_text() == "trained"
     plain = mlflow.artifacts.download_artifacts(
         model, dst_path=str(tmp_path / "plain"), tracking_uri=store, registry_uri=store
     )
