@@ -12,6 +12,7 @@ import typer
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
 from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, StopRequested, UsageError, as_one_line, report_error
+from detr_dist.redaction import redacted_output
 
 app = typer.Typer(
     name="detr-dist",
@@ -302,9 +303,14 @@ def prune(
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit: 0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request.
 
-    An error prints one clear line, on every process.
+    An error prints one clear line, on every process; nothing that is printed holds credentials.
     """
     make_robust()
+    with redacted_output():
+        _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _refuse_empty(arguments)

@@ -11,9 +11,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from detr_dist.errors import UsageError
+from detr_dist.redaction import redact_value
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 """MLflow's own default."""
@@ -64,6 +75,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    @model_serializer(mode="wrap")
+    def _serialise(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
+        """As JSON, which is written, a section holds no credentials."""
+        values = handler(self)
+        return redact_value(values) if info.mode == "json" else values
 
 
 class DataConfig(Section):
@@ -217,7 +234,7 @@ class Config(Section):
     logging: LoggingConfig = LoggingConfig()
 
     def to_yaml(self) -> str:
-        """The resolved configuration, loadable by `load_config`."""
+        """The resolved configuration without credentials, loadable by `load_config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -238,7 +255,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         UsageError: as `load_config`.
     """
-    return _resolve(config.model_dump(mode="json"), overrides, source="")
+    return _resolve(config.model_dump(), overrides, source="")
 
 
 def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:

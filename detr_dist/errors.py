@@ -3,12 +3,17 @@
 import os
 import sys
 
+from detr_dist.redaction import redact
+
 
 class DetrDistError(Exception):
     """A failure with a clear message; the command line prints it without a traceback and exits with
-    `exit_code`."""
+    `exit_code`. The message holds no credentials, whatever it quotes."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class UsageError(DetrDistError):
@@ -52,4 +57,4 @@ def report_error(message: str) -> None:
     several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
     process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
     for line in message.splitlines():
-        print(f"{process}error: {line}", file=sys.stderr, flush=True)
+        print(f"{process}error: {redact(line)}", file=sys.stderr, flush=True)

@@ -28,6 +28,7 @@ from detr_dist.inference.trained import (
     tracking_uri_as_option,
     tracking_uri_for,
 )
+from detr_dist.redaction import redact
 from detr_dist.training.durable import check_new, check_writable, new_folder, write_text_whole
 from detr_dist.training.sources import find_model
 
@@ -86,7 +87,7 @@ def evaluate(options: EvaluateOptions) -> None:
         scores = evaluator.evaluate(model.detector(config).to(accelerator.device))
         metrics = {f"val_{name}": value for name, value in scores.metrics.items()}
         facts = {
-            "model": options.model,
+            "model": redact(options.model),
             **{key: model.metadata.get(key) for key in ("run_id", "epoch", "step")},
             "evaluated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "detr_dist": __version__,

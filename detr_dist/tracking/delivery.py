@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -20,6 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy, outdated
 from detr_dist.tracking.registry import register_artifact
+from detr_dist.tracking.uris import local_path
 
 # Limits of MLflow's API.
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
@@ -168,8 +167,7 @@ class Delivery:
     def _upload(self, folder: Path, artifact_path: str, last: str | None) -> None:
         """Upload file by file, the one named `last` after all others; into a store on this machine by
         linking."""
-        uri = urlparse(self._client.get_run(self._run_id).info.artifact_uri)
-        store = Path(url2pathname(uri.path)) if uri.scheme in ("", "file") else None
+        store = local_path(self._client.get_run(self._run_id).info.artifact_uri)
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         for path in sorted(paths, key=lambda path: path.name == last):
             target = Path(artifact_path) / path.relative_to(folder)

@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from detr_dist.errors import UsageError
 from detr_dist.tracking.delivery import one_line, patience
 from detr_dist.tracking.mlflow import open_client
+from detr_dist.tracking.uris import client_uri, database_path
 
 
 def is_run_id(text: str) -> bool:
@@ -28,8 +29,8 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     Raises:
         UsageError: there is no such artifact, or the server cannot be reached.
     """
-    database = Path(tracking_uri.removeprefix("sqlite:///"))
-    if tracking_uri.startswith("sqlite:///") and not database.exists():  # MLflow would make an empty one
+    database = database_path(tracking_uri)
+    if database is not None and not database.exists():  # MLflow would make an empty one
         raise UsageError(
             f"{artifact_uri}: cannot be fetched, as there is no database {database.absolute()}; correct "
             "logging.mlflow_tracking_uri"
@@ -89,7 +90,7 @@ def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
             mlflow.artifacts.download_artifacts(
                 artifact_uri=artifact_uri,
                 dst_path=str(into),
-                tracking_uri=tracking_uri,
-                registry_uri=tracking_uri,  # for models:/...
+                tracking_uri=client_uri(tracking_uri),
+                registry_uri=client_uri(tracking_uri),  # for models:/...
             )
         )

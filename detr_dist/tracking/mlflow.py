@@ -12,28 +12,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from accelerate.tracking import GeneralTracker
 from mlflow import MlflowClient
-from mlflow.store.db.db_types import DATABASE_ENGINES
 from mlflow.utils import request_utils
 
 from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
+from detr_dist.redaction import redact, redact_value
 from detr_dist.tracking.delivery import MAX_TAG_LENGTH, Delivery, DeliveryThread, is_away, one_line, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.uris import (
+    absolute_uri,
+    artifact_location,
+    check_escapes,
+    client_uri,
+    database_path,
+    is_database,
+    is_file_store,
+    local_location,
+)
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
 
 # The launcher kills what is left of a run some 30 s after it has lost a process.
 _PATIENCE_AFTER_LOSS_S = 6.0
-
-# Tracking URIs that look like paths.
-_NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
 
 # Seconds that a request may take before it counts as failed, where nothing is uploaded.
 _TIMEOUT_S = 20
@@ -68,7 +73,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                     self.run_id = self._begin(config)
                 else:
                     self.run_id = run_id
-                    self._find(is_known=known_uri == self.uri)
+                    self._find(is_known=known_uri is not None and redact(known_uri) == redact(self.uri))
         except UsageError:
             raise
         except Exception as error:  # each kind of store raises its own
@@ -80,7 +85,11 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
     def _begin(self, config: LoggingConfig) -> str:
         name = config.mlflow_experiment_name
         experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
+        experiment_id = (
+            experiment.experiment_id
+            if experiment
+            else self.client.create_experiment(name, artifact_location(self.uri))
+        )
         run = self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=_source_tags())
         return str(run.info.run_id)
 
@@ -150,7 +159,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 context=context,
                 name=_as_text(data.annotations_path.parent.name),
                 digest=data.fingerprint()[:32],
-                source=_as_text(str(data.annotations_path.absolute())),
+                source=_as_text(local_location(data.annotations_path)),
                 profile={"num_images": len(data), "num_boxes": len(data.box_classes)},
             )
 
@@ -181,7 +190,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:
-                    self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
+                    self.client.set_tag(self.run_id, "error", redact(error)[:MAX_TAG_LENGTH])
                 self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)
@@ -200,7 +209,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    print(redact(line), flush=True)
 
 
 def open_client(uri: str) -> MlflowClient:
@@ -212,7 +221,7 @@ def open_client(uri: str) -> MlflowClient:
     _prepare_store(uri)
     try:
         with patience(_TIMEOUT_S):
-            return MlflowClient(tracking_uri=uri)
+            return MlflowClient(tracking_uri=client_uri(uri))
     except Exception as error:  # each kind of store raises its own
         raise UsageError(
             f"logging.mlflow_tracking_uri {uri}: cannot be used ({one_line(error)}); correct it, or set "
@@ -255,38 +264,27 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
         else:
             tracker.end("FAILED", f"{type(error).__name__}: {error}")
     except Exception as trouble:  # must not hide what went wrong first
-        reason = " ".join(str(trouble).split())
-        print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)
-
-
-def is_file_store(uri: str) -> bool:
-    """Whether MLflow keeps this tracking URI as plain files: file:... or a path without a scheme."""
-    return urlparse(uri).scheme in ("", "file") and uri not in _NAMES_OF_SERVERS
+        say(f"warning: MLflow run {tracker.run_id} could not be closed: {one_line(trouble)}")
 
 
 def way_to_see(uri: str) -> str:
     """Where the runs of a store are to be seen, or with which command."""
-    if urlparse(uri).scheme.partition("+")[0] in DATABASE_ENGINES:
-        return f"with: mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    shown = redact(uri)
+    if is_database(uri):
+        credentials = " with its credentials" if shown != uri else ""
+        return f"with: mlflow ui --backend-store-uri {shlex.quote(shown)}{credentials}"
     if is_file_store(uri):
         return f"with: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {shlex.quote(uri)}"
-    return f"at {uri}"
-
-
-def absolute_uri(uri: str) -> str:
-    """The same store for a process that works in another folder."""
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    if is_file_store(uri):
-        return Path(url2pathname(urlparse(uri).path)).absolute().as_uri()
-    return uri
+    return f"at {shown}"
 
 
 def _prepare_store(uri: str) -> None:
     for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if uri.startswith("sqlite:///"):
-        folder = Path(uri.removeprefix("sqlite:///")).absolute().parent
+    check_escapes(uri)
+    database = database_path(uri)
+    if database is not None:
+        folder = database.absolute().parent
         if not os.access(folder, os.W_OK):  # SQLAlchemy would try for minutes
             raise UsageError(
                 f"logging.mlflow_tracking_uri {uri}: no folder {folder} that can be written to; correct it"
@@ -303,7 +301,7 @@ def _source_tags() -> dict[str, str]:
     tags = {
         "mlflow.source.name": sys.argv[0],
         "mlflow.source.type": "LOCAL",
-        "launch_command": shlex.join([sys.executable, *sys.argv]),
+        "launch_command": shlex.join([sys.executable, *redact_value(sys.argv)]),
     }
     try:
         tags["mlflow.user"] = getpass.getuser()

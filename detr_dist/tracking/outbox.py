@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from detr_dist.errors import DataError
+from detr_dist.redaction import redact, redact_value
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Outbox:
 
     def __init__(self, folder: Path, address: Address) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_text(folder / "run.json", json.dumps(asdict(address), indent=2))
+        _replace_text(folder / "run.json", json.dumps(asdict(address), indent=2))  # may hold a password
         self.folder = folder
         self._lock = threading.Lock()
         path = folder / "records.jsonl"
@@ -60,7 +61,7 @@ class Outbox:
     def append(self, kind: str, **content: Any) -> None:
         """Note something of a kind that `delivery` knows. Costs some microseconds, whatever the server
         does."""
-        line = json.dumps({"kind": kind} | content).encode() + b"\n"
+        line = json.dumps({"kind": kind} | redact_value(content)).encode() + b"\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
@@ -158,6 +159,15 @@ class OutboxReader:
         shutil.rmtree(taken, ignore_errors=True)
 
 
+def with_credentials(uri: str, folder: Path) -> str:
+    """Return `uri` with the credentials that the outbox in `folder` has for the same store, if any."""
+    try:
+        kept = OutboxReader(folder).address.tracking_uri
+    except DataError:
+        return uri
+    return kept if redact(kept) == uri else uri
+
+
 def outdated(
     artifact_paths: Iterable[str], parent: str, *, keep: int, newest: int | None = None
 ) -> list[str]:
@@ -187,8 +197,12 @@ def _read_cursors(folder: Path) -> dict[str, int]:
 
 
 def _replace_text(path: Path, text: str) -> None:
+    """Write a file that its owner alone can read, complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.unlink(missing_ok=True)  # a crash may have left it, with other permissions
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    with os.fdopen(os.open(partial, flags, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
     partial.replace(path)
 
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from detr_dist.config import DataConfig
 from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
+from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
 """What loading the model needs; this package is not among them."""
@@ -39,7 +40,7 @@ def write_model(
         str(folder),
         serialization_format="pickle",
         pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
-        metadata=json.loads(json.dumps(metadata)),
+        metadata=redact_value(json.loads(json.dumps(metadata))),
     )
     network.save_pretrained(folder)
     _image_processor(network, data).save_pretrained(folder)

@@ -6,6 +6,10 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.utils.uri import append_to_uri_path
+
+from detr_dist.redaction import redact_value
+from detr_dist.tracking.uris import artifact_location
 
 
 def run_of(reference: str, client: MlflowClient) -> str | None:
@@ -26,7 +30,7 @@ def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_pat
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"{client.get_run(run_id).info.artifact_uri}/{artifact_path}"
+    source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)
     # The files are there already: no need to wait, and to be told so.
     return client.create_model_version(name, source, run_id, await_creation_for=0)
 
@@ -34,8 +38,13 @@ def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_pat
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:
     """Log a model folder as `model/` of a new run, as the registry keeps no files itself; returns its id."""
     known = client.get_experiment_by_name(experiment)
-    experiment_id = known.experiment_id if known else client.create_experiment(experiment)
-    run_id = str(client.create_run(experiment_id, run_name="export", tags={"source": source}).info.run_id)
+    experiment_id = (
+        known.experiment_id
+        if known
+        else client.create_experiment(experiment, artifact_location(client.tracking_uri))
+    )
+    tags = {"source": redact_value(source)}
+    run_id = str(client.create_run(experiment_id, run_name="export", tags=tags).info.run_id)
     try:
         client.log_artifacts(run_id, str(folder), "model")
     except BaseException:

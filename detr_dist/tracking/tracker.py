@@ -10,6 +10,7 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.loading import num_loader_processes
 from detr_dist.models.detector import Detector
+from detr_dist.redaction import redact_value
 
 
 def tensorboard_tracker(output_dir: Path, *, first_step: int) -> TensorBoardTracker:
@@ -68,4 +69,4 @@ def run_params(
         "global_batch_size": training.batch_size * num_processes * training.gradient_accumulation_steps,
         "python_version": platform.python_version(),
     }
-    return {name: value for name, value in params.items() if value is not None}
+    return {name: redact_value(value) for name, value in params.items() if value is not None}

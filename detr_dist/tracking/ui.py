@@ -12,11 +12,12 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from detr_dist.config import load_config
 from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.redaction import redact
+from detr_dist.tracking.uris import client_uri, database_path, is_file_store, local_path
 
 _NUM_PORTS_TO_TRY = 100
 
@@ -89,11 +90,8 @@ def _uri_of_this_project() -> str | None:
 
 def _place(uri: str) -> Path | None:
     """Database file or folder of a store that is kept on this machine; None for others."""
-    if uri.startswith("sqlite:///"):
-        return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute()
-    if uri.startswith("file:"):
-        return Path(urllib.request.url2pathname(urlsplit(uri).path)).absolute()
-    return None if "://" in uri else Path(uri).absolute()
+    path = local_path(uri) if is_file_store(uri) else database_path(uri)
+    return path and path.absolute()
 
 
 def _is_there(uri: str) -> bool:
@@ -102,7 +100,7 @@ def _is_there(uri: str) -> bool:
     path = _place(uri)
     if path is None:
         return True
-    return path.is_file() if uri.startswith("sqlite:") else any(path.glob("*/meta.yaml"))
+    return path.is_file() if database_path(uri) is not None else any(path.glob("*/meta.yaml"))
 
 
 def server_address(uri: str) -> str:
@@ -111,8 +109,7 @@ def server_address(uri: str) -> str:
     Raises:
         DetrDistError: it does not answer.
     """
-    parts = urlsplit(uri)
-    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+    address = redact(uri)
     try:
         urllib.request.urlopen(address, timeout=5).close()
     except urllib.error.HTTPError:
@@ -137,7 +134,8 @@ def serve(uri: str, host: str, port: int, options: list[str]) -> None:
     # Jobs judge language models. Without them it starts sooner, and one person needs one worker.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     address = ("--host", host, "--port", str(free_port))
-    command = (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, *address, "--workers", "1")
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = client_uri(uri)  # all users of the host see arguments
+    command = (sys.executable, "-m", "mlflow", "ui", *address, "--workers", "1")
     os.execv(sys.executable, (*command, *options))
 
 

@@ -20,7 +20,7 @@ from detr_dist.tracking.delivery import delete_artifacts, one_line, patience
 from detr_dist.tracking.download import fetch, is_run_id
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import open_client, say
-from detr_dist.tracking.outbox import Address, outdated
+from detr_dist.tracking.outbox import OutboxReader, outdated
 from detr_dist.training.checkpoint import outdated_checkpoints
 from detr_dist.training.durable import remove_folder
 
@@ -94,7 +94,7 @@ def _in_output(folder: Path, keep_last: int) -> Iterator[_Find]:
         num_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
         yield _Find(str(checkpoint), num_bytes, partial(remove_folder, checkpoint))
     for path in outboxes:
-        address = Address(**json.loads(path.read_text(encoding="utf-8")))
+        address = OutboxReader(path.parent).address
         yield from _in_runs(
             _runs(address.tracking_uri, run_id=address.run_id), address.tracking_uri, keep_last
         )

@@ -93,9 +93,9 @@ def _global_batch(saved: RunFacts, now: RunFacts) -> str:
 
 
 def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
-    """Each section.key with its value."""
-    for section, values in config:
-        for key, value in values:
+    """Yield each section.key with its value, without credentials: a checkpoint holds none."""
+    for section, values in config.model_dump(mode="json").items():
+        for key, value in values.items():
             yield f"{section}.{key}", value
 
 

@@ -18,8 +18,10 @@ from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageErr
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
+from detr_dist.redaction import redact
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
+from detr_dist.tracking.outbox import with_credentials
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
@@ -106,9 +108,15 @@ def open_run(setup: Setup) -> MLflowTracker | None:
         return None
     if setup.resumed is None:
         return MLflowTracker(setup.config.logging)
-    saved = setup.resumed.facts
-    known_uri = saved.config.logging.mlflow_tracking_uri
-    return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
+    saved, logging = setup.resumed.facts, setup.config.logging
+    uri = logging.mlflow_tracking_uri
+    if saved.mlflow_run_id is not None:  # the run's own config.yaml, for one, has no credentials
+        uri = with_credentials(uri, setup.options.output_dir / "outbox" / saved.mlflow_run_id)
+    return MLflowTracker(
+        logging.model_copy(update={"mlflow_tracking_uri": uri}),
+        run_id=saved.mlflow_run_id,
+        known_uri=saved.config.logging.mlflow_tracking_uri,
+    )
 
 
 def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
@@ -286,13 +294,13 @@ def observe(
 
 
 def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | None) -> None:
-    where = {"run_id": tracker.run_id, "tracking_uri": tracker.uri} if tracker is not None else {}
+    where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
     write_results(setup.options.output_dir, state.metrics, where)
     if tracker is not None:
         if setup.config.logging.register_model_as is not None:
             tracker.register_model(setup.config.logging.register_model_as)
         experiment = setup.config.logging.mlflow_experiment_name
-        print(f"MLflow run {tracker.run_id} in experiment {experiment} ({tracker.uri})")
+        print(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
         print(f"see it {way_to_see(tracker.uri)}", flush=True)
 
 

@@ -18,6 +18,7 @@ from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import compile_regions, recompute_activations
+from detr_dist.redaction import redact
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import compare_with_saved, has_other_validation, restore_weights
 from detr_dist.training.sources import Sources
@@ -100,7 +101,11 @@ def set_up(
         may_clear_up=not options.dry_run,
     )
     resumed = sources.checkpoint(options.resume) if options.resume is not None else None
-    if resumed is not None and options.init_from not in (None, resumed.facts.init_from):
+    if (
+        resumed is not None
+        and options.init_from is not None
+        and redact(options.init_from) != redact(str(resumed.facts.init_from))
+    ):
         raise UsageError(
             f"--init-from {options.init_from}: the run to be resumed began from {resumed.facts.init_from}; "
             "give that or nothing, or another --output-dir for a new run"

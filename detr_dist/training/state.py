@@ -1,9 +1,12 @@
 """Where a run stands: the few numbers from which everything else follows."""
 
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Annotated, Self
+
+from pydantic import PlainSerializer
 
 from detr_dist.config import Config
+from detr_dist.redaction import redact_value
 
 
 @dataclass
@@ -49,7 +52,7 @@ class RunFacts:
     """Of the training annotations: in another order, or with other boxes, they are other data."""
     num_processes: int
     global_batch_size: int
-    init_from: str | None
+    init_from: Annotated[str, PlainSerializer(redact_value, when_used="json")] | None
     """Where the first weights came from, if not from the configuration."""
     mlflow_run_id: str | None
     versions: dict[str, str]

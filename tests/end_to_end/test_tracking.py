@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import mlflow
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 STEPS = 120
 CHECKPOINTS_OFTEN = (
@@ -290,3 +292,68 @@ def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data:
     assert resumed.wait(90) == 0, workplace.log
     check_that_all_is_there(workplace, server, run_id)
     assert server.client.get_run(run_id).data.tags["resumed_at_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_only_the_address_of_the_outbox_holds_a_password(workplace, server, tiny_data: Path) -> None:
+    uri = server.uri.replace("//", "//bob:s3cret%21@")
+    report, val = ("--report", "report.json"), ("--data-dir", tiny_data / "val")
+    tracked = f"logging.mlflow_tracking_uri={uri}"
+    first = workplace.train(tiny_data, tracked, "training.max_steps=2", "logging.register_model_as=players")
+    run_id = tracked_run(workplace)
+    model = ("--model", f"runs:/{run_id}/model", "--tracking-uri", uri)
+    workplace.config.write_text((workplace.folder / "out" / "config.yaml").read_text())
+    finished = [
+        first,
+        workplace.run("export", *model, "--output-dir", "exported", "--register-as", "exported"),
+        workplace.run("evaluate", *model, *val, *report),
+        # The run's own settings have no password: the outbox brings it.
+        workplace.train(tiny_data, "--resume", "auto", "training.max_steps=3"),
+        workplace.run("sync", "out"),
+    ]
+    for command in finished:
+        assert command.returncode == 0, command.stderr
+    assert "changed since: logging" not in finished[-2].stdout
+    failed = [
+        workplace.run("evaluate", *model[:2], *val, "--tracking-uri", "http://bob:s3cret%21@127.0.0.1:1"),
+        workplace.run("train", "mlflow_tracking_uri=" + uri),
+        workplace.train(tiny_data, "model.config_overrides.hf_token=s3cret", output="refused"),
+    ]
+    assert [command.returncode for command in failed] == [2, 2, 2]
+    assert "s3cret" not in "".join(each.stdout + each.stderr for each in finished + failed)
+
+    files = [path for folder in (workplace.folder, server.folder) for path in folder.rglob("*")]
+    holders = [path for path in files if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert holders == [workplace.folder / "out" / "outbox" / run_id / "run.json"]
+    assert holders[0].stat().st_mode & 0o777 == 0o600
+    tags = server.client.get_run(run_id).data.tags
+    assert "/tiny.yaml" in tags["launch_command"]
+    assert tags["resumed_at_steps"] == "2"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_run_is_found_again_whatever_its_folder_is_called(
+    tmp_path: Path, new_workplace, tiny_data: Path
+) -> None:
+    folder = tmp_path / "50%25 off? é #3"
+    folder.mkdir()
+    shutil.copytree(tiny_data, folder / "data")
+    workplace, uri = new_workplace(folder), "sqlite:///mlflow.db?timeout=60"
+    tracked, data = f"logging.mlflow_tracking_uri={uri}", Path("data")
+    first = workplace.train(data, tracked, "training.max_steps=2")
+    assert first.returncode == 0, first.stderr
+    run_id = tracked_run(workplace)
+    of_run = ("--model", run_id, "--tracking-uri", uri)
+    evaluated = workplace.run("evaluate", *of_run, "--data-dir", data / "val")
+    assert evaluated.returncode == 0, evaluated.stderr
+    resumed = workplace.train(data, tracked, "training.max_steps=3", "--resume", run_id, output="second")
+    assert "at step 2" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0, resumed.stderr
+
+    address = json.loads((folder / "out" / "outbox" / run_id / "run.json").read_text())
+    (train, _) = MlflowClient(address["tracking_uri"]).get_run(run_id).inputs.dataset_inputs
+    source = mlflow.data.get_source(train.dataset).load()
+    assert Path(source).read_bytes() == (folder / "data" / "train" / "_annotations.coco.json").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

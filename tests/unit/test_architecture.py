@@ -14,7 +14,7 @@ PACKAGE = Path(detr_dist.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
 
 # A room is a folder or a module directly under detr_dist. It may import itself and the rooms named here.
-BASE = {"boxes", "config", "errors"}
+BASE = {"boxes", "config", "errors", "redaction"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
@@ -41,10 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": {"console", "errors", "forming", "guard"},
     "heartbeat": {"errors", "forming", "guard"},
     "guard": set(),
-    "config": {"errors"},
+    "config": {"errors", "redaction"},
     "boxes": set(),
     "console": set(),
-    "errors": set(),
+    "errors": {"redaction"},
+    "redaction": set(),
 }
 
 # Libraries that only these rooms may know.

@@ -1,17 +1,26 @@
 """A tracker whose server is away, and what is said of a tracking URI."""
 
 import os
+import re
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
+from mlflow import MlflowClient
 
 from detr_dist.config import LoggingConfig
+from detr_dist.errors import UsageError
 from detr_dist.tracking import mlflow as mlflow_module
-from detr_dist.tracking.mlflow import MLflowTracker, absolute_uri, run_status, way_to_see
+from detr_dist.tracking.download import fetch
+from detr_dist.tracking.mlflow import MLflowTracker, open_client, run_status, way_to_see
+from detr_dist.tracking.outbox import OutboxReader
+from detr_dist.tracking.registry import register_artifact
+from detr_dist.tracking.uris import absolute_uri
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -77,7 +86,14 @@ def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
             "postgresql+psycopg2://host/a?b=1&c=2",
             "with: mlflow ui --backend-store-uri 'postgresql+psycopg2://host/a?b=1&c=2'",
         ),
-        ("http://host:5000", "http://host:5000", "at http://host:5000"),
+        (
+            "sqlite:///a.db?timeout=9",
+            "sqlite:///{here}/a.db?timeout=9",
+            "with: mlflow ui --backend-store-uri 'sqlite:///a.db?timeout=9'",
+        ),
+        ("file:a%23b", "file://{here}/a%23b", f"with: {FOR_FILES} file:a%23b"),
+        ("a #?b", "file://{here}/a%20%23%3Fb", f"with: {FOR_FILES} 'a #?b'"),
+        ("http://a:b@host:5000", "http://a:b@host:5000", "at http://host:5000"),
         ("databricks", "databricks", "at databricks"),
         ("databricks-uc", "databricks-uc", "at databricks-uc"),
         ("databricks:profile", "databricks:profile", "at databricks:profile"),
@@ -90,3 +106,41 @@ def test_what_is_no_path_is_the_same_store_from_every_folder_and_each_kind_is_se
     monkeypatch.chdir(tmp_path)
     assert absolute_uri(uri) == absolute.format(here=tmp_path)
     assert way_to_see(uri) == way
+
+
+@pytest.mark.parametrize("store", ["sqlite:///{}.db?timeout=60", "file:./mlruns"])
+@pytest.mark.parametrize("name", ["run #3", "50%25 off?", "é ü;a"])
+def test_every_name_of_a_folder_keeps_its_runs_in_it(
+    tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, name: str, store: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    here = tmp_path / name
+    (here / "source").mkdir(parents=True)
+    (here / "source" / "weights").write_text("trained")
+    shutil.copy(empty_store, here / f"{tmp_path.name}.db")
+    store = store.format(tmp_path.name)  # MLflow knows one URI as one store, wherever it is
+    monkeypatch.chdir(here)
+    tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=store))
+    tracker.open(Path("outbox"))
+    tracker.log_folder(Path("source"), "model")
+    tracker.end("FINISHED")
+
+    model = f"runs:/{tracker.run_id}/model"
+    register_artifact(open_client(store), "players", tracker.run_id, "model")
+    for each in (model, "models:/players/1"):
+        assert (fetch(each, store, tmp_path / "ours") / "weights").read_text() == "trained"
+    plain = mlflow.artifacts.download_artifacts(
+        model, dst_path=str(tmp_path / "plain"), tracking_uri=store, registry_uri=store
+    )
+    assert (Path(plain) / "weights").read_text() == "trained"
+    monkeypatch.chdir(tmp_path)
+    elsewhere = MlflowClient(OutboxReader(here / "outbox" / tracker.run_id).address.tracking_uri)
+    assert elsewhere.get_run(tracker.run_id).info.status == "FINISHED"
+    assert len(list(here.glob("mlruns/**/model/weights"))) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {name, "ours", "plain"}
+
+
+@pytest.mark.parametrize("uri", ["file:./run #3", "file:///a?/mlruns", "sqlite:////a/what?/mlflow.db"])
+def test_a_uri_that_would_be_cut_off_is_refused(uri: str) -> None:
+    with pytest.raises(UsageError, match=f"{re.escape(uri)}.*%3F"):
+        open_client(uri)

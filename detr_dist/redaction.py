@@ -1,0 +1,89 @@
+"""Keeps credentials out of what leaves the process: files, tags, parameters, messages.
+
+User information and secret query parameters are cut out of an address, which stays one: nobody can take a
+placeholder for a password and connect with it. The value of a variable or setting becomes `***`.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
+
+_HIDDEN = "***"
+
+_SECRET = (
+    r"(?:pass(?:word|wd|phrase)|pwd|token|secret|credentials?"
+    r"|(?:access|account|api|auth|private|secret|shared)[_-]?key)"
+)
+_SECRET_NAME = re.compile(rf".*{_SECRET}", re.IGNORECASE)
+
+# What an unescaped password may hold depends on who reads the address: to SQLAlchemy all but `@`.
+_USER_INFO = re.compile(
+    r"""
+    (\b[a-z][a-z0-9+.-]*://)
+    (?:
+        # user:password@, if it is neither host:port nor the end of an address in a sentence
+        [^\s/?\#:\[]* : (?! \s | \d+ (?: [/?\#\s,;)\]}'"] | [:.](?:\s|$) | $ ) ) [^\n@]*@ (?:\S*@)?
+        # the same where a password may begin like a port
+        | (?<!http://) (?<!https://) [^\s/?\#:\[]* : \S+@
+        # token@, but for the stores that have a container or a profile there
+        | (?<!abfs://) (?<!abfss://) (?<!wasb://) (?<!wasbs://) (?<!dbfs://) [^\s/?\#]*@
+    )
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+_PARAMETER = rf"[^=&\s]*(?:{_SECRET}|key|sig|signature)=[^&\s]*"
+_PARAMETERS = re.compile(rf"([?&])(?:{_PARAMETER}&)*{_PARAMETER}(&?)", re.IGNORECASE)
+
+_ASSIGNMENT = re.compile(rf"({_SECRET}\s*=\s*)\S+", re.IGNORECASE)
+
+# An entry of a mapping in YAML, JSON or Python. Numbers and the like are no secrets.
+_ENTRY = re.compile(
+    rf"({_SECRET}[\"']?\s*:\s*)(?:\"[^\"]*\"|'[^']*'|(?!(?:[\d.]+|null|none|true|false)[\s,}}])[^\s\"'{{\[,}}]+)",
+    re.IGNORECASE,
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` without the credentials of the addresses, variables and settings in it."""
+    text = _USER_INFO.sub(r"\1", text)
+    text = _PARAMETERS.sub(lambda match: match[1] if match[2] else "", text)
+    return _ENTRY.sub(rf"\1{_HIDDEN}", _ASSIGNMENT.sub(rf"\1{_HIDDEN}", text))
+
+
+def redact_value(value: Any) -> Any:
+    """Return a setting, an argument or a tree of such without credentials."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {
+            key: _HIDDEN if isinstance(each, str) and _SECRET_NAME.fullmatch(str(key)) else redact_value(each)
+            for key, each in value.items()
+        }
+    if isinstance(value, list):
+        return [redact_value(each) for each in value]
+    return value
+
+
+class _RedactedStream:
+    """A text stream that is written to without credentials."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def redacted_output() -> Iterator[None]:
+    """Within it nothing that is printed holds credentials, whichever library prints it."""
+    stdout, stderr = (cast(TextIO, _RedactedStream(stream)) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(stdout), redirect_stderr(stderr):
+        yield
