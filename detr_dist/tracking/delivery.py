@@ -56,6 +56,7 @@ class Delivery:
         self._run_id = reader.address.run_id
         self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
         self._known_params: set[str] = set()
+        self._refused: set[str] = set()
 
     @property
     def is_done(self) -> bool:
@@ -88,7 +89,7 @@ class Delivery:
         except MlflowException as error:
             if not _is_refusal(error):
                 raise
-            self._log_one_by_one(records)
+            self._log_in_parts(records, error)
         self._reader.advance(VALUES, records[-1].end)
         return True
 
@@ -122,16 +123,37 @@ class Delivery:
         self._logged_until = logged_until
         self._known_params |= params.keys()
 
-    def _log_one_by_one(self, records: Iterable[Record]) -> None:
-        """What MLflow refuses must not keep back the rest."""
-        for record in records:
-            self._logged_until = None
+    def _log_in_parts(self, records: Iterable[Record], refusal: MlflowException) -> None:
+        """Log all that MLflow does not refuse, and name the rest once."""
+        values = [
+            record._replace(content=record.content | {"values": {name: value}})
+            for record in records
+            if record.kind in KINDS_OF_VALUES
+            for name, value in record.content["values"].items()
+        ]
+        refused = dict.fromkeys(
+            f"{record.kind.removesuffix('s')} {name!r}"
+            for record in self._log_halves(values)
+            for name in record.content["values"]
+        )
+        new = [name for name in refused if name not in self._refused]
+        self._refused |= refused.keys()
+        if new:
+            self._say(f"warning: MLflow refuses {', '.join(new)}; all else is logged ({one_line(refusal)})")
+
+    def _log_halves(self, values: list[Record]) -> list[Record]:
+        """Log values of which one or more are refused; returns those."""
+        refused: list[Record] = []
+        middle = (len(values) + 1) // 2
+        for half in filter(None, (values[:middle], values[middle:])):
+            self._logged_until = None  # what was logged before the refusal is there
             try:
-                self._log([record])
+                self._log(half)
             except MlflowException as error:
                 if not _is_refusal(error):
                     raise
-                self._say(f"warning: MLflow refuses {record.kind} {record.content} ({one_line(error)})")
+                refused += self._log_halves(half) if len(half) > 1 else half
+        return refused
 
     def _deliver_folder(self) -> bool:
         """The next record that is no value, once all values before it are there."""

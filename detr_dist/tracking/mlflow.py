@@ -25,15 +25,19 @@ from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
 from detr_dist.tracking.delivery import MAX_TAG_LENGTH, Delivery, DeliveryThread, is_away, one_line, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.store import (
+    find_or_make_experiment,
+    is_file_store,
+    locked_store,
+    refuse_deleted,
+    unless_busy,
+)
 
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 _PATIENCE_AT_THE_END_S = 20.0
 
 # The launcher kills what is left of a run some 30 s after it has lost a process.
 _PATIENCE_AFTER_LOSS_S = 6.0
-
-# Tracking URIs that look like paths.
-_NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
 
 # Seconds that a request may take before it counts as failed, where nothing is uploaded.
 _TIMEOUT_S = 20
@@ -78,16 +82,17 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
             ) from error
 
     def _begin(self, config: LoggingConfig) -> str:
-        name = config.mlflow_experiment_name
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = experiment.experiment_id if experiment else self.client.create_experiment(name)
-        run = self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=_source_tags())
+        experiment_id = find_or_make_experiment(self.client, config.mlflow_experiment_name)
+        tags = _source_tags()
+        run = unless_busy(
+            lambda: self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=tags)
+        )
         return str(run.info.run_id)
 
     def _find(self, *, is_known: bool) -> None:
         """Make sure that the run is there to go on with."""
         try:
-            run = self.client.get_run(self.run_id)
+            run = unless_busy(lambda: self.client.get_run(self.run_id))
         except Exception as error:  # each kind of store raises its own
             if is_known and is_away(error):
                 say(
@@ -100,6 +105,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 f"belongs, is not to be had there ({one_line(error)}); start its server, give the URI it was "
                 "tracked at, or set logging.mlflow=false"
             ) from error
+        refuse_deleted(unless_busy(lambda: self.client.get_experiment(run.info.experiment_id)))
         if run.info.lifecycle_stage != "active":
             raise UsageError(
                 f"MLflow run {self.run_id}, to which the checkpoint belongs, was deleted; bring it back with "
@@ -211,7 +217,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     _prepare_store(uri)
     try:
-        with patience(_TIMEOUT_S):
+        with patience(_TIMEOUT_S), locked_store(uri):
             return MlflowClient(tracking_uri=uri)
     except Exception as error:  # each kind of store raises its own
         raise UsageError(
@@ -257,11 +263,6 @@ def _close_unfinished(tracker: MLflowTracker, error: BaseException) -> None:
     except Exception as trouble:  # must not hide what went wrong first
         reason = " ".join(str(trouble).split())
         print(f"warning: MLflow run {tracker.run_id} could not be closed: {reason}", flush=True)
-
-
-def is_file_store(uri: str) -> bool:
-    """Whether MLflow keeps this tracking URI as plain files: file:... or a path without a scheme."""
-    return urlparse(uri).scheme in ("", "file") and uri not in _NAMES_OF_SERVERS
 
 
 def way_to_see(uri: str) -> str:
