@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 STEPS = 120
 CHECKPOINTS_OFTEN = (
@@ -290,3 +291,112 @@ def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data:
     assert resumed.wait(90) == 0, workplace.log
     check_that_all_is_there(workplace, server, run_id)
     assert server.client.get_run(run_id).data.tags["resumed_at_steps"]
+
+
+def with_variables(workplace, data: Path, *overrides: str, **variables: str):
+    """Train, with MLflow's variables set."""
+    arguments = (*workplace._training(data, "out"), *overrides)
+    finished = workplace.run(*arguments, environment=variables)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_mlflows_variables_decide_until_a_run_is_resumed(
+    workplace, tiny_data: Path, empty_store: Path
+) -> None:
+    store = f"sqlite:///{shutil.copy(empty_store, workplace.folder / 'theirs.db')}"
+    theirs = {"MLFLOW_EXPERIMENT_NAME": "sweep", "MLFLOW_RUN_NAME": "123_4"}
+    began = with_variables(workplace, tiny_data, "training.max_steps=1", MLFLOW_TRACKING_URI=store, **theirs)
+    client, run_id = MlflowClient(store), str(workplace.results()["run_id"])
+    run = client.get_run(run_id)
+    assert client.get_experiment(run.info.experiment_id).name == "sweep"
+    assert run.info.run_name == "123_4"
+    assert "MLFLOW_" not in began.stdout
+
+    elsewhere = {"MLFLOW_TRACKING_URI": "sqlite:///elsewhere.db", "MLFLOW_EXPERIMENT_NAME": ""}
+    resumed = with_variables(
+        workplace, tiny_data, "training.max_steps=2", "--resume", "auto", **theirs | elsewhere
+    )
+    assert workplace.results()["run_id"] == run_id
+    assert client.get_run(run_id).data.metrics["epoch"] == 0.2
+    assert (
+        "resumed_with" not in client.get_run(run_id).data.tags
+        or "mlflow" not in (client.get_run(run_id).data.tags["resumed_with"])
+    )
+    assert not (workplace.folder / "elsewhere.db").exists()
+    (line,) = [line for line in resumed.stdout.splitlines() if "MLFLOW_" in line]
+    assert "logging.mlflow_tracking_uri" in line
+    assert "MLFLOW_TRACKING_URI" in line
+
+
+def test_a_setting_wins_over_mlflows_variable_and_one_line_says_so(workplace, tiny_data: Path) -> None:
+    finished = with_variables(
+        workplace,
+        tiny_data,
+        *("training.max_steps=1", "logging.mlflow_experiment_name=mine", "logging.mlflow_tracking_uri="),
+        MLFLOW_EXPERIMENT_NAME="theirs",
+        MLFLOW_TRACKING_URI="",
+    )
+    client = MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
+    run = client.get_run(str(workplace.results()["run_id"]))
+    assert client.get_experiment(run.info.experiment_id).name == "mine"
+    (line,) = [line for line in finished.stdout.splitlines() if "MLFLOW_" in line]
+    assert "logging.mlflow_experiment_name" in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uri", ["sqlite:///new.db", "file:./new"])
+def test_four_runs_that_start_at_once_share_a_new_store(
+    workplace, tiny_data: Path, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = (
+        *(
+            "training.max_steps=1",
+            "logging.register_model_as=players",
+            "logging.mlflow_experiment_name=sweep",
+        ),
+        f"logging.mlflow_tracking_uri={uri}",
+    )
+    logs = [workplace.folder / f"log_{number}" for number in range(4)]
+    commands = [
+        workplace.server.start(
+            (*workplace._training(tiny_data, f"out_{number}"), *overrides), workplace.folder, log, log
+        )
+        for number, log in enumerate(logs)
+    ]
+    for command, log in zip(commands, logs, strict=True):
+        assert command.wait(timeout=100) == 0, log.read_text()
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient(uri)
+    assert [each.name for each in client.search_experiments()].count("sweep") == 1
+    runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+    assert [run.info.status for run in runs] == ["FINISHED"] * 4
+    versions = client.search_model_versions("name = 'players'")
+    assert {(int(each.version), each.run_id) for each in versions} == {
+        (number, each.run_id) for number, each in zip(range(4, 0, -1), versions, strict=True)
+    }
+    assert {each.run_id for each in versions} == {run.info.run_id for run in runs}
+
+
+@pytest.mark.parametrize("store", ["sqlite:///mlflow.db", "file:./mlruns"])
+def test_long_class_names_take_no_metric_with_them(
+    workplace, tiny_data: Path, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Path(shutil.copytree(tiny_data, workplace.folder / "data"))
+    names = ["x" * 240 + "Ä", "ä" * 240]
+    for path in data.rglob("*.json"):
+        document = json.loads(path.read_text())
+        for category, name in zip(document["categories"], names, strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(document))
+    finished = workplace.train(data, "training.max_steps=1", f"logging.mlflow_tracking_uri={store}")
+    assert finished.returncode == 0, finished.stderr
+    assert "refuses" not in finished.stdout
+    assert "cannot be reached" not in finished.stdout
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    metrics = MlflowClient(store).get_run(str(workplace.results()["run_id"])).data.metrics
+    assert "val_map" in metrics
+    for start in ("val_xxx", "val_äää"):
+        assert len([name for name in metrics if name.startswith(start) and name.endswith("_map")]) == 1

@@ -1,6 +1,7 @@
 """A tracker whose server is away, and what is said of a tracking URI."""
 
 import os
+import shutil
 import socket
 import threading
 import time
@@ -8,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 from detr_dist.config import LoggingConfig
+from detr_dist.errors import UsageError
 from detr_dist.tracking import mlflow as mlflow_module
 from detr_dist.tracking.mlflow import MLflowTracker, absolute_uri, run_status, way_to_see
+from detr_dist.tracking.registry import upload_model
+from detr_dist.tracking.store import unless_busy
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -64,6 +70,46 @@ def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
         if each.name == "mlflow-delivery":
             each.join(30)
     assert "2 records are not in MLflow yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["database", "files"])
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
+    kind: str, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = {
+        "database": f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}",
+        "files": str(tmp_path / "mlruns"),
+    }[kind]
+    config = LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name="sweep")
+    tracker = MLflowTracker(config)
+    experiment_id = tracker.client.get_run(tracker.run_id).info.experiment_id
+    tracker.client.delete_experiment(experiment_id)
+    restore = f"sweep.*mlflow experiments restore --experiment-id {experiment_id}"
+    with pytest.raises(UsageError, match=restore):
+        MLflowTracker(config)
+    with pytest.raises(UsageError, match=restore):
+        upload_model(tracker.client, tmp_path, experiment="sweep", source="")
+    if kind == "database":  # in the other a run of a deleted experiment cannot be found
+        with pytest.raises(UsageError, match=restore):
+            MLflowTracker(config, run_id=tracker.run_id, known_uri=uri)
+    tracker.client.restore_experiment(experiment_id)
+    MLflowTracker(config)
+
+
+def test_a_busy_database_is_asked_again_and_what_is_refused_is_not() -> None:
+    answers = [MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)] * 3 + ["answer"]
+
+    def request() -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert unless_busy(request) == "answer"
+    answers[:] = [MlflowException("no", INVALID_PARAMETER_VALUE), "answer"]
+    with pytest.raises(MlflowException, match="no"):
+        unless_busy(request)
 
 
 @pytest.mark.parametrize(
