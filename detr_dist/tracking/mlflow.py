@@ -23,7 +23,7 @@ from mlflow.utils import request_utils
 from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
-from detr_dist.tracking.delivery import MAX_TAG_LENGTH, Delivery, DeliveryThread, is_away, one_line, patience
+from detr_dist.tracking.delivery import Delivery, DeliveryThread, acceptable, is_away, one_line, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.store import (
     find_or_make_experiment,
@@ -83,7 +83,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
 
     def _begin(self, config: LoggingConfig) -> str:
         experiment_id = find_or_make_experiment(self.client, config.mlflow_experiment_name)
-        tags = _source_tags()
+        tags = {name: acceptable(value) for name, value in _source_tags().items()}
         run = unless_busy(
             lambda: self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=tags)
         )
@@ -187,7 +187,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:
-                    self.client.set_tag(self.run_id, "error", error[:MAX_TAG_LENGTH])
+                    self.client.set_tag(self.run_id, "error", acceptable(error))
                 self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)

@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UNAVAILABLE
 
 from detr_dist.config import LoggingConfig
 from detr_dist.errors import UsageError
 from detr_dist.tracking import mlflow as mlflow_module
 from detr_dist.tracking.mlflow import MLflowTracker, absolute_uri, run_status, way_to_see
 from detr_dist.tracking.registry import upload_model
-from detr_dist.tracking.store import unless_busy
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -95,21 +92,6 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
             MLflowTracker(config, run_id=tracker.run_id, known_uri=uri)
     tracker.client.restore_experiment(experiment_id)
     MLflowTracker(config)
-
-
-def test_a_busy_database_is_asked_again_and_what_is_refused_is_not() -> None:
-    answers = [MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)] * 3 + ["answer"]
-
-    def request() -> object:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    assert unless_busy(request) == "answer"
-    answers[:] = [MlflowException("no", INVALID_PARAMETER_VALUE), "answer"]
-    with pytest.raises(MlflowException, match="no"):
-        unless_busy(request)
 
 
 @pytest.mark.parametrize(
