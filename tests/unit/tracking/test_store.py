@@ -12,21 +12,23 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, TEMPORARILY_UN
 from detr_dist.tracking.store import unless_busy
 
 FOUR_RUNS_AT_ONCE = """
-import os, sys
+import multiprocessing, sys
 from detr_dist.config import LoggingConfig
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.registry import register_artifact
 
+def run(uri):
+    tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name="sweep"))
+    register_artifact(tracker.client, "players", tracker.run_id, "model")
+
+fork = multiprocessing.get_context("fork")
 for uri in sys.argv[1:]:
-    children = []
-    for _ in range(4):
-        children.append(os.fork())
-        if children[-1] == 0:
-            tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name="sweep"))
-            register_artifact(tracker.client, "players", tracker.run_id, "model")
-            sys.exit()
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * 4, (uri, codes)
+    runs = [fork.Process(target=run, args=(uri,)) for _ in range(4)]
+    for each in runs:
+        each.start()
+    for each in runs:
+        each.join()
+    assert [each.exitcode for each in runs] == [0] * 4, uri
 """
 
 
