@@ -6,9 +6,12 @@ Accelerate's own YAML says how to distribute; nothing here repeats it. This modu
 
 import difflib
 import json
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -60,6 +63,26 @@ def _count_or_auto(value: Any) -> Any:
     return value
 
 
+def _empty_mapping(value: Any) -> Any:
+    """YAML reads a key with nothing below it as null."""
+    return {} if value is None else value
+
+
+@dataclass(frozen=True)
+class EnvironmentDefault:
+    """Default of a setting that an environment variable of MLflow decides; an empty one counts as unset."""
+
+    variable: str
+    otherwise: str | None
+
+    def __call__(self) -> Any:
+        return self.value or self.otherwise
+
+    @property
+    def value(self) -> str | None:
+        return os.environ.get(self.variable) or None
+
+
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 CountOrZero = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
@@ -67,6 +90,7 @@ PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_i
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
+Mapping = Annotated[dict[str, Any], BeforeValidator(_empty_mapping)]
 
 
 class Section(BaseModel):
@@ -136,7 +160,7 @@ class ModelConfig(Section):
     own."""
     dropout: Probability | None = None
     """Dropout in the transformer; unset: the architecture's or the pretrained model's own."""
-    config_overrides: dict[str, Any] = {}
+    config_overrides: Mapping = {}
     """Further options of the architecture's transformers configuration, by their names there."""
 
 
@@ -208,12 +232,18 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     mlflow: bool = True
     """Track the run in MLflow."""
-    mlflow_tracking_uri: str = DEFAULT_TRACKING_URI
-    """sqlite:///file.db, file:./folder, http://server:port, or any other URI that MLflow knows."""
-    mlflow_experiment_name: Annotated[str, Field(min_length=1)] = "detr_training"
-    """Experiment that the run belongs to; made if there is none."""
-    mlflow_run_name: str | None = None
-    """Name of the run; MLflow invents one if unset."""
+    mlflow_tracking_uri: Annotated[str, Field(min_length=1)] = Field(
+        default_factory=EnvironmentDefault("MLFLOW_TRACKING_URI", DEFAULT_TRACKING_URI)
+    )
+    """sqlite:///file.db, file:./folder, http://server:port, or any other URI that MLflow knows; unset: the
+    environment variable MLFLOW_TRACKING_URI, if there is one."""
+    mlflow_experiment_name: Annotated[str, Field(min_length=1)] = Field(
+        default_factory=EnvironmentDefault("MLFLOW_EXPERIMENT_NAME", "detr_training")
+    )
+    """Experiment that the run belongs to, created if it does not exist; unset: MLFLOW_EXPERIMENT_NAME, if
+    there is one."""
+    mlflow_run_name: str | None = Field(default_factory=EnvironmentDefault("MLFLOW_RUN_NAME", None))
+    """Name of the run; unset: MLFLOW_RUN_NAME, or else a name that MLflow invents."""
     tensorboard: bool = True
     """Write TensorBoard event files to OUTPUT_DIR/tensorboard as well."""
     log_every_steps: Count = 10
@@ -231,11 +261,40 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)  # when asked for: the environment decides
 
     def to_yaml(self) -> str:
         """The resolved configuration without credentials, loadable by `load_config`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+_SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
+
+FROM_ENVIRONMENT: dict[str, EnvironmentDefault] = {
+    name: field.default_factory
+    for name, field in LoggingConfig.model_fields.items()
+    if isinstance(field.default_factory, EnvironmentDefault)
+}
+"""Keys of the section `logging` that environment variables decide where nothing else does."""
+
+
+def _takes_text(annotation: Any) -> bool:
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return any(map(_takes_text, get_args(annotation)))
+    return annotation is str
+
+
+_TEXTS = [
+    (section, key)
+    for section, fields in _SECTIONS.items()
+    for key, field in fields.model_fields.items()
+    if _takes_text(field.annotation)
+]
+"""Settings that are any text."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -245,8 +304,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         UsageError: naming every problem at once, one line each, with the nearest valid key for an unknown
         one.
     """
-    tree = _read_yaml(path) if path is not None else {}
-    return _resolve(tree, overrides, source=f"{path}: " if path is not None else "")
+    tree, texts = _read_yaml(path) if path is not None else ({}, {})
+    return _resolve(tree, texts, overrides, source=f"{path}: " if path is not None else "")
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
@@ -255,29 +314,56 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
     Raises:
         UsageError: as `load_config`.
     """
-    return _resolve(config.model_dump(), overrides, source="")
+    return _resolve(config.model_dump(), {}, overrides, source="")
 
 
-def _resolve(tree: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
+def ignored_variables(config: Config) -> Iterator[str]:
+    """A line for each environment variable that does not count, as the setting has another value."""
+    for key, default in FROM_ENVIRONMENT.items():
+        if default.value not in (None, getattr(config.logging, key)):
+            yield (
+                f"logging.{key} is set, here or by the run that is resumed, and counts: {default.variable}, "
+                "which differs, is ignored"
+            )
+
+
+def _resolve(tree: dict[str, Any], texts: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
     for override in overrides:
-        _apply_override(tree, override)
+        keys, value_text = _split_override(override)
+        value, text = _parse_value(override, value_text)
+        _set(tree, keys, value)
+        _set(texts, keys, text)
+    tree = {name: {} if section is None else section for name, section in tree.items()}
+    _take_texts(tree, texts)
+    for key in FROM_ENVIRONMENT:
+        if isinstance(tree.get("logging"), dict) and tree["logging"].get(key) is None:
+            tree["logging"].pop(key, None)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UsageError("\n".join(source + _describe(problem) for problem in error.errors())) from None
 
 
+def _take_texts(tree: dict[str, Any], texts: dict[str, Any]) -> None:
+    """Take texts as they are written: YAML reads 123_4 as the number 1234, 007 as 7, on as true."""
+    for section, key in _TEXTS:
+        if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), bool | int | float):
+            tree[section][key] = (texts.get(section) or {}).get(key) or str(tree[section][key])
+
+
 def describe_keys() -> Iterator[tuple[str, str, str]]:
     """Every configuration key with its default and its meaning, for `--help`."""
-    for section_name, section_field in Config.model_fields.items():
-        section = type(section_field.default)
+    for section_name, section in _SECTIONS.items():
         for name, field in section.model_fields.items():
-            yield f"{section_name}.{name}", json.dumps(field.default), field.description or ""
+            known = FROM_ENVIRONMENT.get(name)
+            default = known.otherwise if known is not None else field.default
+            yield f"{section_name}.{name}", json.dumps(default), field.description or ""
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's content, and the same with every scalar as it is written."""
     try:
-        tree = _parse_yaml(path.read_bytes())
+        tree, texts = _parse_yaml(path.read_bytes())
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
     except yaml.reader.ReaderError as error:
@@ -287,12 +373,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
-        return {}
+        return {}, {}
     if not isinstance(tree, dict):
         raise UsageError(
             f"--config {path}: sections such as `training:` are wanted, found a {type(tree).__name__}"
         )
-    return tree
+    return tree, texts
 
 
 _MERGE = "tag:yaml.org,2002:merge"
@@ -303,6 +389,11 @@ class _RepeatedKeyError(yaml.YAMLError):
 
 
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar = {  # no setting is a date
+        first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[Any, int] = {}
@@ -318,32 +409,42 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _parse_yaml(text: bytes | str) -> Any:
-    """Of bytes, which are UTF-8 or UTF-16 with a byte-order mark.
+def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
+    """What a YAML text holds, and the same with every scalar as it is written.
+
+    Bytes are UTF-8 or UTF-16 with a byte-order mark.
 
     Raises:
         yaml.YAMLError, ValueError: it is no YAML, or has a key twice.
     """
-    return yaml.load(text, _Loader)
+    return yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set one key. A dotted path may go deeper than section.key, into a mapping such as
-    model.config_overrides."""
+def _split_override(override: str) -> tuple[list[str], str]:
+    """The keys, two or more, and the value."""
     # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
     override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     keys_text, equals, value_text = override.partition("=")
     keys = keys_text.split(".")
     if not equals or len(keys) < 2 or not all(keys):
         raise UsageError(f"{override!r} is not of the form section.key=value, e.g. training.batch_size=8")
+    return keys, value_text
+
+
+def _parse_value(override: str, value_text: str) -> tuple[Any, Any]:
     try:
-        value = _parse_yaml(value_text)
+        return _parse_yaml(value_text)
     except _RepeatedKeyError as error:
         raise UsageError(f"{override!r}: {error}") from None
     except (yaml.YAMLError, ValueError):
         raise UsageError(
             f"{override!r}: the value is not valid YAML; quote it if it holds special characters"
         ) from None
+
+
+def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set one key. A dotted path may go deeper than section.key, into a mapping such as
+    model.config_overrides."""
     node = tree
     for key in keys[:-1]:
         if not isinstance(node.get(key), dict):
@@ -365,13 +466,12 @@ def _describe(problem: Any) -> str:
 
 
 def _describe_unknown(location: list[str]) -> str:
-    sections = Config.model_fields
     if len(location) == 1:
-        known = list(sections)
+        known = list(_SECTIONS)
         every_key = [key for key, _, _ in describe_keys() if key.endswith("." + location[0])]
         nearest = every_key or difflib.get_close_matches(location[0], known, n=1, cutoff=0.4)
     else:
-        known = list(type(sections[location[0]].default).model_fields)
+        known = list(_SECTIONS[location[0]].model_fields)
         elsewhere = [key for key, _, _ in describe_keys() if key.endswith("." + location[1])]
         close = difflib.get_close_matches(location[1], known, n=1, cutoff=0.4)
         nearest = elsewhere or [f"{location[0]}.{name}" for name in close]

@@ -3,6 +3,7 @@
 pycocotools computes the same from Python objects, one image at a time; docs/performance.md compares the two.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ SIZES = ("small", "medium", "large")
 """Of boxes, by their area in pixels of the original image."""
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """From and to, of all sizes and of each; a box at a limit belongs to both sides."""
+MAX_NAME_BYTES = 250 - len("val__precision")
+"""Of a class in a metric's name: MLflow takes 250 characters, and its file store makes file names of them."""
 DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)
 """Detections of an image and class, for recall."""
 
@@ -153,12 +156,21 @@ def metric_names(class_names: Sequence[str]) -> list[str]:
     """Each class name as it stands in metric names: lower case, anything but letters, digits and _ replaced
     by _.
 
-    A name that another class has already gets its class index appended.
+    A name that another class has already gets its class index appended. A name that is too long for MLflow
+    ends in a hash of it.
     """
-    names: list[str] = []
+    names: dict[str, None] = {}
     for index, class_name in enumerate(class_names):
-        name = re.sub(r"\W+", "_", class_name.lower()).strip("_") or "class"
+        name = _shortened(re.sub(r"\W+", "_", class_name.lower()).strip("_") or "class")
         while name in names:
-            name = f"{name}_{index}"
-        names.append(name)
-    return names
+            name = _shortened(f"{name}_{index}")
+        names[name] = None
+    return list(names)
+
+
+def _shortened(name: str) -> str:
+    encoded = name.encode()
+    if len(encoded) <= MAX_NAME_BYTES:
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[: MAX_NAME_BYTES - 13].decode(errors='ignore')}_{digest}"

@@ -1,5 +1,6 @@
 """Brings the records of an outbox to MLflow, each once, through outages of the server."""
 
+import errno
 import json
 import math
 import os
@@ -37,6 +38,9 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
 
+# Refused values that a warning names.
+_NAMES_SHOWN = 20
+
 # Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
 _TIMEOUT_S = 120
 
@@ -55,6 +59,7 @@ class Delivery:
         self._run_id = reader.address.run_id
         self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
         self._known_params: set[str] = set()
+        self._refused: set[str] = set()
 
     @property
     def is_done(self) -> bool:
@@ -87,7 +92,7 @@ class Delivery:
         except MlflowException as error:
             if not _is_refusal(error):
                 raise
-            self._log_one_by_one(records)
+            self._log_in_parts(records, error)
         self._reader.advance(VALUES, records[-1].end)
         return True
 
@@ -115,22 +120,47 @@ class Delivery:
             self._client.log_batch(
                 self._run_id,
                 metrics=metrics,
-                params=[Param(name, value[:MAX_PARAM_LENGTH]) for name, value in params.items()],
-                tags=[RunTag(name, value[:MAX_TAG_LENGTH]) for name, value in tags.items()],
+                params=[Param(name, acceptable(value, MAX_PARAM_LENGTH)) for name, value in params.items()],
+                tags=[RunTag(name, acceptable(value)) for name, value in tags.items()],
             )
         self._logged_until = logged_until
         self._known_params |= params.keys()
 
-    def _log_one_by_one(self, records: Iterable[Record]) -> None:
-        """What MLflow refuses must not keep back the rest."""
-        for record in records:
-            self._logged_until = None
+    def _log_in_parts(self, records: Iterable[Record], refusal: MlflowException) -> None:
+        """Log all that MLflow does not refuse, and name the rest once."""
+        values = [
+            record._replace(content=record.content | {"values": {name: value}})
+            for record in records
+            if record.kind in KINDS_OF_VALUES
+            for name, value in record.content["values"].items()
+        ]
+        run = self._client.get_run(self._run_id)
+        is_deleted = run.info.lifecycle_stage != "active"  # then it refuses all of them
+        refused = dict.fromkeys(
+            f"{record.kind.removesuffix('s')} {name!r}"
+            for record in (values if is_deleted else self._log_halves(values))
+            for name in record.content["values"]
+        )
+        new = [name for name in refused if name not in self._refused]
+        self._refused |= refused.keys()
+        if new:
+            names = ", ".join(new[:_NAMES_SHOWN])
+            others = f" and {len(new) - _NAMES_SHOWN} others" if len(new) > _NAMES_SHOWN else ""
+            self._say(f"warning: MLflow refuses {names}{others} ({one_line(refusal)}); all else is logged")
+
+    def _log_halves(self, values: list[Record]) -> list[Record]:
+        """Log values of which one or more are refused; returns those."""
+        refused: list[Record] = []
+        middle = (len(values) + 1) // 2
+        for half in filter(None, (values[:middle], values[middle:])):
+            self._logged_until = None  # what was logged before the refusal is there
             try:
-                self._log([record])
+                self._log(half)
             except MlflowException as error:
                 if not _is_refusal(error):
                     raise
-                self._say(f"warning: MLflow refuses {record.kind} {record.content} ({one_line(error)})")
+                refused += self._log_halves(half) if len(half) > 1 else half
+        return refused
 
     def _deliver_folder(self) -> bool:
         """The next record that is no value, once all values before it are there."""
@@ -186,7 +216,12 @@ class Delivery:
         self, context: str, name: str, digest: str, source: str, profile: dict[str, int]
     ) -> None:
         dataset = Dataset(
-            name, digest, "local", json.dumps({"uri": source}), schema=None, profile=json.dumps(profile)
+            acceptable(name),
+            digest,
+            "local",
+            json.dumps({"uri": source}),
+            schema=None,
+            profile=json.dumps(profile),
         )
         self._client.log_inputs(
             self._run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])]
@@ -209,14 +244,14 @@ class Delivery:
         for name, new in lines.items():
             noted = [line for line in tags.get(name, "").split("; ") if line]
             if not set(new) <= set(noted):  # delivered before a crash, but not noted
-                self._client.set_tag(self._run_id, name, "; ".join(noted + new)[:MAX_TAG_LENGTH])
+                self._client.set_tag(self._run_id, name, acceptable("; ".join(noted + new)))
         if "error" in tags:
             self._client.delete_tag(self._run_id, "error")
         self._client.update_run(self._run_id, status="RUNNING")
 
     def _set_status(self, status: str, error: str | None = None) -> None:
         if error is not None:
-            self._client.set_tag(self._run_id, "error", error[:MAX_TAG_LENGTH])
+            self._client.set_tag(self._run_id, "error", acceptable(error))
         self._client.set_terminated(self._run_id, status)
 
 
@@ -300,6 +335,12 @@ def patience(timeout_s: int) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
+def acceptable(text: str, limit: int = MAX_TAG_LENGTH) -> str:
+    """Return what MLflow's stores take of a text: its start, with ? for the bytes of a file name that are not
+    UTF-8."""
+    return text.encode(errors="replace").decode()[:limit]
+
+
 def one_line(error: Exception) -> str:
     """What an error of MLflow says, on one line of bearable length."""
     return " ".join(str(error).split())[:500]
@@ -311,7 +352,8 @@ def is_away(error: Exception) -> bool:
 
 
 def _is_refusal(error: MlflowException) -> bool:
-    return error.error_code in _REFUSALS
+    is_too_long = isinstance(error.__context__, OSError) and error.__context__.errno == errno.ENAMETOOLONG
+    return is_too_long or error.error_code in _REFUSALS  # a file store makes file names of names
 
 
 def _first_batch(records: Iterable[Record]) -> Iterator[Record]:

@@ -21,11 +21,11 @@ from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
 from detr_dist.redaction import redact, redact_value
-from detr_dist.tracking.delivery import MAX_TAG_LENGTH, Delivery, DeliveryThread, is_away, one_line, patience
+from detr_dist.tracking.delivery import Delivery, DeliveryThread, acceptable, is_away, one_line, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.store import find_or_make_experiment, locked_store, refuse_deleted, unless_busy
 from detr_dist.tracking.uris import (
     absolute_uri,
-    artifact_location,
     check_escapes,
     client_uri,
     database_path,
@@ -83,20 +83,17 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
             ) from error
 
     def _begin(self, config: LoggingConfig) -> str:
-        name = config.mlflow_experiment_name
-        experiment = self.client.get_experiment_by_name(name)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment
-            else self.client.create_experiment(name, artifact_location(self.uri))
+        experiment_id = find_or_make_experiment(self.client, config.mlflow_experiment_name)
+        tags = {name: acceptable(value) for name, value in _source_tags().items()}
+        run = unless_busy(
+            lambda: self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=tags)
         )
-        run = self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=_source_tags())
         return str(run.info.run_id)
 
     def _find(self, *, is_known: bool) -> None:
         """Make sure that the run is there to go on with."""
         try:
-            run = self.client.get_run(self.run_id)
+            run = unless_busy(lambda: self.client.get_run(self.run_id))
         except Exception as error:  # each kind of store raises its own
             if is_known and is_away(error):
                 say(
@@ -109,6 +106,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
                 f"belongs, is not to be had there ({one_line(error)}); start its server, give the URI it was "
                 "tracked at, or set logging.mlflow=false"
             ) from error
+        refuse_deleted(unless_busy(lambda: self.client.get_experiment(run.info.experiment_id)))
         if run.info.lifecycle_stage != "active":
             raise UsageError(
                 f"MLflow run {self.run_id}, to which the checkpoint belongs, was deleted; bring it back with "
@@ -190,7 +188,7 @@ class MLflowTracker(GeneralTracker):  # type: ignore[misc]  # accelerate has no 
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:
-                    self.client.set_tag(self.run_id, "error", redact(error)[:MAX_TAG_LENGTH])
+                    self.client.set_tag(self.run_id, "error", acceptable(redact(error)))
                 self.client.set_terminated(self.run_id, status)
             return
         self.outbox.append("status", status=status, error=error)
@@ -220,7 +218,7 @@ def open_client(uri: str) -> MlflowClient:
     """
     _prepare_store(uri)
     try:
-        with patience(_TIMEOUT_S):
+        with patience(_TIMEOUT_S), locked_store(uri):
             return MlflowClient(tracking_uri=client_uri(uri))
     except Exception as error:  # each kind of store raises its own
         raise UsageError(

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow.pytorch
+from mlflow import pyfunc
+from mlflow.models import Model
+from mlflow.models.model import MLMODEL_FILE_NAME
 from transformers import (
     ConditionalDetrImageProcessor,
     DeformableDetrImageProcessor,
@@ -42,8 +45,17 @@ def write_model(
         pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
         metadata=redact_value(json.loads(json.dumps(metadata))),
     )
+    _drop_pyfunc(folder)
     network.save_pretrained(folder)
     _image_processor(network, data).save_pretrained(folder)
+
+
+def _drop_pyfunc(folder: Path) -> None:
+    """Take back MLflow's offer to serve the model: its wrapper wants one tensor as the output, and a detector
+    has several."""
+    model = Model.load(str(folder))
+    del model.flavors[pyfunc.FLAVOR_NAME]
+    model.save(str(folder / MLMODEL_FILE_NAME))
 
 
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:

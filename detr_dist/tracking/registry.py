@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.uri import append_to_uri_path
 
 from detr_dist.redaction import redact_value
-from detr_dist.tracking.uris import artifact_location
+from detr_dist.tracking.store import find_or_make_experiment, locked_store, unless_busy
 
 
 def run_of(reference: str, client: MlflowClient) -> str | None:
@@ -25,26 +25,23 @@ def run_of(reference: str, client: MlflowClient) -> str | None:
 
 def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_path: str) -> ModelVersion:
     """Make a model that a run has as artifact a new version of `name`; a new name is made."""
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
     source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)
-    # The files are there already: no need to wait, and to be told so.
-    return client.create_model_version(name, source, run_id, await_creation_for=0)
+    with locked_store(client.tracking_uri):  # the next number is free until another run takes it
+        try:
+            unless_busy(lambda: client.create_registered_model(name))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # The files are there already: no need to wait, and to be told so.
+        return unless_busy(lambda: client.create_model_version(name, source, run_id, await_creation_for=0))
 
 
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:
     """Log a model folder as `model/` of a new run, as the registry keeps no files itself; returns its id."""
-    known = client.get_experiment_by_name(experiment)
-    experiment_id = (
-        known.experiment_id
-        if known
-        else client.create_experiment(experiment, artifact_location(client.tracking_uri))
-    )
+    experiment_id = find_or_make_experiment(client, experiment)
     tags = {"source": redact_value(source)}
-    run_id = str(client.create_run(experiment_id, run_name="export", tags=tags).info.run_id)
+    run = unless_busy(lambda: client.create_run(experiment_id, run_name="export", tags=tags))
+    run_id = str(run.info.run_id)
     try:
         client.log_artifacts(run_id, str(folder), "model")
     except BaseException:

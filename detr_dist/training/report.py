@@ -6,6 +6,7 @@ from itertools import groupby
 import torch.distributed as dist
 from torch import Tensor
 
+from detr_dist.config import ignored_variables
 from detr_dist.data.statistics import CheckSettings, check_boxes
 from detr_dist.training.setup import Setup
 
@@ -16,6 +17,8 @@ def describe_run(setup: Setup) -> Iterator[str]:
     """Data, processes and devices, the size of a step and of a checkpoint; a line each."""
     yield from _describe_data(setup)
     yield from _describe_processes(setup)
+    if setup.config.logging.mlflow:
+        yield from ignored_variables(setup.config)
     plan = setup.plan
     left_out = f" ({plan.num_dropped} images of each left out)" if plan.num_dropped else ""
     yield (

@@ -7,10 +7,11 @@ import torch
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from detr_dist.config import Config
+from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
+from detr_dist.tracking.download import is_run_id
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.state import RunFacts
 
@@ -29,6 +30,18 @@ FREE_KEYS = {
     "training.early_stopping_patience",
 }
 """What a resumed run may set otherwise; all other keys decide what is learned."""
+
+
+def stay_in_place(config: Config, saved: RunFacts, resume: str) -> Config:
+    """Return `config` with the MLflow store, experiment and name of the run that `--resume` names, where YAML
+    and command line set no others."""
+    if saved.mlflow_run_id is None:
+        return config
+    unset = FROM_ENVIRONMENT.keys() - config.logging.model_fields_set
+    if is_run_id(resume) or resume.startswith("runs:/"):
+        unset -= {"mlflow_tracking_uri"}  # it was just found there, wherever that was before
+    own = config.logging.model_copy(update=saved.config.logging.model_dump(include=unset))
+    return config.model_copy(update={"logging": own})
 
 
 def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:

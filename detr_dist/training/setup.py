@@ -20,7 +20,12 @@ from detr_dist.models.detector import Detector
 from detr_dist.models.execution import compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.resume import compare_with_saved, has_other_validation, restore_weights
+from detr_dist.training.resume import (
+    compare_with_saved,
+    has_other_validation,
+    restore_weights,
+    stay_in_place,
+)
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
 from detr_dist.training.strategy import Replicated
@@ -101,6 +106,9 @@ def set_up(
         may_clear_up=not options.dry_run,
     )
     resumed = sources.checkpoint(options.resume) if options.resume is not None else None
+    if resumed is not None:
+        config = stay_in_place(config, resumed.facts, str(options.resume))
+        sources.tracking_uri = config.logging.mlflow_tracking_uri
     if (
         resumed is not None
         and options.init_from is not None

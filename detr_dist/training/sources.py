@@ -94,7 +94,7 @@ class Sources:
         self._host = host
         self._may_clear_up = may_clear_up
         self._output_dir = output_dir
-        self._tracking_uri = tracking_uri
+        self.tracking_uri = tracking_uri
         self._scratch = tempfile.TemporaryDirectory(prefix="detr_dist_")  # of its own for each process
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class Sources:
             UsageError: there is no such folder, or it cannot be fetched.
         """
         into = Path(tempfile.mkdtemp(dir=self._scratch.name))
-        return download_folder(artifact_uri, self._tracking_uri, into)
+        return download_folder(artifact_uri, self.tracking_uri, into)
 
     def checkpoint(self, resume: str) -> Checkpoint | None:
         """The checkpoint that `--resume` names, verified; None if `auto` finds none.
@@ -139,7 +139,7 @@ class Sources:
             CheckpointError: the checkpoint that was named is not whole.
         """
         return self._host.once_per_machine(
-            lambda: find_model(init_from, self._tracking_uri, Path(self._scratch.name)).location
+            lambda: find_model(init_from, self.tracking_uri, Path(self._scratch.name)).location
         )
 
     def _clear_up(self) -> None:
@@ -179,7 +179,7 @@ class Sources:
         )
 
     def _newest_of_run(self, run_id: str) -> Checkpoint:
-        for uri in checkpoint_uris(run_id, self._tracking_uri, Path(self._scratch.name)):
+        for uri in checkpoint_uris(run_id, self.tracking_uri, Path(self._scratch.name)):
             try:
                 return open_checkpoint(self.download(uri))
             except CheckpointError as error:

@@ -28,6 +28,7 @@ def start(folder: Path, config: Path) -> dict[str, float]:
     parts_path.unlink(missing_ok=True)
     launch = f"accelerate launch --quiet --config_file {REPOSITORY / 'accelerate_configs' / 'cpu.yaml'}"
     options = f"--config {config} --train-dir data/train --val-dir data/val --output-dir out"
+    options += " logging.mlflow_tracking_uri=sqlite:///mlflow.db"  # whatever MLFLOW_TRACKING_URI says
     command = [*launch.split(), str(Path(__file__).with_name("timed_start.py")), parts_path.name]
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as quickstart.sh has it
     command += [str(time.time()), *options.split()]

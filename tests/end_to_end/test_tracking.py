@@ -357,3 +357,62 @@ def test_a_run_is_found_again_whatever_its_folder_is_called(
     source = mlflow.data.get_source(train.dataset).load()
     assert Path(source).read_bytes() == (folder / "data" / "train" / "_annotations.coco.json").read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def with_variables(workplace, data: Path, *overrides: str, **variables: str):
+    """Train, with MLflow's variables set."""
+    arguments = (*workplace._training(data, "out"), *overrides)
+    finished = workplace.run(*arguments, environment=variables)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_mlflows_variables_decide_until_a_run_is_resumed(
+    workplace, tiny_data: Path, empty_store: Path
+) -> None:
+    store = f"sqlite:///{shutil.copy(empty_store, workplace.folder / 'theirs.db')}"
+    theirs = {"MLFLOW_EXPERIMENT_NAME": "sweep", "MLFLOW_RUN_NAME": "123_4"}
+    began = with_variables(workplace, tiny_data, "training.max_steps=1", MLFLOW_TRACKING_URI=store, **theirs)
+    client, run_id = MlflowClient(store), str(workplace.results()["run_id"])
+    run = client.get_run(run_id)
+    assert client.get_experiment(run.info.experiment_id).name == "sweep"
+    assert run.info.run_name == "123_4"
+    assert "MLFLOW_" not in began.stdout
+
+    elsewhere = {"MLFLOW_TRACKING_URI": "sqlite:///elsewhere.db", "MLFLOW_EXPERIMENT_NAME": ""}
+    resumed = with_variables(
+        workplace, tiny_data, "training.max_steps=2", "--resume", "auto", **theirs | elsewhere
+    )
+    assert workplace.results()["run_id"] == run_id
+    assert client.get_run(run_id).data.metrics["epoch"] == 0.2
+    assert (
+        "resumed_with" not in client.get_run(run_id).data.tags
+        or "mlflow" not in (client.get_run(run_id).data.tags["resumed_with"])
+    )
+    assert not (workplace.folder / "elsewhere.db").exists()
+    (line,) = [line for line in resumed.stdout.splitlines() if "MLFLOW_" in line]
+    assert "logging.mlflow_tracking_uri" in line
+    assert "MLFLOW_TRACKING_URI" in line
+
+
+def test_long_class_names_take_no_metric_with_them(
+    workplace, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = "file:./mlruns"  # makes file names of metric names: the strictest of MLflow's stores
+    data = Path(shutil.copytree(tiny_data, workplace.folder / "data"))
+    names = ["x" * 240 + "Ä", "ä" * 240]
+    for path in data.rglob("*.json"):
+        document = json.loads(path.read_text())
+        for category, name in zip(document["categories"], names, strict=True):
+            category["name"] = name
+        path.write_text(json.dumps(document))
+    finished = workplace.train(data, "training.max_steps=1", f"logging.mlflow_tracking_uri={store}")
+    assert finished.returncode == 0, finished.stderr
+    assert "refuses" not in finished.stdout
+    assert "cannot be reached" not in finished.stdout
+    monkeypatch.chdir(workplace.folder)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    metrics = MlflowClient(store).get_run(str(workplace.results()["run_id"])).data.metrics
+    assert "val_map" in metrics
+    for start in ("val_xxx", "val_äää"):
+        assert len([name for name in metrics if name.startswith(start) and name.endswith("_map")]) == 1

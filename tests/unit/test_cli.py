@@ -99,6 +99,7 @@ def test_the_help_of_train_lists_the_configuration_keys(capsys) -> None:
     code, out, _ = run(capsys, "train", "--help")
     assert code == 0
     assert "training.gradient_accumulation_steps" in out
+    assert "MLFLOW_TRACKING_URI" in out
 
 
 def test_debug_shows_the_traceback_as_well(capsys, tmp_path) -> None:

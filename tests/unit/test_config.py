@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.config import Config, describe_keys, load_config
+from detr_dist.config import Config, describe_keys, ignored_variables, load_config
 from detr_dist.errors import UsageError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -57,6 +57,63 @@ def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None
 def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):
         load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["123456", "123_4", "007", "1e3", "12:30:45", "2026-05-01", "2026-05-01 10:00:00", "on", "1.50"],
+)
+def test_a_text_is_what_was_written_also_where_yaml_sees_another_kind(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    keys = ("mlflow_run_name", "mlflow_experiment_name", "mlflow_tracking_uri", "register_model_as")
+    if ":" in written:
+        keys = keys[:3]
+    path.write_text("logging:\n" + "".join(f"  {key}: {written}\n" for key in keys))
+    in_file = load_config(path).logging
+    on_command_line = load_config(None, [f"logging.{key}={written}" for key in keys]).logging
+    for key in keys:
+        assert getattr(in_file, key) == getattr(on_command_line, key) == written
+    assert load_config(None, [f"model.pretrained={written}"]).model.pretrained == written
+
+
+def test_a_text_that_an_alias_brings_is_a_text_too(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("logging:\n  <<: {mlflow_run_name: 5}\n  log_every_steps: 3\n")
+    assert load_config(path).logging.mlflow_run_name == "5"
+
+
+def test_a_section_with_nothing_below_it_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("training:\ndata:\n  # num_workers: 2\nlogging:\nmodel:\n  config_overrides:\n")
+    assert load_config(path) == Config()
+    assert load_config(path, ["training.seed=1"]).training.seed == 1
+    path.write_text("trainig:\n")
+    with pytest.raises(UsageError, match="training"):
+        load_config(path)
+
+
+def test_mlflows_variables_decide_where_neither_yaml_nor_command_line_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {"TRACKING_URI": "http://host:5000", "EXPERIMENT_NAME": "theirs", "RUN_NAME": "7"}
+    for name, value in variables.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    keys = [f"mlflow_{name.lower()}" for name in variables]
+    unset, given = tmp_path / "unset.yaml", tmp_path / "given.yaml"
+    unset.write_text("logging:\n" + "".join(f"  {key}: null\n" for key in keys))
+    given.write_text("logging:\n" + "".join(f"  {key}: mine\n" for key in keys))
+    for path in (None, unset, *CONFIGS):
+        config = load_config(path)
+        assert [getattr(config.logging, key) for key in keys] == list(variables.values())
+        assert list(ignored_variables(config)) == []
+    config = load_config(given)
+    assert [getattr(config.logging, key) for key in keys] == ["mine"] * 3
+    assert len(list(ignored_variables(config))) == 3
+    for name in variables:
+        monkeypatch.setenv(f"MLFLOW_{name}", "")
+    assert list(ignored_variables(config)) == []
+    assert load_config(None).logging.mlflow_tracking_uri == "sqlite:///mlflow.db"
+    assert load_config(None).logging.mlflow_run_name is None
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1\n", "\x00"])

@@ -146,3 +146,14 @@ def test_class_names_become_distinct_names_of_metrics() -> None:
         "a_b_6",
         "a_b_6_7",
     ]
+
+
+def test_names_of_metrics_are_distinct_and_short_enough_for_mlflow() -> None:
+    longest = "x" * 236
+    taken = metric_names(["x" * 240])[0]
+    classes = [longest, "x" * 240, "X" * 240, "x" * 241, "é" * 120, "ball", taken, *map(str, range(3000))]
+    for names in (metric_names(classes), metric_names(classes[::-1])[::-1]):
+        assert len(set(names)) == len(classes)
+        assert all(len(f"val_{name}_precision".encode()) <= 250 for name in names)
+        assert (names[0], names[5]) == (longest, "ball")
+    assert metric_names(["ball", "x" * 240])[1] == metric_names(["x" * 240, "ball"])[0]

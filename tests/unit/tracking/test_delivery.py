@@ -292,11 +292,36 @@ def test_what_mlflow_refuses_is_said_once_and_does_not_keep_back_the_rest(
     assert "\n" not in warning
 
 
+@pytest.mark.parametrize("kind", ["metrics", "params", "tags"])
+def test_of_a_record_only_the_values_that_mlflow_refuses_are_lost(sender: Sender, kind: str) -> None:
+    bad = ["x" * 300, "no*good?" if kind != "tags" else "y" * 300]
+    if kind == "metrics" and sender.client.tracking_uri.startswith("file:"):
+        bad[1] = "ä" * 200  # 400 bytes of a file name
+    names = [*(f"good_{n}" for n in range(30)), bad[0], *(f"good_{n}" for n in range(30, 60)), bad[1], "last"]
+    for step in (1, 2):
+        if kind == "metrics":
+            sender.log(step, **dict.fromkeys(names, float(step)))
+        else:
+            sender.outbox.append(kind, values=dict.fromkeys(names, "1"))
+    sender.deliver()
+    values = getattr(sender.run.data, kind)
+    assert {f"good_{n}" for n in range(60)} | {"last"} <= values.keys()
+    assert not set(bad) & values.keys()
+    if kind == "metrics":
+        assert sender.history("last") == [(1, 1.0), (2, 2.0)]
+    (warning,) = sender.said
+    assert all(name in warning for name in bad)
+    assert "good_" not in warning
+
+
 def test_values_longer_than_mlflow_takes_are_cut(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # then it refuses them
     sender.outbox.append("params", values={"long": "x" * 7000})
-    sender.outbox.append("tags", values={"long": "x" * 9000})
+    sender.outbox.append("tags", values={"long": "x" * 9000, "path": "a\udcffb"})
+    sender.outbox.append("params", values={"class_names": "\ud800, ball"})
     sender.deliver()
+    assert sender.run.data.tags["path"] == "a?b"
+    assert sender.run.data.params["class_names"] == "?, ball"
     assert sender.run.data.params["long"] == "x" * 6000
     assert sender.run.data.tags["long"] == "x" * 5000
     assert sender.said == []

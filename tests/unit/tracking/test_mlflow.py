@@ -19,7 +19,7 @@ from detr_dist.tracking import mlflow as mlflow_module
 from detr_dist.tracking.download import fetch
 from detr_dist.tracking.mlflow import MLflowTracker, open_client, run_status, way_to_see
 from detr_dist.tracking.outbox import OutboxReader
-from detr_dist.tracking.registry import register_artifact
+from detr_dist.tracking.registry import register_artifact, upload_model
 from detr_dist.tracking.uris import absolute_uri
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
@@ -73,6 +73,31 @@ def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
         if each.name == "mlflow-delivery":
             each.join(30)
     assert "2 records are not in MLflow yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["database", "files"])
+def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
+    kind: str, empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = {
+        "database": f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}",
+        "files": str(tmp_path / "mlruns"),
+    }[kind]
+    config = LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name="sweep")
+    tracker = MLflowTracker(config)
+    experiment_id = tracker.client.get_run(tracker.run_id).info.experiment_id
+    tracker.client.delete_experiment(experiment_id)
+    restore = f"sweep.*mlflow experiments restore --experiment-id {experiment_id}"
+    with pytest.raises(UsageError, match=restore):
+        MLflowTracker(config)
+    with pytest.raises(UsageError, match=restore):
+        upload_model(tracker.client, tmp_path, experiment="sweep", source="")
+    if kind == "database":  # in the other a run of a deleted experiment cannot be found
+        with pytest.raises(UsageError, match=restore):
+            MLflowTracker(config, run_id=tracker.run_id, known_uri=uri)
+    tracker.client.restore_experiment(experiment_id)
+    MLflowTracker(config)
 
 
 @pytest.mark.parametrize(
