@@ -312,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Plots are files. Under the backend that a notebook hands on, matplotlib may not even be importable.
+    os.environ["MPLBACKEND"] = "agg"
     try:
         _refuse_empty(arguments)
         # Typer makes an exit code, which it returns, of Ctrl-C.

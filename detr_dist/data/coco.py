@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from detr_dist.data.annotations import Section, read_sections
 from detr_dist.data.box_columns import read_boxes
 from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
+from detr_dist.data.image_files import UnreadableImageError, read_size_hw
 from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of, shown
 from detr_dist.errors import DataError
 
@@ -225,13 +225,12 @@ def _read_sizes(images: Section, images_dir: Path, file_names: list[str]) -> NDA
     unknown = -1
     sizes_hw = np.stack([images.integers("height", unknown), images.integers("width", unknown)], axis=1)
     for row in np.flatnonzero((sizes_hw == unknown).any(axis=1)).tolist():
-        image_path = path_of(images_dir, file_names[row])
         try:
-            with Image.open(image_path) as image:
-                sizes_hw[row] = image.height, image.width
-        except OSError:
+            sizes_hw[row] = read_size_hw(path_of(images_dir, file_names[row]))
+        except UnreadableImageError as error:
             raise DataError(
-                f"{images.where(row)}: has no width and height, and {image_path} cannot be read; add them"
+                f"{images.where(row)}: has no width and height, and its file cannot be read ({error}); "
+                "add them"
             ) from None
     if (sizes_hw < 1).any():
         row = int(np.flatnonzero((sizes_hw < 1).any(axis=1))[0])

@@ -11,7 +11,8 @@ from torchvision import tv_tensors
 from detr_dist.boxes import xyxy_to_cxcywh
 from detr_dist.data.batching import Sample
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import UnreadableImageError, decode_reduced, decode_rgb
+from detr_dist.data.decoding import decode_reduced, decode_rgb
+from detr_dist.data.image_files import UnreadableImageError
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply
 from detr_dist.errors import DataError
@@ -72,9 +73,11 @@ class CocoDetectionDataset(Dataset[Sample]):
         return self.transform.plan(self.data.size_hw(row), rng)
 
     def _read_image(self, row: int, plan: Plan) -> Tensor:
-        """At a reduced scale where the plan needs no more. A window is cut in the pixels of the file."""
+        """In training, at a reduced scale where the plan needs no more. A window is cut in the pixels of the
+        file."""
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
-        image = decode_reduced(path, size_hw, plan.size_hw) if plan.window is None else None
+        may_be_reduced = self.train and plan.window is None
+        image = decode_reduced(path, size_hw, plan.size_hw) if may_be_reduced else None
         if image is None:
             image = decode_rgb(path)
             _check_size(path, tuple(image.shape[-2:]), size_hw)

@@ -138,6 +138,12 @@ KINDS = {
         "pictures",
         "looking like one of an earlier split; frames of one shot, or copies, make the figures flatter",
     ),
+    "dark_picture": _Kind(
+        "warning",
+        "picture",
+        "pictures",
+        "without a pixel brighter than 16 of 255; if 10 or 12 bits are stored as 16, scale them up",
+    ),
     "exif_rotation": _Kind(
         "warning",
         "picture",

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from posixpath import join
 
+from detr_dist.data.image_files import image_suffixes
 from detr_dist.errors import DataError
 
 NUM_NAMES_SHOWN = 4
-PICTURE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
@@ -138,7 +138,7 @@ def path_of(folder: Path, file_name: str) -> Path:
 
 
 def _is_picture(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in image_suffixes() and not path.name.startswith(".")
 
 
 def _real(images_dir: Path, folder: str) -> str:

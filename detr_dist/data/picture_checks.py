@@ -3,7 +3,6 @@
 import hashlib
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,13 +11,13 @@ from posixpath import normpath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import UnreadableImageError, decode_rgb
+from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import Finding, found
+from detr_dist.data.image_files import UnreadableImageError, open_image
 from detr_dist.data.layout import decoded_name
 
 PICTURES_AT_A_TIME = 256
@@ -34,6 +33,9 @@ LOOKALIKE_CORRELATION = 0.95
 MIN_CONTRAST = 16.0
 """A thumbnail that is flatter than one grey level around its mean is like no other."""
 
+DARK = 16
+"""Of 256 levels: 12 bits of brightness in the lower end of 16 reach no further."""
+
 EXIF_ORIENTATION = 0x0112
 
 
@@ -44,6 +46,7 @@ class _Picture:
     size_hw: tuple[int, int] = (0, 0)
     digest: bytes = b""  # of size and pixels
     thumbnail: NDArray[np.float32] | None = None  # of length 1 around its mean
+    brightest: int = 255  # level of its pixels
     is_rotated: bool = False  # as its EXIF data say
     trouble: str = ""  # why it cannot be decoded
 
@@ -59,7 +62,7 @@ class PictureCheck:
     def check(self, split: str, data: CocoData, missing: frozenset[str]) -> list[Finding]:
         """What is wrong with the files of `data` but for those that are known to be missing."""
         rows_of = _rows_of_files(data, missing)
-        unreadable, wrong_size, rotated, elsewhere, again = (list[str]() for _ in range(5))
+        unreadable, wrong_size, rotated, dark, elsewhere, again = (list[str]() for _ in range(6))
         own: dict[bytes, str] = {}
         thumbnails: list[NDArray[np.float32]] = []
         for name, picture in _look_at_all(data.images_dir, list(rows_of), split):
@@ -74,6 +77,8 @@ class PictureCheck:
             wrong_size += wrong
             if picture.is_rotated and not wrong:
                 rotated.append(name)
+            if picture.brightest <= DARK:
+                dark.append(name)
             if picture.digest in self._files:
                 elsewhere.append(f"{name} is {self._files[picture.digest]}")
             elif picture.digest in own:
@@ -88,6 +93,7 @@ class PictureCheck:
             *found("unreadable_image", split, unreadable),
             *found("wrong_size", split, wrong_size),
             *found("exif_rotation", split, rotated),
+            *found("dark_picture", split, dark),
             *found("picture_in_two_splits", split, elsewhere),
             *found("lookalike_in_two_splits", split, alike),
             *found("duplicate_picture", split, again),
@@ -147,15 +153,16 @@ def _look_at(path: Path) -> _Picture:
         size_hw=(height, width),
         digest=digest.digest(),
         thumbnail=(around_mean / max(length, MIN_CONTRAST)).numpy(),
+        brightest=int(image.max()),
         is_rotated=_is_rotated(path),
     )
 
 
 def _is_rotated(path: Path) -> bool:
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        with open_image(path) as image:
             return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
-    except Exception:  # Pillow's plug-ins raise a wide choice of errors; the picture itself was decoded
+    except UnreadableImageError:  # the picture itself was decoded
         return False
 
 

@@ -3,36 +3,72 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.layout import PICTURE_SUFFIXES
+from detr_dist.data.image_files import UnreadableImageError, image_suffixes, read_size_hw
 from detr_dist.errors import DataError
 
 
-def find_pictures(source: Path) -> tuple[Path, list[str]]:
-    """A folder, and the pictures in it and its sub-folders as names relative to it, sorted. Of a file, its
-    folder and itself.
+class FoundPictures(NamedTuple):
+    """The pictures in a folder and its sub-folders, by the suffixes that Pillow reads."""
+
+    folder: Path
+    names: list[str]
+    """Relative to the folder, sorted."""
+    left_out: list[str]
+    """What else is there, sorted: files of other suffixes, hidden files and folders, folders that cannot be
+    listed, and links to a folder that they lie in."""
+
+
+def find_pictures(source: Path) -> FoundPictures:
+    """The pictures in a folder, or of a file, whatever its suffix, itself. Links to folders are followed.
 
     Raises:
         DataError: there is no such thing, or no picture in it.
     """
     if source.is_file():
-        return source.parent, [source.name]
+        return FoundPictures(source.parent, [source.name], [])
     if not source.is_dir():
         raise DataError(f"{source}: does not exist; name a picture or a folder of pictures")
-    files = (
-        path.relative_to(source)
-        for path in source.rglob("*")
-        if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file()
-    )
-    names = sorted(str(path) for path in files if not any(part.startswith(".") for part in path.parts))
+    names: list[str] = []
+    left_out: list[str] = []
+    for parent, folders, files in os.walk(
+        source, followlinks=True, onerror=lambda error: left_out.append(_relative(error.filename, source))
+    ):
+        for name in folders.copy():
+            path = Path(parent, name)
+            if name.startswith(".") or (path.is_symlink() and _leads_back(path, source)):
+                folders.remove(name)
+                left_out.append(_relative(path, source))
+        for name in files:
+            path = Path(parent, name)
+            is_picture = path.suffix.lower() in image_suffixes() and not name.startswith(".")
+            # A link to nothing is not passed over in silence, and a pipe would be waited for.
+            is_taken = is_picture and (path.is_file() or not path.exists())
+            (names if is_taken else left_out).append(_relative(path, source))
     if not names:
-        known = ", ".join(sorted(PICTURE_SUFFIXES))
-        raise DataError(f"{source}: holds no picture ({known}); name a picture or a folder of pictures")
-    return source, names
+        raise DataError(
+            f"{source}: holds no picture of a suffix that Pillow reads, as .jpg or .png, "
+            f"and {len(left_out)} other files; name a picture or a folder of pictures"
+        )
+    return FoundPictures(source, sorted(names), sorted(left_out))
+
+
+def _relative(path: str | Path, source: Path) -> str:
+    return str(Path(path).relative_to(source))
+
+
+def _leads_back(link: Path, source: Path) -> bool:
+    """Whether a link leads to one of the folders between it and `source`, or to one that these lie in."""
+    target, above = link.resolve(), link.parent
+    while not above.resolve().is_relative_to(target):
+        if above == source:
+            return False
+        above = above.parent
+    return True
 
 
 def read_pictures(
@@ -43,14 +79,10 @@ def read_pictures(
     readable, sizes_hw, unreadable = [], [], []
     for name in names:
         try:
-            with Image.open(folder / name) as picture:
-                sizes_hw.append((picture.height, picture.width))
-                readable.append(name)
-        except UnidentifiedImageError:
-            unreadable.append(f"{folder / name}: no picture in any format that is known here")
-        except Exception as error:  # Pillow's plug-ins raise a wide choice of errors for damaged files
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            unreadable.append(f"{folder / name}: {' '.join(reason.split())}")
+            sizes_hw.append(read_size_hw(folder / name))
+            readable.append(name)
+        except UnreadableImageError as error:
+            unreadable.append(str(error))
     data = CocoData(
         annotations_path=folder,
         images_dir=folder,

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from detr_dist.data.annotations import (
     BOX,
@@ -26,6 +25,7 @@ from detr_dist.data.annotations import (
 from detr_dist.data.classes import differing_names, look_alike, read_categories
 from detr_dist.data.coco import CocoData, read_columns
 from detr_dist.data.findings import Finding, found
+from detr_dist.data.image_files import UnreadableImageError, read_size_hw
 from detr_dist.data.layout import (
     decoded_name,
     difference_in_name,
@@ -163,11 +163,11 @@ class _Faults:
         if file_name in self._missing:
             return False
         try:
-            with Image.open(path_of(self._images_dir, file_name)):
-                return True
-        except OSError as error:
-            self._examples["unreadable_image"].append(f"{file_name}: {error}")
+            read_size_hw(path_of(self._images_dir, file_name))
+        except UnreadableImageError as error:
+            self._examples["unreadable_image"].append(str(error))
             return False
+        return True
 
     def _sift_categories(self, categories: Section) -> Section:
         kept, ids = [], set()

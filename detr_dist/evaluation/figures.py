@@ -46,12 +46,11 @@ def empty_figure(title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> None:
     """As PNG. Drawn once, where `Figure.savefig` draws twice."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
-    return path
 
 
 def most_telling(labels: Sequence[int], weight: NDArray[Any]) -> list[int]:

@@ -3,8 +3,6 @@
 from functools import cache
 from pathlib import Path
 
-import matplotlib
-from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
 FONT = "DejaVu Sans"
@@ -16,7 +14,7 @@ MOST_CHARACTERS = 24
 def drawable(name: str, otherwise: str = "?", *, most: int = MOST_CHARACTERS) -> str:
     """The name as far as the font can show it, shortened in the middle; `otherwise` if nothing is left."""
     letters = _letters()
-    shown = "".join(letter for letter in name if ord(letter) in letters).strip()
+    shown = "".join(letter for letter in name if letter.isprintable() and ord(letter) in letters).strip()
     if len(shown) > most:
         shown = shown[: most - most // 2 - 1] + "…" + shown[len(shown) - most // 2 :]
     return shown or otherwise
@@ -34,8 +32,12 @@ def font(size_px: int) -> ImageFont.FreeTypeFont:
 
 @cache
 def _letters() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font  # what draws nothing begins without matplotlib
+
     return frozenset(FT2Font(_font_path()).get_charmap())
 
 
 def _font_path() -> Path:
+    import matplotlib
+
     return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")

@@ -13,13 +13,13 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.findings import printable
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import check_room
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.evaluate import Details, Evaluator
-from detr_dist.evaluation.plots import draw_pictures
 from detr_dist.evaluation.records import coco_results
 from detr_dist.inference.trained import (
     TrainedModel,
@@ -29,7 +29,8 @@ from detr_dist.inference.trained import (
     tracking_uri_for,
 )
 from detr_dist.redaction import redact
-from detr_dist.training.durable import check_new, check_writable, new_folder, write_text_whole
+from detr_dist.training.durable import check_new, check_writable, write_text_whole
+from detr_dist.training.pictures import draw_folder
 from detr_dist.training.sources import find_model
 
 
@@ -136,10 +137,6 @@ def _leave(
         results = coco_results(data, details.records)
         write_text_whole(options.predictions, json.dumps(results))
         print(f"{options.predictions}: {len(results)} detections as COCO results")
-    if options.pictures is not None:
-        with new_folder(options.pictures) as partial:
-            draw_pictures(partial, data, details)
-        print(f"{options.pictures}: curves, confusions and the images with the worst errors")
     if options.report is not None:
         report = {
             "metrics": metrics,
@@ -149,6 +146,11 @@ def _leave(
         }
         write_text_whole(options.report, json.dumps(report, indent=2) + "\n")
         print(f"{options.report}: the figures, what was taken for what, and how they came about")
+    if options.pictures is not None:
+        for failure in draw_folder(options.pictures, data, details):
+            print(f"warning: {printable(failure)}; not drawn", flush=True)
+        if options.pictures.exists():
+            print(f"{options.pictures}: curves, confusions and the images with the worst errors")
 
 
 def table(data: CocoData, metrics: dict[str, float]) -> Iterator[str]:

@@ -1,12 +1,14 @@
 """`detr-dist predict`: what a model finds in pictures, drawn into them and as COCO results."""
 
+import errno
 import json
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from PIL import Image
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import printable
-from detr_dist.data.layout import decoded_name
+from detr_dist.data.layout import decoded_name, shown
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.data.shared_memory import check_room
@@ -36,6 +38,7 @@ from detr_dist.training.durable import check_new, check_writable, failure_on_dis
 
 RESULTS = "predictions.json"
 _WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+"""Of formats that a copy is written in; the others become PNG."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def predict(options: PredictOptions) -> None:
         DetrDistError: with one clear line.
     """
     tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
-    folder, names = find_pictures(options.source)
+    folder, names, left_out = find_pictures(options.source)
     check_new("--output-dir", options.output_dir)
     if options.source.is_dir() and folder.resolve() in options.output_dir.resolve().parents:
         raise UsageError(
@@ -71,9 +74,17 @@ def predict(options: PredictOptions) -> None:
             raise UsageError("predict works in one process; start it without accelerate launch")
         model = fetch_model(options.model, tracking_uri)
         data, unreadable = read_pictures(folder, names, model.class_names)
-        records, failed = _predict(options, model, data)
+        records, failed, not_drawn = _predict(options, model, data)
+    if left_out:
+        what = "no images by suffix, hidden, or links in a circle"
+        print(f"skipped {len(left_out)} that are {what}: {shown(left_out)}", flush=True)
     for line in sorted((*unreadable, *failed.values())):
         print(f"warning: {printable(line)}; passed over", flush=True)
+    if not_drawn:
+        print(
+            f"warning: {len(not_drawn)} pictures could not be drawn, first {printable(not_drawn[0])}",
+            flush=True,
+        )
     num_read = len(data) - len(failed)
     if num_read == 0:
         raise DataError(f"{options.source}: none of {len(names)} pictures can be read")
@@ -95,8 +106,9 @@ def predict(options: PredictOptions) -> None:
 
 def _predict(
     options: PredictOptions, model: TrainedModel, data: CocoData
-) -> tuple[DetectionRecords, dict[int, str]]:
-    """The detections that count, and the rows of the pictures that could not be read, with the reason."""
+) -> tuple[DetectionRecords, dict[int, str], list[str]]:
+    """The detections that count, the rows of the pictures that could not be read, with the reason, and a line
+    on each that could not be drawn."""
     for line in overrides_without_effect(options.overrides):
         print(line, flush=True)
     config = model.settings(options.overrides)
@@ -105,25 +117,54 @@ def _predict(
     detector = model.detector(config).to(accelerator.device)
     thresholds = _thresholds(options, model)
     images = ImagePass(data, config, accelerator)
+    copies = _copy_names([os.fsdecode(name) for name in data.file_names])
     parts = [DetectionRecords.none()]
     failed: dict[int, str] = {}
+    not_drawn: list[str] = []
     with ThreadPoolExecutor() as threads, closing(images.run(detector)) as all_predicted:
-        drawing: list[Future[None]] = []
+        drawing: list[Future[str]] = []
         for predicted in all_predicted:
             records = images.records(detector, predicted)
-            shown = records.take(np.flatnonzero(records.scores >= thresholds[records.labels]))
-            parts.append(shown)
+            counting = records.take(np.flatnonzero(records.scores >= thresholds[records.labels]))
+            parts.append(counting)
             failed |= predicted.unreadable
-            for done in drawing:  # of the batch before: no more than two wait in memory
-                done.result()
+            not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
             drawing = [
-                threads.submit(_draw, options.output_dir, data, row, shown)
+                threads.submit(_draw, options.output_dir / copies[row], data, row, counting)
                 for row in predicted.rows
                 if row not in predicted.unreadable
             ]
-        for done in drawing:
-            done.result()
-    return DetectionRecords.concatenate(parts), failed
+        not_drawn += _reasons(drawing)
+    return DetectionRecords.concatenate(parts), failed, not_drawn
+
+
+def _reasons(drawing: Sequence[Future[str]]) -> list[str]:
+    return [reason for done in drawing if (reason := done.result())]
+
+
+def _copy_names(names: Sequence[str]) -> list[str]:
+    """The file of each picture's copy: its own name, with `.png` behind it where it is written as PNG.
+
+    No two are one name to a file system that knows neither case nor composed letters: the later one gets a
+    number. Those that keep their names choose first.
+    """
+    taken = {_folded(parent) for name in names for parent in PurePath(name).parents}
+    copies: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: PurePath(name).suffix.lower() not in _WRITTEN_SUFFIXES):
+        usual = PurePath(name if PurePath(name).suffix.lower() in _WRITTEN_SUFFIXES else f"{name}.png")
+        copy, number = usual, 1
+        while _folded(copy) in taken:
+            number += 1
+            copy = usual.with_name(f"{usual.stem}-{number}{usual.suffix}")
+        taken.add(_folded(copy))
+        copies[name] = str(copy)
+        if copy != usual:
+            print(printable(f"{name}: drawn as {copy}, as another has its name"), flush=True)
+    return [copies[name] for name in names]
+
+
+def _folded(path: PurePath) -> str:
+    return unicodedata.normalize("NFC", str(path)).casefold()
 
 
 def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.float64]:
@@ -141,25 +182,32 @@ def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.floa
     return np.array(thresholds)
 
 
-def _draw(output_dir: Path, data: CocoData, row: int, records: DetectionRecords) -> None:
-    """A copy of one picture with its boxes, the best on top, under the same name."""
+def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> str:
+    """A copy of one picture with its boxes, the best on top; or the reason why there is none.
+
+    Raises:
+        DetrDistError: nothing can be written there.
+    """
     own = records.take(np.flatnonzero(records.image_rows == row)[::-1])
-    captions = [
-        f"{data.class_names[label]} {score:.2f}" for label, score in zip(own.labels, own.scores, strict=True)
-    ]
-    image = draw_boxes(
-        decode_rgb(data.image_path(row)),
-        torch.from_numpy(own.boxes_xyxy_px),
-        captions,
-        [class_colour(label) for label in own.labels.tolist()],
-    )
-    path = output_dir / os.fsdecode(data.file_names[row])
-    if path.suffix.lower() not in _WRITTEN_SUFFIXES:
-        path = path.with_name(f"{path.name}.png")
     try:
+        captions = [
+            f"{data.class_names[label]} {score:.2f}"
+            for label, score in zip(own.labels, own.scores, strict=True)
+        ]
+        image = draw_boxes(
+            decode_rgb(data.image_path(row)),
+            torch.from_numpy(own.boxes_xyxy_px),
+            captions,
+            [class_colour(label) for label in own.labels.tolist()],
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    except OSError as error:
-        raise DetrDistError(
-            f"--output-dir {output_dir}: cannot be written ({failure_on_disk(error, output_dir)})"
-        ) from error
+    except (
+        Exception
+    ) as error:  # a format's limits, a library's trouble: the detections are there all the same
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
+            raise DetrDistError(
+                f"{path}: cannot be written ({failure_on_disk(error, path.parent)})"
+            ) from error
+        return f"{data.image_path(row)}: {' '.join(str(error).split()) or type(error).__name__}"
+    return ""

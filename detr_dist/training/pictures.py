@@ -9,6 +9,22 @@ from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.training.durable import failure_on_disk, new_folder
 
 
+def draw_folder(folder: Path, data: CocoData, details: Details) -> list[str]:
+    """Draw an evaluation on `data` into a new folder, whatever happens.
+
+    Returns:
+        What could not be drawn, with the reason, a line each.
+    """
+    try:
+        from detr_dist.evaluation.plots import draw_pictures  # matplotlib: training begins without it
+
+        with new_folder(folder) as partial:
+            failures = draw_pictures(partial, data, details)
+    except Exception as error:  # a full disk, or a library's trouble: no reason to lose a run
+        return [f"{folder}: {failure_on_disk(error, folder.parent)}"]
+    return [f"{folder / failure}" for failure in failures]
+
+
 class PictureMaker:
     """Draws each evaluation of a run on `data`. Main process only.
 
@@ -26,19 +42,21 @@ class PictureMaker:
         self._pictures_dir = pictures_dir
         self._tracker = tracker
         self._say = say
+        self._has_warned = False
 
     def draw(self, details: Details, name: str) -> None:
         """Into the folder `name` of the run's pictures."""
-        from detr_dist.evaluation.plots import draw_pictures  # matplotlib: training begins without it
-
         folder = self._pictures_dir / name
-        try:
-            with new_folder(folder) as partial:
-                draw_pictures(partial, self._data, details)
-            if self._tracker is not None:
+        failures = draw_folder(folder, self._data, details)
+        if self._tracker is not None and folder.exists():
+            try:
                 self._tracker.log_folder(folder, f"pictures/{name}")
-        except Exception as error:  # a full disk, or a library's trouble: no reason to lose a run
+            except Exception as error:  # as above
+                failures.append(f"{folder}: {failure_on_disk(error, self._pictures_dir.parent)}")
+        if failures and not self._has_warned:
+            self._has_warned = True
+            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
             self._say(
-                f"warning: {folder}: pictures could not be drawn "
-                f"({failure_on_disk(error, self._pictures_dir.parent)}); training goes on"
+                f"warning: pictures could not be drawn ({failures[0]}{more}); training goes on, and does not "
+                "say so again"
             )

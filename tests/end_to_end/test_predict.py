@@ -65,6 +65,49 @@ def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_na
             assert not np.array_equal(np.asarray(copy), np.asarray(source))
 
 
+def test_no_picture_is_passed_over_in_silence_and_no_copy_takes_anothers_name(
+    trained, easy_data: Path
+) -> None:
+    source = trained.folder / "formats"
+    (source / "more").mkdir(parents=True)
+    (trained.folder / "elsewhere").mkdir()
+    with Image.open(easy_data / "val" / "000.jpg") as picture:
+        for name in ("b.jfif", "c.avif", "d.jp2", "e.ppm", "x.gif", "x.gif.png", "more/b.jfif"):
+            picture.save(source / name, **({"format": "JPEG"} if name.endswith("jfif") else {}))
+        for path in (source / "A.jpg", source / "a.JPG", trained.folder / "elsewhere" / "linked.jpg"):
+            picture.save(path)
+    Image.fromarray(np.zeros((9, 9), np.float32)).save(source / "float.tif")
+    (source / "link").symlink_to(trained.folder / "elsewhere")
+    (source / "circle").symlink_to(source)
+    (source / "notes.txt").write_text("no picture")
+    results, finished = predict(trained, "of_formats", "--input", "formats", "--threshold", "0")
+    pictures = {
+        *("A.jpg", "a.JPG", "b.jfif", "c.avif", "d.jp2", "e.ppm", "x.gif", "x.gif.png"),
+        *("more/b.jfif", "link/linked.jpg"),
+    }
+    assert {each["file_name"] for each in results} == pictures
+    copies = [path for path in (trained.folder / "of_formats").rglob("*") if path.is_file()]
+    names = {str(path.relative_to(trained.folder / "of_formats")).lower() for path in copies}
+    assert len(names - {"predictions.json"}) == len(pictures)
+    assert (
+        "skipped 2 that are no images by suffix, hidden, or links in a circle: 'circle', 'notes.txt'"
+        in finished.stdout
+    )
+    assert "formats/float.tif: values from 0 to 0 in Pillow's mode F" in finished.stdout
+    assert "80 detections in 10 pictures, 1 passed over" in finished.stdout
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_detection(trained, easy_data: Path) -> None:
+    source = trained.folder / "long"
+    source.mkdir()
+    for name in ("x" * 250 + ".ppm", "a.png"):  # no room for .png behind it
+        with Image.open(easy_data / "val" / "000.jpg") as picture:
+            picture.save(source / name)
+    results, finished = predict(trained, "of_long", "--input", "long", "--threshold", "0")
+    assert len({each["file_name"] for each in results}) == 2
+    assert "warning: 1 pictures could not be drawn, first long/xxx" in finished.stdout
+
+
 def test_the_detections_are_those_of_an_evaluation(trained, easy_data: Path) -> None:
     """The pictures are the validation images, bit for bit."""
     evaluated = trained.run(

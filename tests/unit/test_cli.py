@@ -1,5 +1,6 @@
 """The command line: help, usage errors, generated data."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -132,3 +133,14 @@ def test_a_run_that_was_stopped_says_so_once_and_exits_with_75(
         monkeypatch.setenv("RANK", rank)
         code, _, error = run(capsys, "train", "--train-dir", "a", "--val-dir", "b", "--output-dir", "c")
         assert (code, error) == (75, said)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_a_notebooks_backend_keeps_no_command_from_drawing(backend: str) -> None:
+    command = "from detr_dist.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    draw = "from detr_dist.evaluation.figures import figure_style\nwith figure_style(): pass"
+    environment = os.environ | {"MPLBACKEND": backend}
+    done = subprocess.run(
+        [sys.executable, "-c", command + draw], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -302,6 +302,14 @@ def test_a_rotation_in_the_exif_data_is_a_warning_unless_the_size_shows_it(
     assert wrong.examples == ("3.jpg is 60x40, not 40x60 (its EXIF rotation is not applied)",)
 
 
+def test_twelve_bits_stored_as_sixteen_are_a_warning(document: Document, write_coco: WriteCoco) -> None:
+    document["images"][1]["file_name"] = "dark.tif"
+    folder = write_coco(document)
+    values = np.linspace(0, 4095, 40 * 60).reshape(40, 60).astype(np.uint16)
+    Image.fromarray(values).save(folder / "dark.tif")
+    assert kinds(check(folder, open_pictures=True))["dark_picture"] == 1
+
+
 def test_the_same_pixels_in_two_splits_are_found_whatever_the_file_is_like(
     document: Document, write_coco: WriteCoco
 ) -> None:

@@ -184,6 +184,19 @@ def test_decoding_at_a_reduced_scale_changes_no_box_and_hardly_a_pixel_and_crops
     assert (25 < num_equal < 65) if augmentation == "detr" else num_equal == 0
 
 
+def test_evaluation_decodes_at_the_full_scale(
+    document: Document, write_coco: WriteCoco, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for image in document["images"]:
+        image |= {"width": 600, "height": 400}
+    dataset = make_dataset(write_coco(document), train=False)
+    samples = [dataset[0, row] for row in range(3)]
+    monkeypatch.setattr("detr_dist.data.dataset.decode_reduced", lambda *_: None)
+    for row, sample in enumerate(samples):
+        assert sample.image.shape[1] < 200
+        assert torch.equal(sample.image, dataset[0, row].image)
+
+
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
 def test_no_picture_is_reduced_below_what_its_transform_asks_for(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation

@@ -1,3 +1,6 @@
+import struct
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.decoding import UnreadableImageError, decode_reduced, decode_rgb
+from detr_dist.data.decoding import decode_reduced, decode_rgb, rgb_of
+from detr_dist.data.image_files import UnreadableImageError
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -38,11 +42,176 @@ def test_every_format_becomes_the_rgb_that_pillow_sees(tmp_path: Path, name: str
     )
 
 
-def test_sixteen_bits_per_colour_become_eight(tmp_path: Path) -> None:
-    deep = COLOURS[:, :, 0].astype(np.uint16) * 257  # 65535 for 255
-    Image.fromarray(deep).save(tmp_path / "deep.png")
-    decoded = decode_rgb(tmp_path / "deep.png")
-    assert np.array_equal(decoded[0].numpy(), COLOURS[:, :, 0])
+LEVELS = np.arange(256, dtype=np.uint8).reshape(8, 32)
+DEEP = LEVELS.astype(np.uint16) * 257  # 65535 for 255
+RGB_LEVELS = np.stack([LEVELS, LEVELS[::-1], LEVELS[:, ::-1]], axis=-1)
+
+
+def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
+    """16 bits per colour, which Pillow writes of grey ones only."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+        )
+
+    height, width = pixels.shape[:2]
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+
+
+def write_tiff(path: Path, pixels: bytes, bits: list[int], *, photometric: int = 1, order: str = "<") -> None:
+    """Of LEVELS' size and without compression, in the variants that Pillow reads and does not write."""
+    num_entries, mark = 9, b"II*\0" if order == "<" else b"MM\0*"
+    bits_at = 8 + 2 + 12 * num_entries + 4
+    pixels_at = bits_at + 2 * len(bits)
+    bits_value = bits[0] if len(bits) == 1 else bits_at
+    values = {
+        256: 32, 257: 8, 258: bits_value, 259: 1, 262: photometric,
+        273: pixels_at, 277: len(bits), 278: 8, 279: len(pixels),
+    }  # fmt: skip
+    entries = b"".join(
+        struct.pack(f"{order}HHI", tag, 3, len(bits) if tag == 258 else 1)
+        + (struct.pack(f"{order}I", value) if value == bits_at else struct.pack(f"{order}HH", value, 0))
+        for tag, value in values.items()
+    )
+    start = mark + struct.pack(f"{order}IH", 8, num_entries)
+    of_bits = struct.pack(f"{order}{len(bits)}H", *bits)
+    path.write_bytes(start + entries + bytes(4) + of_bits + pixels)
+
+
+def in_twelve_bits(values: np.ndarray) -> bytes:
+    """Two values in three bytes."""
+    pairs = values.reshape(-1, 2).astype(np.uint32)
+    packed = (pairs[:, 0] << 12) | pairs[:, 1]
+    return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
+
+
+ROUNDED_12 = np.rint(LEVELS * (4095 / 255)).astype(np.uint16)
+ALPHA = np.full_like(DEEP, 30_000)
+DEEP_FILES: dict[str, tuple[Callable[[Path], object], np.ndarray]] = {
+    "grey.png": (lambda path: Image.fromarray(DEEP).save(path), LEVELS),
+    "grey_alpha.png": (lambda path: write_png(path, np.dstack([DEEP, ALPHA]), 4), LEVELS),
+    "rgb.png": (lambda path: write_png(path, RGB_LEVELS.astype(np.uint16) * 257, 2), RGB_LEVELS),
+    "rgba.png": (
+        lambda path: write_png(path, np.dstack([RGB_LEVELS.astype(np.uint16) * 257, ALPHA]), 6),
+        RGB_LEVELS,
+    ),
+    "grey.tif": (lambda path: Image.fromarray(DEEP).save(path), LEVELS),
+    "packed.tif": (lambda path: Image.fromarray(DEEP).save(path, compression="tiff_lzw"), LEVELS),
+    "big_endian.tif": (
+        lambda path: write_tiff(path, DEEP.astype(">u2").tobytes(), [16], order=">"),
+        LEVELS,
+    ),
+    "zero_is_white.tif": (
+        lambda path: write_tiff(path, (65535 - DEEP).tobytes(), [16], photometric=0),
+        LEVELS,
+    ),
+    "12_bits.tif": (lambda path: write_tiff(path, in_twelve_bits(ROUNDED_12), [12]), LEVELS),
+    "rgb.tif": (
+        lambda path: write_tiff(
+            path, (RGB_LEVELS.astype(np.uint16) * 257).tobytes(), [16] * 3, photometric=2
+        ),
+        RGB_LEVELS,
+    ),
+    "integers.tif": (lambda path: Image.fromarray(DEEP.astype(np.int32)).save(path), LEVELS),
+    "grey.pgm": (lambda path: Image.fromarray(DEEP).save(path), LEVELS),
+    "12_bits.pgm": (
+        lambda path: path.write_bytes(b"P5 32 8 4095 " + ROUNDED_12.astype(">u2").tobytes()),
+        LEVELS,
+    ),
+    "text.pgm": (lambda path: path.write_text("P2 32 8 65535 " + " ".join(map(str, DEEP.flat))), LEVELS),
+    "dark.pgm": (
+        lambda path: path.write_bytes(b"P5 32 8 65535 " + LEVELS.astype(">u2").tobytes()),
+        np.rint(LEVELS / 257).astype(np.uint8),
+    ),
+    "grey.jp2": (lambda path: Image.fromarray(DEEP).save(path, irreversible=False), LEVELS),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_FILES)
+def test_more_than_eight_bits_per_colour_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
+    write, expected = DEEP_FILES[name]
+    write(tmp_path / name)
+    decoded = decode_rgb(tmp_path / name)
+    assert decoded.dtype == torch.uint8
+    rgb = expected if expected.ndim == 3 else np.dstack([expected] * 3)
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), rgb)
+
+
+def test_sixteen_bits_are_rounded_alike_in_every_format(tmp_path: Path) -> None:
+    every = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    for name in ("a.png", "a.tif", "a.pgm"):
+        Image.fromarray(every).save(tmp_path / name)
+        assert np.array_equal(decode_rgb(tmp_path / name)[1].numpy(), np.rint(every / 257)), name
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "mode"),
+    [
+        ("share.tif", LEVELS.astype(np.float32) / 255, "F"),
+        ("nan.tif", np.full((8, 32), np.nan, np.float32), "F"),
+        ("levels.pfm", LEVELS.astype(np.float32), "F"),
+        ("beyond.tif", LEVELS.astype(np.int32) * 65536, "I"),
+        ("below.tif", DEEP.astype(np.int32) - 100, "I"),
+        ("of_8_or_of_16.tif", LEVELS.astype(np.int32), "I"),
+    ],
+)
+def test_values_that_define_no_white_are_unreadable_and_their_mode_is_named(
+    tmp_path: Path, name: str, pixels: np.ndarray, mode: str
+) -> None:
+    Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(UnreadableImageError, match=f"{name}: values .* mode {mode}, .* 8 or 16 bits"):
+        decode_rgb(tmp_path / name)
+
+
+@pytest.mark.parametrize("mode", sorted({*Image.MODES, "I;16B", "I;16L", "I;16N", "La"} - {"F"}))
+def test_black_grey_and_white_are_what_they_are_in_every_mode(mode: str) -> None:
+    levels = [0, 255] if mode == "1" else [0, 153, 255]  # a palette of Pillow's has it
+    grey = np.array([levels], dtype=np.uint8)
+    if mode.startswith("I;16"):
+        order = {"B": ">", "L": "<"}.get(mode[-1], "=" if mode.endswith("N") else "<")
+        deep = (grey.astype(np.uint16) * 257).astype(f"{order}u2")
+        image = Image.frombytes(mode, (len(levels), 1), deep.tobytes())
+    elif mode == "I":
+        image = Image.fromarray(grey.astype(np.int32) * 257)
+    else:
+        image = Image.fromarray(np.dstack([grey] * 3)).convert({"La": "LA", "PA": "P"}.get(mode, mode))
+        image = image.convert(mode)
+    assert image.mode == mode
+    decoded = rgb_of(image).numpy().astype(int)
+    # Conversions between colour spaces are rounded to whole levels on the way.
+    assert np.abs(decoded - grey).max() <= 1
+
+
+def test_colours_under_transparency_are_not_darkened(tmp_path: Path) -> None:
+    transparent = Image.fromarray(np.dstack([RGB_LEVELS, np.full_like(LEVELS, 128)]))
+    for mode in ("RGBA", "RGBa", "LA", "La"):
+        image = transparent.convert(mode[:-1] + "A").convert(mode)
+        expected = RGB_LEVELS if mode[0] == "R" else np.dstack([transparent.convert("L")] * 3)
+        decoded = rgb_of(image).permute(1, 2, 0).numpy().astype(int)
+        # Multiplied by half and divided again, in whole levels.
+        assert np.abs(decoded - expected).max() <= 2 * mode.endswith("a"), mode
+
+
+def test_pillows_limit_of_pixels_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "a.tif", "a.jpg"):
+        Image.fromarray(COLOURS).save(tmp_path / name)
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+        assert decode_rgb(tmp_path / name).shape == (3, 20, 30)
+
+
+def test_more_pixels_than_our_limit_are_unreadable_in_every_format(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr_dist.data.image_files.MAX_PIXELS", 20 * 30 - 2)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # set back to what it was
+    for name in ("a.png", "a.tif", "a.jpg"):
+        Image.fromarray(COLOURS).save(tmp_path / name)
+        with pytest.raises(UnreadableImageError, match=f"{name}: .*600 pixels"):
+            decode_rgb(tmp_path / name)
 
 
 def test_of_an_animation_the_first_picture_counts(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from detr_dist.evaluation.figures import figure_style
 from detr_dist.evaluation.operating_point import operating_points
 from detr_dist.evaluation.plots import draw_pictures
 from detr_dist.evaluation.table_plots import confusion_figure, size_figure
+from detr_dist.training.pictures import PictureMaker
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]
@@ -96,10 +97,9 @@ def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_the_files_are_pictures_that_a_screen_can_show(num_classes: int, new_scene, tmp_path: Path) -> None:
     data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
-    paths = draw_pictures(tmp_path, data, details(data, records))
-    assert paths == [tmp_path / name for name in FILES]
-    for path in paths:
-        with Image.open(path) as picture:
+    assert draw_pictures(tmp_path, data, details(data, records)) == []
+    for name in FILES:
+        with Image.open(tmp_path / name) as picture:
             assert picture.size == picture.convert("L").size
             assert 300 <= min(picture.size) <= max(picture.size) <= 2600
 
@@ -119,8 +119,35 @@ def test_matplotlibs_settings_are_left_as_they_were(new_scene, tmp_path: Path) -
         assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
 
 
+def test_what_cannot_be_drawn_keeps_no_other_picture_from_being_drawn(
+    new_scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("detr_dist.evaluation.plots.confusion_figure", lambda *_: 1 / 0)
+    data, records = classes_scene(new_scene, ["ball"])
+    (failure,) = draw_pictures(tmp_path, data, details(data, records))
+    assert failure == "confusion_matrix.png: ZeroDivisionError: division by zero"
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES} - {"confusion_matrix.png"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_no_trouble_with_pictures_leaves_a_run_or_is_said_twice(
+    error: type[Exception], new_scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("of a library")
+
+    monkeypatch.setattr("detr_dist.evaluation.plots.save", fail)
+    data, records = classes_scene(new_scene, ["ball"])
+    said: list[str] = []
+    maker = PictureMaker(data, tmp_path, None, said.append)
+    for epoch in (1, 2):
+        maker.draw(details(data, records), f"epoch_{epoch}")
+    (line,) = said
+    assert "of a library" in line
+
+
 def test_odd_class_names_are_written_as_they_are_without_a_warning(new_scene) -> None:
-    names = ["$x_1$", "_hidden", "サッカー", "50% {a} \\b", "", "crowd\nof people"]
+    names = ["$x_1$", "_hidden", "サッカー", "50% {a} \\b", "\ud800\0\u202e", "crowd\nof people"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         curves, _, confusion, _ = figures(classes_scene(new_scene, names), drawn=True)
