@@ -193,7 +193,7 @@ class _Batches(Dataset[Batch | DetrDistError]):
         except Exception as error:
             num_bytes = 2 * sum(sample.image.nbytes for sample in samples)  # with the padding, and some room
             if get_worker_info() is not None and shared_memory.is_full(num_bytes):
-                return _SharedMemoryIsFull()
+                return _SharedMemoryIsFull("shared memory ran out")
             return _failure("putting a batch together failed", error)
 
 
