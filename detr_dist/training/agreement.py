@@ -55,6 +55,7 @@ class StepAgreement:
             StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
+        self._host.note(step=step)
         try:
             group = next(groups)
         except DetrDistError as error:
@@ -82,6 +83,7 @@ class StepAgreement:
 
         Waits for the device.
         """
+        self._host.pause_watch()
         # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
