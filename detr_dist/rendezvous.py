@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -162,15 +163,16 @@ class Rendezvous:
             others = f"{_join(map(self._name, silent))} does not answer: it was killed, hangs, or waits"
         else:
             others = "all other processes stopped for the same reason"
-        here = f"this is {self._describe()}{self.write_stacks(others)}"
+        here = f"this is {self._describe()}{self.write_stacks(others, error)}"
         return (
             f"{others}; {here} ({_shorten(error)})"
             if is_lost_contact
             else f"{_shorten(error)}; {others}; {here}"
         )
 
-    def write_stacks(self, why: str) -> str:
-        """Write what all threads are doing to a file; return where it is, as the end of a message."""
+    def write_stacks(self, why: str, error: BaseException | None = None) -> str:
+        """Write what all threads are doing, and where `error` was raised, to a file; return where it is, as
+        the end of a message."""
         if self.stacks_dir is None:
             return ""
         path = self.stacks_dir / f"rank_{self.rank}.txt"
@@ -179,6 +181,9 @@ class Rendezvous:
             with path.open("w", encoding="utf-8") as file:
                 header = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._describe()}: {why}\n"
                 print(header, file=file, flush=True)
+                if error is not None:
+                    traceback.print_exception(error, file=file)
+                    file.flush()
                 faulthandler.dump_traceback(file)
         except OSError as error:
             return f"; no stacks, as {path} cannot be written ({error.strerror})"
