@@ -138,6 +138,7 @@ class Rendezvous:
 
     def report(self, error: BaseException) -> None:
         """Tell the others why this process stops, so that they can say so when they miss it."""
+        self.pause_watch()
         self._post("end", {"reason": _shorten(error), "is_cause": True})
 
     def explain(self, error: RuntimeError, *, is_lost_contact: bool) -> str:
@@ -147,6 +148,7 @@ class Rendezvous:
             error: What a collective, or anything else, raised here.
             is_lost_contact: Whether it is certain that a collective raised it.
         """
+        self.pause_watch()
         if self._store is None:
             return _shorten(error)
         self._post("end", {"reason": _shorten(error), "is_cause": False})
