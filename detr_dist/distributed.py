@@ -21,34 +21,24 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError, as_one_line
-from detr_dist.forming import (
-    Board,
-    call_roll,
-    check_environment,
-    device_problem,
-    fell_back_to_cpu,
-    limit_s,
-    uses_cpu,
-)
-from detr_dist.heartbeat import Heart
+from detr_dist.environment import check_environment, is_cpu_fallback, seconds_from_environment, uses_cpu
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
+from detr_dist.rendezvous import Rendezvous
 
 T = TypeVar("T")
 
-COLLECTIVE_LIMIT_S = 300.0
-"""A collective that waits longer for a process that lives has failed. Torch's own limits are 10 minutes
-(NCCL) and 30 (gloo); between two collectives of a step are seconds."""
+COLLECTIVE_LIMIT_S = 90.0
+"""A collective that waits longer has failed. Torch's own limits are 10 minutes (NCCL) and 30 (gloo), but
+between two collectives of a step there are seconds. A stopped process and its launcher, which needs 30 s to
+kill it, are gone within 150 s."""
 
 PATIENT_LIMIT_S = 3600.0
-"""So long the others wait where one may rightly take its time: to download, evaluate, score or save. Should
-it die or be stopped meanwhile, its heart tells."""
+"""Limit where one process may take its time while the others wait: to download, score or save."""
 
 # The first is torch's name; the others it still reads.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
-_FAILURE = "failure"  # key in the store that the processes share
-
-_heart: Heart | None = None  # of the process group, of which there is one as well
+_rendezvous: Rendezvous | None = None  # of the process group, of which there is one as well
 
 
 def build_accelerator(
@@ -134,64 +124,75 @@ def _place() -> dict[str, Any]:
 
 @contextmanager
 def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]:
-    """The processes that were launched together, joined as long as this lasts.
+    """Join the processes that were launched together, until the block ends.
 
-    Collective. An Accelerator that is built meanwhile joins the same group. When a process is lost each of
-    the others writes its stacks into `stacks_dir` and ends with a line that says so, if need be by force.
+    Collective. An Accelerator that is built meanwhile joins the same group. When one of the processes is
+    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it.
 
     Raises:
         UsageError: there are too few GPUs.
         TrainingError: another process did not come, or was lost.
     """
-    global _heart
+    global _rendezvous
     check_environment()
     _keep_segments_expandable()
     if uses_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
-        # transformers imports it when it first saves a model; what it then remembers would outlive the group.
-        with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not missed
+        # transformers imports it when it first saves a model; what it then keeps would outlive the group.
+        with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
             importlib.import_module("deepspeed")
-    silence_s = limit_s("DETR_DIST_SILENCE_LIMIT_S", 40.0)
-    collective_s = limit_s("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S)
-    store = call_roll(device_problem(), limit_s("DETR_DIST_FORM_LIMIT_S", 60.0))
-    # Later than those between hosts, who can say more about it: NCCL ends the process by itself.
-    state = PartialState(**_place(), timeout=timedelta(seconds=collective_s + 60))
-    if store is not None and state.num_processes > 1:
-        address = os.environ["MASTER_ADDR"]
-        _heart = Heart(state.process_index, board=store, address=address, silence_limit_s=silence_s)
-        _heart.stacks_dir = stacks_dir
-    if fell_back_to_cpu() and state.is_main_process and "WORLD_SIZE" in os.environ:
+    limit_s = collective_limit_s()
+    rendezvous = Rendezvous.of_environment(stacks_dir)
+    rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 60.0))
+    if stacks_dir is not None:
+        _keep_flight_records(stacks_dir)
+    # Collectives between hosts time out first, as they can name who is lost; then the watch on a main thread
+    # that hangs in the driver; at last NCCL's watchdog, which aborts the process.
+    state = PartialState(**_place(), timeout=timedelta(seconds=limit_s * 5 / 3))
+    if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
         print("no GPU is found and none was asked for by its number: this runs on the CPU", flush=True)
-    is_whole = False
+    is_intact = False
+    _rendezvous = rendezvous
     try:
-        yield state
-        is_whole = True
+        with rendezvous.watched(limit_s * 4 / 3):
+            yield state
+        is_intact = True
     except StopRequested:
-        is_whole = True
+        is_intact = True
         raise
-    except Exception as error:
-        if _heart is not None and isinstance(error, RuntimeError) and is_lost_contact(error):
-            reason = _failure_of_another(store)
-            raise TrainingError(f"{_heart.explain(error, collective_s)}{reason}") from error
-        if store is not None:
-            with suppress(RuntimeError):  # process 0 may have gone, and the store with it
-                store.set(_FAILURE, f"process {state.process_index}: {as_one_line(error)}")
+    except RuntimeError as error:
+        if state.num_processes == 1:
+            raise
+        is_lost_contact = isinstance(error, LostContactError | dist.DistError)
+        raise TrainingError(rendezvous.explain(error, is_lost_contact=is_lost_contact)) from error
+    except BaseException as error:
+        rendezvous.report(error)
         raise
     finally:
-        if _heart is not None:
-            _heart.close(failed=not is_whole)
-            _heart = None
-        if is_whole:  # a group that has lost a process could wait for it for minutes
+        _rendezvous = None
+        if is_intact:  # a group that has lost a process could wait for it for minutes
             state.destroy_process_group()
 
 
-def _failure_of_another(store: Board | None) -> str:
-    """Return what another process has said before it ended, to be put behind a line."""
-    with suppress(RuntimeError):  # process 0 may have gone, and the store with it
-        if store is not None and store.check([_FAILURE]):
-            return f"; {store.get(_FAILURE).decode()}"
-    return ""
+def collective_limit_s() -> float:
+    """Return how long a collective may wait for another process."""
+    return seconds_from_environment("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S)
+
+
+def _keep_flight_records(stacks_dir: Path) -> None:
+    """Have NCCL write its last collectives beside the stacks when one of them times out."""
+    prefix = str(stacks_dir.absolute() / "nccl_rank_")
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+class LostContactError(RuntimeError):
+    """A collective between hosts failed or timed out."""
 
 
 def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
@@ -213,22 +214,6 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
             f"training.gradient_accumulation_steps is {gradient_accumulation_steps}; make them agree or "
             "take it out of Accelerate's settings"
         )
-
-
-def is_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone: gloo and NCCL say it in words only."""
-    signs = (
-        "by peer",
-        "Broken pipe",
-        "Socket closed",
-        "imed out",
-        "remote process",
-        "ncclRemote",
-        "ncclSystem",
-    )
-    if "CUDA error" in str(error):  # of one's own device, which may time out as well
-        return False
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)
@@ -257,24 +242,37 @@ class HostGroup:
         self.num_processes = processes.num_processes
         self.process_index = processes.process_index
         self.local_process_index = processes.local_process_index
-        self._heart = _heart
+        self._rendezvous = _rendezvous
         self._group: Any = None
         self._patient_group: Any = None
         if self.num_processes > 1:
-            limit = timedelta(seconds=limit_s("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S))
+            limit = timedelta(seconds=collective_limit_s())
             self._group = dist.new_group(backend="gloo", timeout=limit)
             patient = timedelta(seconds=PATIENT_LIMIT_S)
             self._patient_group = dist.new_group(backend="gloo", timeout=patient)
 
-    def note(self, **facts: Any) -> None:
-        """Note what this process is about (`step`, `image_ids`), should it hang or be lost. Local."""
-        if self._heart is not None:
-            self._heart.note(**facts)
+    def note(self, **position: Any) -> None:
+        """Record where this process is (`step`, `image_ids`), should it hang or lose another one. Local."""
+        if self._rendezvous is not None:
+            self._rendezvous.note(**position)
 
-    def last_words(self, action: Callable[[str], None]) -> AbstractContextManager[None]:
-        """While entered, `action` is called with the reason before this process ends because it lost another
-        one. Local."""
-        return self._heart.last_words(action) if self._heart is not None else nullcontext()
+    def pause_watch(self) -> None:
+        """Allow this process any time until its next `note`. Local."""
+        if self._rendezvous is not None:
+            self._rendezvous.pause_watch()
+
+    def on_failure(self, action: Callable[[str], None]) -> AbstractContextManager[None]:
+        """While entered, `action` is called with the reason before this process ends because it is stuck.
+        Local."""
+        return self._rendezvous.on_failure(action) if self._rendezvous is not None else nullcontext()
+
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """Mark what fails here as a loss of contact: gloo raises bare RuntimeErrors."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostContactError(" ".join(str(error).split())) from error
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every process, on every process, in process order. float64."""
@@ -282,7 +280,8 @@ class HostGroup:
             return [list(values)]
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.num_processes)]
-        dist.all_gather(rows, row, group=self._group)
+        with self._collective():
+            dist.all_gather(rows, row, group=self._group)
         return torch.stack(rows).tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -292,7 +291,8 @@ class HostGroup:
             return [value]
         self._wait_for_others()
         gathered: list[Any] | None = [None] * self.num_processes if self.process_index == 0 else None
-        dist.gather_object(value, gathered, dst=0, group=self._group)
+        with self._collective():
+            dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered or []
 
     def all_gather_objects(self, value: Any) -> list[Any]:
@@ -300,7 +300,8 @@ class HostGroup:
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.num_processes
-        dist.all_gather_object(gathered, value, group=self._group)
+        with self._collective():
+            dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
     def on_main_process(self, action: Callable[[], T]) -> T | None:
@@ -333,7 +334,9 @@ class HostGroup:
     def _wait_for_others(self) -> None:
         """For as long as it takes them."""
         if self._patient_group is not None:
-            dist.barrier(group=self._patient_group)
+            self.pause_watch()
+            with self._collective():
+                dist.barrier(group=self._patient_group)
 
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's buffers.
@@ -350,5 +353,6 @@ class HostGroup:
         if self._group is None:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self._group)
+        with self._collective():
+            dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]

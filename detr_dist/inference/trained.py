@@ -16,9 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, load_config, override_config
 from detr_dist.data.layout import shown
+from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
-from detr_dist.forming import uses_cpu
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD, Detector
 from detr_dist.tracking.delivery import one_line

@@ -72,6 +72,7 @@ class StepAgreement:
             StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
+        self._host.note(step=step)
         try:
             group = next(groups)
         except Exception as error:  # anything else would leave the other processes waiting
@@ -99,6 +100,7 @@ class StepAgreement:
 
         Waits for the device.
         """
+        self._host.pause_watch()
         # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():

@@ -76,7 +76,7 @@ def train(config: Config, options: RunOptions) -> None:
             with StopSignals() as signals, ExitStack() as held:
                 setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
                 tracker = setup.host.on_main_process(lambda: open_run(setup))
-                with run_status(tracker), setup.host.last_words(partial(close_after_loss, tracker)):
+                with run_status(tracker), setup.host.on_failure(partial(close_after_loss, tracker)):
                     setup.host.on_main_process(lambda: open_output(setup, tracker))
                     _run(setup, assemble(setup, signals), signals, tracker)
         finally:

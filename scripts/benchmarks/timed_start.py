@@ -37,7 +37,7 @@ IMPORTS = (
 )
 PARTS = {
     "detr_dist.config.load_config": "configuration",
-    "detr_dist.forming.call_roll": "forming the group",
+    "detr_dist.rendezvous.Rendezvous.check_in": "forming the group",
     "accelerate.PartialState.__init__": "forming the group",
     "accelerate.Accelerator.__init__": "forming the group",
     "detr_dist.data.coco.load_coco": "reading data",

@@ -30,17 +30,16 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
     },
     "check_data": BASE | {"data", "models"},
-    "inference": BASE | {"data", "distributed", "evaluation", "forming", "models", "tracking", "training"},
+    "inference": BASE
+    | {"data", "distributed", "environment", "evaluation", "models", "tracking", "training"},
     "training": BASE | {"check_data", "data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
     "tracking": BASE | {"console", "data", "distributed", "models"},
     "models": BASE,
     "data": BASE,
-    "distributed": {"config", "errors", "forming", "heartbeat"},
-    "forming": {"errors"},
-    "launch": {"console", "errors", "forming", "guard"},
-    "heartbeat": {"errors", "forming", "guard"},
-    "guard": set(),
+    "distributed": {"config", "environment", "errors", "rendezvous"},
+    "environment": {"errors"},
+    "rendezvous": {"environment", "errors"},
     "config": {"errors", "redaction"},
     "boxes": set(),
     "console": set(),
@@ -50,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Libraries that only these rooms may know.
 CONFINED_LIBRARIES = {"accelerate", "mlflow", "pycocotools"}
-ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "launch", "tracking", "training"}
+ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "tracking", "training"}
 
 # Slow to import: none of them may be loaded for a help page or for reading a configuration.
 SLOW_LIBRARIES = {"accelerate", "mlflow", "numpy", "scipy", "timm", "torch", "torchvision", "transformers"}

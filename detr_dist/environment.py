@@ -1,0 +1,141 @@
+"""What a launcher put into the environment of this process, and whether it can be so."""
+
+import math
+import os
+import socket
+
+import torch
+
+from detr_dist.errors import UsageError
+
+# What torch and Accelerate read as whole numbers, and what a run of several processes needs.
+_LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+_NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SIZES_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LAUNCHED_BY_MPI = (
+    *(*_SIZES_OF_MPI, "PMI_RANK", "MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    *(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "LOCAL_SIZE", "LOCAL_RANK")),
+    *(f"MV2_COMM_WORLD_{what}" for what in ("RANK", "LOCAL_SIZE", "LOCAL_RANK")),
+)
+_FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
+_YES, _NO = {"1", "on", "t", "true", "y", "yes"}, {"0", "f", "false", "n", "no", "off"}
+_WAY_OUT = "unset it if it is left over, or start with accelerate launch"
+
+
+def seconds_from_environment(name: str, default: float) -> float:
+    """Return a duration in seconds from an environment variable.
+
+    Raises:
+        UsageError: it is no number above 0.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"the environment variable {name} is {text!r}; give a number of seconds above 0")
+    return value
+
+
+def launch_numbers(*others: str) -> dict[str, int]:
+    """What launchers and MPI have put into the environment, and `others`, as far as it is set.
+
+    What is set to nothing, or to -1, is unset: torch and Accelerate would read a number there.
+
+    Raises:
+        UsageError: naming a variable that is no whole number.
+    """
+    values = {}
+    for name in (*_LAUNCHED, *_LAUNCHED_BY_MPI, *others):
+        text = os.environ.get(name, "").strip()
+        if text in ("", "-1"):
+            os.environ.pop(name, None)
+            continue
+        try:
+            values[name] = int(text)
+        except ValueError:
+            raise UsageError(
+                f"the environment variable {name} is {text!r}, which is no whole number; {_WAY_OUT}"
+            ) from None
+    return values
+
+
+def check_environment() -> None:
+    """Refuse what a launcher has left over in the environment, before torch and Accelerate stumble on it.
+
+    Raises:
+        UsageError: naming the variable that is wrong, or that contradicts the others.
+    """
+    for name in _FLAGS:
+        if not os.environ.get(name, "no").strip():
+            del os.environ[name]
+        if os.environ.get(name, "no").lower() not in _YES | _NO:
+            raise UsageError(f"the environment variable {name} is {os.environ[name]!r}; set it to 1 or 0")
+    values = launch_numbers()
+    size = values.get("WORLD_SIZE", 1)
+    if size < 1:
+        raise UsageError(f"WORLD_SIZE is {size} in the environment; {_WAY_OUT}")
+    for name in ("RANK", "LOCAL_RANK"):
+        if not 0 <= values.get(name, 0) < size:
+            known = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in values else "WORLD_SIZE is not set"
+            raise UsageError(f"{name} is {values[name]} in the environment, but {known}; {_WAY_OUT}")
+    lacking = [name for name in _NEEDED if not os.environ.get(name)]
+    if size > 1 and lacking:
+        raise UsageError(
+            f"WORLD_SIZE is {size} in the environment, but {', '.join(lacking)} not set; {_WAY_OUT}"
+        )
+    if lacking or "WORLD_SIZE" not in values:  # nobody has launched several processes, or one in their way
+        os.environ.pop("LOCAL_RANK", None)  # by which Accelerate would form a group
+        for name in _SIZES_OF_MPI:
+            if values.get(name, 1) > 1:
+                raise UsageError(
+                    f"{name} is {values[name]} in the environment, as under mpirun or srun, which cannot "
+                    "start a run of several processes; unset it, or start with accelerate launch"
+                )
+
+
+def uses_cpu() -> bool:
+    """Return whether this process computes on the CPU, for want of anything else or on request."""
+    return _is_cpu_requested() or not torch.accelerator.is_available()
+
+
+def _is_cpu_requested() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in _YES
+
+
+def find_device_problem() -> str | None:
+    """Return what is wrong with the GPUs of this host, where each local process needs one of its own."""
+    if _is_cpu_requested():
+        return None
+    named = _visible_gpus()
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if named and len(named) > found:
+        return (
+            f"CUDA_VISIBLE_DEVICES names {len(named)} GPUs ({','.join(named)}), but torch finds {found} of "
+            f"them on {socket.gethostname()}; name those that nvidia-smi shows, or set "
+            "ACCELERATE_USE_CPU=true"
+        )
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < found < num_local:
+        return (
+            f"{num_local} processes were launched on {socket.gethostname()}, but torch finds {found} GPUs "
+            "there; give accelerate launch a smaller --num_processes, or more GPUs"
+        )
+    return None
+
+
+def is_cpu_fallback() -> bool:
+    """Return whether this process computes on the CPU only because no accelerator was found."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # so do the YAML files for the CPU
+    return not _is_cpu_requested() and not hidden and not torch.accelerator.is_available()
+
+
+def _visible_gpus() -> list[str]:
+    """CUDA sees the ids before the first that there cannot be."""
+    named: list[str] = []
+    for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
+        if not each.strip() or each.strip().startswith("-"):
+            break
+        named.append(each.strip())
+    return named

@@ -1,0 +1,311 @@
+"""Start-up checks and failure reports of the processes of a run: who is missing, stuck, or cannot take part.
+
+Forming the group, noticing dead processes and killing the rest is the launcher's work, and that of the
+time-outs of collectives. This module adds names: of the processes that did not come or do not answer, and of
+what each of the others was doing.
+"""
+
+import faulthandler
+import json
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Self
+
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch.distributed has them
+
+from detr_dist.environment import find_device_problem, uses_cpu
+from detr_dist.errors import TrainingError, UsageError, as_one_line, report_error
+
+_POLL_EVERY_S = 0.2
+_ANSWER_WITHIN_S = 5.0
+_MAX_NAMES = 8
+_MAX_REASON_LENGTH = 200
+
+
+class Rendezvous:
+    """The processes of a run, and the store through which they report to each other.
+
+    The store lives in the launcher where it has one, so that it outlives a process that is killed.
+
+    Attributes:
+        rank: Index of this process.
+        size: Number of processes.
+        stacks_dir: Where stacks are written when the run fails, if anywhere.
+    """
+
+    def __init__(self, rank: int, size: int, stacks_dir: Path | None) -> None:
+        self.rank, self.size, self.stacks_dir = rank, size, stacks_dir
+        self._host = socket.gethostname()
+        self._hosts: list[str] = []
+        self._position: dict[str, Any] = {}
+        self._on_failure: list[Callable[[str], None]] = []
+        self._store: Store | None = None
+        self._watch: StallWatch | None = None
+
+    @classmethod
+    def of_environment(cls, stacks_dir: Path | None) -> Self:
+        """Describe the processes that a launcher started together, by what it put into the environment."""
+        is_launched = "MASTER_ADDR" in os.environ
+        size = int(os.environ.get("WORLD_SIZE", "1")) if is_launched else 1
+        return cls(int(os.environ.get("RANK", "0")), size, stacks_dir)
+
+    def check_in(self, within_s: float) -> None:
+        """Wait until every process is there and able to take part.
+
+        Collective.
+
+        Raises:
+            UsageError: what keeps this process or another one from taking part.
+            TrainingError: names the processes that did not come.
+        """
+        problem = find_device_problem()
+        is_alone = self.size == 1
+        if problem is not None and (is_alone or not _has_launcher_store()):
+            raise UsageError(problem)  # the store of this process would end with it
+        if is_alone:
+            return
+        self._store = _open_store(self.rank, within_s)
+        facts = {"host": self._host, "device": "cpu" if uses_cpu() else "gpu", "problem": problem}
+        self._post("start", facts)
+        if problem is not None:
+            raise UsageError(problem)
+        try:
+            arrived = self._collect("start", within_s)
+        except RuntimeError as error:  # the store is gone with process 0
+            raise TrainingError(
+                "process 0 stopped waiting for the others; its own output names those that are missing"
+            ) from error
+        if len(arrived) < self.size:
+            raise TrainingError(self._describe_missing(arrived, within_s))
+        self._hosts = [arrived[rank]["host"] for rank in range(self.size)]
+        _check_devices(arrived)
+
+    def _describe_missing(self, arrived: dict[int, Any], within_s: float) -> str:
+        missing = [rank for rank in range(self.size) if rank not in arrived]
+        ranks_by_host: dict[str, list[str]] = {}
+        for rank, facts in sorted(arrived.items()):
+            ranks_by_host.setdefault(facts["host"], []).append(str(rank))
+        here = "; ".join(f"{', '.join(ranks)} on {host}" for host, ranks in ranks_by_host.items())
+        return (
+            f"{len(missing)} of {self.size} processes are missing after {within_s:.0f} s: "
+            f"{_join(map(str, missing))} (here: {here}); see the output of their hosts, or raise "
+            "DETR_DIST_FORM_LIMIT_S if they are slow to start"
+        )
+
+    @contextmanager
+    def watched(self, limit_s: float) -> Iterator[None]:
+        """End this process if it makes no progress for `limit_s`, where others wait for it."""
+        if self.size > 1:
+            self._watch = StallWatch(limit_s, self._end_stalled)
+        try:
+            yield
+        finally:
+            if self._watch is not None:
+                self._watch.close()
+                self._watch = None
+
+    def note(self, **position: Any) -> None:
+        """Record where this process is (`step`, `image_ids`), and that it makes progress."""
+        self._position = position
+        if self._watch is not None:
+            self._watch.progress()
+
+    def pause_watch(self) -> None:
+        """Allow this process any time until its next `note`: to evaluate, save or download."""
+        if self._watch is not None:
+            self._watch.pause()
+
+    def hurry(self) -> None:
+        """Allow this process 20 seconds for each step from now on: its launcher kills it after 30."""
+        if self._watch is not None:
+            self._watch.limit_s = min(self._watch.limit_s, 20.0)
+
+    @contextmanager
+    def on_failure(self, action: Callable[[str], None]) -> Iterator[None]:
+        """While entered, call `action` with the reason before this process is ended because it is stuck."""
+        self._on_failure.append(action)
+        try:
+            yield
+        finally:
+            self._on_failure.remove(action)
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others why this process stops, so that they can say so when they miss it."""
+        self.pause_watch()
+        self._post("end", {"reason": _shorten(error), "is_cause": True})
+
+    def explain(self, error: RuntimeError, *, is_lost_contact: bool) -> str:
+        """Return one line on why this process cannot continue, naming the processes that do not answer.
+
+        Args:
+            error: What a collective, or anything else, raised here.
+            is_lost_contact: Whether it is certain that a collective raised it.
+        """
+        self.pause_watch()
+        if self._store is None:
+            return _shorten(error)
+        self._post("end", {"reason": _shorten(error), "is_cause": False})
+        ends: dict[int, Any] = {}
+        with suppress(RuntimeError):  # the host of the store is gone
+            ends = self._collect("end", _ANSWER_WITHIN_S)
+        silent = [rank for rank in range(self.size) if rank not in ends and rank != self.rank]
+        causes = [f"{self._name(rank)}: {end['reason']}" for rank, end in ends.items() if end["is_cause"]]
+        if causes:
+            others = f"another process stopped with an error, {_join(causes)}"
+        elif silent and is_lost_contact:
+            others = f"{_join(map(self._name, silent))} does not answer: it was killed, or hangs"
+        elif silent:
+            others = f"{_join(map(self._name, silent))} does not answer: it was killed, hangs, or waits"
+        else:
+            others = "all other processes stopped for the same reason"
+        here = f"this is {self._describe()}{self.write_stacks(others, error)}"
+        return (
+            f"{others}; {here} ({_shorten(error)})"
+            if is_lost_contact
+            else f"{_shorten(error)}; {others}; {here}"
+        )
+
+    def write_stacks(self, why: str, error: BaseException | None = None) -> str:
+        """Write what all threads are doing, and where `error` was raised, to a file; return where it is, as
+        the end of a message."""
+        if self.stacks_dir is None:
+            return ""
+        path = self.stacks_dir / f"rank_{self.rank}.txt"
+        try:
+            self.stacks_dir.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                header = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._describe()}: {why}\n"
+                print(header, file=file, flush=True)
+                if error is not None:
+                    traceback.print_exception(error, file=file)
+                    file.flush()
+                faulthandler.dump_traceback(file)
+        except OSError as error:
+            return f"; no stacks, as {path} cannot be written ({error.strerror})"
+        return f"; stacks of all threads in {path}"
+
+    def _end_stalled(self, limit_s: float) -> None:
+        """The main thread is inside a call that does not return."""
+        reason = f"no progress for {limit_s:.0f} s"
+        line = f"{self._describe()} made {reason}{self.write_stacks(reason)}"
+        with suppress(RuntimeError):
+            self.report(TrainingError(line))
+        for action in reversed(self._on_failure):
+            with suppress(Exception):  # the process must end
+                action(line)
+        report_error(line)
+        os._exit(1)
+
+    def _post(self, phase: str, facts: dict[str, Any]) -> None:
+        if self._store is not None:
+            with suppress(RuntimeError):  # the host of the store is gone
+                self._store.set(f"{phase}/{self.rank}", json.dumps(facts))
+
+    def _collect(self, phase: str, within_s: float) -> dict[int, Any]:
+        """Return what the processes have posted, by rank, once all have or the time is over."""
+        assert self._store is not None
+        deadline = time.monotonic() + within_s
+        posted: dict[int, Any] = {}
+        while True:
+            for rank in range(self.size):
+                if rank not in posted and self._store.check([f"{phase}/{rank}"]):
+                    posted[rank] = json.loads(self._store.get(f"{phase}/{rank}"))
+            if len(posted) == self.size or time.monotonic() > deadline:
+                return posted
+            time.sleep(_POLL_EVERY_S)
+
+    def _name(self, rank: int) -> str:
+        return f"process {rank} ({self._hosts[rank]})" if self._hosts else f"process {rank}"
+
+    def _describe(self) -> str:
+        step = f" at step {self._position['step']}" if "step" in self._position else ""
+        image_ids = self._position.get("image_ids")
+        return f"process {self.rank} ({self._host}){step}" + (f", image ids {image_ids}" if image_ids else "")
+
+
+class StallWatch:
+    """A thread that acts when the process makes no progress.
+
+    Where the main thread waits for a GPU that hangs, no time-out and no signal handler reaches it.
+    Seconds in which the whole process was stopped (a paused container, a laptop asleep) do not count.
+    """
+
+    def __init__(self, limit_s: float, on_stall: Callable[[float], None]) -> None:
+        self.limit_s = limit_s
+        self._on_stall = on_stall
+        self._quiet_s = 0.0
+        self._is_paused = True
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
+        self._thread.start()
+
+    def progress(self) -> None:
+        """Start to count anew."""
+        self._quiet_s, self._is_paused = 0.0, False
+
+    def pause(self) -> None:
+        """Do not count until the next progress."""
+        self._is_paused = True
+
+    def close(self) -> None:
+        """End the thread."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(1.0):
+            self._quiet_s += 1.0
+            if not self._is_paused and self._quiet_s > self.limit_s:
+                self._on_stall(self.limit_s)
+
+
+def _has_launcher_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _open_store(rank: int, within_s: float) -> Store:
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        store = TCPStore(
+            address,
+            port,
+            is_master=rank == 0 and not _has_launcher_store(),
+            timeout=timedelta(seconds=within_s),
+            wait_for_workers=False,
+            multi_tenant=True,  # torch opens it once more to form the group
+        )
+    except RuntimeError as error:
+        raise TrainingError(
+            f"process 0 is missing: nothing of this run answers at {address}:{port} within {within_s:.0f} s; "
+            f"see the output of its host, and whether this one can reach it ({_shorten(error)})"
+        ) from error
+    return PrefixStore(f"detr_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _check_devices(arrived: dict[int, Any]) -> None:
+    """Raise UsageError unless every process can take part, on the same kind of device."""
+    for rank, facts in sorted(arrived.items()):
+        if facts["problem"]:
+            raise UsageError(f"process {rank} ({facts['host']}) cannot take part: {facts['problem']}")
+    hosts = {facts["device"]: facts["host"] for facts in arrived.values()}
+    if len(hosts) > 1:
+        raise UsageError(
+            f"there are GPUs on {hosts['gpu']} but none on {hosts['cpu']}: all processes must compute on the "
+            f"same kind of device; look at nvidia-smi on {hosts['cpu']}"
+        )
+
+
+def _join(names: Iterable[str]) -> str:
+    shown = list(names)
+    return ", ".join(shown[:_MAX_NAMES]) + (", ..." if len(shown) > _MAX_NAMES else "")
+
+
+def _shorten(error: BaseException) -> str:
+    return as_one_line(error)[:_MAX_REASON_LENGTH]
