@@ -303,8 +303,8 @@ class HostGroup:
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's buffers.
 
-        The statistics of batch norm follow each process's own images; the main process's are the ones that
-        are saved.
+        The statistics of batch norm follow each process's own images in all forward passes; the main
+        process's are the ones that are evaluated and saved.
         """
         if self._group is not None:
             for buffer in module.buffers():
