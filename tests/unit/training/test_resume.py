@@ -237,6 +237,19 @@ def test_the_optimizer_goes_on_as_if_it_had_not_been_interrupted(
     torch.testing.assert_close(other.state_dict(), detector.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
+def test_a_restored_optimizer_never_waits_for_the_gpu(
+    checkpoint: Path, detector: Detector, on_fake_gpu: Callable, mixed_precision: str
+) -> None:
+    with on_fake_gpu(detector):
+        optimizer = build_optimizer(detector, TrainingConfig(mixed_precision=mixed_precision))
+        restore_optimizer(open_checkpoint(checkpoint), optimizer, scaler=None)
+        for parameter in detector.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # a fake tensor cannot tell its value: whoever asks for one fails
+        assert {value.device.type for of in optimizer.state.values() for value in of.values()} == {"cuda"}
+
+
 def test_the_scale_of_the_loss_is_put_back(checkpoint: Path, rewrite: Callable, detector: Detector) -> None:
     grown = torch.amp.GradScaler("cpu", init_scale=1024.0)
     content = open_checkpoint(checkpoint).optimizer() | {"scaler": grown.state_dict()}
