@@ -163,6 +163,21 @@ class MicroBatchSampler:
         return [(epoch, index) for index in order[first : first + self.plan.global_batch_size].tolist()]
 
 
+def round_up(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return the smallest height and width that are multiples of `multiple` and hold an image."""
+    height, width = size_hw
+    return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+
+
+def step_canvas(least_hw: tuple[int, int], most_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return what to pad the images of a step to, from the extremes of their heights and widths.
+
+    Images of one size stay unpadded. Others are padded in any case, a little more here, so that few different
+    sizes occur: a GPU plans its convolutions and its attention anew for each.
+    """
+    return most_hw if least_hw == most_hw else round_up(most_hw, multiple)
+
+
 class EvaluationBatch(NamedTuple):
     canvas_hw: tuple[int, int]  # pad the images to this
     indices: list[int]
@@ -179,8 +194,7 @@ def evaluation_batches(
     """
     by_canvas: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(np.asarray(sizes_hw).tolist()):
-        canvas_hw = math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
-        by_canvas.setdefault(canvas_hw, []).append(index)
+        by_canvas.setdefault(round_up((height, width), multiple), []).append(index)
     batches = [
         EvaluationBatch(canvas_hw, indices[first : first + batch_size])
         for canvas_hw, indices in by_canvas.items()

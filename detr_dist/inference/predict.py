@@ -13,11 +13,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import printable
 from detr_dist.data.pictures import find_pictures, read_pictures
-from detr_dist.distributed import build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.drawing import class_colour, draw_boxes
@@ -68,7 +75,8 @@ def predict(options: PredictOptions) -> None:
             raise UsageError("predict works in one process; start it without accelerate launch")
         model = fetch_model(options.model, tracking_uri)
         data, unreadable = read_pictures(folder, names, model.class_names)
-        records, failed = _predict(options, model, data)
+        config = resolve_precision(model.settings(options.overrides), HostGroup(processes))
+        records, failed = _predict(options, model, data, config)
     for line in sorted((*unreadable, *failed.values())):
         print(f"warning: {printable(line)}; passed over", flush=True)
     num_read = len(data) - len(failed)
@@ -91,12 +99,12 @@ def predict(options: PredictOptions) -> None:
 
 
 def _predict(
-    options: PredictOptions, model: TrainedModel, data: CocoData
+    options: PredictOptions, model: TrainedModel, data: CocoData, config: Config
 ) -> tuple[DetectionRecords, dict[int, str]]:
     """The detections that count, and the rows of the pictures that could not be read, with the reason."""
     for line in overrides_without_effect(options.overrides):
         print(line, flush=True)
-    config = model.settings(options.overrides)
+    set_numerics(config.training)
     accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
     detector = model.detector(config).to(accelerator.device)
     thresholds = _thresholds(options, model)

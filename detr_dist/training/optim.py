@@ -23,6 +23,7 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
         if parameter.requires_grad:
             key = (id(parameter) in backbone_ids, parameter.ndim <= 1)
             groups.setdefault(key, []).append(parameter)
+    is_fp16 = config.mixed_precision == "fp16"
     return AdamW(
         [
             {
@@ -32,21 +33,13 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
             }
             for (is_backbone, is_norm_or_bias), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
-        **_implementation(config.mixed_precision, detector.mean.device),
+        # One pass over each tensor, on the CPU as well. But it skips by itself a step that has overflowed:
+        # Accelerate, which looks whether the step was called, would not know.
+        fused=not is_fp16,
+        # The next best. The host would wait for a GPU at each parameter if it read the step count from there.
+        foreach=is_fp16,
+        capturable=is_fp16 and detector.mean.is_cuda,
     )
-
-
-def _implementation(mixed_precision: str, device: torch.device) -> dict[str, bool]:
-    """Return the options of the fastest AdamW that can be used.
-
-    The fused one makes one pass over each tensor, on the CPU as well. But it skips by itself a step that has
-    overflowed: Accelerate, which looks whether the step was called, would not know. So with fp16 it is the
-    one for lists of tensors, whose step count is kept on the GPU: read from there for each parameter, the
-    host would wait for the GPU as often.
-    """
-    if mixed_precision != "fp16":
-        return {"fused": True}
-    return {"foreach": True, "capturable": device.type == "cuda"}
 
 
 def build_scheduler(

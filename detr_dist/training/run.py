@@ -11,7 +11,13 @@ from transformers.utils import logging as transformers_logging
 from detr_dist.check_data import check_splits
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
-from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.criterion import SetCriterion
@@ -50,7 +56,9 @@ def train(config: Config, options: RunOptions) -> None:
     transformers_logging.disable_progress_bar()
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
+    set_numerics(config.training)
     with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
+        config = resolve_precision(config, HostGroup(processes))
         if options.dry_run:
             HostGroup(processes).on_main_process(lambda: _check_data(config, options))
         train_data = load_coco(options.train_dir)
@@ -157,7 +165,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        agreement=StepAgreement(setup.host, signals),
+        agreement=StepAgreement(setup.host, signals, canvas_multiple=config.data.canvas_multiple),
         model=model,
         average=average,
         criterion=SetCriterion(detector.loss_settings),

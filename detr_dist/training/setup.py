@@ -19,7 +19,7 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import compile_regions, recompute_activations
 from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.resume import compare_with_saved, restore_weights
+from detr_dist.training.resume import compare_with_saved, restore_weights, with_saved_canvas
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
 from detr_dist.training.strategy import Replicated
@@ -105,6 +105,8 @@ def set_up(
             f"--init-from {options.init_from}: the run to be resumed began from {resumed.facts.init_from}; "
             "give that or nothing, or another --output-dir for a new run"
         )
+    if resumed is not None:
+        config = with_saved_canvas(config, resumed.facts.config)
     facts = RunFacts(
         config=config,
         class_names=list(train_data.class_names),
