@@ -74,8 +74,9 @@ class DataConfig(Section):
     """Make each optimizer step of images that are of like height and width once augmented: all of a step are
     padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
     canvas_multiple: Count = 32
-    """Round the height and width to which a step's images are padded up to multiples of so many pixels,
-    unless all are of one size: a GPU plans its work anew for each new size. 1 does not round."""
+    """Round the height and width to which a step's images are padded up to multiples of so many pixels: a
+    GPU plans its work anew for each new size. 1 does not round. Without the augmentation `detr` images of one
+    size stay unpadded."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:

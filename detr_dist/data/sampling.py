@@ -169,13 +169,24 @@ def round_up(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
     return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
 
 
-def step_canvas(least_hw: tuple[int, int], most_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """Return what to pad the images of a step to, from the extremes of their heights and widths.
+@dataclass(frozen=True, slots=True)
+class CanvasRule:
+    """Decides what to pad the images of a step to.
 
-    Images of one size stay unpadded. Others are padded in any case, a little more here, so that few different
-    sizes occur: a GPU plans its convolutions and its attention anew for each.
+    A GPU plans its convolutions and its attention anew for each size, so that few should occur.
     """
-    return most_hw if least_hw == most_hw else round_up(most_hw, multiple)
+
+    multiple: int = 1
+    """Round height and width up to multiples of so many pixels."""
+    keep_one_size: bool = True
+    """Leave the images of a step unpadded where all are of one size. Where an augmentation makes up sizes,
+    each of those would be one more to plan for."""
+
+    def canvas_hw(self, least_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width for the images of all processes, from the extremes of theirs."""
+        if self.keep_one_size and least_hw == most_hw:
+            return most_hw
+        return round_up(most_hw, self.multiple)
 
 
 class EvaluationBatch(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detr_dist.data.batching import Batch
-from detr_dist.data.sampling import step_canvas
+from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError
 from detr_dist.models.criterion import StepCounts
@@ -34,10 +34,10 @@ class StepAgreement:
     next exchange, so that no step waits just to check. Nothing may be saved before `check`.
     """
 
-    def __init__(self, host: HostGroup, signals: StopSignals, *, canvas_multiple: int = 1) -> None:
+    def __init__(self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None) -> None:
         self._host = host
         self._signals = signals
-        self._canvas_multiple = canvas_multiple
+        self._canvas = canvas or CanvasRule()
         self._problem = ""
         self._image_ids: list[int] = []
 
@@ -78,7 +78,7 @@ class StepAgreement:
             )
         self._image_ids = image_ids
         least_hw, most_hw = (int(min(lows)), int(min(narrows))), (int(max(highs)), int(max(wides)))
-        canvas_hw = step_canvas(least_hw, most_hw, self._canvas_multiple)
+        canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
         return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
 
     def check(self, step: int, model: nn.Module) -> None:

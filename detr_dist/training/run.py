@@ -27,7 +27,7 @@ from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.durable import check_writable
-from detr_dist.training.groups import GroupStream
+from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
@@ -165,7 +165,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        agreement=StepAgreement(setup.host, signals, canvas_multiple=config.data.canvas_multiple),
+        agreement=StepAgreement(setup.host, signals, canvas_rule(config.data)),
         model=model,
         average=average,
         criterion=SetCriterion(detector.loss_settings),

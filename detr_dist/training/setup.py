@@ -17,7 +17,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import compile_regions, recompute_activations
+from detr_dist.models.execution import check_compiler, compile_regions, recompute_activations
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import compare_with_saved, restore_weights, with_saved_canvas
 from detr_dist.training.sources import Sources
@@ -86,6 +86,8 @@ class Setup:
 def set_up(
     config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
 ) -> Setup:
+    if config.training.compile_model:
+        check_compiler(accelerator.device.type)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     plan = StepPlan(
         len(train_data),

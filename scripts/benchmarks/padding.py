@@ -6,7 +6,7 @@ many different canvases there are, with and without `data.canvas_multiple`.
 
 Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each with `light`
 and `detr`. The padded share and the canvases are of an epoch of 8,000 images; the time is forward and
-backward of a ResNet-18's convolutions on some of its canvases, at the edges that are asked for.
+backward of a ResNet-18's convolutions on some of the exact canvases, at the edges that are asked for.
 """
 
 from collections.abc import Callable
@@ -19,15 +19,16 @@ from timing import command_line, median_ratio, publish, seconds_of, take_turns
 
 from detr_dist.config import DataConfig
 from detr_dist.data.sampling import (
+    CanvasRule,
     MicroBatchSampler,
     Purpose,
     SampleKey,
     SizeOf,
     StepPlan,
     random_numbers,
-    step_canvas,
 )
 from detr_dist.data.transforms import Augmentation, build_transform
+from detr_dist.training.groups import canvas_rule
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
 TIMED_EVERY = 40
@@ -51,6 +52,7 @@ def main() -> None:
     network = timm.create_model("resnet18", features_only=True).to(options.device).train()
     rows = []
     for name, (augmentation, is_mixed) in SETS.items():
+        rule = canvas_rule(DataConfig(augmentation=augmentation, canvas_multiple=options.multiple))
         size_of = sizes(augmentation, is_mixed, options.edges)
         plan_ms = 1e3 * seconds_of(lambda: [size_of((1, row)) for row in range(1000)]) / 1000  # noqa: B023
         for step_size in (8, 32):
@@ -58,20 +60,20 @@ def main() -> None:
                 "mixed": epoch_of(size_of, step_size, grouped=False),
                 "grouped": epoch_of(size_of, step_size, grouped=True),
             }
-            canvases = {way: canvases_of(sizes_hw, options.multiple) for way, sizes_hw in steps.items()}
-            exact = canvases_of(steps["grouped"], 1)
+            canvases = {way: canvases_of(sizes_hw, rule) for way, sizes_hw in steps.items()}
+            exact = {way: canvases_of(sizes_hw, CanvasRule()) for way, sizes_hw in steps.items()}
             row = {
                 "set": name,
                 "images a step": step_size,
-                "padded, mixed": padded_share(steps["mixed"], canvases_of(steps["mixed"], 1)),
-                "padded, grouped": padded_share(steps["grouped"], exact),
+                "padded, mixed": padded_share(steps["mixed"], exact["mixed"]),
+                "padded, grouped": padded_share(steps["grouped"], exact["grouped"]),
                 f"and multiples of {options.multiple}": padded_share(steps["grouped"], canvases["grouped"]),
-                "steps": len(exact),
-                "canvases, grouped": len(set(exact)),
+                "steps": len(exact["grouped"]),
+                "canvases, grouped": len(set(exact["grouped"])),
                 f"canvases, multiples of {options.multiple}": len(set(canvases["grouped"])),
             }
             if not options.no_times:
-                ways = {way: passes(network, step_size, canvases[way], options.device) for way in steps}
+                ways = {way: passes(network, step_size, exact[way], options.device) for way in steps}
                 seconds = take_turns(ways, rounds=options.rounds, warm_up=1, device=options.device)
                 row["step time, grouped to mixed"] = median_ratio(seconds, "grouped", "mixed")
                 row["planning, ms a step"] = step_size * plan_ms
@@ -99,10 +101,10 @@ def epoch_of(size_of: SizeOf, step_size: int, *, grouped: bool) -> NDArray[np.in
     return np.array([[size_of(key) for key in keys] for keys in sampler])
 
 
-def canvases_of(sizes_hw: NDArray[np.int64], multiple: int) -> list[tuple[int, int]]:
+def canvases_of(sizes_hw: NDArray[np.int64], rule: CanvasRule) -> list[tuple[int, int]]:
     """What the images of each step are padded to."""
-    least, most = sizes_hw.min(axis=1).tolist(), sizes_hw.max(axis=1).tolist()
-    return [step_canvas(tuple(low), tuple(high), multiple) for low, high in zip(least, most, strict=True)]
+    least_hw, most_hw = sizes_hw.min(axis=1).tolist(), sizes_hw.max(axis=1).tolist()
+    return [rule.canvas_hw(tuple(low), tuple(high)) for low, high in zip(least_hw, most_hw, strict=True)]
 
 
 def padded_share(sizes_hw: NDArray[np.int64], canvases: list[tuple[int, int]]) -> float:
