@@ -123,6 +123,10 @@ class DataConfig(Section):
     group_by_shape: bool = True
     """Make each optimizer step of images that are of like height and width once augmented: all of a step are
     padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
+    canvas_multiple: Count = 32
+    """Round the height and width to which a step's images are padded up to multiples of so many pixels: a
+    GPU plans its work anew for each new size. 1 does not round. Without the augmentation `detr` images of one
+    size stay unpadded."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
@@ -182,8 +186,17 @@ class TrainingConfig(Section):
     """Largest L2 norm of all gradients together; 0 does not clip."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per process and optimizer step."""
-    mixed_precision: Annotated[Literal["no", "fp16", "bf16"], BeforeValidator(_precision_name)] = "no"
-    """Autocast precision of the network; the loss is always computed in float32."""
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_precision_name)] = (
+        "auto"
+    )
+    """Autocast precision of the network; the loss is always computed in float32. `auto`: the one that
+    accelerate launch was given, else bf16 where the GPU computes it natively, else no."""
+    tf32: bool = True
+    """Let a GPU round the factors of float32 convolutions and matrix products to TF32, which is faster;
+    `false` keeps them exact. No effect on the CPU."""
+    deterministic: bool = False
+    """Choose deterministic algorithms where torch has them, which can be slower; on a GPU a warning names
+    what has none. The CPU is deterministic without it."""
     compile_model: bool = False
     """Compile backbone and layers with torch.compile: minutes before the first step, faster ones after."""
     gradient_checkpointing: bool = False

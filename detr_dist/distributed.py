@@ -21,8 +21,9 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
+from detr_dist.config import Config, TrainingConfig
 from detr_dist.environment import check_environment, is_cpu_fallback, seconds_from_environment, uses_cpu
-from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError
+from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError, as_one_line
 from detr_dist.rendezvous import Rendezvous
 
 T = TypeVar("T")
@@ -59,7 +60,9 @@ def build_accelerator(
     _check_launch_settings(mixed_precision, gradient_accumulation_steps)
     use_cpu = uses_cpu()
     if mixed_precision == "fp16" and use_cpu:
-        raise UsageError("training.mixed_precision=fp16 needs a GPU; use bf16 or no on the CPU")
+        raise UsageError(
+            "training.mixed_precision=fp16 (or accelerate launch's) needs a GPU; use bf16 or no on the CPU"
+        )
     accelerator = Accelerator(
         cpu=use_cpu and not uses_deepspeed(),
         # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
@@ -85,6 +88,41 @@ def build_accelerator(
 
         unset_hf_deepspeed_config()  # or transformers would build every network in parts, under ZeRO-3
     return accelerator
+
+
+def set_numerics(settings: TrainingConfig) -> None:
+    """Let torch compute float32 and choose algorithms as the configuration says. Call it before CUDA starts:
+    cuBLAS reads its environment only then."""
+    # The flags of old: with those that are to replace them, torch.compile fails, which still reads these.
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+
+
+def resolve_precision(config: Config, host: "HostGroup") -> Config:
+    """Return the configuration with a precision in the place of `auto`: that of the launcher, if it was given
+    one, else bf16 if the GPUs of all processes compute it natively, else no.
+
+    Collective. Warns where bf16 is asked of a GPU that only emulates it.
+    """
+    on_gpu = not uses_cpu() and torch.cuda.is_available()
+    is_native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    all_native = all(native for (native,) in host.gather_rows([is_native]))
+    precision: str = config.training.mixed_precision
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        default = "bf16" if all_native else "no"
+        precision = launched if launched in ("bf16", "fp16") else default
+    if precision == "bf16" and on_gpu and not all_native and host.process_index == 0:
+        print(
+            "warning: training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; "
+            "set fp16 or no",
+            flush=True,
+        )
+    training = config.training.model_copy(update={"mixed_precision": precision})
+    return config.model_copy(update={"training": training})
 
 
 def uses_deepspeed() -> bool:
@@ -341,8 +379,8 @@ class HostGroup:
     def synchronise_buffers(self, module: nn.Module) -> None:
         """Give every process the main process's buffers.
 
-        The statistics of batch norm follow each process's own images; the main process's are the ones that
-        are saved.
+        The statistics of batch norm follow each process's own images in all forward passes; the main
+        process's are the ones that are evaluated and saved.
         """
         if self._group is not None:
             for buffer in module.buffers():

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
 import yaml
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -448,6 +450,34 @@ def new_workplace(empty_store: Path, command_server: CommandServer) -> Callable[
 @pytest.fixture
 def workplace(tmp_path: Path, new_workplace: Callable[[Path], Workplace]) -> Workplace:
     return new_workplace(tmp_path)
+
+
+@pytest.fixture
+def on_fake_gpu() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
+    """Moves a module to a GPU that need not exist: its tensors have a device and a shape, but no values.
+
+    While the context lasts new tensors are like that, too. Operations on them work, except backward passes.
+    """
+
+    @contextmanager
+    def move(module: torch.nn.Module) -> Iterator[None]:
+        with FakeTensorMode():
+            moved: dict[torch.Tensor, torch.Tensor] = {}
+            for part in module.modules():
+                for tensors in (part._parameters, part._buffers):
+                    for name, tensor in tensors.items():
+                        if tensor is None:
+                            continue
+                        if tensor not in moved:
+                            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+                            is_parameter = isinstance(tensor, torch.nn.Parameter)
+                            moved[tensor] = (
+                                torch.nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                            )
+                        tensors[name] = moved[tensor]
+            yield
+
+    return move
 
 
 @pytest.fixture(autouse=True)

@@ -163,6 +163,32 @@ class MicroBatchSampler:
         return [(epoch, index) for index in order[first : first + self.plan.global_batch_size].tolist()]
 
 
+def round_up(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Return the smallest height and width that are multiples of `multiple` and hold an image."""
+    height, width = size_hw
+    return math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
+
+
+@dataclass(frozen=True, slots=True)
+class CanvasRule:
+    """Decides what to pad the images of a step to.
+
+    A GPU plans its convolutions and its attention anew for each size, so that few should occur.
+    """
+
+    multiple: int = 1
+    """Round height and width up to multiples of so many pixels."""
+    keep_one_size: bool = True
+    """Leave the images of a step unpadded where all are of one size. Where an augmentation makes up sizes,
+    each of those would be one more to plan for."""
+
+    def canvas_hw(self, least_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return height and width for the images of all processes, from the extremes of theirs."""
+        if self.keep_one_size and least_hw == most_hw:
+            return most_hw
+        return round_up(most_hw, self.multiple)
+
+
 class EvaluationBatch(NamedTuple):
     canvas_hw: tuple[int, int]  # pad the images to this
     indices: list[int]
@@ -179,8 +205,7 @@ def evaluation_batches(
     """
     by_canvas: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(np.asarray(sizes_hw).tolist()):
-        canvas_hw = math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple
-        by_canvas.setdefault(canvas_hw, []).append(index)
+        by_canvas.setdefault(round_up((height, width), multiple), []).append(index)
     batches = [
         EvaluationBatch(canvas_hw, indices[first : first + batch_size])
         for canvas_hw, indices in by_canvas.items()

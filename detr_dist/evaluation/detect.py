@@ -76,7 +76,7 @@ class ImagePass:
             )
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
-                on_device = batch.pad_to(*planned.canvas_hw).to(self._accelerator.device)
+                on_device = batch.to(self._accelerator.device).pad_to(*planned.canvas_hw)
                 # The detector does not bring its own precision. What was compiled for training would round
                 # otherwise than the same model does later, and be compiled for each size of images.
                 with (

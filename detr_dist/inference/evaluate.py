@@ -16,7 +16,13 @@ from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.findings import printable
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import check_room
-from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.evaluate import Details, Evaluator
@@ -61,7 +67,7 @@ def evaluate(options: EvaluateOptions) -> None:
         host = HostGroup(processes)
         host.on_main_process(lambda: _check_places(options))
         model = _open(options.model, tracking_uri, host)
-        config = model.settings(options.overrides)
+        config = resolve_precision(model.settings(options.overrides), host)
         if options.model_thresholds and "evaluation.score_threshold" in [
             each.partition("=")[0] for each in options.overrides
         ]:
@@ -73,6 +79,7 @@ def evaluate(options: EvaluateOptions) -> None:
             may_lack_classes=True,
         )
         host.once_per_machine(partial(check_room, shared_memory_need(config, data, train=False)))
+        set_numerics(config.training)
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
         thresholds, remarks = model.thresholds_or_default() if options.model_thresholds else (None, [])
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import printable
@@ -22,7 +23,13 @@ from detr_dist.data.layout import decoded_name, shown
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.data.shared_memory import check_room
-from detr_dist.distributed import build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detect import ImagePass
 from detr_dist.evaluation.drawing import class_colour, draw_boxes
@@ -74,7 +81,8 @@ def predict(options: PredictOptions) -> None:
             raise UsageError("predict works in one process; start it without accelerate launch")
         model = fetch_model(options.model, tracking_uri)
         data, unreadable = read_pictures(folder, names, model.class_names)
-        records, failed, not_drawn = _predict(options, model, data)
+        config = resolve_precision(model.settings(options.overrides), HostGroup(processes))
+        records, failed, not_drawn = _predict(options, model, data, config)
     if left_out:
         what = "no images by suffix, hidden, or links in a circle"
         print(f"skipped {len(left_out)} that are {what}: {shown(left_out)}", flush=True)
@@ -105,14 +113,14 @@ def predict(options: PredictOptions) -> None:
 
 
 def _predict(
-    options: PredictOptions, model: TrainedModel, data: CocoData
+    options: PredictOptions, model: TrainedModel, data: CocoData, config: Config
 ) -> tuple[DetectionRecords, dict[int, str], list[str]]:
     """The detections that count, the rows of the pictures that could not be read, with the reason, and a line
     on each that could not be drawn."""
     for line in overrides_without_effect(options.overrides):
         print(line, flush=True)
-    config = model.settings(options.overrides)
     check_room(shared_memory_need(config, data, train=False))
+    set_numerics(config.training)
     accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
     detector = model.detector(config).to(accelerator.device)
     thresholds = _thresholds(options, model)

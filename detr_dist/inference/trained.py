@@ -31,7 +31,9 @@ WITH_EFFECT = (
     "logging.mlflow_tracking_uri",
     "training.batch_size",
     "training.channels_last",
+    "training.deterministic",
     "training.mixed_precision",
+    "training.tf32",
 )
 DEFAULT_THRESHOLD = 0.5
 """Of a class for which a model brings none."""

@@ -140,7 +140,7 @@ def cross_entropy(logits: Tensor, matched: Tensor, matched_labels: Tensor, eos_c
     classes = matched.new_full((logits.shape[:-1].numel(),), num_columns - 1)
     classes[matched.flatten()] = matched_labels.flatten()
     class_weight = logits.new_ones(num_columns)
-    class_weight[-1] = eos_coef
+    class_weight[-1:].fill_(eos_coef)  # by assignment it would travel from the host, which waits
     losses = F.cross_entropy(logits.flatten(0, 2), classes, class_weight, reduction="none")
     return losses.view(num_layers, -1).sum(1)
 

@@ -1,11 +1,15 @@
 """How a detector computes in training: compiled by regions, or with less memory for more time."""
 
+import os
+import shutil
+import socket
 from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from detr_dist.errors import UsageError
 from detr_dist.models.detector import backbone_body
 from detr_dist.models.host_waits import put_before
 
@@ -24,9 +28,38 @@ def compile_regions(network: PreTrainedModel, backend: Any = "inductor") -> None
     import torch._dynamo.config as dynamo  # slow to import, and only here
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_VARIANTS)
+    # Under DDP it would cut each region where its parameters fill a bucket, so that sums over processes begin
+    # sooner; the regions are smaller than that already.
+    dynamo.optimize_ddp = False
     encoder, decoder = network.model.encoder, network.model.decoder
     for region in (backbone_body(network), *encoder.layers, *decoder.layers):
         region.compile(backend=backend)
+
+
+def check_compiler(device_type: str) -> None:
+    """Make sure that torch.compile finds a compiler: on a GPU Triton needs one for C, else it is C++.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if device_type == "cuda":
+        language, variable, named = "C", "CC", os.environ.get("CC")
+        found = any(map(shutil.which, [named] if named else ["gcc", "clang"]))
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        language, variable, found = "C++", "CXX", True
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            found = False
+    if not found:
+        raise UsageError(
+            f"training.compile_model=true needs a {language} compiler, and there is none on "
+            f"{socket.gethostname()}; install one (Debian: apt-get install g++), name it in the environment "
+            f"variable {variable}, or set training.compile_model=false"
+        )
 
 
 def num_compiled_graphs() -> int:

@@ -79,16 +79,22 @@ def match(
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1; for sigmoid
     classes Zhu et al., "Deformable DETR", 2021, appendix A.4 and its code.
     """
-    image = torch.repeat_interleave(torch.arange(len(num_boxes)), torch.tensor(num_boxes, dtype=torch.int64))
+    image = torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes))
     targets = Targets(labels, boxes_cxcywh, _to_device(image, pred_boxes.device))
     cost = _pair_costs(pred_logits, pred_boxes, targets, weights)
     # NaN wins in aminmax: four numbers in the same copy tell whether everything was finite.
     extremes = torch.stack((*pred_logits.aminmax(), *pred_boxes.aminmax()))
-    on_host = torch.cat((extremes, cost.flatten())).cpu().numpy()
+    on_host = _to_host(torch.cat((extremes, cost.flatten())))
     finite = all(isfinite(value) for value in on_host[:4])
     pairs = _assign(on_host[4:].reshape(cost.shape), num_boxes)
     layer, image, query, target = _to_device(torch.from_numpy(pairs), pred_boxes.device)
     return Matches(layer, image, query, target, finite)
+
+
+def _to_host(values: Tensor) -> NDArray[np.float32]:
+    """A copy on the host: here a micro-batch waits for its device, and nowhere else."""
+    copy: NDArray[np.float32] = values.cpu().numpy()
+    return copy
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from detr_dist.data.batching import Batch
+from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import StopRequested, TrainingError, as_one_line
 from detr_dist.models.criterion import StepCounts
@@ -22,7 +23,7 @@ class Agreed(NamedTuple):
     canvas_hw: tuple[int, int]
     """Height and width to which every image of the step is padded. A convolution sees the padding at an
     image's border, so with a canvas per micro-batch the loss would depend on how the step is split over
-    processes."""
+    processes. Decided by the sizes of all images of the step, not by who has which."""
 
 
 _NOT_FINITE = (
@@ -45,9 +46,10 @@ class StepAgreement:
     next exchange, so that no step waits just to check. Nothing may be saved before `check`.
     """
 
-    def __init__(self, host: HostGroup, signals: StopSignals) -> None:
+    def __init__(self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None) -> None:
         self._host = host
         self._signals = signals
+        self._canvas = canvas or CanvasRule()
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
@@ -79,20 +81,23 @@ class StepAgreement:
             self.report_failure(error)
         image_ids = [image_id for batch in group for image_id in batch.image_ids]
         self._host.note(step=step, image_ids=image_ids)
-        stops, boxes, images, heights, widths = self._exchange(
+        sizes_hw = [size for batch in group for size in batch.sizes_hw.tolist()] or [[0, 0]]
+        heights, widths = zip(*sizes_hw, strict=True)
+        stops, boxes, images, lows, highs, narrows, wides = self._exchange(
             step,
             float(self._signals.is_requested),
             sum(sum(batch.num_boxes) for batch in group),
             sum(len(batch.image_ids) for batch in group),
-            max((batch.images.shape[-2] for batch in group), default=0),
-            max((batch.images.shape[-1] for batch in group), default=0),
+            *(min(heights), max(heights), min(widths), max(widths)),
         )
         if any(stops):
             raise StopRequested(
                 f"asked to stop ({self._signals.received or 'another process'}) at step {step}"
             )
         self._image_ids = image_ids
-        return Agreed(group, StepCounts(sum(boxes), sum(images)), (int(max(heights)), int(max(widths))))
+        least_hw, most_hw = (int(min(lows)), int(min(narrows))), (int(max(highs)), int(max(wides)))
+        canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
+        return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
 
     def check(self, step: int, model: nn.Module) -> None:
         """Make sure that the first `step` steps went well and left finite weights. Collective; raises like

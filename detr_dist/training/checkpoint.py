@@ -198,8 +198,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: not as it was written (size or SHA-256 differs)")
     document = _read_json(folder / STATE)
     match document:
-        case {"config": {"data": dict(data)}}:
-            data.setdefault("group_by_shape", False)  # it was saved before there was a choice
+        case {"config": {"data": dict(data)}}:  # perhaps saved before there was a choice
+            data.setdefault("group_by_shape", False)
+            data.setdefault("canvas_multiple", 1)
     try:
         return Checkpoint(
             folder,

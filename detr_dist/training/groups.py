@@ -5,16 +5,21 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 
-from detr_dist.config import Config
+from detr_dist.config import Config, DataConfig
 from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
-from detr_dist.data.sampling import MicroBatchSampler, StepPlan
+from detr_dist.data.sampling import CanvasRule, MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
 
 # So many images are planned to find the largest canvas: less than a second.
 _MOST_SIZES = 10_000
+
+
+def canvas_rule(config: DataConfig) -> CanvasRule:
+    """Return what to pad the images of each step of this stream to."""
+    return CanvasRule(config.canvas_multiple, keep_one_size=config.augmentation != "detr")
 
 
 class GroupStream:

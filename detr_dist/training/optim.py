@@ -23,6 +23,7 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
         if parameter.requires_grad:
             key = (id(parameter) in backbone_ids, parameter.ndim <= 1)
             groups.setdefault(key, []).append(parameter)
+    is_fp16 = config.mixed_precision == "fp16"
     return AdamW(
         [
             {
@@ -34,7 +35,10 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
         ],
         # One pass over each tensor, on the CPU as well. But it skips by itself a step that has overflowed:
         # Accelerate, which looks whether the step was called, would not know.
-        fused=config.mixed_precision != "fp16",
+        fused=not is_fp16,
+        # The next best. The host would wait for a GPU at each parameter if it read the step count from there.
+        foreach=is_fp16,
+        capturable=is_fp16 and detector.mean.is_cuda,
     )
 
 

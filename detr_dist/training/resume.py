@@ -27,6 +27,7 @@ FREE_KEYS = {
     "training.gradient_checkpointing",
     "training.try_largest_batch",
     "training.channels_last",
+    "training.deterministic",
     "training.early_stopping_patience",
 }
 """What a resumed run may set otherwise; all other keys decide what is learned."""
@@ -42,6 +43,17 @@ def stay_in_place(config: Config, saved: RunFacts, resume: str) -> Config:
         unset -= {"mlflow_tracking_uri"}  # it was just found there, wherever that was before
     own = config.logging.model_copy(update=saved.config.logging.model_dump(include=unset))
     return config.model_copy(update={"logging": own})
+
+
+def with_saved_canvas(config: Config, saved: Config) -> Config:
+    """Return `config` with the saved run's `data.canvas_multiple`, unless it names one itself.
+
+    A run of a version that did not round its canvas continues without rounding.
+    """
+    if "canvas_multiple" in config.data.model_fields_set:
+        return config
+    data = config.data.model_copy(update={"canvas_multiple": saved.data.canvas_multiple})
+    return config.model_copy(update={"data": data})
 
 
 def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:

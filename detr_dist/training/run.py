@@ -13,7 +13,13 @@ from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import Need, check_room
-from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.criterion import SetCriterion
@@ -26,7 +32,7 @@ from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.durable import check_writable
-from detr_dist.training.groups import GroupStream
+from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
@@ -56,8 +62,10 @@ def train(config: Config, options: RunOptions) -> None:
     transformers_logging.disable_progress_bar()
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
+    set_numerics(config.training)
     with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
         HostGroup(processes).on_main_process(lambda: check_output(options.output_dir))
+        config = resolve_precision(config, HostGroup(processes))
         if options.dry_run:
             HostGroup(processes).on_main_process(lambda: _check_data(config, options))
         train_data = load_coco(options.train_dir)
@@ -177,7 +185,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        agreement=StepAgreement(setup.host, signals),
+        agreement=StepAgreement(setup.host, signals, canvas_rule(config.data)),
         model=model,
         average=average,
         criterion=SetCriterion(detector.loss_settings),

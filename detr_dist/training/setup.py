@@ -17,7 +17,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import compile_regions, recompute_activations
+from detr_dist.models.execution import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import (
@@ -25,6 +25,7 @@ from detr_dist.training.resume import (
     has_other_validation,
     restore_weights,
     stay_in_place,
+    with_saved_canvas,
 )
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
@@ -92,6 +93,8 @@ class Setup:
 def set_up(
     config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
 ) -> Setup:
+    if config.training.compile_model:
+        check_compiler(accelerator.device.type)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     plan = StepPlan(
         len(train_data),
@@ -118,6 +121,8 @@ def set_up(
             f"--init-from {options.init_from}: the run to be resumed began from {resumed.facts.init_from}; "
             "give that or nothing, or another --output-dir for a new run"
         )
+    if resumed is not None:
+        config = with_saved_canvas(config, resumed.facts.config)
     facts = RunFacts(
         config=config,
         class_names=list(train_data.class_names),

@@ -32,6 +32,10 @@ class Replicated:
         """What trains: the detector, wrapped, and its optimizer with all that it remembers. Collective."""
         model, prepared = accelerator.prepare(detector, optimizer)
         if isinstance(model, DistributedDataParallel):
+            # Buffers need not be sent in each forward pass: most are constants, and the statistics of batch
+            # norm count in evaluation only, which takes the main process's (HostGroup.synchronise_buffers).
+            # As an argument of DDP it would warn (torch 2.14), and not send them at the start either.
+            model.broadcast_buffers = False
             _settle_order_of_sums(model, accelerator.device)
         return model, prepared
 

@@ -18,7 +18,11 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import recompute_activations
 
-AS_TRAINED = ["model.pretrained_backbone=false", "model.freeze_batch_norm=true"]
+AS_TRAINED = [
+    "model.pretrained_backbone=false",
+    "model.freeze_batch_norm=true",
+    "training.mixed_precision=no",
+]
 
 
 def main() -> None:

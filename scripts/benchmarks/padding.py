@@ -1,10 +1,12 @@
-"""How much of the canvas is padding, and how long a step takes, with and without `data.group_by_shape`.
+"""How much of the canvas is padding, and how long a step takes, with and without `data.group_by_shape`; how
+many different canvases there are, with and without `data.canvas_multiple`.
 
-    python scripts/benchmarks/padding.py [--edges 100 166] [--device cuda] [--json FILE]
+    python scripts/benchmarks/padding.py [--edges 800 1333] [--multiple 64] [--no-times] [--device cuda]
+        [--json FILE]
 
 Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each with `light`
-and `detr`. The padded share is of an epoch of 8,000 images; the time is forward and backward of a ResNet-18's
-convolutions on some of its canvases, at the edges that are asked for.
+and `detr`. The padded share and the canvases are of an epoch of 8,000 images; the time is forward and
+backward of a ResNet-18's convolutions on some of the exact canvases, at the edges that are asked for.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,18 @@ import torch
 from numpy.typing import NDArray
 from timing import command_line, median_ratio, publish, seconds_of, take_turns
 
-from detr_dist.data.sampling import MicroBatchSampler, Purpose, SampleKey, SizeOf, StepPlan, random_numbers
+from detr_dist.config import DataConfig
+from detr_dist.data.sampling import (
+    CanvasRule,
+    MicroBatchSampler,
+    Purpose,
+    SampleKey,
+    SizeOf,
+    StepPlan,
+    random_numbers,
+)
 from detr_dist.data.transforms import Augmentation, build_transform
+from detr_dist.training.groups import canvas_rule
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
 TIMED_EVERY = 40
@@ -32,12 +44,15 @@ SETS: dict[str, tuple[Augmentation, bool]] = {
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--edges", type=int, nargs=2, default=[100, 166], help="shortest_edge longest_edge")
+    parser.add_argument("--multiple", type=int, default=DataConfig().canvas_multiple)
+    parser.add_argument("--no-times", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     network = timm.create_model("resnet18", features_only=True).to(options.device).train()
     rows = []
     for name, (augmentation, is_mixed) in SETS.items():
+        rule = canvas_rule(DataConfig(augmentation=augmentation, canvas_multiple=options.multiple))
         size_of = sizes(augmentation, is_mixed, options.edges)
         plan_ms = 1e3 * seconds_of(lambda: [size_of((1, row)) for row in range(1000)]) / 1000  # noqa: B023
         for step_size in (8, 32):
@@ -45,18 +60,24 @@ def main() -> None:
                 "mixed": epoch_of(size_of, step_size, grouped=False),
                 "grouped": epoch_of(size_of, step_size, grouped=True),
             }
-            ways = {way: passes(network, sizes_hw, options.device) for way, sizes_hw in steps.items()}
-            seconds = take_turns(ways, rounds=options.rounds, warm_up=1, device=options.device)
-            rows.append(
-                {
-                    "set": name,
-                    "images a step": step_size,
-                    "padded, mixed": padded_share(steps["mixed"]),
-                    "padded, grouped": padded_share(steps["grouped"]),
-                    "step time, grouped to mixed": median_ratio(seconds, "grouped", "mixed"),
-                    "planning, ms a step": step_size * plan_ms,
-                }
-            )
+            canvases = {way: canvases_of(sizes_hw, rule) for way, sizes_hw in steps.items()}
+            exact = {way: canvases_of(sizes_hw, CanvasRule()) for way, sizes_hw in steps.items()}
+            row = {
+                "set": name,
+                "images a step": step_size,
+                "padded, mixed": padded_share(steps["mixed"], exact["mixed"]),
+                "padded, grouped": padded_share(steps["grouped"], exact["grouped"]),
+                f"and multiples of {options.multiple}": padded_share(steps["grouped"], canvases["grouped"]),
+                "steps": len(exact["grouped"]),
+                "canvases, grouped": len(set(exact["grouped"])),
+                f"canvases, multiples of {options.multiple}": len(set(canvases["grouped"])),
+            }
+            if not options.no_times:
+                ways = {way: passes(network, step_size, exact[way], options.device) for way in steps}
+                seconds = take_turns(ways, rounds=options.rounds, warm_up=1, device=options.device)
+                row["step time, grouped to mixed"] = median_ratio(seconds, "grouped", "mixed")
+                row["planning, ms a step"] = step_size * plan_ms
+            rows.append(row)
     publish(rows, options.json, device=options.device)
 
 
@@ -80,19 +101,26 @@ def epoch_of(size_of: SizeOf, step_size: int, *, grouped: bool) -> NDArray[np.in
     return np.array([[size_of(key) for key in keys] for keys in sampler])
 
 
-def padded_share(sizes_hw: NDArray[np.int64]) -> float:
+def canvases_of(sizes_hw: NDArray[np.int64], rule: CanvasRule) -> list[tuple[int, int]]:
+    """What the images of each step are padded to."""
+    least_hw, most_hw = sizes_hw.min(axis=1).tolist(), sizes_hw.max(axis=1).tolist()
+    return [rule.canvas_hw(tuple(low), tuple(high)) for low, high in zip(least_hw, most_hw, strict=True)]
+
+
+def padded_share(sizes_hw: NDArray[np.int64], canvases: list[tuple[int, int]]) -> float:
     """Of all canvases."""
-    canvas_px = sizes_hw.max(axis=1).prod(axis=1).sum() * sizes_hw.shape[1]
+    canvas_px = np.prod(canvases, axis=1).sum() * sizes_hw.shape[1]
     return float(1 - sizes_hw.prod(axis=2).sum() / canvas_px)
 
 
-def passes(network: torch.nn.Module, sizes_hw: NDArray[np.int64], device: str) -> Callable[[], None]:
+def passes(
+    network: torch.nn.Module, step_size: int, canvases: list[tuple[int, int]], device: str
+) -> Callable[[], None]:
     """Forward and backward on every so many of the canvases."""
-    canvases = sizes_hw[::TIMED_EVERY].max(axis=1).tolist()
 
     def run() -> None:
-        for height, width in canvases:
-            features = network(torch.rand(sizes_hw.shape[1], 3, height, width, device=device))
+        for height, width in canvases[::TIMED_EVERY]:
+            features = network(torch.rand(step_size, 3, height, width, device=device))
             features[-1].mean().backward()
 
     return run

@@ -24,7 +24,13 @@ from torch.nn.parallel import DistributedDataParallel
 from detr_dist.config import load_config
 from detr_dist.data.batching import Batch, Sample, collate
 from detr_dist.data.sampling import StepPlan
-from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
@@ -131,8 +137,9 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
 
 def main() -> None:
     out_path, config_path, edge, rounds = sys.argv[1:]
-    with group_of_processes():
-        config = load_config(Path(config_path))
+    with group_of_processes() as processes:
+        config = resolve_precision(load_config(Path(config_path)), HostGroup(processes))
+        set_numerics(config.training)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision, gradient_accumulation_steps=1
         )

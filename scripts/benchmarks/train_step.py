@@ -57,7 +57,14 @@ from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.loading import num_loader_processes
 from detr_dist.data.synthetic import make_data
-from detr_dist.distributed import autocast, build_accelerator, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    autocast,
+    build_accelerator,
+    group_of_processes,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
@@ -201,7 +208,9 @@ def run(options: argparse.Namespace) -> None:
             num_cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, num_cores - num_loader_processes(config.data.num_workers)))
         run_options = place(options, config, Path(folder))
-        held.enter_context(group_of_processes())
+        set_numerics(config.training)
+        processes = held.enter_context(group_of_processes())
+        config = resolve_precision(config, HostGroup(processes))
         bench = lay_out(config, run_options, held)
         measured = measure(bench, options.rounds)
         operations, logging_s = bench.count_operations(), measure_logging(bench, options.log_steps)

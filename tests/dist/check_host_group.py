@@ -1,22 +1,43 @@
 """Run under `accelerate launch` with 2 processes: buffers that differ are the main process's after synchronising."""
 
+import copy
+
 import torch
+from torch import Tensor, nn
 
 from detr_dist.distributed import HostGroup, build_accelerator
+from detr_dist.training.strategy import Replicated
+
+
+class Network(nn.Module):
+    """Batch norm that learns, called as a detector is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, images: Tensor, sizes_hw: Tensor) -> dict[str, Tensor]:
+        return {"features": self.norm(self.convolution(images.float()))}
 
 
 def main() -> None:
     accelerator = build_accelerator(mixed_precision="no", gradient_accumulation_steps=1)
     host = HostGroup(accelerator)
     assert host.num_processes == 2
-    model = accelerator.prepare(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)))
+    alone = Network()
+    alone.load_state_dict(host.broadcast(alone.state_dict()))
+    trained = copy.deepcopy(alone)
+    model, _ = Replicated().prepare(accelerator, trained, torch.optim.SGD(trained.parameters()))
     torch.manual_seed(accelerator.process_index)
     for _ in range(2):
-        model(torch.rand(2, 3, 8, 8)).sum().backward()
-    norm = accelerator.unwrap_model(model)[1]
+        images = torch.rand(2, 3, 8, 8)
+        model(images, torch.tensor([[8, 8]] * 2))["features"].sum().backward()
+        alone(images, torch.tensor([[8, 8]] * 2))
+    norm = trained.norm
     before = host.all_gather_objects(norm.running_mean.clone())
     assert not torch.equal(before[0], before[1])
-    host.synchronise_buffers(accelerator.unwrap_model(model))
+    assert torch.equal(norm.running_mean, alone.norm.running_mean)  # no process sends its buffers in a forward pass
+    host.synchronise_buffers(trained)
     after = host.all_gather_objects(norm.running_mean)
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[0])

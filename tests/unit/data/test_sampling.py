@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from detr_dist.data.sampling import (
     WINDOW_STEPS,
+    CanvasRule,
     MicroBatchSampler,
     Purpose,
     SampleKey,
@@ -17,6 +18,7 @@ from detr_dist.data.sampling import (
     group_by_shape,
     random_numbers,
 )
+from detr_dist.data.transforms import build_transform
 from detr_dist.errors import UsageError
 
 SHAPES = [(480, 640), (500, 500), (640, 480)]
@@ -108,6 +110,43 @@ def test_steps_of_like_sizes_pad_far_less() -> None:
 
     mixed = padded_share(sizes_hw.reshape(-1, 16, 2))
     assert padded_share(sizes_hw[group_by_shape(sizes_hw, 16)]) < 0.3 * mixed
+
+
+def test_footage_needs_few_canvases_that_pad_little_more() -> None:
+    transform = build_transform("detr", 800, 1333, train=True)
+
+    def size_hw(key: SampleKey) -> tuple[int, int]:
+        return transform.plan((720, 1280), random_numbers(Purpose.AUGMENT, 0, *key)).size_hw
+
+    sampler = MicroBatchSampler(StepPlan(8000, 8, 1, 1), 0, 0, 0, 1000, size_hw)
+    sizes_hw = np.array([[size_hw(key) for key in keys] for keys in sampler])
+    extremes = [each.tolist() for each in (sizes_hw.min(axis=1), sizes_hw.max(axis=1))]
+
+    def canvases(rule: CanvasRule) -> list[tuple[int, int]]:
+        return [rule.canvas_hw(tuple(low), tuple(high)) for low, high in zip(*extremes, strict=True)]
+
+    def padded_share(rule: CanvasRule) -> float:
+        return 1 - float(sizes_hw.prod(axis=2).sum() / (8 * np.prod(canvases(rule), axis=1).sum()))
+
+    exact, rounded = CanvasRule(), CanvasRule(32, keep_one_size=False)
+    assert len(set(canvases(rounded))) <= 200 < len(set(canvases(exact)))
+    assert padded_share(exact) < padded_share(rounded) < padded_share(exact) + 0.03
+
+
+@pytest.mark.parametrize(
+    ("rule", "mixed", "of_one_size"),
+    [
+        (CanvasRule(), (480, 853), (480, 640)),
+        (CanvasRule(32), (480, 864), (480, 640)),
+        (CanvasRule(100), (500, 900), (480, 640)),
+        (CanvasRule(100, keep_one_size=False), (500, 900), (500, 700)),
+    ],
+)
+def test_a_canvas_is_rounded_up_and_images_of_one_size_can_stay_as_they_are(
+    rule: CanvasRule, mixed: tuple[int, int], of_one_size: tuple[int, int]
+) -> None:
+    assert rule.canvas_hw((400, 700), (480, 853)) == mixed
+    assert rule.canvas_hw((480, 640), (480, 640)) == of_one_size
 
 
 def test_sizes_are_asked_for_step_by_step_and_once() -> None:

@@ -1,16 +1,27 @@
 """Compiled or with less memory, a detector learns the same."""
 
 import copy
+import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.cpp_builder import cpp_compiler_search
+from torch.nn.parallel import DistributedDataParallel
 
+from detr_dist.errors import UsageError
 from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import compile_regions, num_compiled_graphs, recompute_activations
+from detr_dist.models.execution import (
+    check_compiler,
+    compile_regions,
+    num_compiled_graphs,
+    recompute_activations,
+)
 
 
 def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True) -> dict[str, Tensor]:
@@ -53,6 +64,41 @@ def test_what_is_compiled_learns_the_same_is_whole_and_soon_compiled_for_any_siz
 
 def refuse(graph: object, inputs: object) -> NoReturn:
     raise AssertionError("this was to be compiled")
+
+
+def test_ddp_does_not_cut_what_is_compiled(tiny_detector) -> None:
+    plain = tiny_detector("detr", dropout=0.0, hidden_dim=64, num_encoder_layers=2, num_decoder_layers=1)
+    in_ddp, compiled = copy.deepcopy(plain), []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
+        compiled.append(graph)
+        return graph
+
+    graphs = num_compiled_graphs()
+    compile_regions(in_ddp.network, backend=count)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(in_ddp, bucket_cap_mb=0.01)  # far less than a layer has
+        images, sizes_hw = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]])
+        expected, found = plain(images, sizes_hw), model(images, sizes_hw)
+    finally:
+        dist.destroy_process_group()
+    assert len(compiled) == num_compiled_graphs() - graphs > 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_without_a_compiler_one_line_says_so(
+    device_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpp_compiler_search.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UsageError, match=r"compile_model=true needs a C(\+\+)? compiler"):
+        check_compiler(device_type)
+    if device_type == "cuda":
+        monkeypatch.setenv("CC", sys.executable)
+        check_compiler(device_type)
 
 
 def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:

@@ -3,17 +3,21 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from detr_dist.models import matcher
 from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.criterion import SetCriterion, StepCounts
 
 
 class Questions(TorchDispatchMode):
-    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to go
-    on, or whose shape depends on values. Copies to the host are not seen."""
+    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to
+    continue, whose shape depends on values, or whose tensors are on two devices. The last ones show only on a
+    GPU, real or fake."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
@@ -26,9 +30,11 @@ class Questions(TorchDispatchMode):
         by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
-        if name in self.WAITING or by_mask:
+        result = function(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)]
+        if name in self.WAITING or by_mask or len({each.device for each in tensors}) > 1:
             self.asked.append(name)
-        return function(*args, **(kwargs or {}))
+        return result
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
@@ -46,11 +52,51 @@ def test_a_step_asks_the_device_nothing(
     assert questions.asked == []
 
 
-def test_a_question_to_the_device_is_noticed() -> None:
+@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
+    tiny_detector, on_fake_gpu, monkeypatch: pytest.MonkeyPatch, architecture: str, is_padded: bool
+) -> None:
+    detector = tiny_detector(architecture).train()
+    criterion = SetCriterion(detector.loss_settings)
+    copies: list[torch.Size] = []
+
+    def to_host(values: torch.Tensor) -> np.ndarray:
+        copies.append(values.shape)
+        return np.zeros(values.shape, np.float32)
+
+    def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:  # from pinned memory
+        return torch.empty(host.shape, dtype=host.dtype, device=device)
+
+    monkeypatch.setattr(matcher, "_to_host", to_host)
+    monkeypatch.setattr(matcher, "_to_device", to_device)
+    with on_fake_gpu(detector), Questions() as questions:
+        images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8, device="cuda")
+        sizes_hw = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
+        labels, boxes_cxcywh = (
+            torch.zeros(3, dtype=torch.int64, device="cuda"),
+            torch.zeros(3, 4, device="cuda"),
+        )
+        outputs = detector(images, sizes_hw, is_padded)
+        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2))
+    assert len(copies) == 1
+    # Deformable DETR copies the sizes of its feature maps to the device.
+    assert questions.asked == (["_to_copy"] if architecture == "deformable_detr" else [])
+
+
+def test_a_question_to_the_device_is_noticed(on_fake_gpu) -> None:
     with Questions() as questions:
         bool(torch.ones(3).isfinite().all())
         torch.ones(3)[torch.tensor([True, False, True])]
     assert questions.asked == ["_local_scalar_dense", "index"]
+    with on_fake_gpu(torch.nn.Identity()), Questions() as questions:
+        on_device = torch.ones(3, device="cuda")
+        on_device[-1:].fill_(0.5)
+        assert questions.asked == []
+        on_device[-1] = 0.5
+        torch.tensor([0.5], device="cuda")
+        on_device.cpu()
+    assert questions.asked == ["copy_", "_to_copy", "_to_copy"]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

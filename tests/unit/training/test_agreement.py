@@ -5,6 +5,7 @@ import torch
 from accelerate import Accelerator
 
 from detr_dist.data.batching import Batch
+from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, StopRequested, TrainingError
 from detr_dist.training.agreement import StepAgreement
@@ -36,6 +37,19 @@ def test_counts_and_canvas_cover_all_micro_batches(agreement: StepAgreement) -> 
     assert agreed.group is group
     assert (agreed.counts.num_boxes, agreed.counts.num_images) == (3, 3)
     assert agreed.canvas_hw == (50, 60)
+
+
+@pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
+def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
+    agreement = StepAgreement(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
+    whole = batch(40, 60, [1, 1, 1], [1, 2, 3])
+    whole.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
+    parts = [batch(40, 60, [1], [1]), batch(40, 50, [1], [2]), batch(30, 60, [1], [3])]
+    canvases = {agreement.next_step(0, iter([group])).canvas_hw for group in ([whole], parts)}
+    assert canvases == {(64, 64)}
+    of_one_size = [batch(40, 60, [1], [1]), batch(40, 60, [1, 1], [2, 3])]
+    expected = (40, 60) if rule.keep_one_size else (64, 64)
+    assert agreement.next_step(1, iter([of_one_size])).canvas_hw == expected
 
 
 def test_a_step_that_was_not_finite_stops_the_next_with_its_own_images(agreement: StepAgreement) -> None:

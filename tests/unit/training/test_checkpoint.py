@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from detr_dist.config import override_config
 from detr_dist.errors import CheckpointError, DetrDistError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
@@ -31,7 +32,7 @@ from detr_dist.training.checkpoint import (
     write_checkpoint,
 )
 from detr_dist.training.loop import Training
-from detr_dist.training.resume import compare_with_saved
+from detr_dist.training.resume import compare_with_saved, with_saved_canvas
 from detr_dist.training.state import RunFacts, TrainState
 
 LISTED = (NETWORK, AVERAGE, OPTIMIZER, STRUCTURE, STATE)
@@ -215,6 +216,21 @@ def test_a_run_from_before_shapes_were_grouped_did_not_group_them(
     rewrite(checkpoint, STATE, json.dumps(state).encode())
     with pytest.raises(UsageError, match=r"data\.group_by_shape False -> True\. Set it as it was to resume"):
         compare_with_saved(open_checkpoint(checkpoint).facts, facts)
+
+
+def test_a_run_from_before_canvases_were_rounded_continues_without_rounding(
+    checkpoint: Path, rewrite: Rewrite, facts: RunFacts
+) -> None:
+    state = json.loads((checkpoint / STATE).read_text())
+    del state["config"]["data"]["canvas_multiple"], state["config"]["training"]["tf32"]
+    rewrite(checkpoint, STATE, json.dumps(state).encode())
+    saved = open_checkpoint(checkpoint).facts
+    unchanged = replace(facts, config=with_saved_canvas(facts.config, saved.config))
+    assert unchanged.config.data.canvas_multiple == 1
+    assert compare_with_saved(saved, unchanged) == []
+    named = override_config(facts.config, ["data.canvas_multiple=32"])
+    with pytest.raises(UsageError, match=r"data\.canvas_multiple 1 -> 32\. Set it as it was to resume"):
+        compare_with_saved(saved, replace(facts, config=with_saved_canvas(named, saved.config)))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")

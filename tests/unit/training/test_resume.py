@@ -33,6 +33,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "data.longest_edge",
     "data.augmentation",
     "data.group_by_shape",
+    "data.canvas_multiple",
     "model.model_architecture",
     "model.backbone",
     "model.pretrained",
@@ -50,6 +51,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "training.weight_decay",
     "training.gradient_clip",
     "training.mixed_precision",
+    "training.tf32",
     "training.seed",
     "training.lr_schedule",
     "training.warmup_steps",
@@ -247,6 +249,19 @@ def test_the_optimizer_goes_on_as_if_it_had_not_been_interrupted(
     optimizer.step()
     training.optimizer.step()
     torch.testing.assert_close(other.state_dict(), detector.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "fp16"])
+def test_a_restored_optimizer_never_waits_for_the_gpu(
+    checkpoint: Path, detector: Detector, on_fake_gpu: Callable, mixed_precision: str
+) -> None:
+    with on_fake_gpu(detector):
+        optimizer = build_optimizer(detector, TrainingConfig(mixed_precision=mixed_precision))
+        restore_optimizer(open_checkpoint(checkpoint), optimizer, scaler=None)
+        for parameter in detector.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # a fake tensor cannot tell its value: whoever asks for one fails
+        assert {value.device.type for of in optimizer.state.values() for value in of.values()} == {"cuda"}
 
 
 def test_the_scale_of_the_loss_is_put_back(checkpoint: Path, rewrite: Callable, detector: Detector) -> None:

@@ -1,0 +1,93 @@
+"""In which precision a run computes, and how exactly."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from detr_dist.config import Config, TrainingConfig, load_config
+from detr_dist.distributed import HostGroup, build_accelerator, resolve_precision, set_numerics
+from detr_dist.errors import UsageError
+
+
+@pytest.fixture
+def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test sets is as before afterwards."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """torch believes in a GPU that computes bf16 natively."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    return monkeypatch
+
+
+def precision(wanted: str) -> str:
+    config = load_config(None, [f"training.mixed_precision={wanted}"])
+    return resolve_precision(config, HostGroup(PartialState(cpu=True))).training.mixed_precision
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_on_or_off_for_convolutions_and_matrix_products(numerics: None, tf32: bool) -> None:
+    set_numerics(TrainingConfig(tf32=tf32))
+    assert torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert torch.backends.cudnn.allow_tf32 is tf32
+    # torch.compile asks in both of these ways; one of them raises when the flags were set in another way.
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")
+    assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
+
+
+def test_deterministic_algorithms_are_chosen_on_request(numerics: None) -> None:
+    set_numerics(TrainingConfig())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    set_numerics(TrainingConfig(deterministic=True))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_without_a_gpu_the_precision_is_full() -> None:
+    assert Config().training.mixed_precision == "auto"
+    assert precision("auto") == "no"
+    assert precision("bf16") == "bf16"
+
+
+def test_a_gpu_computes_bf16_where_it_can_natively(gpu: pytest.MonkeyPatch, capsys) -> None:
+    assert precision("auto") == "bf16"
+    gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert precision("auto") == "no"
+    assert precision("fp16") == "fp16"
+    assert capsys.readouterr().out == ""
+    assert precision("bf16") == "bf16"
+    assert "warning: training.mixed_precision=bf16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("launched", ["fp16", "bf16"])
+def test_auto_takes_the_precision_that_the_launcher_was_given(gpu: pytest.MonkeyPatch, launched: str) -> None:
+    gpu.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    assert precision("auto") == launched
+    gpu.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which the launcher says when it was given none
+    assert precision("auto") == "bf16"
+
+
+@pytest.mark.parametrize(("launched", "wanted"), [("bf16", "no"), ("fp8", "auto")])
+def test_a_precision_that_contradicts_the_launcher_is_refused(
+    monkeypatch: pytest.MonkeyPatch, launched: str, wanted: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(UsageError, match=f"{launched} for accelerate launch"):
+        build_accelerator(mixed_precision=precision(wanted))
