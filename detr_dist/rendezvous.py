@@ -123,9 +123,10 @@ class Rendezvous:
             self._watch.pause()
 
     def hurry(self) -> None:
-        """Allow this process 20 seconds for each step from now on: its launcher kills it after 30."""
+        """Allow this process 20 more seconds for its step: its launcher, which has asked it to end, kills it
+        after 30."""
         if self._watch is not None:
-            self._watch.limit_s = min(self._watch.limit_s, 20.0)
+            self._watch.limit_to(20.0)
 
     @contextmanager
     def on_failure(self, action: Callable[[str], None]) -> Iterator[None]:
@@ -253,6 +254,10 @@ class StallWatch:
     def pause(self) -> None:
         """Do not count until the next progress."""
         self._is_paused = True
+
+    def limit_to(self, seconds: float) -> None:
+        """Act after so many seconds more."""
+        self.limit_s = min(self.limit_s, self._quiet_s + seconds)
 
     def close(self) -> None:
         """End the thread."""

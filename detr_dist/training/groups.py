@@ -47,6 +47,7 @@ class GroupStream:
         self._group_size = config.training.gradient_accumulation_steps
         dataset = CocoDetectionDataset(data, transform, seed=seed, train=True)
         self._size_hw = dataset.size_hw
+        self._canvas_rule = canvas_rule(config.data)
         self._sampler = MicroBatchSampler(
             plan,
             seed,
@@ -93,9 +94,12 @@ class GroupStream:
             process_index=0,
             num_steps=min(self._sampler.num_steps, -(-_MOST_SIZES // plan.global_batch_size)),
         )
-        canvases = ([max(sides) for sides in zip(*map(self._size_hw, keys), strict=True)] for keys in steps)
-        height, width = max(canvases, key=math.prod)
-        return height, width
+        canvases = (self._canvas_hw(list(map(self._size_hw, keys))) for keys in steps)
+        return max(canvases, key=math.prod)
+
+    def _canvas_hw(self, sizes_hw: list[tuple[int, int]]) -> tuple[int, int]:
+        heights, widths = zip(*sizes_hw, strict=True)
+        return self._canvas_rule.canvas_hw((min(heights), min(widths)), (max(heights), max(widths)))
 
     def close(self) -> None:
         """End the loader processes."""

@@ -1,10 +1,12 @@
 """Requests to stop: a signal sets a flag and does nothing else, until the loop reads it."""
 
+import faulthandler
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -15,6 +17,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 # Ctrl-C reaches a process twice within milliseconds: from the terminal and from its launcher.
 _SAME_INTERRUPT_S = 0.5
+
+_STANDARD_ERROR = 2
 
 
 def leave_note(text: str) -> None:
@@ -37,12 +41,17 @@ def leave_note(text: str) -> None:
 class StopSignals:
     """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process at
     once, with exit code 130. A run that was stopped or has failed is left with SIGTERM and SIGUSR1 ignored.
+    SIGUSR2 prints the stacks of all threads and changes nothing.
 
     Main thread only.
+
+    Args:
+        on_terminate: Called on SIGTERM, from another thread, even while the main thread hangs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_terminate: Callable[[], None] = lambda: None) -> None:
         self.received = ""
+        self._on_terminate = on_terminate
         self._before: dict[signal.Signals, Any] = {}
 
     @property
@@ -51,6 +60,7 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        faulthandler.register(signal.SIGUSR2, file=_STANDARD_ERROR)
         # Python's own handlers wait for the main thread, which may hang in a collective: a thread that reads
         # what arrived does not.
         self._arrivals, self._written = socket.socketpair()
@@ -66,6 +76,7 @@ class StopSignals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        faulthandler.unregister(signal.SIGUSR2)
         signal.set_wakeup_fd(-1)
         # Closing is not enough to wake the watcher: forked loader processes hold this end as well.
         self._written.shutdown(socket.SHUT_WR)
@@ -84,6 +95,8 @@ class StopSignals:
     def _watch(self) -> None:
         interrupted_at: float | None = None
         while arrived := self._arrivals.recv(1):
+            if arrived[0] == signal.SIGTERM:
+                self._on_terminate()
             if arrived[0] != signal.SIGINT:
                 continue
             if interrupted_at is not None and time.monotonic() - interrupted_at > _SAME_INTERRUPT_S:

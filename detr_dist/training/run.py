@@ -81,7 +81,7 @@ def train(config: Config, options: RunOptions) -> None:
             if options.dry_run:
                 setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
                 return
-            with StopSignals() as signals, ExitStack() as held:
+            with StopSignals(setup.host.hurry) as signals, ExitStack() as held:
                 setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
                 tracker = setup.host.on_main_process(lambda: open_run(setup))
                 with run_status(tracker), setup.host.on_failure(partial(close_after_loss, tracker)):

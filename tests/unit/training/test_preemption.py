@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,3 +119,19 @@ def test_a_scheduler_that_cannot_see_the_exit_code_finds_a_note(
     monkeypatch.setenv("DETR_DIST_STOPPED_FILE", str(tmp_path / "no" / "folder"))
     with pytest.raises(TrainingError, match="no/folder: cannot be written"):
         leave_note("asked to stop at step 3: saved")
+
+
+def test_stacks_are_printed_on_request(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert not signals.is_requested
+    assert "test_stacks_are_printed_on_request" in capfd.readouterr().err
+
+
+def test_a_request_to_terminate_is_reported_from_another_thread() -> None:
+    terminated = threading.Event()
+    with StopSignals(terminated.set):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert not terminated.wait(0.2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert terminated.wait(5.0)
