@@ -21,7 +21,7 @@ from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.sampling import SampleKey
-from detr_dist.data.transforms import largest_area
+from detr_dist.data.transforms import areas_after_resize
 from detr_dist.errors import DetrDistError, LoaderError, as_one_line
 
 _MOST_BY_DEFAULT = 4
@@ -49,14 +49,14 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> shared
         return shared_memory.Need(0, 0)
     batch_size = min(config.training.batch_size, len(data))
     edges = config.data.shortest_edge, config.data.longest_edge
-    one_batch = (
-        3 * batch_size * largest_area(data.sizes_hw, config.data.augmentation if train else "none", *edges)
+    areas = areas_after_resize(data.sizes_hw, config.data.augmentation if train else "none", *edges)
+    num_epochs = config.training.num_epochs if train else 1
+    num_batches = min(
+        num_workers * config.data.prefetch_factor, math.ceil(num_epochs * len(data) / batch_size)
     )
-    num_ahead = num_workers * config.data.prefetch_factor
-    if not train:
-        num_ahead = min(num_ahead, math.ceil(len(data) / batch_size))
-    num_in_use = config.training.gradient_accumulation_steps if train else 1
-    return shared_memory.Need(one_batch, (num_ahead + num_in_use) * one_batch)
+    num_batches += config.training.gradient_accumulation_steps if train else 1  # in use
+    smallest, largest = (3 * area * batch_size * num_batches for area in areas)
+    return shared_memory.Need(smallest, largest)
 
 
 class BatchLoader:

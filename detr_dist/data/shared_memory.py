@@ -14,14 +14,16 @@ _MIB = 2**20
 
 
 class Need(NamedTuple):
-    """What the loaders of one process keep in shared memory at most, in bytes."""
+    """Bytes that the loaders of one process take when they have loaded all that they may."""
 
-    one_batch: int
-    all_batches: int
+    at_least: int
+    """With the smallest images."""
+    at_most: int
+    """With the largest images."""
 
     def beside(self, other: "Need") -> "Need":
         """Return what both need while they are there at the same time."""
-        return Need(max(self.one_batch, other.one_batch), self.all_batches + other.all_batches)
+        return Need(self.at_least + other.at_least, self.at_most + other.at_most)
 
 
 def num_local_processes() -> int:
@@ -39,15 +41,16 @@ def check_room(need: Need) -> None:
     """Print a warning if /dev/shm may be too small for the loaders of all processes on this host.
 
     Raises:
-        LoaderError: not even one batch of each process fits into it.
+        LoaderError: it is too small in any case. Loaders that are ahead of training, as they should be, would
+            fill it.
     """
     room = _room()
-    if room is None or need.all_batches == 0:
+    if room is None:
         return
     total, free = room
-    if total < num_local_processes() * need.one_batch:
-        raise LoaderError(f"one batch for each process does not fit into shared memory: {describe(need)}")
-    if free < num_local_processes() * need.all_batches:
+    if total < num_local_processes() * need.at_least:
+        raise LoaderError(f"shared memory is too small: {describe(need)}")
+    if free < num_local_processes() * need.at_most:
         print(f"warning: shared memory may run out: {describe(need)}", flush=True)
 
 
@@ -55,7 +58,7 @@ def describe(need: Need) -> str:
     """Return in words how large /dev/shm is, what is needed, and how to get it."""
     room = _room()
     size = f"has {_mib(room[0])}, {_mib(room[1])} of them free" if room is not None else "is missing"
-    needed = num_local_processes() * need.all_batches
+    needed = num_local_processes() * need.at_most
     enough_gib = max(1, math.ceil(1.25 * needed / 2**30))  # others use it as well
     return (
         f"{FOLDER} {size}, and the loaders need up to {_mib(needed)}; enlarge it (docker run "

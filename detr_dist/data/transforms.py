@@ -112,14 +112,17 @@ def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -
     return (short, long) if height <= width else (long, short)
 
 
-def largest_area(
+def areas_after_resize(
     sizes_hw: NDArray[np.int64], augmentation: Augmentation, shortest_edge: int, longest_edge: int
-) -> int:
-    """Return the pixels of the largest image that the resize makes of images of these sizes [N, 2]."""
-    if augmentation == "detr":  # a crop may be of almost any shape
-        return shortest_edge * longest_edge
+) -> tuple[int, int]:
+    """Return the pixels of the smallest and largest image that the resize makes of these sizes [N, 2]; `detr`
+    may stay between them."""
     sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
-    return max(height * width for height, width in sizes)
+    areas = [height * width for height, width in sizes]
+    if augmentation == "detr":  # with a crop of almost any shape
+        smallest_scale = DETR_RESIZE_EDGES[0] / DETR_EDGE
+        return int(min(*areas, shortest_edge**2) * smallest_scale**2), shortest_edge * longest_edge
+    return min(areas), max(areas)
 
 
 def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -> Tensor:

@@ -163,18 +163,24 @@ def raising_always(shape: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("total", "num_processes", "outcome"),
-    [(0, 1, "nothing"), (1000, 8, "nothing"), (100, 1, "nothing"), (100, 2, "warning"), (3, 2, "error")],
+    ("total", "free", "num_processes", "outcome"),
+    [
+        (0, 0, 1, "nothing"),  # without a limit
+        (1000, 900, 8, "nothing"),
+        (1000, 500, 8, "warning"),
+        (100, 90, 1, "nothing"),
+        (100, 90, 2, "error"),
+    ],
 )
 def test_shared_memory_is_compared_with_what_all_processes_need(
-    total, num_processes, outcome, data, monkeypatch, capsys
+    total, free, num_processes, outcome, data, monkeypatch, capsys
 ) -> None:
-    """Two loaders with 4 batches each ahead, and one in use: 9 times 9.2 MiB."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * MIB, 0, total * MIB))
+    """Two loaders with 4 batches each ahead, and one in use: 9 times 8.2 MiB."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * MIB, 0, free * MIB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
     overrides = ["data.num_workers=2", "training.batch_size=3", "data.augmentation=none"]
     need = shared_memory_need(load_config(None, overrides), data, train=True)
-    assert need.all_batches == 9 * 3 * 3 * 800 * 1200
+    assert need == (9 * 3 * 3 * 800 * 1200,) * 2
     if outcome == "error":
         with pytest.raises(LoaderError, match="--shm-size=1g"):
             shared_memory.check_room(need)
