@@ -67,7 +67,7 @@ def refuse(graph: object, inputs: object) -> NoReturn:
 
 
 def test_ddp_does_not_cut_what_is_compiled(tiny_detector) -> None:
-    plain = tiny_detector("detr", dropout=0.0, hidden_dim=64, num_encoder_layers=2, num_decoder_layers=1)
+    plain = tiny_detector("detr", dropout=0.0, hidden_dim=256, num_decoder_layers=1)
     in_ddp, compiled = copy.deepcopy(plain), []
 
     def count(graph: torch.fx.GraphModule, inputs: object) -> torch.fx.GraphModule:
@@ -78,7 +78,7 @@ def test_ddp_does_not_cut_what_is_compiled(tiny_detector) -> None:
     compile_regions(in_ddp.network, backend=count)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = DistributedDataParallel(in_ddp, bucket_cap_mb=0.01)  # far less than a layer has
+        model = DistributedDataParallel(in_ddp)  # with buckets smaller than a layer
         images, sizes_hw = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]])
         expected, found = plain(images, sizes_hw), model(images, sizes_hw)
     finally:
