@@ -20,6 +20,7 @@ from detr_dist.models.architectures import (
     loss_settings_of,
     shape_options,
 )
+from detr_dist.models.backbone_file import load_backbone_file
 from detr_dist.models.detector import Detector, backbone_body
 
 
@@ -59,7 +60,9 @@ def build_detector(
         network = _pretrained_network(config, architecture, labels)
     else:
         network = _new_network(config, architecture, labels)
-        if config.pretrained_backbone:
+        if isinstance(config.pretrained_backbone, str):
+            _load_backbone_file(Path(config.pretrained_backbone).expanduser(), config, network)
+        elif config.pretrained_backbone:
             _load_backbone_weights(config, network)
     body = backbone_body(network)
     if not _freezes_batch_norm(config):
@@ -94,7 +97,7 @@ def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_
 
 
 def _has_pretrained_backbone(config: ModelConfig) -> bool:
-    return config.pretrained is not None or config.pretrained_backbone
+    return config.pretrained is not None or config.pretrained_backbone is not False
 
 
 def _freezes_batch_norm(config: ModelConfig) -> bool:
@@ -236,7 +239,7 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
     if not isinstance(config.backbone, str):
         raise UsageError(
             "model.backbone is a configuration of its own, for which there are no pretrained weights; "
-            "set model.pretrained_backbone=false, or name a timm backbone"
+            "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
         )
     import timm  # a network that begins from scratch starts sooner without it
 
@@ -249,10 +252,20 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
         reason = " ".join(str(error).split())
         raise UsageError(
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
-            "set model.pretrained_backbone=false to train without them"
+            "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
         ) from error
+    _timm_body(network).load_state_dict(source.state_dict())
+
+
+def _load_backbone_file(path: Path, config: ModelConfig, network: PreTrainedModel) -> None:
+    name = config.backbone if isinstance(config.backbone, str) else config.backbone.get("model_type", "")
+    load_backbone_file(path, _timm_body(network), name)
+
+
+def _timm_body(network: PreTrainedModel) -> nn.Module:
+    """The backbone without what the library may wrap around timm's."""
     body = backbone_body(network)
-    getattr(body, "_backbone", body).load_state_dict(source.state_dict())
+    return cast(nn.Module, getattr(body, "_backbone", body))
 
 
 def _is_stem(name: str) -> bool:
