@@ -24,11 +24,12 @@ def load_backbone_file(path: Path, body: nn.Module, backbone: str) -> None:
     weights = _read(path)
     wanted = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
     parts = tuple(f"{_timm_name(name).split('.')[0]}_" for name in wanted)
-    found = {_flat_name(name): tensor for name, tensor in weights.items() if not _is_counter(name)}
+    names = {_flat_name(name): name for name in weights if not _is_counter(name)}
+    found = {key: weights[name] for key, name in names.items()}
     keys = {name: _flat_name(name) for name in wanted}
     missing = [name for name, key in keys.items() if key not in found]
     reshaped = [name for name, key in keys.items() if key in found and found[key].shape != wanted[name].shape]
-    unknown = [key for key in found if key.startswith(parts) and key not in keys.values()]
+    unknown = [names[key] for key in found if key.startswith(parts) and key not in keys.values()]
     if missing or reshaped or unknown:
         differences = (
             (missing, f"of its {len(wanted)} tensors are missing"),

@@ -258,8 +258,8 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
 
 
 def _load_backbone_file(path: Path, config: ModelConfig, network: PreTrainedModel) -> None:
-    name = config.backbone if isinstance(config.backbone, str) else config.backbone.get("model_type", "")
-    load_backbone_file(path, _timm_body(network), name)
+    own = network.config.backbone_config
+    load_backbone_file(path, _timm_body(network), getattr(own, "backbone", None) or own.model_type)
 
 
 def _timm_body(network: PreTrainedModel) -> nn.Module:
