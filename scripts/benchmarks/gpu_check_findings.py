@@ -24,6 +24,10 @@ class Check:
         """Of what the step reports, one JSON object a line."""
         return self.out / f"{self.name}.jsonl"
 
+    def sized(self, on_gpu: int, on_cpu: int) -> int:
+        """Return the one for this device."""
+        return on_gpu if self.on_gpu else on_cpu
+
     def figures(self, **values: Any) -> None:
         """Report measured values by their names."""
         self._write(values)

@@ -68,28 +68,31 @@ def write_all_data(check: Check) -> None:
     """Write pictures for the network and scenes for whole runs."""
     for name in ("photos", "long", "scenes"):
         shutil.rmtree(check.out / name, ignore_errors=True)
-    make_data(check.out / "scenes", num_train=64, num_val=16, seed=0)
+    make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)
     pictures = load_coco(check.out / "scenes" / "train")
     if check.on_gpu:
         (check.out / "photos").mkdir()
         pictures = write_data(check.out / "photos", write_photos(check.out / "photos", (768, 1280)))
     (check.out / "long").mkdir()
-    for split, num_images in (("train", 1200), ("val", 4)):
+    for split, num_images in (("train", check.sized(1600, 160)), ("val", 4)):
         taken_apart.write_long_epoch(pictures, check.out / "long" / split, num_images)
-    check.figures(size_hw=list(pictures.size_hw(0)), scenes=64)
+    check.figures(size_hw=list(pictures.size_hw(0)))
 
 
-def configured(check: Check, overrides: Sequence[str], *, num_workers: int = 6) -> Config:
-    """The shipped configuration at this device's size; nothing but steps happens in it."""
-    size = ["data.augmentation=light", f"data.num_workers={num_workers}", "training.batch_size=8"]
+def settings_for(check: Check) -> list[str]:
+    """What the shipped configuration is changed by for this device."""
     if not check.on_gpu:
-        size = [*SMALL, "data.augmentation=light", "data.num_workers=1", "training.batch_size=2"]
-    else:
-        size += taken_apart.without_download(check.out)
+        return [*SMALL, "data.augmentation=light", "data.num_workers=1", "training.batch_size=2"]
+    users = taken_apart.without_download(check.out)
+    return [*users, "data.augmentation=light", "data.num_workers=6", "training.batch_size=8"]
+
+
+def configured(check: Check, overrides: Sequence[str]) -> Config:
+    """A run in which nothing but steps happens."""
     return load_config(
         check.repository / "configs" / "training.yaml",
         [
-            *size,
+            *settings_for(check),
             *overrides,
             "training.num_epochs=1",
             "training.warmup_steps=1000000",  # so that the steps taken here teach next to nothing
@@ -213,30 +216,13 @@ def count_waits(check: Check) -> None:
         check.expect(len(waits) <= 1, "the host waits for the GPU more than once a step")
 
 
-def time_command(check: Check, overrides: Sequence[str]) -> None:
-    """Train by the real command, with 12 loader processes on a GPU."""
-    for leftover in check.out.glob("whole*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    options = RunOptions(check.out / "long" / "train", check.out / "long" / "val", check.out / "out")
-    config = configured(check, overrides if check.on_gpu else [], num_workers=12)
-    step_s, wait_share = taken_apart.run_command(config, options, "whole")
-    check.figures(
-        step_ms=1e3 * step_s, images_per_s=config.training.batch_size / step_s, data_wait_share=wait_share
-    )
-    check.expect_on_gpu(wait_share < 0.03, "waits for data for 3 percent of the time or more")
-    compiled = check.figures_of("compiled")
-    if check.on_gpu and compiled:
-        of_the_bare = 1e3 * step_s / compiled["bare_ms"]
-        check.figures(of_the_bare=of_the_bare)
-        check.expect(
-            of_the_bare <= 1.1, "a whole step takes more than 1.10 of the bare compiled network's time"
-        )
-
-
 def time_new_canvases(check: Check) -> None:
     """Compare steps on canvases of new sizes with steps on the same sizes once more."""
     least, step = (704, 64) if check.on_gpu else (64, 32)
-    sizes_hw = [(least + step * i, 3 * least // 2 // step * step + step * (5 * i % 6)) for i in range(6)]
+    sizes_hw = [
+        (least + step * i, 3 * least // 2 // step * step + step * (5 * i % 6))
+        for i in range(check.sized(6, 2))
+    ]
     with ExitStack() as held:
         bench = laid_out(check, ["training.mixed_precision=bf16"], held)
         bench.with_loop()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from gpu_check_findings import Check
-from gpu_check_network import SMALL
+from gpu_check_network import SMALL, settings_for
 from mlflow import MlflowClient
 
 import detr_dist.training.run  # noqa: F401  what a command needs, imported once for all of them
@@ -28,9 +28,32 @@ NO_CHANCE = ["model.dropout=0", "data.augmentation=none"]  # for runs whose proc
 LOSSES_APART = 1e-4  # relative, of one process and two in float32: sums in another order, over ten steps
 
 
+def time_training(check: Check, overrides: Sequence[str]) -> None:
+    """Train by the real command; on a GPU with 12 loader processes."""
+    settings = settings_for(check)
+    if check.on_gpu:
+        settings += [*overrides, "data.num_workers=12"]
+    logging = f"logging.log_every_steps={check.sized(10, 1)}"
+    run = train(
+        check, "whole", f"training.max_steps={check.sized(160, 8)}", logging, settings=settings, data="long"
+    )
+    metrics = ("train_images_per_s", "train_data_wait_share")
+    images_per_s, wait_share = (statistics.median(run.history(metric)[6:]) for metric in metrics)
+    check.figures(images_per_s=images_per_s, data_wait_share=wait_share)
+    check.expect_on_gpu(wait_share < 0.03, "training waits for data for 3 percent of its time or more")
+    compiled = check.figures_of("compiled")
+    if compiled:
+        bare_images_per_s = 1e3 * compiled["images"][0] / compiled["bare_ms"]
+        check.figures(of_the_bare=bare_images_per_s / images_per_s)
+        check.expect(
+            bare_images_per_s <= 1.1 * images_per_s,
+            "a step takes more than 1.10 of the bare compiled network's time",
+        )
+
+
 def compare_evaluations(check: Check) -> None:
     """Evaluate a model on the GPU and on the CPU."""
-    losses = train(check, "evaluate", "training.max_steps=16", "training.num_epochs=2").history("train_loss")
+    losses = train(check, "evaluate", f"training.max_steps={check.sized(32, 2)}").history("train_loss")
     reports = {}
     for device, environment in {"gpu": {}, "cpu": {"ACCELERATE_USE_CPU": "true"}}.items():
         path = check.out / f"evaluate_{device}.json"
@@ -54,7 +77,7 @@ def compare_evaluations(check: Check) -> None:
 def compare_one_process_with_two(check: Check) -> None:
     """Train with one process and with two, on the same GPU, that see the same images in each step."""
     for tf32 in (False, True) if check.on_gpu else (False,):
-        way = [*NO_CHANCE, "training.max_steps=10", f"training.tf32={str(tf32).lower()}"]
+        way = [*NO_CHANCE, f"training.max_steps={check.sized(10, 2)}", f"training.tf32={str(tf32).lower()}"]
         one = train(check, "one", *way, "training.batch_size=8").history("train_loss")
         two = train(check, "two", *way, "training.batch_size=4", num_processes=2).history("train_loss")
         found = apart(one, two)
@@ -66,9 +89,10 @@ def compare_one_process_with_two(check: Check) -> None:
 def compare_resumed_with_uninterrupted(check: Check) -> None:
     """Train without interruption and with one; on a GPU in fp16, whose loss scale is resumed too."""
     way = ["training.num_epochs=20", f"training.mixed_precision={'fp16' if check.on_gpu else 'no'}"]
-    whole = train(check, "whole_run", *way, "training.max_steps=40")
-    train(check, "cut_run", *way, "training.max_steps=20")
-    resumed = train(check, "cut_run", *way, "training.max_steps=40", "--resume", "auto")
+    num_steps = check.sized(40, 4)
+    whole = train(check, "uninterrupted", *way, f"training.max_steps={num_steps}")
+    train(check, "resumed", *way, f"training.max_steps={num_steps // 2}")
+    resumed = train(check, "resumed", *way, f"training.max_steps={num_steps}", "--resume", "auto")
     losses_apart = apart(whole.history("train_loss"), resumed.history("train_loss"))
     speeds = [statistics.median(run.history("train_images_per_s")[-10:]) for run in (whole, resumed)]
     check.figures(losses_apart=losses_apart, images_per_s=speeds[0], resumed_images_per_s=speeds[1])
@@ -81,8 +105,9 @@ def compare_resumed_with_uninterrupted(check: Check) -> None:
 
 def compare_two_runs(check: Check) -> None:
     """Train the same twice, as usual and with `training.deterministic`."""
-    for name, setting in {"default": "false", "deterministic": "true"}.items():
-        way = ["training.max_steps=20", "training.num_epochs=20", f"training.deterministic={setting}"]
+    ways = {"default": "false", "deterministic": "true"} if check.on_gpu else {"deterministic": "true"}
+    for name, setting in ways.items():
+        way = [f"training.max_steps={check.sized(20, 2)}", f"training.deterministic={setting}"]
         first, second = (train(check, "again", *way).history("train_loss") for _ in range(2))
         check.figures(**{f"{name}_losses_apart": apart(first, second)})
         check.expect(check.on_gpu or first == second, f"two runs on the CPU differ ({name})")
@@ -91,10 +116,17 @@ def compare_two_runs(check: Check) -> None:
 def run_out_of_memory(check: Check) -> None:
     """Train with less memory than it takes: one line has to say so, at once."""
     check.needs_gpu("the CPU's memory is not ours to use up")
-    code, said = training(check, "oom", before=partial(torch.cuda.set_per_process_memory_fraction, 0.001))
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    check.figures(exit_code=code, error=" ".join(errors)[:200])
-    check.expect(code == 1, "a lack of memory does not end the run with exit code 1")
+    path = check.out / "out_of_memory.txt"
+    path.unlink(missing_ok=True)
+    child = start(
+        training_arguments(check, "oom", *settings_for(check)),
+        output=path,
+        before=partial(torch.cuda.set_per_process_memory_fraction, 0.02),
+    )
+    child.join()
+    errors = [line for line in path.read_text().splitlines() if line.startswith("error: ")]
+    check.figures(exit_code=child.exitcode, error=" ".join(errors)[:200])
+    check.expect(child.exitcode == 1, "a lack of memory does not end the run with exit code 1")
     check.expect(len(errors) == 1 and "memory" in errors[0], "a lack of memory is not reported in one line")
 
 
@@ -103,24 +135,19 @@ def launch(check: Check, config_name: str) -> None:
     check.needs_gpu("tests start the files for the CPU")
     if "deepspeed" in config_name and importlib.util.find_spec("deepspeed") is None:
         check.skip("deepspeed is not installed")
+    shutil.rmtree(check.out / config_name, ignore_errors=True)
     file = check.repository / "accelerate_configs" / f"{config_name}.yaml"
-    started = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        file,
-        "--num_processes",
-        "1",
-    ]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "1"]
     script = check.repository / "scripts" / "train_detr.py"
     more = ["training.mixed_precision=bf16", "training.max_steps=20", "logging.memory_every_steps=5"]
-    arguments = training_arguments(check, config_name, *more)[1:]  # the script's name stands for `train`
-    subprocess.run([*map(str, [*started, script, *arguments])], check=True)
+    _, *arguments = training_arguments(check, config_name, *SMALL, *more)  # the script stands for `train`
+    subprocess.run([*map(str, [sys.executable, *launcher, script, *arguments])], check=True)
     run = Run(check.out / config_name)
-    memory = run.history("memory_gpu_gb")
-    check.figures(last_loss=run.history("train_loss")[-1], images_per_s=run.history("train_images_per_s")[-1])
-    check.figures(memory_gpu_gb=max(memory, default=0.0))
+    check.figures(
+        last_loss=run.history("train_loss")[-1],
+        images_per_s=run.history("train_images_per_s")[-1],
+        memory_gpu_gb=max(run.history("memory_gpu_gb")),
+    )
 
 
 class Run:
@@ -139,7 +166,14 @@ def apart(one: Sequence[float], other: Sequence[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(one, other, strict=True))
 
 
-def train(check: Check, output: str, *arguments: str, num_processes: int = 1) -> Run:
+def train(
+    check: Check,
+    output: str,
+    *arguments: str,
+    settings: Sequence[str] = SMALL,
+    data: str = "scenes",
+    num_processes: int = 1,
+) -> Run:
     """Train to the end.
 
     Raises:
@@ -147,42 +181,27 @@ def train(check: Check, output: str, *arguments: str, num_processes: int = 1) ->
     """
     if "--resume" not in arguments:
         shutil.rmtree(check.out / output, ignore_errors=True)
-    command(training_arguments(check, output, *arguments), num_processes=num_processes)
+    command(training_arguments(check, output, *settings, *arguments, data=data), num_processes=num_processes)
     return Run(check.out / output)
 
 
-def training(check: Check, output: str, *, before: Callable[[], object]) -> tuple[int, str]:
-    """Return the exit code and the output of a training, after calling `before` in its process."""
-    path = check.out / f"{output}.txt"
-    path.unlink(missing_ok=True)
-    child = start(training_arguments(check, output), {}, output=path, before=before)
-    child.join()
-    said = path.read_text()
-    print(said)
-    return child.exitcode, said
-
-
-def training_arguments(check: Check, output: str, *more: str) -> list[str]:
-    scenes = check.out / "scenes"
-    folders = [
-        "--train-dir",
-        scenes / "train",
-        "--val-dir",
-        scenes / "val",
-        "--output-dir",
-        check.out / output,
-    ]
-    settings = [
-        *SMALL,
+def training_arguments(check: Check, output: str, *more: str, data: str = "scenes") -> list[str]:
+    """Return what follows `detr-dist`."""
+    config = check.repository / "configs" / "training.yaml"
+    train_dir, val_dir = (check.out / data / split for split in ("train", "val"))
+    paths = {"config": config, "train-dir": train_dir, "val-dir": val_dir, "output-dir": check.out / output}
+    return [
+        "train",
+        *itertools.chain.from_iterable((f"--{name}", str(path)) for name, path in paths.items()),
+        "data.augmentation=light",
         "data.num_workers=1",
         "training.batch_size=8",
         f"logging.mlflow_tracking_uri=sqlite:///{check.out / 'mlflow.db'}",
         "logging.log_every_steps=1",
         "logging.tensorboard=false",
         "evaluation.pictures=false",
+        *more,
     ]
-    config = check.repository / "configs" / "training.yaml"
-    return [str(each) for each in ["train", "--config", config, *folders, *settings, *more]]
 
 
 def command(
@@ -239,14 +258,14 @@ def use_gloo() -> None:
 
 def start(
     arguments: Sequence[str],
-    environment: Mapping[str, str],
+    environment: Mapping[str, str] | None = None,
     *,
     output: Path | None = None,
     before: Callable[[], object] | None = None,
 ) -> Any:
     """Start a command in a process that is forked from this one, which has imported all that it needs."""
     run = multiprocessing.get_context("fork").Process(
-        target=run_forked, args=(arguments, environment, output, before)
+        target=run_forked, args=(arguments, environment or {}, output, before)
     )
     run.start()
     return run

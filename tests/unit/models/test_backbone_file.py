@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.models.architectures import ARCHITECTURES
-from detr_dist.models.build import build_detector
-from detr_dist.models.detector import Detector, backbone_body
+from detr_dist.models.build import build_detector, load_network, trained_detector
+from detr_dist.models.detector import Detector, backbone_body, plain_network
 
 Weights = dict[str, Tensor]
 BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "num_queries": 6}
@@ -49,8 +49,8 @@ def body_of(detector: Detector) -> nn.Module:
     return getattr(body, "_backbone", body)
 
 
-def batch_norms(detector: Detector) -> list[nn.Module]:
-    return [module for module in body_of(detector).modules() if "BatchNorm" in type(module).__name__]
+def norms_in(module: nn.Module) -> list[nn.Module]:
+    return [each for each in module.modules() if "BatchNorm" in type(each).__name__]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -62,14 +62,14 @@ def test_every_architecture_starts_from_the_weights_of_a_file(
     got = body_of(detector).state_dict()
     assert len(got) > 50
     assert all(torch.equal(got[name], resnet[name]) for name in got)
-    assert not any(isinstance(norm, nn.BatchNorm2d) for norm in batch_norms(detector))
+    assert not any(isinstance(norm, nn.BatchNorm2d) for norm in norms_in(body_of(detector)))
     fixed = {name.split(".")[0] for name, p in body_of(detector).named_parameters() if not p.requires_grad}
     assert fixed == {"conv1", "layer1"}
 
 
 def test_batch_norm_of_a_file_learns_where_it_is_wanted(resnet: Weights, tmp_path: Path) -> None:
     torch.save(resnet, tmp_path / "weights.pth")
-    norms = batch_norms(built(tmp_path / "weights.pth", freeze_batch_norm=False))
+    norms = norms_in(body_of(built(tmp_path / "weights.pth", freeze_batch_norm=False)))
     assert norms
     assert all(isinstance(norm, nn.BatchNorm2d) for norm in norms)
     assert torch.equal(norms[0].running_mean, resnet["conv1.1.running_mean"])
@@ -247,3 +247,37 @@ def test_published_weights_are_those_of_timms_network(tmp_path: Path) -> None:
     got = body_of(built(tmp_path / "weights.pth", backbone="tf_efficientnet_lite0")).state_dict()
     assert len(got) == 240
     assert all(torch.equal(tensor, weights[name]) for name, tensor in got.items())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_activations_inside_batch_norm_are_kept_as_timm_has_them(frozen: bool, tmp_path: Path) -> None:
+    original = timm.create_model("test_efficientnet", features_only=True, out_indices=[3])
+    torch.save(weights_of(original), tmp_path / "weights.pth")
+    backbone = {"model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [3]}
+    detector = built(tmp_path / "weights.pth", backbone=backbone, freeze_batch_norm=frozen).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (expected,) = original.eval()(pixels)
+        # Another order of the same float32 sums: frozen batch norm multiplies once.
+        torch.testing.assert_close(body_of(detector)(pixels)[0], expected, rtol=1e-4, atol=1e-4)
+        images, sizes_hw = torch.randint(255, (1, 3, 64, 64), dtype=torch.uint8), torch.tensor([[64, 64]])
+        boxes = detector(images, sizes_hw)["pred_boxes"][-1]
+        plain = plain_network(detector)
+        plain.save_pretrained(tmp_path / "model")
+        config = ModelConfig(freeze_batch_norm=frozen)
+        loaded = load_network("the model", str(tmp_path / "model"))
+        loaded_boxes = trained_detector(loaded, config, channels_last=False)(images, sizes_hw)["pred_boxes"][
+            -1
+        ]
+        torch.testing.assert_close(loaded_boxes, boxes, rtol=0, atol=0)
+        pixel_values = (images - detector.mean) / detector.std
+        torch.testing.assert_close(plain(pixel_values=pixel_values).pred_boxes, boxes, rtol=0, atol=1e-5)
+
+
+def test_a_network_that_was_trained_without_its_activations_stays_as_it_was(tmp_path: Path) -> None:
+    backbone = {"model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [3]}
+    old = plain_network(built("", backbone=backbone, pretrained_backbone=False))
+    del old.config.timm_batch_norm
+    old.save_pretrained(tmp_path / "model")
+    loaded = load_network("the model", str(tmp_path / "model"))
+    assert {type(norm).__name__ for norm in norms_in(loaded)} == {"DetrFrozenBatchNorm2d"}
