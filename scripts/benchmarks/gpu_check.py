@@ -188,7 +188,7 @@ def described(found: Findings) -> list[str]:
 
 
 def last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
     return lines[-1][:300] if lines else "it ended without a word"
 
 

@@ -67,6 +67,7 @@ class Findings:
 
 
 def read_findings(path: Path) -> Findings:
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines()]
     figures = {name: value for line in lines for name, value in line.items() if name != "failed"}
     return Findings(figures, [line["failed"] for line in lines if "failed" in line])

@@ -42,8 +42,8 @@ DEFORMABLE = [
     "model.num_queries=300",
 ]
 SMALL = [  # a network and pictures for the CPU, and for runs that only compare losses
-    "data.shortest_edge=96",
-    "data.longest_edge=160",
+    "data.shortest_edge=64",
+    "data.longest_edge=96",
     "model.backbone={model_type: resnet, layer_type: basic, embedding_size: 16, "
     "hidden_sizes: [16, 16, 32, 32], depths: [1, 1, 1, 1], out_features: [stage4]}",
     "model.pretrained_backbone=false",

@@ -16,12 +16,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+# What commands need, imported once for all of their processes: it takes seconds.
+import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import torch
 from gpu_check_findings import Check
 from gpu_check_network import SMALL, settings_for
 from mlflow import MlflowClient
 
-import detr_dist.training.run  # noqa: F401  what a command needs, imported once for all of them
+import detr_dist.training.run  # noqa: F401
 from detr_dist.cli import main as run_command
 
 NO_CHANCE = ["model.dropout=0", "data.augmentation=none"]  # for runs whose processes see the same images
