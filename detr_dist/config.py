@@ -45,6 +45,15 @@ def _precision_name(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _switch_or_path(value: Any) -> Any:
+    """One complaint instead of pydantic's two, one for each kind that it could have been."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if not isinstance(value, bool | str) or value == "":
+        raise ValueError("true, false or the path of a file is wanted")
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
 def _share_or_auto(value: Any) -> Any:
     """One complaint instead of pydantic's two, one for each kind that it could have been."""
     try:
@@ -89,6 +98,7 @@ Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan
 PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
+SwitchOrPath = Annotated[bool | str, BeforeValidator(_switch_or_path)]
 ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_empty_mapping)]
 
@@ -146,8 +156,9 @@ class ModelConfig(Section):
     pretrained: str | None = None
     """Hub id or folder of a whole detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is made
     anew."""
-    pretrained_backbone: bool = True
-    """Start the backbone from timm's ImageNet weights."""
+    pretrained_backbone: SwitchOrPath = True
+    """Start the backbone from timm's ImageNet weights, downloaded once; or from the file at this path, a timm
+    state dict (.safetensors or .pth), where there is no internet. `pretrained` has a backbone of its own."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
     otherwise."""

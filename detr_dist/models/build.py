@@ -20,7 +20,14 @@ from detr_dist.models.architectures import (
     loss_settings_of,
     shape_options,
 )
+from detr_dist.models.backbone_file import load_backbone_file
 from detr_dist.models.detector import Detector, backbone_body
+from detr_dist.models.timm_norms import (
+    keeps_timm_norms,
+    mark_timm_norms,
+    restore_timm_norms,
+    thaw_timm_norms,
+)
 
 
 def build_detector(
@@ -59,11 +66,15 @@ def build_detector(
         network = _pretrained_network(config, architecture, labels)
     else:
         network = _new_network(config, architecture, labels)
-        if config.pretrained_backbone:
+        mark_timm_norms(network)
+        if isinstance(config.pretrained_backbone, str):
+            _load_backbone_file(Path(config.pretrained_backbone).expanduser(), network)
+        elif config.pretrained_backbone:
             _load_backbone_weights(config, network)
     body = backbone_body(network)
+    restore_timm_norms(network, body)
     if not _freezes_batch_norm(config):
-        _thaw_batch_norm(body)
+        _thaw_batch_norm(network)
     for name, parameter in body.named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and _is_stem(name)))
     detector = _detector(network, architecture, channels_last=channels_last)
@@ -78,7 +89,7 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
     kinds of batch norm round differently.
     """
     if not _freezes_batch_norm(config):
-        _thaw_batch_norm(backbone_body(network))
+        _thaw_batch_norm(network)
     model_type = network.config.model_type
     architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
     return _detector(network, architecture, channels_last=channels_last).eval()
@@ -94,7 +105,7 @@ def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_
 
 
 def _has_pretrained_backbone(config: ModelConfig) -> bool:
-    return config.pretrained is not None or config.pretrained_backbone
+    return config.pretrained is not None or config.pretrained_backbone is not False
 
 
 def _freezes_batch_norm(config: ModelConfig) -> bool:
@@ -142,6 +153,7 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
             f"{reference}: cannot be loaded ({reason}); give the folder of a model or checkpoint, an MLflow "
             "URI or a hub id"
         ) from error
+    restore_timm_norms(network, backbone_body(network))
     return cast(PreTrainedModel, network.eval())
 
 
@@ -236,7 +248,7 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
     if not isinstance(config.backbone, str):
         raise UsageError(
             "model.backbone is a configuration of its own, for which there are no pretrained weights; "
-            "set model.pretrained_backbone=false, or name a timm backbone"
+            "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
         )
     import timm  # a network that begins from scratch starts sooner without it
 
@@ -249,10 +261,20 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
         reason = " ".join(str(error).split())
         raise UsageError(
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
-            "set model.pretrained_backbone=false to train without them"
+            "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
         ) from error
+    _unwrapped_body(network).load_state_dict(source.state_dict())
+
+
+def _load_backbone_file(path: Path, network: PreTrainedModel) -> None:
+    own = network.config.backbone_config
+    load_backbone_file(path, _unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
+
+
+def _unwrapped_body(network: PreTrainedModel) -> nn.Module:
+    """The backbone without what the library may wrap around timm's."""
     body = backbone_body(network)
-    getattr(body, "_backbone", body).load_state_dict(source.state_dict())
+    return cast(nn.Module, getattr(body, "_backbone", body))
 
 
 def _is_stem(name: str) -> bool:
@@ -261,15 +283,16 @@ def _is_stem(name: str) -> bool:
     return re.match(f"{timm}|{transformers}", name) is not None
 
 
-def _thaw_batch_norm(module: nn.Module) -> None:
-    """Put trainable batch norm where the library has put frozen one, with the same weights and statistics."""
-    for name, child in module.named_children():
-        if type(child).__name__.endswith("FrozenBatchNorm2d"):
-            trainable = nn.BatchNorm2d(len(cast(Tensor, child.weight)))
-            trainable.load_state_dict(child.state_dict(), strict=False)
-            setattr(module, name, trainable)
-        else:
-            _thaw_batch_norm(child)
+def _thaw_batch_norm(network: PreTrainedModel) -> None:
+    """Put trainable batch norm where there is frozen one, with the same weights and statistics."""
+    body = backbone_body(network)
+    if keeps_timm_norms(network):
+        thaw_timm_norms(body)
+    for name, module in list(body.named_modules()):
+        if type(module).__name__.endswith("FrozenBatchNorm2d"):
+            trainable = nn.BatchNorm2d(len(cast(Tensor, module.weight)))
+            trainable.load_state_dict(module.state_dict(), strict=False)
+            body.set_submodule(name, trainable)
 
 
 def _check_forward(detector: Detector) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from detr_dist.models.criterion import LossSettings
 from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
+from detr_dist.models.timm_norms import restore_timm_norms
 
 # Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -86,6 +87,7 @@ def plain_network(detector: Detector) -> PreTrainedModel:
     Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
     """
     network = AutoModelForObjectDetection.from_config(detector.network.config)
+    restore_timm_norms(network, backbone_body(network))
     load_plain_weights(network, detector.network.state_dict())
     return cast(PreTrainedModel, network.eval())
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detr_dist.config import ignored_variables
 from detr_dist.data.statistics import CheckSettings, check_boxes
+from detr_dist.models.timm_norms import keeps_timm_norms
 from detr_dist.training.setup import Setup
 
 _MIB = 2**20
@@ -30,6 +31,11 @@ def describe_run(setup: Setup) -> Iterator[str]:
         yield (
             f"training.warmup_steps {setup.config.training.warmup_steps}: the learning rate does not reach "
             "its peak in this run"
+        )
+    if keeps_timm_norms(setup.detector.network):
+        yield (
+            f"model.backbone {setup.config.model.backbone}: transformers itself leaves out its "
+            "activations; load the model with detr-dist or MLflow, not with from_pretrained"
         )
     yield _describe_sizes(setup)
 

@@ -14,7 +14,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
+from transformers import ResNetBackbone, ResNetConfig
 
 from detr_dist.training.checkpoint import _fingerprint, newest_checkpoint
 
@@ -392,6 +394,32 @@ def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
     both = workplace.train(tiny_data, "--resume", "out", "--init-from", "out")
     assert both.returncode == 2
     assert "leave one of them out" in both.stderr
+
+
+def test_a_file_of_backbone_weights_is_needed_for_the_first_step_only(workplace, tiny_data: Path) -> None:
+    backbone = yaml.safe_load(workplace.config.read_text())["model"]["backbone"]
+    weights = ResNetBackbone(ResNetConfig(**backbone)).state_dict()
+    torch.save(weights, workplace.folder / "r50.pth")
+    settings = ("model.pretrained_backbone=r50.pth", "training.num_epochs=4")
+    started = workplace.train(tiny_data, *settings, "training.max_steps=2")
+    assert started.returncode == 0, started.stderr
+    saved = load_file(workplace.folder / "out" / "checkpoints" / "last" / "model.safetensors")
+    statistics = [
+        name for name in saved if name.endswith("stages.3.layers.0.layer.1.normalization.running_var")
+    ]
+    assert [bool((saved[name] == 1).all()) for name in statistics] == [
+        True
+    ]  # frozen, as they were in the file
+    (workplace.folder / "r50.pth").unlink()
+    resumed = workplace.train(tiny_data, *settings, "training.max_steps=4", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert workplace.history("train_loss")[-1][0] == 4
+    assert "pretrained_backbone: r50.pth" in (workplace.folder / "out" / "config.yaml").read_text()
+    evaluated = workplace.run("evaluate", "--model", "out/model", "--data-dir", tiny_data / "val")
+    assert evaluated.returncode == 0, evaluated.stderr
+    again = workplace.train(tiny_data, *settings, output="new")
+    assert again.returncode == 2
+    assert "model.pretrained_backbone r50.pth: no such file" in again.stderr
 
 
 def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_data: Path) -> None:

@@ -184,3 +184,13 @@ def test_every_key_has_an_explanation() -> None:
     assert len(keys) > 30
     assert all(meaning.endswith(".") for _, _, meaning in keys)
     assert Config() == load_config(None)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [("true", True), ("false", False), ("'true'", True), ("weights/r50.pth", "weights/r50.pth")],
+)
+def test_pretrained_backbone_is_a_switch_or_a_path(given: str, value: bool | str) -> None:
+    assert load_config(None, [f"model.pretrained_backbone={given}"]).model.pretrained_backbone is value or (
+        isinstance(value, str)
+    )

@@ -1,0 +1,253 @@
+"""Steps of gpu_check.py that take the network in hand: its speed, its memory, its precision, its waits.
+
+On a GPU it is the network that configs/training.yaml trains, with random weights in place of ImageNet's; on
+the CPU a tiny one, for which speed proves nothing.
+"""
+
+import collections
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import train_step as taken_apart
+from gpu_check_findings import Check
+from loader import write_data, write_photos
+from timing import seconds_of
+from torch import Tensor
+
+from detr_dist.config import Config, load_config
+from detr_dist.data.coco import load_coco
+from detr_dist.data.synthetic import make_data
+from detr_dist.distributed import autocast, group_of_processes
+from detr_dist.training.setup import RunOptions
+
+TF32, FLOAT32 = (
+    ["training.mixed_precision=no", "training.tf32=true"],
+    ["training.mixed_precision=no", "training.tf32=false"],
+)
+DEFORMABLE = [
+    "training.mixed_precision=bf16",
+    "training.batch_size=2",
+    "model.model_architecture=deformable_detr",
+    "model.num_queries=300",
+]
+SMALL = [  # a network and pictures for the CPU, and for runs that only compare losses
+    "data.shortest_edge=64",
+    "data.longest_edge=96",
+    "model.backbone={model_type: resnet, layer_type: basic, embedding_size: 16, "
+    "hidden_sizes: [16, 16, 32, 32], depths: [1, 1, 1, 1], out_features: [stage4]}",
+    "model.pretrained_backbone=false",
+    "model.freeze_batch_norm=true",
+    "model.hidden_dim=32",
+    "model.num_encoder_layers=1",
+    "model.num_decoder_layers=2",
+    "model.num_queries=40",
+]
+PEAK_TFLOPS = {  # dense, by the makers' data sheets: bf16 and fp16, TF32, float32
+    "H100 PCIe": (756, 378, 51),
+    "H100": (989, 495, 67),
+    "H200": (989, 495, 67),
+    "A100": (312, 156, 19.5),
+    "L40S": (362, 183, 91.6),
+    "L4": (121, 60, 30.3),
+}
+LEAST_PIXELS_APART = 0.3  # of boxes in half precision, of 1333, on average
+
+
+def write_all_data(check: Check) -> None:
+    """Write pictures for the network and scenes for whole runs."""
+    for name in ("photos", "long", "scenes"):
+        shutil.rmtree(check.out / name, ignore_errors=True)
+    make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)
+    pictures = load_coco(check.out / "scenes" / "train")
+    if check.on_gpu:
+        (check.out / "photos").mkdir()
+        pictures = write_data(check.out / "photos", write_photos(check.out / "photos", (768, 1280)))
+    (check.out / "long").mkdir()
+    for split, num_images in (("train", check.sized(1600, 160)), ("val", 4)):
+        taken_apart.write_long_epoch(pictures, check.out / "long" / split, num_images)
+    check.figures(size_hw=list(pictures.size_hw(0)))
+
+
+def settings_for(check: Check) -> list[str]:
+    """What the shipped configuration is changed by for this device."""
+    if not check.on_gpu:
+        return [*SMALL, "data.augmentation=light", "data.num_workers=1", "training.batch_size=2"]
+    users = taken_apart.without_download(check.out)
+    return [*users, "data.augmentation=light", "data.num_workers=6", "training.batch_size=8"]
+
+
+def configured(check: Check, overrides: Sequence[str]) -> Config:
+    """A run in which nothing but steps happens."""
+    return load_config(
+        check.repository / "configs" / "training.yaml",
+        [
+            *settings_for(check),
+            *overrides,
+            "training.num_epochs=1",
+            "training.warmup_steps=1000000",  # so that the steps taken here teach next to nothing
+            "evaluation.pictures=false",
+            f"logging.mlflow_tracking_uri=sqlite:///{check.out / 'mlflow.db'}",
+            "logging.tensorboard=false",
+        ],
+    )
+
+
+def laid_out(check: Check, overrides: Sequence[str], held: ExitStack) -> taken_apart.Workbench:
+    """A run that is ready to train, in this process."""
+    held.enter_context(group_of_processes())
+    shutil.rmtree(check.out / check.name, ignore_errors=True)
+    options = RunOptions(check.out / "long" / "train", check.out / "long" / "val", check.out / check.name)
+    return taken_apart.lay_out(configured(check, overrides), options, held)
+
+
+def time_step(check: Check, overrides: Sequence[str], *, gpu_only: bool = False) -> None:
+    """Report the time of a step as training takes it, its rate of operations, and its memory."""
+    if gpu_only:
+        check.needs_gpu("measured there only")
+    with ExitStack() as held:
+        bench = laid_out(check, overrides, held)
+        settings = bench.setup.config.training
+        num_images = len(bench.batch.image_ids)
+        first_s = seconds_of(bench.with_loop, bench.device)
+        step_s, bare_s = median_s(bench.with_loop, bench), median_s(bench.bare, bench)
+        check.figures(
+            images=list(bench.batch.images.shape),
+            step_ms=1e3 * step_s,
+            images_per_s=num_images / step_s,
+            bare_ms=1e3 * bare_s,
+            of_the_bare=step_s / bare_s,
+            first_step_s=first_s,
+        )
+        tflops = bench.count_operations() / step_s / 1e12
+        check.figures(TFLOPS=tflops)
+        peak = peak_tflops(settings.mixed_precision, tf32=settings.tf32) if check.on_gpu else None
+        if peak is not None:
+            check.figures(of_peak=tflops / peak)
+        if check.on_gpu:
+            check.figures(GiB_an_image=gib_an_image(bench))
+        library_s = median_s(bench.with_library_loss, bench)
+        check.figures(library_ms=1e3 * library_s, faster_than_library=library_s / step_s)
+        if settings.compile_model:
+            check.expect_on_gpu(
+                step_s <= 1.1 * bare_s, "a step takes more than 1.10 of the bare network's time"
+            )
+            check.expect_on_gpu(
+                library_s >= 1.5 * step_s, "less than 1.5 times as fast as the library's loss, uncompiled"
+            )
+
+
+def median_s(action: Any, bench: taken_apart.Workbench) -> float:
+    warm_up, num_steps = (3, 8) if bench.device.type == "cuda" else (1, 1)
+    seconds = [seconds_of(action, bench.device) for _ in range(warm_up + num_steps)]
+    return statistics.median(seconds[warm_up:])
+
+
+def peak_tflops(precision: str, *, tf32: bool) -> float | None:
+    """What the maker states for this GPU, if it is known here."""
+    gpu = torch.cuda.get_device_name()
+    for name, (half, tensor_float, single) in PEAK_TFLOPS.items():
+        if name in gpu:
+            return half if precision != "no" else tensor_float if tf32 else single
+    return None
+
+
+def gib_an_image(bench: taken_apart.Workbench) -> float:
+    """Most memory of a step beside what stays between two steps."""
+    resident = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    bench.with_loop()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - resident) / 2**30 / len(bench.batch.image_ids)
+
+
+def compare_boxes(check: Check) -> None:
+    """Compare the boxes in half precision with those in float32: close, and finer than half precision."""
+    with ExitStack() as held:
+        bench = laid_out(check, FLOAT32, held)
+        exact = boxes_of(bench, "no")
+        for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
+            if name == "fp16" and not check.on_gpu:
+                continue
+            boxes = boxes_of(bench, name)
+            pixels_apart = 1333 * (boxes.float() - exact).abs().mean().item()
+            is_coarse = torch.equal(boxes.float(), boxes.to(dtype).float())
+            check.figures(**{f"{name}_pixels_apart": pixels_apart, f"{name}_on_grid": is_coarse})
+            check.expect(not is_coarse, f"boxes lie on the grid of {name}")
+            check.expect(
+                pixels_apart <= LEAST_PIXELS_APART,
+                f"boxes in {name} are more than {LEAST_PIXELS_APART} px of 1333 from float32's on average",
+            )
+
+
+def boxes_of(bench: taken_apart.Workbench, precision: str) -> Tensor:
+    detector = bench.setup.detector.eval()
+    with torch.no_grad(), autocast(bench.device, precision):
+        outputs = detector(bench.images, bench.sizes_hw, bench.is_padded)
+    return outputs["pred_boxes"]
+
+
+def count_waits(check: Check) -> None:
+    """Count how often a step makes the host wait for the GPU: once, for the costs of the assignment."""
+    check.needs_gpu("the host has nothing to wait for")
+    with ExitStack() as held:
+        bench = laid_out(check, ["training.mixed_precision=bf16"], held)
+        for _ in range(3):
+            bench.with_loop()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            bench.with_loop()
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [each for each in caught if "synchronizing CUDA operation" in str(each.message)]
+        where = collections.Counter(f"{Path(each.filename).name}:{each.lineno}" for each in waits)
+        check.figures(waits_a_step=len(waits), where=dict(where))
+        check.expect(len(waits) <= 1, "the host waits for the GPU more than once a step")
+
+
+def time_new_canvases(check: Check) -> None:
+    """Compare steps on canvases of new sizes with steps on the same sizes once more."""
+    least, step = (704, 64) if check.on_gpu else (64, 32)
+    sizes_hw = [
+        (least + step * i, 3 * least // 2 // step * step + step * (5 * i % 6))
+        for i in range(check.sized(6, 2))
+    ]
+    with ExitStack() as held:
+        bench = laid_out(check, ["training.mixed_precision=bf16"], held)
+        bench.with_loop()
+        new, again = ([seconds_on(bench, size_hw) for size_hw in sizes_hw] for _ in range(2))
+        new_ms, again_ms = (1e3 * statistics.median(seconds) for seconds in (new, again))
+        check.figures(new_canvas_ms=new_ms, same_again_ms=again_ms)
+        check.expect_on_gpu(new_ms < 2 * again_ms, "a canvas of a new size costs more than a step")
+
+
+def seconds_on(bench: taken_apart.Workbench, size_hw: tuple[int, int]) -> float:
+    """Seconds of a step whose images all have this size."""
+    num_images = len(bench.batch.image_ids)
+    batch = dataclasses.replace(
+        bench.batch,
+        images=torch.randint(255, (num_images, 3, *size_hw), dtype=torch.uint8),
+        sizes_hw=torch.tensor([size_hw] * num_images),
+        is_padded=False,
+    )
+    return seconds_of(lambda: bench.step(itertools.repeat([batch])), bench.device)
+
+
+def time_criterion(check: Check) -> None:
+    """Time the criterion by itself beside the library's."""
+    check.needs_gpu("criterion.py measures it on the CPU")
+    program, path = check.repository / "scripts" / "benchmarks" / "criterion.py", check.out / "criterion.json"
+    subprocess.run([sys.executable, program, "--device", "cuda", "--json", path], check=True)
+    for row in json.loads(path.read_text())["rows"]:
+        check.figures(**{f"{row['loss']}: {name}": v for name, v in row.items() if name != "loss"})

@@ -1,0 +1,122 @@
+"""The benchmarks measure what users train, and the check for GPUs works where there is none."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from detr_dist.models.build import build_detector
+
+BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+ON_THE_CPU = (
+    *("environment", "data", "bf16", "boxes", "command", "float32", "canvases"),
+    *("evaluate", "split", "resume", "deterministic"),
+)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import gpu_check
+    import gpu_check_findings
+    import train_step
+
+    return SimpleNamespace(check=gpu_check, findings=gpu_check_findings, train_step=train_step)
+
+
+@pytest.mark.slow
+def test_every_step_of_the_gpu_check_runs_small_or_says_why_not(tmp_path: Path) -> None:
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    finished = subprocess.run(
+        ["bash", BENCHMARKS / "gpu_check.sh", BENCHMARKS.parents[1], tmp_path],
+        env=environment | {"TOTAL_S": "110"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = finished.stdout.splitlines()
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert lines == (tmp_path / "summary.txt").read_text().splitlines()
+    results = {line.split()[1]: line for line in lines}
+    assert [name for name, line in results.items() if line.startswith("PASS")] == [*ON_THE_CPU]
+    skipped = [line for line in lines if not line.startswith("PASS")]
+    assert len(skipped) > 5
+    assert all(line.startswith("SKIP") and ": no GPU: " in line for line in skipped)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == list(results)
+    assert {"step_ms", "images_per_s", "bare_ms", "library_ms", "TFLOPS"} <= figures["bf16"].keys()
+    assert figures["boxes"]["bf16_pixels_apart"] < 0.3
+    assert 0 <= figures["command"]["data_wait_share"] <= 1
+    assert figures["evaluate"]["loss_apart"] == 0
+    assert figures["split"]["float32_losses_apart"] < 1e-4
+    assert figures["resume"]["losses_apart"] == figures["deterministic"]["deterministic_losses_apart"] == 0
+
+
+def test_a_step_of_the_gpu_check_that_fails_hangs_or_dies_is_one_line(
+    benchmarks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(check) -> None:
+        check.figures(seconds=1.5)
+        check.expect(False, "slow")
+
+    def hang(check) -> None:
+        check.figures(began=True)
+        time.sleep(60)
+
+    def die(check) -> None:
+        os.kill(os.getpid(), 9)
+
+    def raise_error(check) -> None:
+        raise ValueError("no such thing")
+
+    def skip(check) -> None:
+        check.needs_gpu("nothing to measure")
+
+    steps = [benchmarks.check.Step(run.__name__, 12, run) for run in (fail, hang, die, raise_error, skip)]
+    monkeypatch.setattr(benchmarks.check, "LEAST_S", 1)
+    options = argparse.Namespace(out=tmp_path, repository=tmp_path, seconds=3)
+    assert benchmarks.check.run_all(steps, options) == 1
+    lines = [line.split("): ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    lines[1][1] = lines[1][1].replace("after 2 s", "after 3 s")  # less what the first step took
+    assert [(line[0].split(" (")[0], line[1]) for line in lines] == [
+        ("FAIL fail", "slow; seconds 1.5"),
+        ("FAIL hang", "stopped after 3 s; began True"),
+        ("SKIP die", "no time left"),
+        ("SKIP raise_error", "no time left"),
+        ("SKIP skip", "no time left"),
+    ]
+    options.seconds = 100
+    assert benchmarks.check.run_all([step for step in steps if step.name != "hang"], options) == 1
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.split("): ")[1] for line in lines[1:]] == [
+        "it ended without a word",
+        "ValueError: no such thing",
+        "no GPU: nothing to measure",
+    ]
+
+
+def test_on_a_gpu_the_training_step_is_that_of_the_network_users_train(benchmarks, tmp_path: Path) -> None:
+    options = argparse.Namespace(device="cuda", config=None, overrides=[])
+    config = benchmarks.train_step.configure(options, tmp_path)
+    assert config.training.batch_size == 8
+    detector = build_detector(config.model, ["player", "ball"])
+    norms = [module for module in detector.modules() if "BatchNorm2d" in type(module).__name__]
+    assert norms
+    assert not any(isinstance(norm, nn.BatchNorm2d) for norm in norms)
+    body = detector.network.model.backbone.model
+    assert {n.split(".")[0] for n, p in body.named_parameters() if p.requires_grad} == {
+        "layer2",
+        "layer3",
+        "layer4",
+    }
+    with torch.no_grad():
+        boxes = detector.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
+    assert bool(torch.isfinite(boxes["pred_boxes"]).all())
