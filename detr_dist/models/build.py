@@ -21,6 +21,7 @@ from detr_dist.models.architectures import (
     shape_options,
 )
 from detr_dist.models.detector import Detector, backbone_body
+from detr_dist.models.precision import is_frozen_norm
 
 
 def build_detector(
@@ -264,7 +265,7 @@ def _is_stem(name: str) -> bool:
 def _thaw_batch_norm(module: nn.Module) -> None:
     """Put trainable batch norm where the library has put frozen one, with the same weights and statistics."""
     for name, child in module.named_children():
-        if type(child).__name__.endswith("FrozenBatchNorm2d"):
+        if is_frozen_norm(child):
             trainable = nn.BatchNorm2d(len(cast(Tensor, child.weight)))
             trainable.load_state_dict(child.state_dict(), strict=False)
             setattr(module, name, trainable)
