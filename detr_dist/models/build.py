@@ -22,6 +22,7 @@ from detr_dist.models.architectures import (
 )
 from detr_dist.models.backbone_file import load_backbone_file
 from detr_dist.models.detector import Detector, backbone_body
+from detr_dist.models.precision import is_frozen_norm
 from detr_dist.models.timm_norms import (
     keeps_timm_norms,
     mark_timm_norms,
@@ -289,7 +290,7 @@ def _thaw_batch_norm(network: PreTrainedModel) -> None:
     if keeps_timm_norms(network):
         thaw_timm_norms(body)
     for name, module in list(body.named_modules()):
-        if type(module).__name__.endswith("FrozenBatchNorm2d"):
+        if is_frozen_norm(module):
             trainable = nn.BatchNorm2d(len(cast(Tensor, module.weight)))
             trainable.load_state_dict(module.state_dict(), strict=False)
             body.set_submodule(name, trainable)

@@ -9,6 +9,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedModel
 
 from detr_dist.models.criterion import LossSettings
 from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
+from detr_dist.models.precision import keep_heads_in_float32, keep_type_in_frozen_norms
 from detr_dist.models.timm_norms import restore_timm_norms
 
 # Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
@@ -20,7 +21,8 @@ class Detector(nn.Module):
     """A `transformers` detector that takes uint8 images and returns the predictions of every decoder layer.
 
     Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
-    travel. `network` is the plain library module; its state dict is what gets saved.
+    travel. Predictions are float32 whatever the autocast. `network` is the plain library module; its state
+    dict is what gets saved.
     """
 
     def __init__(
@@ -34,6 +36,8 @@ class Detector(nn.Module):
         super().__init__()
         network.loss_function = _every_layer
         spare_finite_checks(network)
+        keep_heads_in_float32(network)
+        keep_type_in_frozen_norms(backbone_body(network))
         self.network = network
         self._masks = PaddingMasks(network) if masks_attention else None
         self.loss_settings = loss_settings
