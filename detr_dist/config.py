@@ -346,8 +346,8 @@ def ignored_variables(config: Config) -> Iterator[str]:
     for key, default in FROM_ENVIRONMENT.items():
         if default.value not in (None, getattr(config.logging, key)):
             yield (
-                f"logging.{key} is set, here or by the run that is resumed, and counts: {default.variable}, "
-                "which differs, is ignored"
+                f"logging.{key} is {getattr(config.logging, key)}, as set or as in the resumed run; "
+                f"{default.variable}={default.value} is ignored"
             )
 
 

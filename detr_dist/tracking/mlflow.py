@@ -279,6 +279,7 @@ def way_to_see(uri: str) -> str:
 def _prepare_store(uri: str) -> None:
     for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # the error itself is reported
     check_escapes(uri)
     database = database_path(uri)
     if database is not None:
@@ -293,6 +294,10 @@ def _prepare_store(uri: str) -> None:
             f"MLflow keeps file stores such as {uri} only with MLFLOW_ALLOW_FILE_STORE=true, set for this "
             "run; set it for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
         )
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def _source_tags() -> dict[str, str]:

@@ -96,9 +96,8 @@ def _make_experiment(client: MlflowClient, name: str) -> Experiment:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        made_meanwhile = _experiment(
-            client, name
-        )  # by a run elsewhere, which a lock on this disk does not stop
+        # By a run elsewhere, which a lock on this disk does not stop.
+        made_meanwhile = _experiment(client, name)
         if made_meanwhile is None:
             raise
         return made_meanwhile

@@ -11,6 +11,7 @@ from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
+from detr_dist.redaction import redact
 from detr_dist.tracking.download import is_run_id
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.state import RunFacts
@@ -39,8 +40,10 @@ def stay_in_place(config: Config, saved: RunFacts, resume: str) -> Config:
     if saved.mlflow_run_id is None:
         return config
     unset = FROM_ENVIRONMENT.keys() - config.logging.model_fields_set
-    if is_run_id(resume) or resume.startswith("runs:/"):
-        unset -= {"mlflow_tracking_uri"}  # it was just found there, wherever that was before
+    was_found_there = is_run_id(resume) or resume.startswith("runs:/")  # wherever it was before
+    saved_uri = saved.config.logging.mlflow_tracking_uri
+    if was_found_there or redact(config.logging.mlflow_tracking_uri) == redact(saved_uri):
+        unset -= {"mlflow_tracking_uri"}  # the saved one has no credentials
     own = config.logging.model_copy(update=saved.config.logging.model_dump(include=unset))
     return config.model_copy(update={"logging": own})
 

@@ -61,7 +61,18 @@ def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint
 
 @pytest.mark.parametrize(
     "written",
-    ["123456", "123_4", "007", "1e3", "12:30:45", "2026-05-01", "2026-05-01 10:00:00", "on", "1.50"],
+    [
+        "123456",
+        "123_4",
+        "007",
+        "1e3",
+        "12:30:45",
+        "2026-05-01",
+        "2026-13-45",
+        "2026-05-01 10:00:00",
+        "on",
+        "1.50",
+    ],
 )
 def test_a_text_is_what_was_written_also_where_yaml_sees_another_kind(written: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"

@@ -25,6 +25,7 @@ from detr_dist.training.resume import (
     restore_average,
     restore_optimizer,
     restore_weights,
+    stay_in_place,
 )
 from detr_dist.training.state import RunFacts
 
@@ -98,6 +99,27 @@ def saved_by_torch(content: object) -> bytes:
     buffer = BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def test_a_resumed_run_stays_in_its_store_unless_it_is_set_or_was_found_in_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keys = ("logging.mlflow_tracking_uri=http://own", "logging.mlflow_experiment_name=own")
+    saved = run(*keys, mlflow_run_id="1" * 32)
+    for variable in ("TRACKING_URI", "EXPERIMENT_NAME", "RUN_NAME"):
+        monkeypatch.setenv(f"MLFLOW_{variable}", "http://other")
+
+    def stayed(*overrides: str, resume: str = "auto", of: RunFacts = saved) -> tuple[str, str, str | None]:
+        logging = stay_in_place(load_config(None, overrides), of, resume).logging
+        return logging.mlflow_tracking_uri, logging.mlflow_experiment_name, logging.mlflow_run_name
+
+    assert stayed() == ("http://own", "own", saved.config.logging.mlflow_run_name)
+    assert stayed("logging.mlflow_tracking_uri=http://moved")[:2] == ("http://moved", "own")
+    for resume in ("1" * 32, f"runs:/{'1' * 32}/checkpoints/last"):
+        assert stayed(resume=resume)[:2] == ("http://other", "own")
+    assert stayed(of=replace(saved, mlflow_run_id=None)) == ("http://other",) * 3  # it was not tracked
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:password@own")
+    assert stayed()[0] == "http://user:password@own"  # a checkpoint holds no credentials
 
 
 def test_the_same_run_has_no_changes() -> None:
