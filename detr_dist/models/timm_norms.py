@@ -31,7 +31,7 @@ def restore_timm_norms(network: PreTrainedModel, body: nn.Module) -> None:
     """Put timm's frozen batch norm, with the same weights, into `body`, the backbone of a marked network."""
     if not keeps_timm_norms(network):
         return
-    from timm.utils.model import freeze_batch_norm_2d  # only where timm is loaded in any case
+    from timm.layers.norm_act import freeze_batch_norm_2d  # only where timm is loaded in any case
 
     body = getattr(body, "_backbone", body)
     for name, norm in _original_norms(network).items():
@@ -41,7 +41,7 @@ def restore_timm_norms(network: PreTrainedModel, body: nn.Module) -> None:
 
 def thaw_timm_norms(body: nn.Module) -> None:
     """Let timm's batch norm learn."""
-    from timm.utils.model import unfreeze_batch_norm_2d
+    from timm.layers.norm_act import unfreeze_batch_norm_2d
 
     unfreeze_batch_norm_2d(body)
 
