@@ -52,7 +52,10 @@ def _of_runs(output_dir: Path) -> list[Path]:
 
 def _holds_run(output_dir: Path) -> bool:
     """Whether a run was here: it left a checkpoint, an outbox, stacks, or its resolved configuration."""
-    traces = ("checkpoints/*/state.json", "checkpoints/*/manifest.json", "outbox/*/run.json", "stacks/rank_*")
+    traces = (
+        *("checkpoints/*/state.json", "checkpoints/*/manifest.json", "checkpoints/.step_*.partial"),
+        *("outbox/*/run.json", "stacks/rank_*"),
+    )
     found = any(any(output_dir.glob(pattern)) for pattern in traces)
     return found or _is_resolved(output_dir / "config.yaml")
 
