@@ -11,6 +11,7 @@ from mlflow.exceptions import MlflowException
 from detr_dist.errors import UsageError
 from detr_dist.tracking.delivery import one_line, patience
 from detr_dist.tracking.mlflow import open_client
+from detr_dist.tracking.registry import location_of
 from detr_dist.tracking.uris import client_uri, database_path
 
 
@@ -86,11 +87,13 @@ def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with patience(timeout_s=120):
+        if artifact_uri.startswith("models:/"):
+            artifact_uri = location_of(artifact_uri, open_client(tracking_uri))
         return Path(
             mlflow.artifacts.download_artifacts(
                 artifact_uri=artifact_uri,
                 dst_path=str(into),
                 tracking_uri=client_uri(tracking_uri),
-                registry_uri=client_uri(tracking_uri),  # for models:/...
+                registry_uri=client_uri(tracking_uri),
             )
         )

@@ -23,6 +23,20 @@ def run_of(reference: str, client: MlflowClient) -> str | None:
     return None
 
 
+def location_of(reference: str, client: MlflowClient) -> str:
+    """Return the artifact URI of `models:/NAME/VERSION` or `models:/NAME@ALIAS`; other references stay.
+
+    MLflow itself asks the process's default registry for them, whichever it is given.
+    """
+    if match := re.fullmatch("models:/([^/@]+)@([^/]+)", reference):
+        version = client.get_model_version_by_alias(match[1], match[2]).version
+    elif match := re.fullmatch(r"models:/([^/@]+)/(\d+)/?", reference):
+        version = match[2]
+    else:
+        return reference
+    return client.get_model_version_download_uri(match[1], version)
+
+
 def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_path: str) -> ModelVersion:
     """Make a model that a run has as artifact a new version of `name`; a new name is made."""
     source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)

@@ -11,7 +11,7 @@ from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
-from detr_dist.redaction import redact
+from detr_dist.redaction import redact, redact_value
 from detr_dist.tracking.download import is_run_id
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.state import RunFacts
@@ -122,9 +122,9 @@ def _global_batch(saved: RunFacts, now: RunFacts) -> str:
 
 def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
     """Yield each section.key with its value, without credentials: a checkpoint holds none."""
-    for section, values in config.model_dump(mode="json").items():
-        for key, value in values.items():
-            yield f"{section}.{key}", value
+    for section, values in config:
+        for key, value in values:
+            yield f"{section}.{key}", redact_value(value)
 
 
 def _shown(value: Any) -> str:

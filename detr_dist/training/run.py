@@ -27,7 +27,6 @@ from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
 from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
-from detr_dist.tracking.outbox import with_credentials
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
@@ -116,15 +115,9 @@ def open_run(setup: Setup) -> MLflowTracker | None:
         return None
     if setup.resumed is None:
         return MLflowTracker(setup.config.logging)
-    saved, logging = setup.resumed.facts, setup.config.logging
-    uri = logging.mlflow_tracking_uri
-    if saved.mlflow_run_id is not None:  # the run's own config.yaml, for one, has no credentials
-        uri = with_credentials(uri, setup.options.output_dir / "outbox" / saved.mlflow_run_id)
-    return MLflowTracker(
-        logging.model_copy(update={"mlflow_tracking_uri": uri}),
-        run_id=saved.mlflow_run_id,
-        known_uri=saved.config.logging.mlflow_tracking_uri,
-    )
+    saved = setup.resumed.facts
+    known_uri = saved.config.logging.mlflow_tracking_uri
+    return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
 
 
 def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:

@@ -19,6 +19,7 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
+from detr_dist.tracking.outbox import with_credentials
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.resume import (
     compare_with_saved,
@@ -111,6 +112,7 @@ def set_up(
     resumed = sources.checkpoint(options.resume) if options.resume is not None else None
     if resumed is not None:
         config = stay_in_place(config, resumed.facts, str(options.resume))
+        config = _with_credentials(config, options.output_dir / "outbox" / str(resumed.facts.mlflow_run_id))
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     if (
         resumed is not None
@@ -155,6 +157,13 @@ def set_up(
         detector=_build_network(facts, train_data, sources, resumed),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def _with_credentials(config: Config, outbox: Path) -> Config:
+    """Return `config` with what the run's outbox alone has kept of its tracking URI."""
+    uri = with_credentials(config.logging.mlflow_tracking_uri, outbox)
+    logging = config.logging.model_copy(update={"mlflow_tracking_uri": uri})
+    return config.model_copy(update={"logging": logging})
 
 
 def _place(device: torch.device) -> Place:

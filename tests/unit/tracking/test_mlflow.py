@@ -152,7 +152,8 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
 
     model = f"runs:/{tracker.run_id}/model"
     register_artifact(open_client(store), "players", tracker.run_id, "model")
-    for each in (model, "models:/players/1"):
+    open_client(store).set_registered_model_alias("players", "best", "1")
+    for each in (model, "models:/players/1", "models:/players@best"):
         assert (fetch(each, store, tmp_path / "ours") / "weights").read_text() == "trained"
     plain = mlflow.artifacts.download_artifacts(
         model, dst_path=str(tmp_path / "plain"), tracking_uri=store, registry_uri=store

@@ -161,6 +161,15 @@ def test_every_key_of_the_configuration_is_either_free_or_decides() -> None:
     assert len(compare_with_saved(run(), with_another_value(run(), free))) == len(free)
 
 
+def test_credentials_are_no_change_and_the_environments_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = "http://bob:s3cret@host"
+    saved = run("logging.mlflow_tracking_uri=http://host", mlflow_run_id="0" * 32)
+    assert compare_with_saved(saved, run(f"logging.mlflow_tracking_uri={uri}")) == []
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    resumed = stay_in_place(load_config(None), saved, "auto")
+    assert resumed.logging.mlflow_tracking_uri == uri
+
+
 def test_all_that_makes_it_another_run_is_named_in_one_error() -> None:
     now = replace(
         with_another_value(run(), DECIDE_WHAT_IS_LEARNED | {"training.num_epochs"}),
