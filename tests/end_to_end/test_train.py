@@ -88,6 +88,8 @@ def test_params_and_metrics_have_the_guides_names(mlflow_run) -> None:
     assert set(mlflow_run.data.params) >= GUIDE_PARAMS
     assert set(mlflow_run.data.metrics) >= GUIDE_METRICS
     assert mlflow_run.data.params["batch_size"] == "5"
+    assert mlflow_run.data.params["mixed_precision"] == "no"  # what auto becomes on the CPU
+    assert mlflow_run.data.params["tf32"] == "True"
     assert mlflow_run.data.params["backbone"] == "resnet"
     assert mlflow_run.data.params["hidden_dim"] == "32"
     assert mlflow_run.data.params["train_samples"] == "40"
