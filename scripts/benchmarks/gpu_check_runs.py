@@ -233,7 +233,7 @@ def command(
 
 
 def environment_of(rank: int, num_processes: int, port: int) -> dict[str, str]:
-    """What a launcher tells each process, as if each were alone on a host: they share its first GPU."""
+    """Return what a launcher sets for each process, as if each were alone on a host: they share its GPU."""
     if num_processes == 1:
         return {}
     numbers = {"RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}

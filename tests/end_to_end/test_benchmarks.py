@@ -83,6 +83,7 @@ def test_a_step_of_the_gpu_check_that_fails_hangs_or_dies_is_one_line(
 
     steps = [benchmarks.check.Step(run.__name__, 12, run) for run in (fail, hang, die, raise_error, skip)]
     monkeypatch.setattr(benchmarks.check, "LEAST_S", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     options = argparse.Namespace(out=tmp_path, repository=tmp_path, seconds=3)
     assert benchmarks.check.run_all(steps, options) == 1
     lines = [line.split("): ") for line in (tmp_path / "summary.txt").read_text().splitlines()]
@@ -98,7 +99,7 @@ def test_a_step_of_the_gpu_check_that_fails_hangs_or_dies_is_one_line(
     assert benchmarks.check.run_all([step for step in steps if step.name != "hang"], options) == 1
     lines = (tmp_path / "summary.txt").read_text().splitlines()
     assert [line.split("): ")[1] for line in lines[1:]] == [
-        "it ended without a word",
+        "it ended without a message",
         "ValueError: no such thing",
         "no GPU: nothing to measure",
     ]
