@@ -273,7 +273,7 @@ def _load_backbone_file(path: Path, network: PreTrainedModel) -> None:
 
 
 def _unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """The backbone without what the library may wrap around timm's."""
+    """Return the backbone without what the library may wrap around timm's."""
     body = backbone_body(network)
     return cast(nn.Module, getattr(body, "_backbone", body))
 

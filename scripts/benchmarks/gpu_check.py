@@ -105,7 +105,7 @@ def run_all(steps: list[Step], options: argparse.Namespace) -> int:
     for step in steps:
         check = Check(step.name, options.repository.resolve(), options.out.resolve(), on_gpu)
         left_s = ends_at - time.monotonic()
-        limit_s = min(step.limit_s, left_s) if on_gpu else left_s  # a busy CPU may be as slow as it likes
+        limit_s = min(step.limit_s, left_s) if on_gpu else left_s
         began_at = time.monotonic()
         if limit_s < LEAST_S:
             result, said = "SKIP", "no time left"
@@ -189,7 +189,7 @@ def described(found: Findings) -> list[str]:
 
 def last_line(path: Path) -> str:
     lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.exists() else []
-    return lines[-1][:300] if lines else "it ended without a word"
+    return lines[-1][:300] if lines else "it ended without a message"
 
 
 if __name__ == "__main__":

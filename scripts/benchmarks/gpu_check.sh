@@ -9,10 +9,12 @@ set -euo pipefail
 repository="$(cd "${1:-.}" && pwd)"
 benchmarks="$repository/scripts/benchmarks"
 out="${2:-${TMPDIR:-/tmp}/gpu_check}"
+mkdir -p "$out"
+cd "$out" # where MLflow keeps the artifacts of a database
 
 export PYTHONPATH="$repository:$benchmarks${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error GIT_PYTHON_REFRESH=quiet MLFLOW_DISABLE_TELEMETRY=true
 export PYTORCH_NVML_BASED_CUDA_CHECK=1 # asks for GPUs without touching one, so that a fork of the asking process still can
-exec "${PYTHON:-python3}" "$benchmarks/gpu_check.py" --repository "$repository" --out "$out" \
+exec "${PYTHON:-python3}" "$benchmarks/gpu_check.py" --repository "$repository" --out . \
   --seconds "${TOTAL_S:-540}" --steps "${STEPS:-}"

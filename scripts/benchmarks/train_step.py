@@ -257,8 +257,8 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
 
 
 def without_download(folder: Path) -> list[str]:
-    """Settings for the network that users train, whose batch norm and first stage do not learn, with random
-    weights in place of ImageNet's."""
+    """Return settings for the network that users train, whose batch norm and first stage do not learn, with
+    random weights in place of ImageNet's."""
     path = folder / "backbone.pth"
     if not path.exists():
         torch.save(timm.create_model("resnet50").state_dict(), path)
