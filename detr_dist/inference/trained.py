@@ -7,11 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import yaml
 from pydantic import ValidationError
 from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, load_config, override_config
@@ -20,7 +22,7 @@ from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
-from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD, Detector
+from detr_dist.models.detector import IMAGENET, Detector, Normalization, class_names_of
 from detr_dist.tracking.delivery import one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
@@ -49,11 +51,11 @@ class TrainedModel:
     """Epoch, step, metrics and so on, as far as they are known."""
     is_mlflow_model: bool
     """Whether it lies there as an MLflow model."""
+    normalization: Normalization = IMAGENET
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        names = cast(dict[int, str], self.network.config.id2label)
-        return tuple(names[index] for index in range(len(names)))
+        return class_names_of(self.network.config)
 
     @property
     def thresholds(self) -> list[float | None]:
@@ -80,7 +82,12 @@ class TrainedModel:
 
     def detector(self, config: Config) -> Detector:
         """The network, ready to predict as `config` says, which is its own or made from that."""
-        return trained_detector(self.network, config.model, channels_last=config.training.channels_last)
+        return trained_detector(
+            self.network,
+            config.model,
+            channels_last=config.training.channels_last,
+            normalization=self.normalization,
+        )
 
 
 def fetch_model(reference: str, tracking_uri: str) -> TrainedModel:
@@ -103,7 +110,7 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     network = load_network(reference, found.location)
-    mlmodel = Path(found.location) / "MLmodel"
+    mlmodel, normalization = Path(found.location) / "MLmodel", IMAGENET
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
     else:
@@ -121,9 +128,9 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
                 flush=True,
             )
             config = Config()
-        edges = _image_edges(reference, found.location)
+        edges, normalization = _preprocessing(reference, found.location)
         config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
-    return TrainedModel(network, config, metadata, is_mlflow_model=mlmodel.exists())
+    return TrainedModel(network, config, metadata, mlmodel.exists(), normalization)
 
 
 @contextmanager
@@ -152,24 +159,37 @@ def overrides_without_effect(overrides: Sequence[str]) -> list[str]:
     return [f"warning: {key}: has no effect here" for key in keys if not key.startswith(WITH_EFFECT)]
 
 
-def _image_edges(reference: str, location: str) -> dict[str, int]:
-    """The edges that images are resized to."""
+def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Normalization]:
+    """Return the edges that images are resized to, and how their pixels are normalized.
+
+    Raises:
+        UsageError: its images are prepared in a way that this package has not.
+    """
     try:
         processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
+        if not processor.do_resize:
+            raise ValueError("do_resize is false")
         edges = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
         DataConfig.model_validate(edges)
-        colours = tuple(processor.image_mean), tuple(processor.image_std)
+        normalization = _normalization_of(processor)
     except Exception as error:  # the library raises many kinds, and pydantic another
         raise UsageError(
             f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
-            f"image ({one_line(error)[:200]}); give another model, or the checkpoint that it comes from"
+            f"image, or prepares it as cannot be done here ({one_line(error)[:200]}); give another model, or "
+            "the checkpoint that it comes from"
         ) from error
-    if colours != (IMAGE_MEAN, IMAGE_STD):
-        raise UsageError(
-            f"{reference}: its preprocessor_config.json has another image_mean or image_std than ImageNet's; "
-            "such a model cannot be used here"
-        )
-    return edges
+    if processor.resample != PILImageResampling.BILINEAR:
+        print(f"warning: {reference}: its images are not resized bilinearly elsewhere, but here", flush=True)
+    return edges, normalization
+
+
+def _normalization_of(processor: Any) -> Normalization:
+    """Return one step for what the library does in up to two: a factor, then mean and standard deviation."""
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+    red, green, blue = np.broadcast_to(np.array([mean, std]).T / scale, (3, 2)).tolist()
+    mean, std = zip(red, green, blue, strict=True)
+    return Normalization(mean, std)
 
 
 def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def further_options(config: ModelConfig, architecture: Architecture) -> dict[str
         raise UsageError(
             "model.config_overrides.two_stage: the encoder's proposals have no loss here; leave it out"
         )
-    options = architecture.config_defaults | {"auxiliary_loss": True} | config.config_overrides
+    options = architecture.config_defaults | config.config_overrides
     return options if config.dropout is None else options | {"dropout": config.dropout}
 
 

@@ -21,7 +21,7 @@ from detr_dist.models.architectures import (
     shape_options,
 )
 from detr_dist.models.backbone_file import load_backbone_file
-from detr_dist.models.detector import Detector, backbone_body
+from detr_dist.models.detector import IMAGENET, Detector, Normalization, backbone_body, class_names_of
 from detr_dist.models.precision import is_frozen_norm
 from detr_dist.models.timm_norms import (
     keeps_timm_norms,
@@ -83,7 +83,13 @@ def build_detector(
     return detector
 
 
-def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_last: bool) -> Detector:
+def trained_detector(
+    network: PreTrainedModel,
+    config: ModelConfig,
+    *,
+    channels_last: bool,
+    normalization: Normalization = IMAGENET,
+) -> Detector:
     """A detector around a network that `load_network` has loaded, in evaluation mode.
 
     With the `config` that it was trained by it computes what it did in training to the last bit: the two
@@ -93,15 +99,22 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
         _thaw_batch_norm(network)
     model_type = network.config.model_type
     architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
-    return _detector(network, architecture, channels_last=channels_last).eval()
+    return _detector(network, architecture, channels_last=channels_last, normalization=normalization).eval()
 
 
-def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_last: bool) -> Detector:
+def _detector(
+    network: PreTrainedModel,
+    architecture: Architecture,
+    *,
+    channels_last: bool,
+    normalization: Normalization = IMAGENET,
+) -> Detector:
     return Detector(
         network,
         loss_settings_of(network.config, architecture),
         channels_last=channels_last,
         masks_attention=architecture.masks_attention,
+        normalization=normalization,
     )
 
 
@@ -182,7 +195,7 @@ def _pretrained_network(
     try:
         network_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check_pretrained(source, network_config, config, architecture)
-        same_classes = list(network_config.id2label.values()) == list(labels["id2label"].values())
+        same_classes = class_names_of(network_config) == tuple(labels["id2label"].values())
         for name, value in (further_options(config, architecture) | labels).items():
             setattr(network_config, name, value)
         network, report = AutoModelForObjectDetection.from_pretrained(

@@ -1,28 +1,39 @@
 """A `transformers` detector as the one module that training, evaluation and packaging work with."""
 
+import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForObjectDetection, PreTrainedModel
+from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from detr_dist.models.criterion import LossSettings
+from detr_dist.models.decoder_layers import return_every_layer
 from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
 from detr_dist.models.precision import keep_heads_in_float32, keep_type_in_frozen_norms
 from detr_dist.models.timm_norms import restore_timm_norms
 
-# Mean and standard deviation of ImageNet's RGB channels, which every published backbone expects.
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of red, green and blue, where a pixel's values are from 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""What every published backbone expects."""
 
 
 class Detector(nn.Module):
     """A `transformers` detector that takes uint8 images and returns the predictions of every decoder layer.
 
     Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
-    travel. Predictions are float32 whatever the autocast. `network` is the plain library module; its state
-    dict is what gets saved.
+    travel. Predictions are float32 whatever the autocast. `network` is the library's module, and belongs to
+    this one with the hooks that it gets; its state dict and `plain_config` are what gets saved.
     """
 
     def __init__(
@@ -32,8 +43,11 @@ class Detector(nn.Module):
         *,
         channels_last: bool = False,
         masks_attention: bool = True,
+        normalization: Normalization = IMAGENET,
     ) -> None:
         super().__init__()
+        self._has_auxiliary_loss = network.config.auxiliary_loss
+        return_every_layer(network)
         network.loss_function = _every_layer
         spare_finite_checks(network)
         keep_heads_in_float32(network)
@@ -44,18 +58,26 @@ class Detector(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             nn.Module.to(network, memory_format=torch.channels_last)
-        self.mean = nn.Buffer(torch.tensor(IMAGE_MEAN).view(1, 3, 1, 1) * 255, persistent=False)
-        self.std = nn.Buffer(torch.tensor(IMAGE_STD).view(1, 3, 1, 1) * 255, persistent=False)
+        self.mean = nn.Buffer(torch.tensor(normalization.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.std = nn.Buffer(torch.tensor(normalization.std).view(1, 3, 1, 1) * 255, persistent=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        names = cast(dict[int, str], self.network.config.id2label)
-        return tuple(names[index] for index in range(len(names)))
+        return class_names_of(self.network.config)
 
     @property
     def num_queries(self) -> int:
         """The most objects that can be found in one image."""
-        return int(self.network.config.num_queries)
+        config = self.network.config
+        two_stage = getattr(config, "two_stage", False)
+        return int(config.two_stage_num_proposals if two_stage else config.num_queries)
+
+    @property
+    def plain_config(self) -> PreTrainedConfig:
+        """The configuration by which the library alone predicts the same with these weights."""
+        config = copy.deepcopy(self.network.config)
+        config.auxiliary_loss = self._has_auxiliary_loss
+        return config
 
     def forward(self, images: Tensor, sizes_hw: Tensor, is_padded: bool = True) -> dict[str, Tensor]:
         """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
@@ -63,7 +85,7 @@ class Detector(nn.Module):
 
         Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
         [L, B, Q, 4], cxcywh as shares of the image's own size; L decoder layers, the last one is the
-        prediction.
+        prediction, which is the library's.
         """
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
@@ -90,7 +112,7 @@ def plain_network(detector: Detector) -> PreTrainedModel:
 
     Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
     """
-    network = AutoModelForObjectDetection.from_config(detector.network.config)
+    network = AutoModelForObjectDetection.from_config(detector.plain_config)
     restore_timm_norms(network, backbone_body(network))
     load_plain_weights(network, detector.network.state_dict())
     return cast(PreTrainedModel, network.eval())
@@ -99,6 +121,13 @@ def plain_network(detector: Detector) -> PreTrainedModel:
 def load_plain_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
     """Put a detector's weights, on any device, into a plain network; frozen batch norm counts no batches."""
     network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")})
+
+
+def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Return a name for each class that the network tells apart, in the order of its outputs; one that the
+    configuration does not name gets the library's."""
+    names = cast(dict[int, str], config.id2label)
+    return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
 
 
 def backbone_body(network: PreTrainedModel) -> nn.Module:

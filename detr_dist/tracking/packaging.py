@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from detr_dist.config import DataConfig
-from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
+from detr_dist.models.detector import IMAGENET, Normalization
 from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
@@ -28,7 +28,12 @@ _IMAGE_PROCESSORS = {"detr": DetrImageProcessor, "deformable_detr": DeformableDe
 
 
 def write_model(
-    network: PreTrainedModel, folder: Path, *, data: DataConfig, metadata: dict[str, Any]
+    network: PreTrainedModel,
+    folder: Path,
+    *,
+    data: DataConfig,
+    metadata: dict[str, Any],
+    normalization: Normalization = IMAGENET,
 ) -> None:
     """Write `network`, a plain transformers module, into the new folder `folder`.
 
@@ -47,7 +52,7 @@ def write_model(
     )
     _drop_pyfunc(folder)
     network.save_pretrained(folder)
-    _image_processor(network, data).save_pretrained(folder)
+    _image_processor(network, data, normalization).save_pretrained(folder)
 
 
 def _drop_pyfunc(folder: Path) -> None:
@@ -58,12 +63,12 @@ def _drop_pyfunc(folder: Path) -> None:
     model.save(str(folder / MLMODEL_FILE_NAME))
 
 
-def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
-    """The library's processor of this architecture (DAB-DETR is published with Conditional DETR's), resizing
-    as we do."""
+def _image_processor(network: PreTrainedModel, data: DataConfig, normalization: Normalization) -> Any:
+    """The library's processor of this architecture (DAB-DETR is published with Conditional DETR's), which
+    does what we do."""
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(
         size={"shortest_edge": data.shortest_edge, "longest_edge": data.longest_edge},
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
+        image_mean=list(normalization.mean),
+        image_std=list(normalization.std),
     )

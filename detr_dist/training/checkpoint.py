@@ -80,7 +80,7 @@ def take_snapshot(
                 "scaler": scaler.state_dict() if scaler else None,
             }
         ),
-        structure=detector.network.config.to_json_string(),
+        structure=detector.plain_config.to_json_string(),
         document=_STATE.dump_python(state)
         | {
             "epoch": state.step / training.plan.steps_per_epoch,

@@ -1,76 +1,117 @@
-"""Memory that a forward pass keeps for the backward pass, with and without `training.gradient_checkpointing`.
+"""Memory that each image's activations take between forward and backward pass, of every architecture.
 
-    python scripts/benchmarks/activations.py [--size-hw 750 1333] [--device cuda] [section.key=value ...]
+    python scripts/benchmarks/activations.py [--size-hw 800 1333] [section.key=value ...]
 
-DETR with a ResNet-50 whose batch norm is frozen, one image, in training. Counts what autograd keeps beside
-the weights: the same on every device, if the same kernels are taken.
+A ResNet-50 whose batch norm is frozen, in training, in float32 and bf16, with and without
+`training.gradient_checkpointing`. Counts what autograd keeps of a second image, on CUDA tensors that have a
+shape and no content: exact for the kernels that are assumed (memory-efficient attention), and no GPU is
+needed. What allocator, gradients and kernels take for a moment comes on top.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from timing import command_line, medians, publish, take_turns
-from torch import Tensor
+from timing import command_line, publish
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from detr_dist.config import load_config
-from detr_dist.distributed import autocast
+from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import recompute_activations
 
-AS_TRAINED = [
-    "model.pretrained_backbone=false",
-    "model.freeze_batch_norm=true",
-    "training.mixed_precision=no",
-]
+AS_TRAINED = ["model.pretrained_backbone=false", "model.freeze_batch_norm=true"]
 
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--size-hw", type=int, nargs=2, default=[750, 1333], help="pixels")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--size-hw", type=int, nargs=2, default=[800, 1333], help="pixels")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
-    config = load_config(None, [*AS_TRAINED, *options.overrides])
-    plain, frugal = (build_detector(config.model, ["player", "ball"]).to(options.device) for _ in range(2))
-    recompute_activations(frugal.network)
-    ways = {"everything kept": plain.train(), "gradient_checkpointing": frugal.train()}
-    images = torch.zeros(1, 3, *options.size_hw, dtype=torch.uint8, device=options.device)
-    sizes_hw = torch.tensor([options.size_hw], device=options.device)
-
-    def forward(detector: Detector) -> Tensor:
-        with autocast(images.device, config.training.mixed_precision):
-            outputs = detector(images, sizes_hw, is_padded=False)
-        return torch.stack([output.float().mean() for output in outputs.values()]).sum()
-
-    kept = {name: kept_mib(detector, lambda: forward(detector)) for name, detector in ways.items()}  # noqa: B023
-    steps = {name: lambda detector=detector: forward(detector).backward() for name, detector in ways.items()}
-    seconds = medians(take_turns(steps, rounds=options.rounds, warm_up=1, device=options.device))
-    rows = [
-        {"way": name, "MiB kept": kept[name], "forward and backward ms": 1e3 * seconds[name]} for name in ways
-    ]
-    publish(
-        rows,
-        options.json,
-        device=options.device,
-        memory_share=kept["gradient_checkpointing"] / kept["everything kept"],
-        time_ratio=seconds["gradient_checkpointing"] / seconds["everything kept"],
-    )
+    rows = []
+    for architecture in ARCHITECTURES:
+        config = load_config(
+            None, [*AS_TRAINED, f"model.model_architecture={architecture}", *options.overrides]
+        )
+        detector = build_detector(config.model, ["player", "ball"]).train()
+        row: dict[str, Any] = {"MiB an image": architecture}
+        with FakeTensorMode(), efficient_attention():
+            move_to_fake_gpu(detector)
+            for way in ("", " checkpointing"):
+                if way:
+                    recompute_activations(detector.network)
+                for precision in ("float32", "bf16"):
+                    one, two = (kept_mib(detector, num, options.size_hw, precision) for num in (1, 2))
+                    row[precision + way] = two - one
+        rows.append(row)
+    shares = {f"{row['MiB an image']}_bf16_share": row["bf16"] / row["float32"] for row in rows}
+    publish(rows, options.json, device="none, CUDA tensors without content", **shares)
 
 
-def kept_mib(detector: Detector, forward: Callable[[], Tensor]) -> float:
-    kept: dict[int, int] = {}
+def move_to_fake_gpu(detector: nn.Module) -> None:
+    """Replace all weights by ones without content; layers that share theirs still do."""
+    moved: dict[int, Tensor] = {}
+    for module in detector.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    empty = torch.empty_like(tensor, device="cuda", requires_grad=False)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+                tensors[name] = moved[id(tensor)]
+
+
+@contextmanager
+def efficient_attention() -> Iterator[None]:
+    """Let attention be the kernel that a GPU takes: without one torch would choose that which keeps all
+    weights of attention."""
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        **how: Any,
+    ) -> Tensor:
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        return kernel(query, key, value, attn_mask, True, dropout_p, scale=how.get("scale"))[0]
+
+    functional, original = nn.functional, nn.functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def kept_mib(detector: Detector, num_images: int, size_hw: list[int], precision: str) -> float:
+    images = torch.zeros(num_images, 3, *size_hw, dtype=torch.uint8, device="cuda")
+    sizes_hw = torch.tensor([size_hw] * num_images, device="cuda")
+    kept: dict[int, Any] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other takes its address
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = forward()
-    weights = {each.untyped_storage().data_ptr() for each in detector.state_dict().values()}
-    del loss
-    return sum(num_bytes for address, num_bytes in kept.items() if address not in weights) / 2**20
+    # torch.autocast would turn itself off where there is no GPU.
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", precision == "bf16")
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            outputs = detector(images, sizes_hw, is_padded=False)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.clear_autocast_cache()
+    weights = {each.untyped_storage()._cdata for each in detector.state_dict().values()}
+    del outputs
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights) / 2**20
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ from detr_dist.distributed import (
 )
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
-from detr_dist.models.detector import IMAGE_MEAN, IMAGE_STD
+from detr_dist.models.detector import IMAGENET
 from detr_dist.tracking.mlflow import run_status
 from detr_dist.training.loop import StepDone, Training, train_step
 from detr_dist.training.observer import RunObserver
@@ -117,7 +117,7 @@ class Workbench:
         self.images, self.sizes_hw, self.is_padded = on_device.images, on_device.sizes_hw, on_device.is_padded
         self.labels, self.boxes_cxcywh = on_device.labels, on_device.boxes_cxcywh
         mean, std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD)
+            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (IMAGENET.mean, IMAGENET.std)
         )
         layout = torch.channels_last if self.setup.config.training.channels_last else torch.contiguous_format
         self.pixels = ((self.images / 255 - mean) / std).contiguous(memory_format=layout)
