@@ -185,25 +185,21 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 60.0))
     if stacks_dir is not None:
         _keep_flight_records(stacks_dir)
-    # Collectives between hosts time out first, as they can name who is lost; then the watch on a main thread
-    # that hangs in the driver; at last NCCL's watchdog, which aborts the process.
-    state = PartialState(**_place(), timeout=timedelta(seconds=limit_s * 5 / 3))
+    # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a main
+    # thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
+    timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
+    state = PartialState(**_place(), timeout=timeout)
     if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
         print("no GPU is found and none was asked for by its number: this runs on the CPU", flush=True)
     is_intact = False
     _rendezvous = rendezvous
     try:
-        with rendezvous.watched(limit_s * 4 / 3):
+        with rendezvous.watched(limit_s * 6 / 5):
             yield state
         is_intact = True
     except StopRequested:
         is_intact = True
         raise
-    except RuntimeError as error:
-        if state.num_processes == 1:
-            raise
-        is_lost_contact = isinstance(error, LostContactError | dist.DistError)
-        raise TrainingError(rendezvous.explain(error, is_lost_contact=is_lost_contact)) from error
     except BaseException as error:
         rendezvous.report(error)
         raise
@@ -227,10 +223,6 @@ def _keep_flight_records(stacks_dir: Path) -> None:
         "TORCH_FR_DUMP_TEMP_FILE": prefix,
     }.items():
         os.environ.setdefault(name, value)
-
-
-class LostContactError(RuntimeError):
-    """A collective between hosts failed or timed out."""
 
 
 def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
@@ -310,12 +302,23 @@ class HostGroup:
         return self._rendezvous.on_failure(action) if self._rendezvous is not None else nullcontext()
 
     @contextmanager
-    def _collective(self) -> Iterator[None]:
-        """Mark what fails here as a loss of contact: gloo raises bare RuntimeErrors."""
+    def explained(self, *, is_collective: bool = False) -> Iterator[None]:
+        """Turn what torch raises when another process is lost into one line that names the process. Local.
+
+        Raises:
+            TrainingError: instead of any RuntimeError, if there are several processes.
+        """
         try:
             yield
         except RuntimeError as error:
-            raise LostContactError(" ".join(str(error).split())) from error
+            if self._rendezvous is None or self.num_processes == 1:
+                raise
+            is_lost_contact = is_collective or isinstance(error, dist.DistError)
+            line = self._rendezvous.explain(error, is_lost_contact=is_lost_contact)
+            raise TrainingError(line) from error
+        except BaseException:
+            self.pause_watch()  # to end in order may take its time
+            raise
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every process, on every process, in process order. float64."""
@@ -323,7 +326,7 @@ class HostGroup:
             return [list(values)]
         row = torch.tensor(values, dtype=torch.float64)
         rows = [torch.empty_like(row) for _ in range(self.num_processes)]
-        with self._collective():
+        with self.explained(is_collective=True):
             dist.all_gather(rows, row, group=self._group)
         return torch.stack(rows).tolist()
 
@@ -334,7 +337,7 @@ class HostGroup:
             return [value]
         self._wait_for_others()
         gathered: list[Any] | None = [None] * self.num_processes if self.process_index == 0 else None
-        with self._collective():
+        with self.explained(is_collective=True):
             dist.gather_object(value, gathered, dst=0, group=self._group)
         return gathered or []
 
@@ -343,7 +346,7 @@ class HostGroup:
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.num_processes
-        with self._collective():
+        with self.explained(is_collective=True):
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
@@ -378,7 +381,7 @@ class HostGroup:
         """For as long as it takes them."""
         if self._patient_group is not None:
             self.pause_watch()
-            with self._collective():
+            with self.explained(is_collective=True):
                 dist.barrier(group=self._patient_group)
 
     def synchronise_buffers(self, module: nn.Module) -> None:
@@ -396,6 +399,6 @@ class HostGroup:
         if self._group is None:
             return value
         box = [value]
-        with self._collective():
+        with self.explained(is_collective=True):
             dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]

@@ -153,10 +153,8 @@ class Rendezvous:
         if self._store is None:
             return _shorten(error)
         self._post("end", {"reason": _shorten(error), "is_cause": False})
-        ends: dict[int, Any] = {}
-        with suppress(RuntimeError):  # the host of the store is gone
-            ends = self._collect("end", _ANSWER_WITHIN_S)
-        silent = [rank for rank in range(self.size) if rank not in ends and rank != self.rank]
+        ends = self._collect_ends()
+        silent = self._silent(ends)
         causes = [f"{self._name(rank)}: {end['reason']}" for rank, end in ends.items() if end["is_cause"]]
         if causes:
             others = f"another process stopped with an error, {_join(causes)}"
@@ -195,14 +193,26 @@ class Rendezvous:
     def _end_stalled(self, limit_s: float) -> None:
         """The main thread is inside a call that does not return."""
         reason = f"no progress for {limit_s:.0f} s"
-        line = f"{self._describe()} made {reason}{self.write_stacks(reason)}"
-        with suppress(RuntimeError):
-            self.report(TrainingError(line))
+        stacks = self.write_stacks(reason)
+        self._post("end", {"reason": f"{reason}{self._step()}", "is_cause": True})
+        silent = self._silent(self._collect_ends())
+        others = (
+            f"; {_join(map(self._name, silent))} does not answer: it was killed, or hangs" if silent else ""
+        )
+        line = f"{self._describe()} made {reason}{others}{stacks}"
         for action in reversed(self._on_failure):
             with suppress(Exception):  # the process must end
                 action(line)
         report_error(line)
         os._exit(1)
+
+    def _collect_ends(self) -> dict[int, Any]:
+        with suppress(RuntimeError):  # the host of the store is gone
+            return self._collect("end", _ANSWER_WITHIN_S)
+        return {}
+
+    def _silent(self, ends: dict[int, Any]) -> list[int]:
+        return [rank for rank in range(self.size) if rank not in ends and rank != self.rank]
 
     def _post(self, phase: str, facts: dict[str, Any]) -> None:
         if self._store is not None:
@@ -226,9 +236,12 @@ class Rendezvous:
         return f"process {rank} ({self._hosts[rank]})" if self._hosts else f"process {rank}"
 
     def _describe(self) -> str:
-        step = f" at step {self._position['step']}" if "step" in self._position else ""
         image_ids = self._position.get("image_ids")
-        return f"process {self.rank} ({self._host}){step}" + (f", image ids {image_ids}" if image_ids else "")
+        images = f", image ids {image_ids}" if image_ids else ""
+        return f"process {self.rank} ({self._host}){self._step()}{images}"
+
+    def _step(self) -> str:
+        return f" at step {self._position['step']}" if "step" in self._position else ""
 
 
 class StallWatch:

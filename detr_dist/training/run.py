@@ -201,7 +201,8 @@ def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflow
     observer = observe(setup, training, state, groups, signals=signals, tracker=tracker)
     try:
         _try_largest_batch(setup, training, state, groups)
-        fit(training, state, groups, observer)
+        with host.explained():
+            fit(training, state, groups, observer)
         observer.finish()
     except StopRequested as request:
         groups.close()  # its loader processes may be about to end, as all processes were asked to
