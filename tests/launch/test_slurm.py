@@ -27,7 +27,7 @@ SETTINGS = (
 )
 TWO_BY_TWO = ("--nodes", "2", "--ntasks-per-node", "2")
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Job:
             assert self.state in ("PENDING", "RUNNING", "COMPLETING") or condition(), self.everything
             return bool(condition())
 
-        self.slurm.wait_until(is_met, 120)
+        self.slurm.wait_until(is_met, 300)
 
     def wait_for_end(self) -> None:
         self.wait_until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED"))
