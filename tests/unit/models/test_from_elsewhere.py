@@ -1,0 +1,42 @@
+"""Networks that transformers alone has made predict the same here, bit by bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForObjectDetection
+
+from detr_dist.config import ModelConfig
+from detr_dist.models.build import trained_detector
+from detr_dist.models.detector import IMAGENET
+from tests.conftest import TINY_CONFIG
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "detr": {"d_model": 32},
+    "conditional_detr": {"d_model": 32},
+    "deformable_detr": {"d_model": 32, "num_feature_levels": 2},
+    "dab-detr": {"hidden_size": 32},
+}
+SHAPE = {"encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+
+
+@pytest.mark.parametrize("auxiliary_loss", [False, True])
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_a_network_from_elsewhere_predicts_what_it_does_there(
+    tmp_path: Path, kind: str, auxiliary_loss: bool
+) -> None:
+    options = {"backbone_config": TINY_CONFIG["model"]["backbone"], "num_queries": 10, "num_labels": 2}
+    config = AutoConfig.for_model(kind, **options, **SHAPE, **WIDTHS[kind], auxiliary_loss=auxiliary_loss)
+    torch.manual_seed(0)
+    AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path)
+    alone, ours = (AutoModelForObjectDetection.from_pretrained(tmp_path).eval() for _ in range(2))
+    image = torch.randint(255, (1, 3, 64, 96), dtype=torch.uint8)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET.mean, IMAGENET.std))
+    settings = ModelConfig(model_architecture=kind.replace("-", "_"))
+    detector = trained_detector(ours, settings, channels_last=False)
+    with torch.no_grad():
+        expected = alone(pixel_values=(image / 255 - mean) / std)
+        found = detector(image, torch.tensor([[64, 96]]), False)
+    torch.testing.assert_close(found["pred_logits"][-1], expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["pred_boxes"][-1], expected.pred_boxes, rtol=1e-4, atol=1e-5)
