@@ -60,7 +60,7 @@ def move_to_fake_gpu(detector: nn.Module) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in moved:
-                    empty = torch.empty_like(tensor, device="cuda", requires_grad=False)
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
                     is_parameter = isinstance(tensor, nn.Parameter)
                     moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
                 tensors[name] = moved[id(tensor)]
