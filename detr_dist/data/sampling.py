@@ -190,26 +190,27 @@ class CanvasRule:
 
 
 class EvaluationBatch(NamedTuple):
-    canvas_hw: tuple[int, int]  # pad the images to this
+    size_hw: tuple[int, int]  # of each image after the resize
     indices: list[int]
 
 
 def evaluation_batches(
-    sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int, multiple: int = 32
+    sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int
 ) -> list[EvaluationBatch]:
     """This process's share of all images, each image in one batch of one process.
 
-    Images share a batch only if their resized sizes round up to the same canvas, so what surrounds an image,
-    and with it its detections, does not depend on the batch size or on the number of processes. The largest
-    batches come first, so that a lack of memory shows at once. A process may get none.
+    Images share a batch only if they are of one size after the resize. A convolution sees the padding at an
+    image's edge; without any, detections are those of the image alone, whatever the batch size, the number of
+    processes and the other images. The largest batches come first, so that a lack of memory shows at once. A
+    process may get none.
     """
-    by_canvas: dict[tuple[int, int], list[int]] = {}
+    by_size: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(np.asarray(sizes_hw).tolist()):
-        by_canvas.setdefault(round_up((height, width), multiple), []).append(index)
+        by_size.setdefault((height, width), []).append(index)
     batches = [
-        EvaluationBatch(canvas_hw, indices[first : first + batch_size])
-        for canvas_hw, indices in by_canvas.items()
+        EvaluationBatch(size_hw, indices[first : first + batch_size])
+        for size_hw, indices in by_size.items()
         for first in range(0, len(indices), batch_size)
     ]
-    batches.sort(key=lambda b: -len(b.indices) * b.canvas_hw[0] * b.canvas_hw[1])
+    batches.sort(key=lambda b: -len(b.indices) * b.size_hw[0] * b.size_hw[1])
     return batches[process_index::num_processes]

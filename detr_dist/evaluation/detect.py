@@ -41,8 +41,8 @@ class Predicted(NamedTuple):
 class ImagePass:
     """Passes this process's share of a data set's images through a detector, again and again.
 
-    Images are only resized. What surrounds an image, and with it its predictions, depends neither on the
-    batch size nor on the number of processes.
+    Images are only resized, and padded by nothing: the predictions for an image depend neither on the batch
+    size, nor on the number of processes, nor on the other images.
     """
 
     def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
@@ -76,14 +76,14 @@ class ImagePass:
             )
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
-                on_device = batch.to(self._accelerator.device).pad_to(*planned.canvas_hw)
+                on_device = batch.to(self._accelerator.device)
                 # The detector does not bring its own precision. What was compiled for training would round
                 # otherwise than the same model does later, and be compiled for each size of images.
                 with (
                     self._memory.explained(
                         "in evaluation",
                         num_images=len(planned.indices),
-                        canvas_hw=planned.canvas_hw,
+                        canvas_hw=planned.size_hw,
                         is_training=False,
                     ),
                     autocast(self._accelerator.device, self._precision),

@@ -203,7 +203,7 @@ SIZES_HW = [(750, 1333), (800, 1066), (1333, 750), (768, 1340), (800, 800), (769
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 40])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_evaluation_sees_every_image_once_on_a_canvas_that_its_size_decides(
+def test_evaluation_sees_every_image_once_beside_others_of_its_size(
     num_processes: int, batch_size: int
 ) -> None:
     shares = [
@@ -212,16 +212,16 @@ def test_evaluation_sees_every_image_once_on_a_canvas_that_its_size_decides(
     ]
     batches = list(chain.from_iterable(shares))
     assert sorted(i for batch in batches for i in batch.indices) == list(range(len(SIZES_HW)))
-    for canvas_hw, indices in batches:
+    for size_hw, indices in batches:
         assert 0 < len(indices) <= batch_size
         for index in indices:
-            assert canvas_hw == tuple(-(-side // 32) * 32 for side in SIZES_HW[index])
+            assert size_hw == SIZES_HW[index]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_evaluation_starts_with_the_largest_batches() -> None:
     batches = evaluation_batches(SIZES_HW, 2, num_processes=1, process_index=0)
-    areas = [len(b.indices) * b.canvas_hw[0] * b.canvas_hw[1] for b in batches]
+    areas = [len(b.indices) * b.size_hw[0] * b.size_hw[1] for b in batches]
     assert all(one >= next_one for one, next_one in pairwise(areas))
 
 
