@@ -138,9 +138,9 @@ def _keep_segments_expandable() -> None:
 
 
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
-    """The precision in which a network computes; its weights are float32."""
-    dtype = torch.float16 if mixed_precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=mixed_precision != "no")
+    """The precision, already resolved, in which a network computes; its weights are float32."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _place() -> dict[str, Any]:

@@ -180,6 +180,9 @@ def redirect_output(log_path: Path) -> None:
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = (
+        os.fdopen(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2)
+    )
 
 
 def described(found: Findings) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def lack_memory(*_: object) -> None:
 
 def test_a_lack_of_memory_names_the_batch_and_what_to_do_in_order(training: Training) -> None:
     training.model.register_forward_hook(lack_memory)
-    config = load_config(None, ["training.batch_size=2"])
+    config = load_config(None, ["training.batch_size=2", "training.mixed_precision=no"])
     training = replace(training, memory=DeviceMemory(config))
     with pytest.raises(TrainingError) as raised:
         try_largest_batch(training, 0, **BATCH)
@@ -117,7 +118,8 @@ def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_b
     canvases = []
     for groups in zip(*streams, strict=False):
         sizes = [batch.images.shape[-2:] for group in groups for batch in group]
-        canvases.append(tuple(max(sides) for sides in zip(*sizes, strict=True)))
+        height, width = (max(sides) for sides in zip(*sizes, strict=True))
+        canvases.append((ceil(height / 32) * 32, ceil(width / 32) * 32))
         if len(canvases) == 10:
             break
     largest = max(canvases, key=lambda canvas: canvas[0] * canvas[1])
