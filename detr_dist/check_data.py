@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from detr_dist.config import Config, load_config
-from detr_dist.data.findings import Finding, found, printable
+from detr_dist.data.findings import Finding, found
 from detr_dist.data.record_checks import check_classes, check_records
 from detr_dist.data.statistics import BAND_NAMES, CheckSettings, Figures, check_boxes, figures_of
 from detr_dist.errors import UsageError
+from detr_dist.text import printable
 
 MOSTLY_EMPTY_SHARE = 0.5
 

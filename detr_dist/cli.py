@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
-from detr_dist.console import make_robust
+from detr_dist.console import configure_logging, make_robust
 from detr_dist.errors import DetrDistError, StopRequested, UsageError, as_one_line, report_error
 from detr_dist.redaction import redacted_output
 
@@ -306,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     An error prints one clear line, on every process; nothing that is printed holds credentials.
     """
     make_robust()
+    configure_logging()
     with redacted_output():
         _run(argv)
 

@@ -1,9 +1,60 @@
-"""Standard output and error that never end a command."""
+"""What a command prints: log messages on standard output, which never end it."""
 
 import io
+import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
+
+from detr_dist.redaction import redact
+
+_PACKAGE = logging.getLogger("detr_dist")
+
+
+def configure_logging() -> None:
+    """Have the package's messages printed on standard output, one line each, warnings marked as such."""
+    _PACKAGE.setLevel(logging.INFO)
+    _PACKAGE.propagate = False
+    if not any(isinstance(handler, _StandardOutput) for handler in _PACKAGE.handlers):
+        _PACKAGE.addHandler(_StandardOutput())
+
+
+def log_to_file(path: Path) -> logging.Handler:
+    """Append the package's messages to a file as well, with their time, until the handler is closed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
+    _PACKAGE.addHandler(handler)
+    return handler
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        if record.levelno >= logging.WARNING:
+            marked = f"{record.levelname.lower()}: {record.getMessage()}"
+            record = logging.makeLogRecord(record.__dict__ | {"msg": marked, "args": ()})
+        return redact(super().format(record))
+
+
+class _StandardOutput(logging.Handler):
+    """Prints on `sys.stdout` as it is at that time: a progress bar may have replaced it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(_Formatter())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            print(self.format(record), flush=True)
+        except Exception:
+            self.handleError(record)
+
+
+class _LogFile(logging.FileHandler):
+    def close(self) -> None:
+        _PACKAGE.removeHandler(self)
+        super().close()
 
 
 def make_robust() -> None:

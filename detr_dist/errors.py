@@ -4,6 +4,7 @@ import os
 import sys
 
 from detr_dist.redaction import redact
+from detr_dist.text import one_line
 
 
 class DetrDistError(Exception):
@@ -46,9 +47,9 @@ class StopRequested(DetrDistError):
 
 def as_one_line(error: BaseException) -> str:
     """Return what an error says; of one that is not ours, its type as well."""
-    reason = " ".join(str(error).split())
     if isinstance(error, DetrDistError):
-        return reason
+        return " ".join(str(error).split())
+    reason = one_line(error)
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
 
 

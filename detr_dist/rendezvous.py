@@ -26,7 +26,6 @@ from detr_dist.errors import TrainingError, UsageError, as_one_line, report_erro
 _POLL_EVERY_S = 0.2
 _ANSWER_WITHIN_S = 5.0
 _MAX_NAMES = 8
-_MAX_REASON_LENGTH = 200
 
 
 class Rendezvous:
@@ -140,7 +139,7 @@ class Rendezvous:
     def report(self, error: BaseException) -> None:
         """Tell the others why this process stops, so that they can say so when they miss it."""
         self.pause_watch()
-        self._post("end", {"reason": _shorten(error), "is_cause": True})
+        self._post("end", {"reason": as_one_line(error), "is_cause": True})
 
     def explain(self, error: RuntimeError, *, is_lost_contact: bool) -> str:
         """Return one line on why this process cannot continue, naming the processes that do not answer.
@@ -151,8 +150,8 @@ class Rendezvous:
         """
         self.pause_watch()
         if self._store is None:
-            return _shorten(error)
-        self._post("end", {"reason": _shorten(error), "is_cause": False})
+            return as_one_line(error)
+        self._post("end", {"reason": as_one_line(error), "is_cause": False})
         ends = self._collect_ends()
         silent = self._silent(ends)
         causes = [f"{self._name(rank)}: {end['reason']}" for rank, end in ends.items() if end["is_cause"]]
@@ -166,9 +165,9 @@ class Rendezvous:
             others = "all other processes stopped for the same reason"
         here = f"this is {self._describe()}{self.write_stacks(others, error)}"
         return (
-            f"{others}; {here} ({_shorten(error)})"
+            f"{others}; {here} ({as_one_line(error)})"
             if is_lost_contact
-            else f"{_shorten(error)}; {others}; {here}"
+            else f"{as_one_line(error)}; {others}; {here}"
         )
 
     def write_stacks(self, why: str, error: BaseException | None = None) -> str:
@@ -302,7 +301,7 @@ def _open_store(rank: int, within_s: float) -> Store:
     except RuntimeError as error:
         raise TrainingError(
             f"process 0 is missing: nothing of this run answers at {address}:{port} within {within_s:.0f} s; "
-            f"see the output of its host, and whether this one can reach it ({_shorten(error)})"
+            f"see the output of its host, and whether this one can reach it ({as_one_line(error)})"
         ) from error
     return PrefixStore(f"detr_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
@@ -323,7 +322,3 @@ def _check_devices(arrived: dict[int, Any]) -> None:
 def _join(names: Iterable[str]) -> str:
     shown = list(names)
     return ", ".join(shown[:_MAX_NAMES]) + (", ..." if len(shown) > _MAX_NAMES else "")
-
-
-def _shorten(error: BaseException) -> str:
-    return as_one_line(error)[:_MAX_REASON_LENGTH]

@@ -25,6 +25,8 @@ import yaml
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 
+from detr_dist.console import configure_logging
+
 REPOSITORY = Path(__file__).parents[1]
 
 TINY_CONFIG = {
@@ -478,6 +480,12 @@ def on_fake_gpu() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
             yield
 
     return move
+
+
+@pytest.fixture(autouse=True)
+def messages_are_printed() -> None:
+    """As by every command."""
+    configure_logging()
 
 
 @pytest.fixture(autouse=True)

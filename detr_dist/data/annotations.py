@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.errors import DataError
+from detr_dist.text import value_of
 
 INT64_END = 2**63
 
@@ -159,7 +160,7 @@ def _section(path: Path, document: dict[str, Any], name: str) -> Section:
             f"{path}: has no {name!r}; a COCO file holds 'images', 'annotations' and 'categories'"
         )
     if not isinstance(document[name], list):
-        raise DataError(f"{path}: {name!r} is {brief(document[name])}; it must be a list")
+        raise DataError(f"{path}: {name!r} is {value_of(document[name])}; it must be a list")
     return Section(path, name, document[name])
 
 
@@ -196,12 +197,7 @@ def complaint(key: str, value: Any, kind: ValueKind) -> str:
     """What is wrong with a value that is not of its kind."""
     too_large = isinstance(value, int | float) and math.isfinite(value) and not _is_in_range(value)
     limit = " from -2^63 to 2^63 - 1" if kind is WHOLE and too_large else ""
-    return f"{key!r} is {brief(value)}; it must be {kind.wanted}{limit}"
-
-
-def brief(value: Any, limit: int = 60) -> str:
-    text = repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return f"{key!r} is {value_of(value)}; it must be {kind.wanted}{limit}"
 
 
 WHOLE = ValueKind(_is_whole, "a whole number")

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.annotations import Section
-from detr_dist.data.layout import folded, shown
+from detr_dist.data.layout import folded
 from detr_dist.errors import DataError
+from detr_dist.text import list_names
 
 NO_SUPERCATEGORY = {"", "-", "n/a", "nan", "none", "null", "undefined"}
 """How exporters write that a category has no supercategory; a class of such a name groups nothing."""
@@ -99,8 +100,8 @@ def _check_same_names(names: Sequence[str], own: Sequence[str], source: str, pat
     if not (lacking or foreign):
         return
     in_ascii = look_alike(lacking, foreign)
-    parts = [f"{shown(lacking, in_ascii=in_ascii)} only in {source}"] * bool(lacking)
-    parts += [f"{shown(foreign, in_ascii=in_ascii)} only here"] * bool(foreign)
+    parts = [f"{list_names(lacking, in_ascii=in_ascii)} only in {source}"] * bool(lacking)
+    parts += [f"{list_names(foreign, in_ascii=in_ascii)} only here"] * bool(foreign)
     raise DataError(
         f"{path}: its classes differ from those of {source}: {'; '.join(parts)}; they must agree by name"
     )
@@ -109,7 +110,7 @@ def _check_same_names(names: Sequence[str], own: Sequence[str], source: str, pat
 def _refuse_equal_names(path: Path, names: list[str]) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{path}: several categories have the name {shown(twice)}; merge or rename them")
+        raise DataError(f"{path}: several categories have the name {list_names(twice)}; merge or rename them")
 
 
 def read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[Category]:
@@ -122,7 +123,9 @@ def read_categories(section: Section, used_ids: NDArray[np.int64]) -> list[Categ
     names = section.texts("name")
     if len(set(ids)) < len(ids):
         twice = sorted({i for i in ids if ids.count(i) > 1})
-        raise DataError(f"{section.path}: several categories have the id {shown(twice)}; give each its own")
+        raise DataError(
+            f"{section.path}: several categories have the id {list_names(twice)}; give each its own"
+        )
     groups = [_group(record.get("supercategory")) for record in section.records]
     used, members = set(used_ids.tolist()), Counter(groups)
     rows = sorted(zip(ids, names, groups, strict=True))

@@ -14,8 +14,9 @@ from detr_dist.data.annotations import Section, read_sections
 from detr_dist.data.box_columns import read_boxes
 from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
 from detr_dist.data.image_files import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of, shown
+from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of
 from detr_dist.errors import DataError
+from detr_dist.text import list_names
 
 __all__ = ["CocoData", "find_annotations", "load_coco"]
 
@@ -216,7 +217,9 @@ def _read_image_ids(images: Section) -> NDArray[np.int64]:
     values, counts = np.unique(image_ids, return_counts=True)
     if len(values) < len(image_ids):
         twice = values[counts > 1].tolist()
-        raise DataError(f"{images.path}: several images have the id {shown(twice)}; give each image its own")
+        raise DataError(
+            f"{images.path}: several images have the id {list_names(twice)}; give each image its own"
+        )
     return image_ids
 
 
@@ -246,7 +249,7 @@ def _remark(annotation_ids: NDArray[np.int64], what: str) -> list[str]:
 def _remarks(class_map: ClassMap, iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:
     remarks = []
     if class_map.dropped:
-        remarks.append(f"category {shown(class_map.dropped)} only groups others and was left out")
+        remarks.append(f"category {list_names(class_map.dropped)} only groups others and was left out")
     if iscrowd.any():
         remarks.append(f"{int(iscrowd.sum())} crowd boxes serve evaluation only")
     if (num_boxes == 0).any():

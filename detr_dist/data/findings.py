@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal, NamedTuple
 
-from detr_dist.data.layout import NUM_NAMES_SHOWN
+from detr_dist.text import MAX_NAMES, printable
 
 MAX_EXAMPLES = 10
 
@@ -165,7 +165,7 @@ class Finding:
     examples: tuple[str, ...]  # the first few: file names, records, classes
 
     def __str__(self) -> str:
-        names = [printable(name) for name in self.examples[:NUM_NAMES_SHOWN]]
+        names = [printable(name) for name in self.examples[:MAX_NAMES]]
         rest = self.count - len(names)
         more = f" and {rest} more" if names and rest > 0 else ""
         return ": ".join([self.message, *([", ".join(names) + more] if names else [])])
@@ -191,8 +191,3 @@ def found(
     usual, one, many, what = KINDS[kind]
     message = f"{count} {one if count == 1 else many} {what}" + (f" ({detail})" if detail else "")
     return [Finding(kind, level or usual, split, count, message, tuple(named[:MAX_EXAMPLES]))]
-
-
-def printable(name: str) -> str:
-    """The name, in quotes and escaped if a terminal could not show it."""
-    return name if name.isprintable() else repr(name)

@@ -3,15 +3,13 @@
 import os
 import posixpath
 import unicodedata
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from posixpath import join
 
 from detr_dist.data.image_files import image_suffixes
 from detr_dist.errors import DataError
-
-NUM_NAMES_SHOWN = 4
+from detr_dist.text import list_names
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
@@ -157,14 +155,6 @@ def _listing(images_dir: Path, folder: str) -> set[str]:
         return set()
 
 
-def shown(names: Iterable[object], *, in_ascii: bool = False) -> str:
-    """The first few names, for a message of one line."""
-    quote = ascii if in_ascii else repr
-    quoted = [quote(name if isinstance(name, str | int) else str(name)) for name in names]
-    rest = len(quoted) - NUM_NAMES_SHOWN
-    return ", ".join(quoted[:NUM_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-
-
 def _json_files(folder: Path) -> list[Path]:
     """Hidden files are left out: macOS leaves `._name.json` beside files that it copied."""
     return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith("."))
@@ -174,6 +164,6 @@ def _only(json_paths: list[Path], folder: Path) -> Path:
     if len(json_paths) > 1:
         raise DataError(
             f"{folder}: {len(json_paths)} JSON files, so it is not clear which holds the annotations: "
-            f"{shown(p.name for p in json_paths)}; keep one there and move the others away"
+            f"{list_names(p.name for p in json_paths)}; keep one there and move the others away"
         )
     return json_paths[0]

@@ -18,7 +18,6 @@ from detr_dist.data.annotations import (
     WHOLE,
     Section,
     ValueKind,
-    brief,
     complaint,
     read_sections,
 )
@@ -36,6 +35,7 @@ from detr_dist.data.layout import (
     unlisted_pictures,
 )
 from detr_dist.errors import DataError
+from detr_dist.text import value_of
 
 Record = dict[str, Any]
 Sections = tuple[Section, Section, Section]
@@ -238,7 +238,7 @@ def _fault(
 ) -> str | None:
     """What is wrong with the first of these values that is not as it must be."""
     if not isinstance(record, dict):
-        return f"{brief(record)} is no object with keys"
+        return f"{value_of(record)} is no object with keys"
     for key, kind in required:
         if key not in record:
             return f"has no {key!r}"
@@ -252,7 +252,7 @@ def _fault(
 
 def _name(section: Section, row: int) -> str:
     record = section.records[row]
-    known = f" (id {brief(record['id'])})" if isinstance(record, dict) and "id" in record else ""
+    known = f" (id {value_of(record['id'])})" if isinstance(record, dict) and "id" in record else ""
     return f"{section.name}[{row}]{known}"
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.findings import Finding, found, printable
+from detr_dist.data.findings import Finding, found
+from detr_dist.text import printable
 
 SIDE_BANDS_PX = (4, 8, 16, 32, 96)
 """Limits between the bands of sizes. Detectors of this family see one value for each 32x32 or 8x8 pixels;

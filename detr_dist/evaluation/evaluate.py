@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.data.findings import printable
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
@@ -21,6 +20,7 @@ from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, op
 from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
+from detr_dist.text import printable
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 """The criterion's, by their places in `Losses`."""

@@ -13,7 +13,6 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.findings import printable
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import check_room
 from detr_dist.distributed import (
@@ -35,7 +34,8 @@ from detr_dist.inference.trained import (
     tracking_uri_for,
 )
 from detr_dist.redaction import redact
-from detr_dist.training.durable import check_new, check_writable, write_text_whole
+from detr_dist.storage import check_new, check_writable, write_text
+from detr_dist.text import printable
 from detr_dist.training.pictures import draw_folder
 from detr_dist.training.sources import find_model
 
@@ -142,7 +142,7 @@ def _leave(
     print(f"thresholds: {source.get(str(facts['thresholds']), facts['thresholds'])}", flush=True)
     if options.predictions is not None:
         results = coco_results(data, details.records)
-        write_text_whole(options.predictions, json.dumps(results))
+        write_text(options.predictions, json.dumps(results))
         print(f"{options.predictions}: {len(results)} detections as COCO results")
     if options.report is not None:
         report = {
@@ -151,7 +151,7 @@ def _leave(
             "confusion": details.operating_points.confusion.tolist(),
             **facts,
         }
-        write_text_whole(options.report, json.dumps(report, indent=2) + "\n")
+        write_text(options.report, json.dumps(report, indent=2) + "\n")
         print(f"{options.report}: the figures, what was taken for what, and how they came about")
     if options.pictures is not None:
         for failure in draw_folder(options.pictures, data, details):

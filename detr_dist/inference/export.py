@@ -7,12 +7,13 @@ from detr_dist.config import LoggingConfig
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.trained import fetch_model, tracking_uri_as_option
 from detr_dist.models.onnx import check_onnx_packages, write_onnx
-from detr_dist.tracking.delivery import one_line, patience
+from detr_dist.storage import check_new, describe_disk_error, new_folder
+from detr_dist.text import one_line
+from detr_dist.tracking.delivery import patience
 from detr_dist.tracking.download import is_artifact_uri
 from detr_dist.tracking.mlflow import open_client
 from detr_dist.tracking.packaging import write_model
 from detr_dist.tracking.registry import register_artifact, run_of, upload_model
-from detr_dist.training.durable import check_new, failure_on_disk, new_folder
 
 _UPLOAD_TIMEOUT_S = 300
 
@@ -83,7 +84,8 @@ def _write(options: ExportOptions) -> bool:
         raise
     except Exception as error:  # of a full disk each library says it in its own kind
         raise DetrDistError(
-            f"--output-dir {options.output_dir}: cannot be written ({failure_on_disk(error, folder.parent)})"
+            f"--output-dir {options.output_dir}: cannot be written "
+            f"({describe_disk_error(error, folder.parent)})"
         ) from error
     print("\n".join(lines), flush=True)
     return model.is_mlflow_model and options.model.startswith("runs:/")

@@ -18,8 +18,7 @@ from PIL import Image
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
-from detr_dist.data.findings import printable
-from detr_dist.data.layout import decoded_name, shown
+from detr_dist.data.layout import decoded_name
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.data.shared_memory import check_room
@@ -41,7 +40,8 @@ from detr_dist.inference.trained import (
     tracking_uri_as_option,
     tracking_uri_for,
 )
-from detr_dist.training.durable import check_new, check_writable, failure_on_disk, write_text_whole
+from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
+from detr_dist.text import list_names, printable
 
 RESULTS = "predictions.json"
 _WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -85,7 +85,7 @@ def predict(options: PredictOptions) -> None:
         records, failed, not_drawn = _predict(options, model, data, config)
     if left_out:
         what = "no images by suffix, hidden, or links in a circle"
-        print(f"skipped {len(left_out)} that are {what}: {shown(left_out)}", flush=True)
+        print(f"skipped {len(left_out)} that are {what}: {list_names(left_out)}", flush=True)
     for line in sorted((*unreadable, *failed.values())):
         print(f"warning: {printable(line)}; passed over", flush=True)
     if not_drawn:
@@ -103,7 +103,7 @@ def predict(options: PredictOptions) -> None:
             records.image_rows, records.labels, coco_results(data, records), strict=True
         )
     ]
-    write_text_whole(options.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text(options.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
     passed_over = f", {len(names) - num_read} passed over" if num_read < len(names) else ""
     print(
         f"{len(results)} detections in {num_read} pictures{passed_over}: {options.output_dir}, with COCO "
@@ -215,7 +215,7 @@ def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> st
     ) as error:  # a format's limits, a library's trouble: the detections are there all the same
         if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
             raise DetrDistError(
-                f"{path}: cannot be written ({failure_on_disk(error, path.parent)})"
+                f"{path}: cannot be written ({describe_disk_error(error, path.parent)})"
             ) from error
         return f"{data.image_path(row)}: {' '.join(str(error).split()) or type(error).__name__}"
     return ""

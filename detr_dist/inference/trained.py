@@ -17,13 +17,12 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, load_config, override_config
-from detr_dist.data.layout import shown
 from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import IMAGENET, Detector, Normalization, class_names_of
-from detr_dist.tracking.delivery import one_line
+from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
 
@@ -68,7 +67,7 @@ class TrainedModel:
         """Thresholds of all classes, and a line to say where the model does not know one."""
         thresholds = self.thresholds
         unknown = [name for name, known in zip(self.class_names, thresholds, strict=True) if known is None]
-        line = f"the model brings no threshold for {shown(unknown)}: {DEFAULT_THRESHOLD} is taken"
+        line = f"the model brings no threshold for {list_names(unknown)}: {DEFAULT_THRESHOLD} is taken"
         values = [DEFAULT_THRESHOLD if known is None else known for known in thresholds]
         return values, [line] if unknown else []
 
@@ -175,7 +174,7 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
     except Exception as error:  # the library raises many kinds, and pydantic another
         raise UsageError(
             f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
-            f"image, or prepares it as cannot be done here ({one_line(error)[:200]}); give another model, or "
+            f"image, or prepares it as cannot be done here ({one_line(error)}); give another model, or "
             "the checkpoint that it comes from"
         ) from error
     if processor.resample != PILImageResampling.BILINEAR:

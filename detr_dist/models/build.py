@@ -29,6 +29,7 @@ from detr_dist.models.timm_norms import (
     restore_timm_norms,
     thaw_timm_norms,
 )
+from detr_dist.text import one_line
 
 
 def build_detector(
@@ -134,7 +135,7 @@ def _network_like(structure: Path) -> PreTrainedModel:
         network_config = AutoConfig.from_pretrained(structure, trust_remote_code=False)
         return cast(PreTrainedModel, AutoModelForObjectDetection.from_config(network_config))
     except Exception as error:  # the library raises many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise CheckpointError(f"{structure}: transformers cannot build its network ({reason})") from error
 
 
@@ -162,7 +163,7 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
                 f"lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first"
             )
     except Exception as error:  # the hub, safetensors and transformers raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UsageError(
             f"{reference}: cannot be loaded ({reason}); give the folder of a model or checkpoint, an MLflow "
             "URI or a hub id"
@@ -181,7 +182,7 @@ def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[s
         network_config = AutoConfig.for_model(architecture.model_type, **options)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many kinds for a value they refuse
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(f"model: transformers cannot build it as configured: {reason}") from error
     _begin_class_head(network, architecture, renew=False)
     return network
@@ -209,7 +210,7 @@ def _pretrained_network(
     except UsageError:
         raise
     except Exception as error:  # the hub, safetensors and transformers raise many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise UsageError(
             f"model.pretrained {source} cannot be loaded ({reason}); give a folder that holds it, or set "
             "model.pretrained=null and model.pretrained_backbone=false to train from scratch"
@@ -272,7 +273,7 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
             config.backbone, pretrained=True, features_only=True, out_indices=out_indices
         )
     except Exception as error:  # timm and the hub raise many kinds, from name look-up to a broken download
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
             "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
@@ -316,7 +317,7 @@ def _check_forward(detector: Detector) -> None:
         with torch.no_grad():
             detector.eval()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), torch.tensor([[128, 128]]))
     except Exception as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise UsageError(
             f"model: it cannot run as configured ({reason}); change the model section"
         ) from error

@@ -15,6 +15,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.text import one_line
 
 TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
 """Largest difference to torch. Rounding in float32 stays well below; 1e-4 of an image 1333 pixels wide is a
@@ -51,7 +52,7 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
             _export(traced, path)
         differences = _differences(traced, path)
     except Exception as error:  # of torch, onnx and onnxruntime, each of many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise DetrDistError(
             f"--onnx: this {network.config.model_type} cannot be exported for images of any size ({reason}); "
             "export without --onnx"

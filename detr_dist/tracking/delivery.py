@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from detr_dist.text import one_line
 from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy, outdated
 from detr_dist.tracking.registry import register_artifact
 from detr_dist.tracking.uris import local_path
@@ -339,11 +340,6 @@ def acceptable(text: str, limit: int = MAX_TAG_LENGTH) -> str:
     """Return what MLflow's stores take of a text: its start, with ? for the bytes of a file name that are not
     UTF-8."""
     return text.encode(errors="replace").decode()[:limit]
-
-
-def one_line(error: Exception) -> str:
-    """What an error of MLflow says, on one line of bearable length."""
-    return " ".join(str(error).split())[:500]
 
 
 def is_away(error: Exception) -> bool:

@@ -9,7 +9,8 @@ import mlflow.artifacts
 from mlflow.exceptions import MlflowException
 
 from detr_dist.errors import UsageError
-from detr_dist.tracking.delivery import one_line, patience
+from detr_dist.text import one_line
+from detr_dist.tracking.delivery import patience
 from detr_dist.tracking.mlflow import open_client
 from detr_dist.tracking.registry import location_of
 from detr_dist.tracking.uris import client_uri, database_path

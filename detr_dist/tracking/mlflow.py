@@ -21,7 +21,8 @@ from detr_dist.config import LoggingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import StopRequested, UsageError
 from detr_dist.redaction import redact, redact_value
-from detr_dist.tracking.delivery import Delivery, DeliveryThread, acceptable, is_away, one_line, patience
+from detr_dist.text import one_line
+from detr_dist.tracking.delivery import Delivery, DeliveryThread, acceptable, is_away, patience
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.store import find_or_make_experiment, locked_store, refuse_deleted, unless_busy
 from detr_dist.tracking.uris import (

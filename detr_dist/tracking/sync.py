@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.tracking.delivery import Delivery, one_line, patience
-from detr_dist.tracking.folder_lock import locked
+from detr_dist.storage import locked
+from detr_dist.text import one_line
+from detr_dist.tracking.delivery import Delivery, patience
 from detr_dist.tracking.mlflow import open_client, say
 from detr_dist.tracking.outbox import OutboxReader
 

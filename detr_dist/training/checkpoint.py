@@ -28,7 +28,8 @@ from torch import Tensor
 
 from detr_dist.errors import CheckpointError
 from detr_dist.models.detector import Detector
-from detr_dist.training.durable import link_folder, new_folder
+from detr_dist.storage import link_folder, new_folder
+from detr_dist.text import one_line
 from detr_dist.training.loop import Training
 from detr_dist.training.state import RunFacts, TrainState
 from detr_dist.training.strategy import OptimizerMemory
@@ -156,7 +157,7 @@ class Checkpoint:
         except Exception as error:  # of what it cannot read torch raises nearly everything
             raise CheckpointError(
                 f"{path}: holds something else than tensors and numbers, or is damaged; nothing of it was "
-                f"run. Use another checkpoint ({_one_line(error)[:200]})"
+                f"run. Use another checkpoint ({one_line(error)})"
             ) from None
         if not isinstance(content, dict) or content.keys() != {"optimizer", "scheduler", "scaler"}:
             raise CheckpointError(
@@ -169,7 +170,7 @@ class Checkpoint:
             return load_file(self.folder / name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
-                f"{self.folder / name}: no safetensors file ({_one_line(error)}); use another checkpoint"
+                f"{self.folder / name}: no safetensors file ({one_line(error)}); use another checkpoint"
             ) from None
 
 
@@ -249,7 +250,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a JSON object; its checkpoint is not whole")
     return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from detr_dist.config import load_config
-from detr_dist.data.layout import shown
 from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.storage import new_folder, write_text
+from detr_dist.text import list_names
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
-from detr_dist.training.durable import new_folder, write_text_whole
 
 _WRITTEN = {
     "": r"model|tensorboard|config\.yaml|results\.json",
@@ -35,8 +35,8 @@ def check_output(output_dir: Path) -> None:
     there = [str(path.relative_to(output_dir)) for path in _of_runs(output_dir)]
     if there and not _holds_run(output_dir):
         raise UsageError(
-            f"--output-dir {output_dir}: holds {shown(there)}, which no run has left there and a run would "
-            "replace; give another folder, or move them away"
+            f"--output-dir {output_dir}: holds {list_names(there)}, which are of no run, and which a run "
+            "would replace; give another folder, or move them away"
         )
 
 
@@ -125,4 +125,4 @@ def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[st
     for name, value in metrics.items():
         print(f"{name:<24} {value:.4f}")
     results = {"metrics": metrics, **where}
-    write_text_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from detr_dist.config import Config
 from detr_dist.models.detector import Detector, load_plain_weights, plain_network
+from detr_dist.storage import finish_interrupted, new_folder
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
-from detr_dist.training.durable import finish_interrupted, new_folder
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.evaluate import Details
+from detr_dist.storage import describe_disk_error, new_folder
 from detr_dist.tracking.mlflow import MLflowTracker
-from detr_dist.training.durable import failure_on_disk, new_folder
 
 
 def draw_folder(folder: Path, data: CocoData, details: Details) -> list[str]:
@@ -21,7 +21,7 @@ def draw_folder(folder: Path, data: CocoData, details: Details) -> list[str]:
         with new_folder(folder) as partial:
             failures = draw_pictures(partial, data, details)
     except Exception as error:  # a full disk, or a library's trouble: no reason to lose a run
-        return [f"{folder}: {failure_on_disk(error, folder.parent)}"]
+        return [f"{folder}: {describe_disk_error(error, folder.parent)}"]
     return [f"{folder / failure}" for failure in failures]
 
 
@@ -52,7 +52,7 @@ class PictureMaker:
             try:
                 self._tracker.log_folder(folder, f"pictures/{name}")
             except Exception as error:  # as above
-                failures.append(f"{folder}: {failure_on_disk(error, self._pictures_dir.parent)}")
+                failures.append(f"{folder}: {describe_disk_error(error, self._pictures_dir.parent)}")
         if failures and not self._has_warned:
             self._has_warned = True
             more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""

@@ -16,13 +16,13 @@ from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.tracking.delivery import delete_artifacts, one_line, patience
+from detr_dist.storage import locked, remove_folder
+from detr_dist.text import one_line
+from detr_dist.tracking.delivery import delete_artifacts, patience
 from detr_dist.tracking.download import fetch, is_run_id
-from detr_dist.tracking.folder_lock import locked
 from detr_dist.tracking.mlflow import open_client, say
 from detr_dist.tracking.outbox import OutboxReader, outdated
 from detr_dist.training.checkpoint import outdated_checkpoints
-from detr_dist.training.durable import remove_folder
 
 _TIMEOUT_S = 60
 

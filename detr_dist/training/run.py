@@ -25,12 +25,11 @@ from detr_dist.evaluation.evaluate import Evaluator
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
-from detr_dist.tracking.folder_lock import locked
+from detr_dist.storage import check_writable, locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.durable import check_writable
 from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.observer import RunObserver

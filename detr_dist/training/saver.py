@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from detr_dist.errors import TrainingError
+from detr_dist.storage import describe_disk_error, finish_interrupted, remove_folder
 from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
-from detr_dist.training.durable import failure_on_disk, finish_interrupted, remove_folder
 from detr_dist.training.packing import ModelCard
 
 
@@ -89,7 +89,7 @@ class Saver:
             folder = self._checkpoints_dir.parent
             failure = (
                 f"{folder}: the model of step {card.step} could not be saved "
-                f"({failure_on_disk(error, folder)})"
+                f"({describe_disk_error(error, folder)})"
             )
             self._say(f"warning: {failure}; training goes on")
             if card.is_best:
@@ -104,7 +104,7 @@ class Saver:
         except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
             failure = (
                 f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
-                f"({failure_on_disk(error, self._checkpoints_dir)}); the earlier ones are intact"
+                f"({describe_disk_error(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
             self._failures |= {name: failure for name in names if name in ("best", "last")}
             self._say(f"warning: {failure}, and training goes on; make room for the next one")
@@ -118,7 +118,7 @@ class Saver:
                 self._upload(self._tracker, names)
             except OSError as error:
                 self._say(
-                    f"warning: {folders}: not uploaded ({failure_on_disk(error, self._checkpoints_dir)})"
+                    f"warning: {folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
                 )
 
     def _upload(self, tracker: MLflowTracker, names: Sequence[str]) -> None:

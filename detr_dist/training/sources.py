@@ -8,8 +8,8 @@ from pathlib import Path
 
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import CheckpointError, DataError, UsageError
+from detr_dist.storage import finish_interrupted, locked
 from detr_dist.tracking.download import checkpoint_uris, download_folder, is_artifact_uri, is_run_id
-from detr_dist.tracking.folder_lock import locked
 from detr_dist.training.checkpoint import (
     AVERAGE,
     NETWORK,
@@ -19,7 +19,6 @@ from detr_dist.training.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
-from detr_dist.training.durable import finish_interrupted
 
 
 @dataclass(frozen=True)

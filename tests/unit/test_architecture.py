@@ -14,7 +14,7 @@ PACKAGE = Path(detr_dist.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
 
 # A room is a folder or a module directly under detr_dist. It may import itself and the rooms named here.
-BASE = {"boxes", "config", "errors", "redaction"}
+BASE = {"boxes", "config", "errors", "redaction", "storage", "text"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
@@ -37,14 +37,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tracking": BASE | {"console", "data", "distributed", "models"},
     "models": BASE,
     "data": BASE,
-    "distributed": {"config", "environment", "errors", "rendezvous"},
+    "distributed": {"config", "environment", "errors", "rendezvous", "text"},
     "environment": {"errors"},
     "rendezvous": {"environment", "errors"},
     "config": {"errors", "redaction"},
     "boxes": set(),
-    "console": set(),
-    "errors": {"redaction"},
+    "console": {"redaction"},
+    "errors": {"redaction", "text"},
     "redaction": set(),
+    "storage": {"errors", "text"},
+    "text": set(),
 }
 
 # Libraries that only these rooms may know.

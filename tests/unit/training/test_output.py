@@ -11,6 +11,7 @@ import torch
 
 from detr_dist.config import Config
 from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.storage import check_writable
 from detr_dist.training.checkpoint import (
     NETWORK,
     Snapshot,
@@ -18,7 +19,6 @@ from detr_dist.training.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from detr_dist.training.durable import check_writable
 from detr_dist.training.output import bring_best, check_output, make_room, write_results
 
 SnapshotAt = Callable[..., Snapshot]

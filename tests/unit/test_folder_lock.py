@@ -12,12 +12,12 @@ import psutil
 import pytest
 
 from detr_dist.errors import DataError
-from detr_dist.tracking.folder_lock import locked
+from detr_dist.storage import locked
 
 HOLDS_THE_LOCK = """
 import os, sys, time
 from pathlib import Path
-from detr_dist.tracking.folder_lock import locked
+from detr_dist.storage import locked
 
 with locked(Path(sys.argv[1])):
     child = os.fork()

@@ -10,19 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.training.durable import (
-    failure_on_disk,
-    finish_interrupted,
-    link_folder,
-    new_folder,
-    remove_folder,
-)
+from detr_dist.storage import describe_disk_error, finish_interrupted, link_folder, new_folder, remove_folder
 
 # Kills itself before its n-th change to the file system (or opening of a file), n from 0.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from detr_dist.training.durable import finish_interrupted, link_folder, new_folder, remove_folder
+from detr_dist.storage import finish_interrupted, link_folder, new_folder, remove_folder
 
 def replace(folder):
     with new_folder(folder) as partial:
@@ -229,6 +223,6 @@ def test_without_hard_links_the_files_are_copied(monkeypatch: pytest.MonkeyPatch
 
 def test_a_failure_on_disk_is_one_line_with_the_space_that_is_left(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", "some/file")
-    assert failure_on_disk(full, tmp_path).startswith("No space left on device; ")
-    assert failure_on_disk(full, tmp_path).endswith(" MiB free")
-    assert failure_on_disk(RuntimeError("two\n  lines"), tmp_path / "gone") == "two lines"
+    assert describe_disk_error(full, tmp_path).startswith("No space left on device; ")
+    assert describe_disk_error(full, tmp_path).endswith(" MiB free")
+    assert describe_disk_error(RuntimeError("two\n  lines"), tmp_path / "gone") == "two lines"

@@ -1,0 +1,215 @@
+"""Folders and files that are complete or absent, whenever the machine stops; the lock on an output folder."""
+
+import errno
+import fcntl
+import functools
+import logging
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TextIO
+
+from detr_dist.errors import DataError, UsageError
+from detr_dist.text import one_line
+
+# What a file system reports that has no locks, such as Lustre mounted without `flock`.
+_WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+_logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a folder to fill; once it is complete and on disk it is renamed to `folder`, replacing that one.
+
+    Whoever may read the folder may read its files: some libraries write theirs for the owner alone. After an
+    exception `folder` is unchanged and nothing of the new one remains.
+    """
+    _finish(folder)
+    partial, replaced = _partial(folder), _replaced(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _flush(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.replace(replaced)
+    partial.replace(folder)
+    _flush_entry(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def link_folder(source: Path, folder: Path) -> None:
+    """Make a new folder with the files of `source`: hard links where the file system can, else copies."""
+    with new_folder(folder) as partial:
+        for path in source.iterdir():
+            try:
+                os.link(path, partial / path.name)
+            except OSError:
+                shutil.copyfile(path, partial / path.name)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder; under its name it is complete until it is absent."""
+    removed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    folder.replace(removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def finish_interrupted(parent: Path, pattern: str = "*") -> list[str]:
+    """Complete or undo what `new_folder` and `remove_folder` were doing to folders of such names in `parent`
+    when their process was killed.
+
+    Returns:
+        The names of the incomplete folders, which were removed.
+    """
+    for removed in parent.glob(f".{pattern}.removed"):
+        shutil.rmtree(removed, ignore_errors=True)
+    leftovers = [*parent.glob(f".{pattern}.partial"), *parent.glob(f".{pattern}.replaced")]
+    names = sorted({path.stem.removeprefix(".") for path in leftovers})
+    return [name for name in names if _finish(parent / name)]
+
+
+def _finish(folder: Path) -> bool:
+    """Complete or undo one folder; return whether an incomplete one was removed."""
+    partial, replaced = _partial(folder), _replaced(folder)
+    if replaced.exists() and not folder.exists():
+        # The old folder loses its name only once the new one is complete.
+        (partial if partial.exists() else replaced).replace(folder)
+    was_incomplete = partial.exists()
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return was_incomplete
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Create the folder if it does not exist, and write to it once.
+
+    Raises:
+        UsageError: naming the command line's `option`, if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"{option} {folder}: {error.strerror}; give a folder that can be written to"
+        ) from error
+
+
+def check_new(option: str, folder: Path) -> None:
+    """Check that the folder that the command line's `option` names is absent or empty.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UsageError(f"{option} {folder}: already exists; delete it or choose another")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of UTF-8 text; until it is complete on disk, the old one stays."""
+    partial = _partial(path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        _flush_entry(partial)
+        partial.replace(path)
+        _flush_entry(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe_disk_error(error: Exception, folder: Path) -> str:
+    """Return on one line why writing to `folder` failed, with the free space: torch and safetensors wrap a
+    full disk in errors of their own."""
+    reason = getattr(error, "strerror", None) or one_line(error)
+    try:
+        return f"{reason}; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
+    except OSError:
+        return reason
+
+
+@contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Lock the output folder, which must exist. The lock ends with its process, however that ends.
+
+    Where the file system has no locks this warns and continues without one.
+
+    Raises:
+        DataError: another process holds it; the message names it.
+    """
+    path = output_dir / ".lock"
+    with _lock(path) as file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO:
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            # Of this process alone: loader processes that outlive it for seconds do not inherit it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise DataError(
+                f"{path.parent}: {holder} is at work there; wait until it has ended, stop it, or "
+                "give another folder"
+            ) from None
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                file.close()
+                raise
+            _warn_of_no_locks(path.parent, error.strerror)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # whoever had it has just removed it
+
+
+@functools.cache  # a run takes its lock twice
+def _warn_of_no_locks(output_dir: Path, reason: str) -> None:
+    _logger.warning(
+        f"{output_dir}: cannot be locked on this file system ({reason}); nothing keeps a second run out of "
+        "it: make sure that there is none"
+    )
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.replaced")
+
+
+def _flush(folder: Path) -> None:
+    """Flush everything below `folder` to disk."""
+    mode = folder.stat().st_mode & 0o666
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            path.chmod(mode)
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,35 @@
+"""Text that fits into a message of one line."""
+
+from collections.abc import Iterable
+from typing import Any
+
+MAX_NAMES = 4
+"""How many names a message lists before it counts the rest."""
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """Return what an error or any other object says, on one line of at most `limit` characters."""
+    return shorten(" ".join(str(text).split()), limit)
+
+
+def shorten(text: str, limit: int) -> str:
+    """Return `text`, cut at its end to `limit` characters."""
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def value_of(value: Any, limit: int = 60) -> str:
+    """Return a value as Python writes it, cut to `limit` characters."""
+    return shorten(repr(value), limit)
+
+
+def list_names(names: Iterable[object], *, in_ascii: bool = False) -> str:
+    """Return the first few names in quotes, and the number of the others."""
+    quote = ascii if in_ascii else repr
+    quoted = [quote(name if isinstance(name, str | int) else str(name)) for name in names]
+    rest = len(quoted) - MAX_NAMES
+    return ", ".join(quoted[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def printable(name: str) -> str:
+    """Return the name, in quotes and escaped if a terminal could not show it."""
+    return name if name.isprintable() else repr(name)
