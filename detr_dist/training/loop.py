@@ -21,8 +21,8 @@ from detr_dist.training.strategy import Replicated
 
 
 class StepDone(NamedTuple):
-    shares: Tensor
-    """This process's part of loss, loss_ce, loss_bbox, loss_giou; [4], on the device."""
+    losses: dict[str, Tensor]
+    """This process's share of each loss that is logged, on the device."""
     learning_rate: float
     """What the parameters outside the backbone learned with."""
 
@@ -97,7 +97,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     """
     accelerator = training.accelerator
     learning_rate = float(training.scheduler.get_last_lr()[0])
-    shares = torch.zeros(4, device=accelerator.device)
+    shares: list[Tensor] = []
     for index, micro_batch in enumerate(agreed.group, accelerator.process_index * len(agreed.group)):
         # Dropout is a function of seed, step and place in the step, so that a resumed run needs no generator
         # state, and two processes drop what one that accumulates twice would.
@@ -111,13 +111,13 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             )
             training.agreement.report(finite=losses.finite)
             # The losses are shares of a sum; DDP and accumulation are about to take means of their gradients.
-            accelerator.backward(losses.loss * (accelerator.num_processes * len(agreed.group)))
+            accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:
                 accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)
             training.optimizer.step()
             training.optimizer.zero_grad()
-            shares += torch.stack(losses[:4]).detach()
+            shares.append(torch.stack([*losses.logged.values()]))
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
         training.average.update(step)
-    return StepDone(shares, learning_rate)
+    return StepDone(dict(zip(losses.logged, torch.stack(shares).sum(0), strict=True)), learning_rate)

@@ -4,6 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
+
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
@@ -153,7 +155,8 @@ class RunObserver:
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses, summed over all processes. Waits for the device."""
-        total = self._training.accelerator.reduce(done.shares, reduction="sum").tolist()
+        shares = torch.stack([*done.losses.values()])
+        sums = self._training.accelerator.reduce(shares, reduction="sum").tolist()
         seen = self._host.gather_rows(
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
         )
@@ -165,11 +168,8 @@ class RunObserver:
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at - self._paused_s
-        metrics = {
-            "train_loss": total[0],
-            "train_loss_ce": total[1],
-            "train_loss_bbox": total[2],
-            "train_loss_giou": total[3],
+        losses = {f"train_{name}": loss for name, loss in zip(done.losses, sums, strict=True)}
+        metrics = losses | {
             "learning_rate": done.learning_rate,
             "epoch": state.step / self._training.plan.steps_per_epoch,
             "train_images_per_s": (sum(images) - self._logged_images) / elapsed_s,

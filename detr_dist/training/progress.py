@@ -27,8 +27,11 @@ class Progress:
 
     def metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Show the values that were logged at a step."""
-        parts = [f"loss {metrics['train_loss']:.4f}"]
-        parts += [f"{name} {metrics[f'train_loss_{name}']:.4f}" for name in ("ce", "bbox", "giou")]
+        losses = {name: value for name, value in metrics.items() if name.startswith("train_loss")}
+        parts = [
+            f"{name.removeprefix('train_loss_').removeprefix('train_')} {loss:.4f}"
+            for name, loss in losses.items()
+        ]
         parts += [
             f"lr {metrics['learning_rate']:.2e}",
             f"{metrics['train_images_per_s']:.1f} images/s",

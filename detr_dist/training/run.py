@@ -180,7 +180,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
         agreement=StepAgreement(setup.host, signals, canvas_rule(config.data)),
         model=model,
         average=average,
-        criterion=SetCriterion(detector.loss_settings),
+        criterion=SetCriterion(detector.loss_settings, config.loss.weights),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         plan=setup.plan,

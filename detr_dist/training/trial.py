@@ -64,7 +64,7 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
             outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
             counts = StepCounts(float(num_images * num_boxes), num_images)
             losses = training.criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
-            losses.loss.backward()
+            losses.total.backward()
         finally:
             for hook in hooks:
                 hook.remove()

@@ -110,7 +110,7 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
         with training.model.no_sync() if is_ddp else nullcontext():
             outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded)
             targets = batch.labels, batch.boxes_cxcywh, batch.num_boxes
-            loss = training.criterion(outputs, *targets, agreed.counts).loss
+            loss = training.criterion(outputs, *targets, agreed.counts).total
             took_s = seconds_of(loss.backward, device)
         training.optimizer.zero_grad()
         return took_s

@@ -147,7 +147,7 @@ class Workbench:
         losses = self.training.criterion(
             outputs, self.labels, self.boxes_cxcywh, self.batch.num_boxes, counts
         )
-        self._learn(losses.loss, self.idle)
+        self._learn(losses.total, self.idle)
 
     def with_library_loss(self) -> None:
         per_image = zip(
