@@ -21,7 +21,8 @@ from detr_dist.models.architectures import (
     shape_options,
 )
 from detr_dist.models.backbone_file import load_backbone_file
-from detr_dist.models.detector import IMAGENET, Detector, Normalization, backbone_body, class_names_of
+from detr_dist.models.detector import Detector, backbone_body, class_names_of
+from detr_dist.models.normalization import keep_normalization, normalization_at
 from detr_dist.models.precision import is_frozen_norm
 from detr_dist.models.timm_norms import (
     keeps_timm_norms,
@@ -83,13 +84,7 @@ def build_detector(
     return detector
 
 
-def trained_detector(
-    network: PreTrainedModel,
-    config: ModelConfig,
-    *,
-    channels_last: bool,
-    normalization: Normalization = IMAGENET,
-) -> Detector:
+def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_last: bool) -> Detector:
     """A detector around a network that `load_network` has loaded, in evaluation mode.
 
     With the `config` that it was trained by it computes what it did in training to the last bit: the two
@@ -99,22 +94,15 @@ def trained_detector(
         _thaw_batch_norm(network)
     model_type = network.config.model_type
     architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
-    return _detector(network, architecture, channels_last=channels_last, normalization=normalization).eval()
+    return _detector(network, architecture, channels_last=channels_last).eval()
 
 
-def _detector(
-    network: PreTrainedModel,
-    architecture: Architecture,
-    *,
-    channels_last: bool,
-    normalization: Normalization = IMAGENET,
-) -> Detector:
+def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_last: bool) -> Detector:
     return Detector(
         network,
         loss_settings_of(network.config, architecture),
         channels_last=channels_last,
         masks_attention=architecture.masks_attention,
-        normalization=normalization,
     )
 
 
@@ -206,6 +194,7 @@ def _pretrained_network(
             output_loading_info=True,
             trust_remote_code=False,
         )
+        keep_normalization(network.config, normalization_at(source, network.config))
     except UsageError:
         raise
     except Exception as error:  # the hub, safetensors and transformers raise many kinds

@@ -69,7 +69,7 @@ from detr_dist.distributed import (
 )
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
-from detr_dist.models.detector import IMAGENET
+from detr_dist.models.normalization import IMAGENET
 from detr_dist.tracking.mlflow import run_status
 from detr_dist.training.loop import StepDone, Training, train_step
 from detr_dist.training.observer import RunObserver
