@@ -28,7 +28,7 @@ from torch import Tensor
 from detr_dist.config import Config, load_config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.synthetic import make_data
-from detr_dist.distributed import autocast, group_of_processes
+from detr_dist.distributed import autocast, group_of_processes, set_numerics
 from detr_dist.training.setup import RunOptions
 
 TF32, FLOAT32 = (
@@ -71,6 +71,8 @@ def write_all_data(check: Check) -> None:
     make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)
     pictures = load_coco(check.out / "scenes" / "train")
     if check.on_gpu:
+        # Not in a step that forks: the fork of a process that has computed on several threads hangs.
+        taken_apart.without_download(check.out)
         (check.out / "photos").mkdir()
         pictures = write_data(check.out / "photos", write_photos(check.out / "photos", (768, 1280)))
     (check.out / "long").mkdir()
@@ -105,10 +107,12 @@ def configured(check: Check, overrides: Sequence[str]) -> Config:
 
 def laid_out(check: Check, overrides: Sequence[str], held: ExitStack) -> taken_apart.Workbench:
     """Return a run that is ready to train, in this process."""
+    config = configured(check, overrides)
+    set_numerics(config.training)
     held.enter_context(group_of_processes())
     shutil.rmtree(check.out / check.name, ignore_errors=True)
     options = RunOptions(check.out / "long" / "train", check.out / "long" / "val", check.out / check.name)
-    return taken_apart.lay_out(configured(check, overrides), options, held)
+    return taken_apart.lay_out(config, options, held)
 
 
 def time_step(check: Check, overrides: Sequence[str], *, gpu_only: bool = False) -> None:
@@ -123,6 +127,7 @@ def time_step(check: Check, overrides: Sequence[str], *, gpu_only: bool = False)
         step_s, bare_s = median_s(bench.with_loop, bench), median_s(bench.bare, bench)
         check.figures(
             images=list(bench.batch.images.shape),
+            tf32=torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32,
             step_ms=1e3 * step_s,
             images_per_s=num_images / step_s,
             bare_ms=1e3 * bare_s,
