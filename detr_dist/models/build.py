@@ -21,7 +21,7 @@ from detr_dist.models.architectures import (
     shape_options,
 )
 from detr_dist.models.backbone_file import load_backbone_file
-from detr_dist.models.detector import Detector, backbone_body, class_names_of
+from detr_dist.models.detector import Detector, backbone_body, class_names_of, unwrapped_body
 from detr_dist.models.normalization import keep_normalization, normalization_at
 from detr_dist.models.precision import is_frozen_norm
 from detr_dist.models.timm_norms import (
@@ -266,18 +266,12 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
             "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
         ) from error
-    _unwrapped_body(network).load_state_dict(source.state_dict())
+    unwrapped_body(network).load_state_dict(source.state_dict())
 
 
 def _load_backbone_file(path: Path, network: PreTrainedModel) -> None:
     own = network.config.backbone_config
-    load_backbone_file(path, _unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
-
-
-def _unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone without what the library may wrap around timm's."""
-    body = backbone_body(network)
-    return cast(nn.Module, getattr(body, "_backbone", body))
+    load_backbone_file(path, unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
 
 
 def _is_stem(name: str) -> bool:

@@ -118,6 +118,12 @@ def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
 
 
+def unwrapped_body(network: PreTrainedModel) -> nn.Module:
+    """Return the backbone without what the library may wrap around timm's."""
+    body = backbone_body(network)
+    return cast(nn.Module, getattr(body, "_backbone", body))
+
+
 def backbone_body(network: PreTrainedModel) -> nn.Module:
     encoder = network.model.backbone
     return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
