@@ -15,6 +15,7 @@ from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import Need, check_room
 from detr_dist.distributed import (
     HostGroup,
+    allow_for_compiling,
     build_accelerator,
     group_of_processes,
     resolve_precision,
@@ -61,6 +62,7 @@ def train(config: Config, options: RunOptions) -> None:
     if options.init_from is not None and options.resume not in (None, "auto"):
         raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
     set_numerics(config.training)
+    allow_for_compiling(config.training)
     with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
         HostGroup(processes).on_main_process(lambda: check_output(options.output_dir))
         config = resolve_precision(config, HostGroup(processes))
