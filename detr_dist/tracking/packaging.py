@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from detr_dist.config import DataConfig
-from detr_dist.models.detector import IMAGENET, Normalization
+from detr_dist.models.normalization import normalization_of
 from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
@@ -33,7 +33,6 @@ def write_model(
     *,
     data: DataConfig,
     metadata: dict[str, Any],
-    normalization: Normalization = IMAGENET,
 ) -> None:
     """Write `network`, a plain transformers module, into the new folder `folder`.
 
@@ -43,29 +42,26 @@ def write_model(
     # MLflow warns at each pickle. It keeps an ordinary module that can be trained on, and is for MLflow's
     # users only: our own commands read the safetensors file.
     logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
+    model = Model()
     mlflow.pytorch.save_model(
         network,
         str(folder),
+        mlflow_model=model,
         serialization_format="pickle",
         pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
         metadata=redact_value(json.loads(json.dumps(metadata))),
     )
-    _drop_pyfunc(folder)
-    network.save_pretrained(folder)
-    _image_processor(network, data, normalization).save_pretrained(folder)
-
-
-def _drop_pyfunc(folder: Path) -> None:
-    """Take back MLflow's offer to serve the model: its wrapper wants one tensor as the output, and a detector
-    has several."""
-    model = Model.load(str(folder))
+    # MLflow's wrapper, which would serve the model, wants one tensor as the output; a detector has several.
     del model.flavors[pyfunc.FLAVOR_NAME]
     model.save(str(folder / MLMODEL_FILE_NAME))
+    network.save_pretrained(folder)
+    _image_processor(network, data).save_pretrained(folder)
 
 
-def _image_processor(network: PreTrainedModel, data: DataConfig, normalization: Normalization) -> Any:
+def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
     """The library's processor of this architecture (DAB-DETR is published with Conditional DETR's), which
     does what we do."""
+    normalization = normalization_of(network.config)
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(
         size={"shortest_edge": data.shortest_edge, "longest_edge": data.longest_edge},

@@ -24,7 +24,7 @@ _WRITTEN = {
     "models": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "outbox": r"[0-9a-f]{32}",
     "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
-    "stacks": r"rank_\d+\.txt",
+    "stacks": r"rank_\d+\.txt|nccl_rank_\d+",
 }
 """What a run writes, by folder: names to match. All else in an output folder is its user's."""
 
