@@ -67,5 +67,5 @@ def test_without_an_image_processor_pixels_are_normalized_as_imagenets(published
 
 def test_an_image_processor_that_cannot_be_read_is_an_error(published: Path) -> None:
     (published / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UsageError, match=r"model\.pretrained .*published cannot be loaded"):
+    with pytest.raises(UsageError, match=r"pretrained model .*published cannot be loaded"):
         build_detector(ModelConfig(pretrained=str(published)), CLASS_NAMES)
