@@ -6,11 +6,11 @@ import mlflow.pytorch
 import pytest
 import torch
 import yaml
+from harness.data import TINY_CONFIG
 from transformers import AutoConfig, AutoModelForObjectDetection
 
 from detr_dist.config import DataConfig
 from detr_dist.tracking.packaging import write_model
-from tests.conftest import TINY_CONFIG
 
 
 @pytest.mark.parametrize("name", ["run #3", "what?", "50%41", "a ü;b"])
