@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from detr_dist.data.annotations import Section, read_sections
 from detr_dist.data.box_columns import read_boxes
 from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
-from detr_dist.data.image_files import UnreadableImageError, read_size_hw
+from detr_dist.data.images import UnreadableImageError, read_size_hw
 from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of
 from detr_dist.errors import DataError
 from detr_dist.text import list_names

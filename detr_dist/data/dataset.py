@@ -11,8 +11,7 @@ from torchvision import tv_tensors
 from detr_dist.boxes import xyxy_to_cxcywh
 from detr_dist.data.batching import Sample
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_reduced, decode_rgb
-from detr_dist.data.image_files import UnreadableImageError
+from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply
 from detr_dist.errors import DataError

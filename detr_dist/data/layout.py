@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from posixpath import join
 
-from detr_dist.data.image_files import image_suffixes
+from detr_dist.data.images import image_suffixes
 from detr_dist.errors import DataError
 from detr_dist.text import list_names
 

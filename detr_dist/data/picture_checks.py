@@ -15,9 +15,8 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.findings import Finding, found
-from detr_dist.data.image_files import UnreadableImageError, open_image
+from detr_dist.data.images import UnreadableImageError, decode_rgb, open_image
 from detr_dist.data.layout import decoded_name
 
 PICTURES_AT_A_TIME = 256

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.image_files import UnreadableImageError, image_suffixes, read_size_hw
+from detr_dist.data.images import UnreadableImageError, image_suffixes, read_size_hw
 from detr_dist.errors import DataError
 
 

@@ -24,7 +24,7 @@ from detr_dist.data.annotations import (
 from detr_dist.data.classes import differing_names, look_alike, read_categories
 from detr_dist.data.coco import CocoData, read_columns
 from detr_dist.data.findings import Finding, found
-from detr_dist.data.image_files import UnreadableImageError, read_size_hw
+from detr_dist.data.images import UnreadableImageError, read_size_hw
 from detr_dist.data.layout import (
     decoded_name,
     difference_in_name,

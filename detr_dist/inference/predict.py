@@ -17,7 +17,7 @@ from PIL import Image
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_rgb
+from detr_dist.data.images import decode_rgb
 from detr_dist.data.layout import decoded_name
 from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import load_coco
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.decoding import decode_rgb
+from detr_dist.data.images import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
 from detr_dist.errors import DataError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from detr_dist.data.image_files import UnreadableImageError, image_suffixes, read_size_hw
+from detr_dist.data.images import UnreadableImageError, image_suffixes, read_size_hw
 from detr_dist.data.pictures import find_pictures, read_pictures
 from detr_dist.errors import DataError
 
@@ -20,9 +20,8 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_every_format_that_pillow_decodes_is_a_picture_and_no_other(tmp_path: Path) -> None:
-    pictures = [
-        f"a{suffix}" for suffix in (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp")
-    ]
+    suffixes = (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp", ".mpo")
+    pictures = [f"a{suffix}" for suffix in suffixes]
     others = ["a.txt", "a.json", "a.mp4", "a.mpg", "a.h5", "a.pdf", "a", ".jpg", "._a.jpg"]
     touch(tmp_path, *pictures, *others)
     found = find_pictures(tmp_path)
