@@ -19,9 +19,8 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.images import decode_rgb
 from detr_dist.data.layout import decoded_name
-from detr_dist.data.loading import shared_memory_need
+from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
-from detr_dist.data.shared_memory import check_room
 from detr_dist.distributed import (
     HostGroup,
     build_accelerator,

@@ -11,8 +11,7 @@ from transformers.utils import logging as transformers_logging
 from detr_dist.check_data import check_splits
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
-from detr_dist.data.loading import shared_memory_need
-from detr_dist.data.shared_memory import Need, check_room
+from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import (
     HostGroup,
     build_accelerator,
