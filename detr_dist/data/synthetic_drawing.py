@@ -1,8 +1,8 @@
 """What a generated match scene is drawn from: the camera, the pitch and its light, players and balls.
 
 Everything is drawn `SUPERSAMPLING` times larger than it is stored. Names in `_px` are in stored pixels, names
-in `_sp` in the larger ones, names in `_m` in metres on the pitch. Players and balls are RGBA images cropped to
-the object, opaque where it is.
+in `_sp` in the larger ones, names in `_m` in metres on the pitch. Players and balls are RGBA images cropped
+to the object, opaque where it is.
 """
 
 import math

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.box_columns import MIN_BOX_EXTENT_PX
+from detr_dist.data.records import MIN_BOX_EXTENT_PX
 
 Augmentation = Literal["none", "light", "detr"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from detr_dist.check_data import check_splits
 from detr_dist.config import Config
+from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_coco
 from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import (
@@ -21,6 +21,7 @@ from detr_dist.distributed import (
 )
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.models.architectures import num_queries_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
@@ -96,7 +97,8 @@ def _shared_memory_need(setup: Setup) -> Need:
 
 
 def _check_data(config: Config, options: RunOptions) -> None:
-    report = check_splits([str(options.train_dir), str(options.val_dir)], config, open_pictures=True)
+    splits = [str(options.train_dir), str(options.val_dir)]
+    report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     print("\n".join(report.lines()), flush=True)
     if report.num_errors:
         raise DataError(f"the data are not ready to train on: {report.num_errors} errors, named above")

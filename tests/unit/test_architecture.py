@@ -19,7 +19,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
     | {
-        "check_data",
         "console",
         "data",
         "distributed",
@@ -29,10 +28,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tracking",
         "training",
     },
-    "check_data": BASE | {"data", "models"},
     "inference": BASE
     | {"data", "distributed", "environment", "evaluation", "models", "tracking", "training"},
-    "training": BASE | {"check_data", "data", "distributed", "evaluation", "models", "tracking"},
+    "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
     "evaluation": BASE | {"data", "distributed", "models"},
     "tracking": BASE | {"console", "data", "distributed", "models"},
     "models": BASE,
