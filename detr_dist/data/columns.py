@@ -29,21 +29,6 @@ trusted. `warning`: repaired automatically, or unusual."""
 
 _PLURALS = {"box": "boxes", "category": "categories", "class": "classes"}
 
-# What breaks a rule: the thing that is counted, and what is wrong with it or what to do.
-RULES = {
-    "malformed_record": ("record", "not in the form that COCO requires; correct or remove them"),
-    "malformed_box": ("box", "not of four finite numbers [x, y, width, height] in pixels; correct them"),
-    "negative_box": ("box", "of negative width or height; boxes are [x, y, width, height] in pixels"),
-    "unreadable_image": ("image", "that cannot be decoded; restore or remove them"),
-    "no_images": ("file", "without a usable image; check that it is the right one"),
-    "no_classes": ("file", "without a usable category; list the classes to be found"),
-    "unknown_image": ("annotation", "of images that 'images' does not list; remove them or add the images"),
-    "unknown_category": ("annotation", "of categories that 'categories' does not list; add or remove them"),
-    "duplicate_image_id": ("image", "with the id of an earlier one; give each image its own"),
-    "duplicate_category_id": ("category", "with the id of an earlier one; give each its own"),
-    "duplicate_category_name": ("category", "with the name of an earlier one; merge or rename them"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -172,9 +157,13 @@ _TEXT = _Kind(lambda value: isinstance(value, str) and value != "", "a text that
 
 
 class Faults:
-    """The rules that were broken: how often, and the first examples."""
+    """The rules that were broken: how often, and the first examples.
 
-    def __init__(self) -> None:
+    `rules` has of each kind the noun for what is counted, and what is wrong with it or what to do.
+    """
+
+    def __init__(self, rules: dict[str, tuple[str, str]]) -> None:
+        self._rules = rules
         self._counts: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
 
@@ -186,7 +175,7 @@ class Faults:
         return [
             each
             for kind, examples in self._examples.items()
-            for each in found(kind, *RULES[kind], examples, count=self._counts[kind])
+            for each in found(kind, *self._rules[kind], examples, count=self._counts[kind])
         ]
 
 

@@ -15,9 +15,10 @@ from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.columns import RULES, Finding, Level, found
+from detr_dist.data.columns import Finding, Level, found
 from detr_dist.data.images import UnreadableImageError, decode_rgb, open_image
 from detr_dist.data.layout import decoded_name
+from detr_dist.data.records import RULES
 
 IMAGES_AT_A_TIME = 256
 """Handed to the threads together, so that a million images wait in no queue."""

@@ -22,6 +22,21 @@ MIN_BOX_EXTENT_PX = 1e-3
 NO_SUPERCATEGORY = {"", "-", "n/a", "nan", "none", "null", "undefined"}
 """How exporters write that a category has no supercategory; a class of such a name groups nothing."""
 
+# What breaks a rule: the thing that is counted, and what is wrong with it or what to do.
+RULES = {
+    "malformed_record": ("record", "not in the form that COCO requires; correct or remove them"),
+    "malformed_box": ("box", "not of four finite numbers [x, y, width, height] in pixels; correct them"),
+    "negative_box": ("box", "of negative width or height; boxes are [x, y, width, height] in pixels"),
+    "unreadable_image": ("image", "that cannot be decoded; restore or remove them"),
+    "no_images": ("file", "without a usable image; check that it is the right one"),
+    "no_classes": ("file", "without a usable category; list the classes to be found"),
+    "unknown_image": ("annotation", "of images that 'images' does not list; remove them or add the images"),
+    "unknown_category": ("annotation", "of categories that 'categories' does not list; add or remove them"),
+    "duplicate_image_id": ("image", "with the id of an earlier one; give each image its own"),
+    "duplicate_category_id": ("category", "with the id of an earlier one; give each its own"),
+    "duplicate_category_name": ("category", "with the name of an earlier one; merge or rename them"),
+}
+
 _UNKNOWN = -1  # width or height
 
 
@@ -63,7 +78,7 @@ def check_records(
     The boxes of a record at fault are left out with it, and are no fault of their own; categories of one name
     are merged. Without `check_files` no image file need exist, and without `needs_classes` no category.
     """
-    faults = Faults()
+    faults = Faults(RULES)
     images = Section("images", document, faults)
     files = _read_images(images, images_dir, check_files=check_files)
     if not images.sound.any():
