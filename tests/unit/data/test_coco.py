@@ -97,7 +97,9 @@ def test_sizes_that_the_json_lacks_are_read_from_the_files(document: Document, w
     folder = write_coco(document)
     del document["images"][0]["width"], document["images"][1]["height"]
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
-    assert load_coco(folder).sizes_hw.tolist() == [[40, 60]] * 3
+    data = load_coco(folder)
+    assert data.sizes_hw.tolist() == [[40, 60]] * 3
+    assert re.search(r"2 images without width and height .*: 7.jpg, 3.jpg$", data.notices[0])
 
 
 def test_file_names_may_hold_folders(document: Document, write_coco: WriteCoco) -> None:
