@@ -146,9 +146,10 @@ def check_data(
     Exits with 1 if there is any error, and with 0 if there are only warnings. `train` does by itself what
     takes no time.
     """
-    from detr_dist.check_data import check_data as run_check
+    from detr_dist.data.checks import check_data as run_check
+    from detr_dist.models.architectures import num_queries_of
 
-    if not run_check(targets, config, open_pictures=not quick, as_json=as_json):
+    if not run_check(targets, config, num_queries_of=num_queries_of, open_images=not quick, as_json=as_json):
         raise SystemExit(1)
 
 

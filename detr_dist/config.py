@@ -98,6 +98,7 @@ CountOrZero = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Augmentation = Literal["none", "light", "detr"]
 CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 SwitchOrPath = Annotated[bool | str, BeforeValidator(_switch_or_path)]
 ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
@@ -128,7 +129,7 @@ class DataConfig(Section):
     """Pixels of an image's shorter side after the resize."""
     longest_edge: Annotated[int, Field(ge=32)] = 1333
     """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
-    augmentation: Literal["none", "light", "detr"] = "detr"
+    augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize."""
     group_by_shape: bool = True

@@ -2,27 +2,20 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detr_dist.data.annotations import Section, read_sections
-from detr_dist.data.box_columns import read_boxes
-from detr_dist.data.classes import ClassMap, map_classes, map_classes_onto
-from detr_dist.data.image_files import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import check_images_exist, encoded_name, find_annotations, path_of
+from detr_dist.data.columns import Finding, found, read_document
+from detr_dist.data.images import UnreadableImageError, read_size_hw
+from detr_dist.data.layout import find_annotations, folded
+from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
 from detr_dist.text import list_names
-
-__all__ = ["CocoData", "find_annotations", "load_coco"]
-
-
-def _no_ids() -> NDArray[np.int64]:
-    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,8 +39,6 @@ class CocoData:
     iscrowd: NDArray[np.bool_]  # [M]
     areas: NDArray[np.float64]  # [M] as annotated (of the outline, where there is one), else of the box
     annotation_ids: NDArray[np.int64]  # [M]
-    clipped_ids: NDArray[np.int64] = field(default_factory=_no_ids)  # annotations that reached outside
-    dropped_ids: NDArray[np.int64] = field(default_factory=_no_ids)  # annotations without extent, left out
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -58,17 +49,17 @@ class CocoData:
 
     @property
     def max_boxes_per_image(self) -> int:
-        """Of the boxes that training sees."""
+        """Count the boxes that training sees."""
         return int(np.bincount(self.image_rows[~self.iscrowd]).max(initial=0))
 
     @property
     def image_rows(self) -> NDArray[np.int64]:
-        """The image of each box, shape [M]."""
+        """Return the row of the image of each box, shape [M]."""
         return np.repeat(np.arange(len(self)), np.diff(self.box_offsets))
 
     @property
     def image_ranks(self) -> NDArray[np.int64]:
-        """The place of each image in the order of their ids, shape [N]."""
+        """Return the place of each image in the order of their ids, shape [N]."""
         return np.argsort(np.argsort(self.image_ids))
 
     def image_path(self, row: int) -> Path:
@@ -81,28 +72,22 @@ class CocoData:
         return slice(int(self.box_offsets[row]), int(self.box_offsets[row + 1]))
 
     def training_targets(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Boxes in xywh pixels and classes of one image, without its crowd boxes."""
+        """Return boxes in xywh pixels and classes of one image, without its crowd boxes."""
         rows = self.box_rows(row)
         single = ~self.iscrowd[rows]
         return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that training sees but the pixels: images, boxes and classes, in their
-        order."""
+        """Return the SHA-256 of everything that training sees but the pixels: images, boxes and classes, in
+        their order."""
         digest = hashlib.sha256()
-        for column in (
-            self.file_names,
-            self.sizes_hw,
-            self.box_offsets,
-            self.boxes_xywh_px,
-            self.box_classes,
-        ):
+        boxes = self.box_offsets, self.boxes_xywh_px, self.box_classes, self.iscrowd
+        for column in (self.file_names, self.sizes_hw, *boxes):
             digest.update(np.ascontiguousarray(column).tobytes())
-        digest.update(np.ascontiguousarray(self.iscrowd).tobytes())
         return digest.hexdigest()
 
     def to_coco_dict(self) -> dict[str, Any]:
-        """The ground truth in COCO's form, with class indices as category ids; boxes are clipped.
+        """Return the ground truth in COCO's form, with class indices as category ids; boxes are clipped.
 
         Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation
         ranks detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no
@@ -141,117 +126,115 @@ def load_coco(
     """Read and check the COCO data set in `folder`.
 
     With `classes` the class indices follow that order, by name, whatever ids this JSON gives them, and
-    whether it lists all of them if `may_lack_classes`; `classes_source` says in an error where they come
-    from. Without `check_files` no picture need be there.
+    whether it lists all of them if `may_lack_classes`; `classes_source` is what an error calls their origin.
+    Without `check_files` no image file need exist.
 
     Raises:
-        DataError: names the file and the record at fault and what to do about it.
+        DataError: names the file, the first record at fault, and what to do about it.
     """
     path, images_dir = find_annotations(folder)
-    return read_columns(
-        read_sections(path),
-        images_dir,
-        classes=classes,
-        classes_source=classes_source,
-        may_lack_classes=may_lack_classes,
-        check_files=check_files,
+    records = check_records(
+        read_document(path), images_dir, check_files=check_files, needs_classes=classes is None
     )
+    findings = list(records.findings)
+    if classes is not None:
+        own = classes_of(records.categories, classes)
+        wanted = [name for name in classes if name in own] if may_lack_classes else classes
+        findings += differing_classes(wanted, own, classes_source, "here")
+    for finding in findings:
+        if finding.level == "error":
+            raise DataError(f"{path}: {finding}")
+    return to_columns(records, path, images_dir, classes)
 
 
-def read_columns(
-    sections: tuple[Section, Section, Section],
-    images_dir: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    classes_source: str = "the training data",
-    may_lack_classes: bool = False,
-    check_files: bool = True,
+def to_columns(
+    records: Records, path: Path, images_dir: Path, class_names: Sequence[str] | None = None
 ) -> CocoData:
-    """The data set of the images, annotations and categories that were read; as `load_coco`."""
-    images, annotations, categories = sections
-    path = images.path
-    image_ids, file_names = _read_image_ids(images), images.texts("file_name")
-    if check_files:
-        check_images_exist(images_dir, file_names, path)
-    sizes_hw = _read_sizes(images, images_dir, file_names)
-    boxes = read_boxes(annotations, image_ids)
-    if classes is None:
-        class_map = map_classes(categories, boxes.category_ids)
-    else:
-        class_map = map_classes_onto(
-            classes, categories, boxes.category_ids, classes_source, may_lack=may_lack_classes
-        )
-    box_classes = boxes.classes(class_map)
-    kept, clipped, dropped = boxes.clip(sizes_hw[boxes.image_rows])
-    clipped_ids, dropped_ids = boxes.annotation_ids[clipped], boxes.annotation_ids[dropped]
-    order = kept[np.argsort(boxes.image_rows[kept], kind="stable")]
-    num_boxes = np.bincount(boxes.image_rows[order], minlength=len(image_ids))
-    notices = _remark(clipped_ids, "reached outside their image and were clipped")
-    notices += _remark(dropped_ids, "have no extent inside their image and were dropped")
-    notices += _remarks(class_map, boxes.iscrowd[order], num_boxes)
-    box_areas = boxes.xywh_px[:, 2] * boxes.xywh_px[:, 3]
+    """Return the data set of checked records; without `class_names` its classes are in the order of their
+    category ids."""
+    own = classes_of(records.categories, class_names or ())
+    names = tuple(own if class_names is None else class_names)
+    listed = sorted((own[name].id, index) for index, name in enumerate(names) if name in own)
+    ids, indices = np.array(listed, dtype=np.int64).reshape(-1, 2).T
+    num_boxes = np.bincount(records.image_rows, minlength=len(records.image_ids))
+    dropped = [category.name for category in records.categories if category not in own.values()]
+    notices = [str(finding) for finding in records.findings if finding.level == "warning"]
+    notices += _notices(dropped, records.iscrowd, num_boxes)
     return CocoData(
         annotations_path=path,
         images_dir=images_dir,
-        class_names=class_map.names,
-        category_ids=class_map.category_ids,
+        class_names=names,
+        category_ids=tuple(own[name].id if name in own else None for name in names),
         notices=[f"{path}: {notice}" for notice in notices],
-        image_ids=image_ids,
-        sizes_hw=sizes_hw,
-        file_names=np.array([encoded_name(name) for name in file_names]),
+        image_ids=records.image_ids,
+        sizes_hw=records.sizes_hw,
+        file_names=records.file_names,
         box_offsets=np.concatenate([[0], np.cumsum(num_boxes)]),
-        boxes_xywh_px=boxes.xywh_px[order],
-        box_classes=box_classes[order],
-        iscrowd=boxes.iscrowd[order],
-        areas=np.where(np.isfinite(boxes.areas), boxes.areas, box_areas)[order],
-        annotation_ids=boxes.annotation_ids[order],
-        clipped_ids=clipped_ids,
-        dropped_ids=dropped_ids,
+        boxes_xywh_px=records.boxes_xywh_px,
+        box_classes=indices[np.searchsorted(ids, records.category_ids)],
+        iscrowd=records.iscrowd,
+        areas=records.areas,
+        annotation_ids=records.annotation_ids,
     )
 
 
-def _read_image_ids(images: Section) -> NDArray[np.int64]:
-    if not images.records:
-        raise DataError(f"{images.path}: lists no images; check that it is the right file")
-    image_ids = images.integers("id")
-    values, counts = np.unique(image_ids, return_counts=True)
-    if len(values) < len(image_ids):
-        twice = values[counts > 1].tolist()
-        raise DataError(
-            f"{images.path}: several images have the id {list_names(twice)}; give each image its own"
-        )
-    return image_ids
-
-
-def _read_sizes(images: Section, images_dir: Path, file_names: list[str]) -> NDArray[np.int64]:
-    """Where the JSON has no size, the image file's header tells it."""
-    unknown = -1
-    sizes_hw = np.stack([images.integers("height", unknown), images.integers("width", unknown)], axis=1)
-    for row in np.flatnonzero((sizes_hw == unknown).any(axis=1)).tolist():
+def read_unannotated(
+    folder: Path, names: Sequence[str], class_names: Sequence[str]
+) -> tuple[CocoData, list[str]]:
+    """Return a data set, without any box, of the images whose header can be read, numbered from 1; and for
+    each other one a line with the reason."""
+    readable, sizes_hw, unreadable = [], [], []
+    for name in names:
         try:
-            sizes_hw[row] = read_size_hw(path_of(images_dir, file_names[row]))
+            sizes_hw.append(read_size_hw(folder / name))
+            readable.append(name)
         except UnreadableImageError as error:
-            raise DataError(
-                f"{images.where(row)}: has no width and height, and its file cannot be read ({error}); "
-                "add them"
-            ) from None
-    if (sizes_hw < 1).any():
-        row = int(np.flatnonzero((sizes_hw < 1).any(axis=1))[0])
-        raise DataError(f"{images.where(row)}: width and height must be at least 1")
-    return sizes_hw
+            unreadable.append(str(error))
+    data = CocoData(
+        annotations_path=folder,
+        images_dir=folder,
+        class_names=tuple(class_names),
+        category_ids=tuple(range(len(class_names))),
+        notices=[],
+        image_ids=np.arange(1, 1 + len(readable)),
+        sizes_hw=np.array(sizes_hw, dtype=np.int64).reshape(-1, 2),
+        file_names=np.array([os.fsencode(name) for name in readable], dtype=np.bytes_),
+        box_offsets=np.zeros(len(readable) + 1, dtype=np.int64),
+        boxes_xywh_px=np.zeros((0, 4)),
+        box_classes=np.zeros(0, dtype=np.int64),
+        iscrowd=np.zeros(0, dtype=np.bool_),
+        areas=np.zeros(0),
+        annotation_ids=np.zeros(0, dtype=np.int64),
+    )
+    return data, unreadable
 
 
-def _remark(annotation_ids: NDArray[np.int64], what: str) -> list[str]:
-    num_boxes = len(annotation_ids)
-    return [f"{num_boxes} boxes {what}, first annotation {annotation_ids[0]}"] if num_boxes else []
+def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:
+    """Return the categories that are classes, by name in the order of their ids: all but those that only
+    group others, as Roboflow's id 0, unless `class_names` has them.
+    """
+    own = {category.name: category for category in categories if not category.only_groups}
+    groups = {category.name: category for category in categories if category.only_groups}
+    return own | {name: groups[name] for name in class_names if name in groups and name not in own}
 
 
-def _remarks(class_map: ClassMap, iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:
-    remarks = []
-    if class_map.dropped:
-        remarks.append(f"category {list_names(class_map.dropped)} only groups others and was left out")
+def differing_classes(names: Sequence[str], own: Iterable[str], there: str, here: str) -> list[Finding]:
+    """Return a finding if the classes `names`, of `there`, are not those of `here`."""
+    expected, listed = set(names), set(own)
+    lacking, foreign = [n for n in names if n not in listed], [n for n in own if n not in expected]
+    looks_equal = {folded(name) for name in lacking} & {folded(name) for name in foreign}
+    show = ascii if looks_equal else str
+    examples = [f"{show(name)} only in {there}" for name in lacking]
+    examples += [f"{show(name)} only {here}" for name in foreign]
+    return found("classes_differ", "class", f"not shared with {there}; classes must agree by name", examples)
+
+
+def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:
+    notices = []
+    if dropped:
+        notices.append(f"category {list_names(dropped)} only groups others and was left out")
     if iscrowd.any():
-        remarks.append(f"{int(iscrowd.sum())} crowd boxes serve evaluation only")
+        notices.append(f"{int(iscrowd.sum())} crowd boxes serve evaluation only")
     if (num_boxes == 0).any():
-        remarks.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
-    return remarks
+        notices.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
+    return notices

@@ -1,18 +1,21 @@
-"""The map from a sample's key to the sample, as loader processes run it."""
+"""From a sample's key to the sample, and from samples to the batch that crosses to the device."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.nn.functional import pad
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
 from detr_dist.boxes import xyxy_to_cxcywh
-from detr_dist.data.batching import Sample
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_reduced, decode_rgb
-from detr_dist.data.image_files import UnreadableImageError
+from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply
 from detr_dist.errors import DataError
@@ -20,11 +23,104 @@ from detr_dist.errors import DataError
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this is no accident: a disk is gone, or a folder is empty."""
 
+Unreadable = tuple[int, str]
+"""Row of an image that could not be read, and "path: reason"."""
+
+
+class Sample(NamedTuple):
+    """One image as the network will see it, and its targets."""
+
+    image: Tensor  # uint8 [3, H, W]
+    labels: Tensor  # int64 [T]
+    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by H and W
+    image_id: int
+    original_size_hw: tuple[int, int]  # before the resize
+    unreadable: tuple[Unreadable, ...] = ()  # for this sample
+
+
+@dataclass(slots=True)
+class Batch:
+    """B images in one tensor and their T targets in one list, in the order of the images."""
+
+    images: Tensor  # uint8 [B, 3, H, W], channels-last, zero to the right of and below each image
+    sizes_hw: Tensor  # int64 [B, 2], of each image inside the canvas H, W
+    labels: Tensor  # int64 [T]
+    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by the image's own size, not by the canvas
+    num_boxes: list[int]  # per image
+    image_ids: list[int]
+    original_sizes_hw: list[tuple[int, int]]  # before the resize
+    unreadable: list[Unreadable]  # of these, another image or a black one is in the batch
+    is_padded: bool  # whether any image is smaller than the canvas, known without asking the device
+
+    def pin_memory(self) -> "Batch":
+        """Return the batch in pinned memory; the loader calls this by name, in its own thread."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
+        """Return the batch on `device`; the copy overlaps with computing only from pinned memory."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def share_memory(self) -> "Batch":
+        """Move all tensors to memory that another process can map; that of the images is there already."""
+        return self._with_tensors(Tensor.share_memory_)
+
+    def pad_to(self, height: int, width: int) -> "Batch":
+        """Return the same images on a canvas of this size, which must not be smaller."""
+        below, right = height - self.images.shape[2], width - self.images.shape[3]
+        if below < 0 or right < 0:
+            raise ValueError(
+                f"a canvas of {tuple(self.images.shape[2:])} does not fit into {(height, width)}"
+            )
+        if not below and not right:
+            return self
+        return replace(self, images=pad(self.images, (0, right, 0, below)), is_padded=True)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return replace(
+            self,
+            images=change(self.images),
+            sizes_hw=change(self.sizes_hw),
+            labels=change(self.labels),
+            boxes_cxcywh=change(self.boxes_cxcywh),
+        )
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put samples on one canvas, just large enough for the highest and the widest.
+
+    Its memory is channels-last, as decoders write images: to sort the colours apart costs as much as the
+    resize here, and next to nothing on an accelerator.
+    """
+    sizes_hw = [tuple(sample.image.shape[-2:]) for sample in samples]
+    height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
+    images = _black((len(samples), height, width, 3)).permute(0, 3, 1, 2)
+    for canvas, sample, (own_height, own_width) in zip(images, samples, sizes_hw, strict=True):
+        canvas[:, :own_height, :own_width] = sample.image
+    return Batch(
+        images=images,
+        sizes_hw=torch.tensor(sizes_hw),
+        labels=torch.cat([sample.labels for sample in samples]),
+        boxes_cxcywh=torch.cat([sample.boxes_cxcywh for sample in samples]),
+        num_boxes=[len(sample.labels) for sample in samples],
+        image_ids=[sample.image_id for sample in samples],
+        original_sizes_hw=[sample.original_size_hw for sample in samples],
+        unreadable=[image for sample in samples for image in sample.unreadable],
+        is_padded=len(set(sizes_hw)) > 1,
+    )
+
+
+def _black(shape: tuple[int, ...]) -> Tensor:
+    """In a loader process it lies in memory shared with the parent: one copy of the batch less."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(prod(shape))  # new from the system: zero
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
 
 class CocoDetectionDataset(Dataset[Sample]):
     """Images, boxes and labels, looked up by (epoch, index).
 
-    How a sample looks depends on the seed and its key alone, whichever process makes it and when.
+    A sample depends on the seed and its key alone, whichever process makes it and when.
 
     An image that cannot be read, or is not of the annotated size, is reported in `Sample.unreadable`. In
     training the next one that can be read takes its place; in evaluation, where each image must appear once,
@@ -44,37 +140,36 @@ class CocoDetectionDataset(Dataset[Sample]):
         epoch, index = key
         if not self.train:
             return self._evaluation_sample(epoch, index)
-        unreadable: list[str] = []
+        unreadable: list[Unreadable] = []
         for attempt in range(MAX_UNREADABLE_IN_A_ROW):
             row = (index + attempt) % len(self)
             try:
                 return self._sample(epoch, row, unreadable)
             except UnreadableImageError as error:
-                unreadable.append(str(error))
-                last_error = error
+                unreadable.append((row, str(error)))
         raise DataError(
-            f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {last_error}; "
-            "check that the folder is reachable and its images are whole"
+            f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1][1]}; "
+            "check that the folder is reachable and its images are intact"
         )
 
-    def _evaluation_sample(self, epoch: int, index: int) -> Sample:
-        try:
-            return self._sample(epoch, index, [])
-        except UnreadableImageError as error:
-            blank = torch.zeros(3, *self.data.size_hw(index), dtype=torch.uint8)
-            return self._sample(epoch, index, [str(error)], blank)
-
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
-        """Height and width of a training sample as the network will see it, if its image can be read."""
+        """Return height and width of a training sample for the network, if its image can be read."""
         return self._plan(*key).size_hw
+
+    def _evaluation_sample(self, epoch: int, row: int) -> Sample:
+        try:
+            return self._sample(epoch, row, [])
+        except UnreadableImageError as error:
+            black = torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8)
+            return self._sample(epoch, row, [(row, str(error))], black)
 
     def _plan(self, epoch: int, row: int) -> Plan:
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
         return self.transform.plan(self.data.size_hw(row), rng)
 
     def _read_image(self, row: int, plan: Plan) -> Tensor:
-        """In training, at a reduced scale where the plan needs no more. A window is cut in the pixels of the
-        file."""
+        """Read, in training, at a reduced scale where the plan needs no more. A window is cut in the pixels
+        of the file."""
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
         may_be_reduced = self.train and plan.window is None
         image = decode_reduced(path, size_hw, plan.size_hw) if may_be_reduced else None
@@ -83,8 +178,10 @@ class CocoDetectionDataset(Dataset[Sample]):
             _check_size(path, tuple(image.shape[-2:]), size_hw)
         return image
 
-    def _sample(self, epoch: int, row: int, unreadable: list[str], image: Tensor | None = None) -> Sample:
-        """`image` stands for the file's own."""
+    def _sample(
+        self, epoch: int, row: int, unreadable: list[Unreadable], image: Tensor | None = None
+    ) -> Sample:
+        """Make a sample; `image` stands for the file's own."""
         size_hw = self.data.size_hw(row)
         plan = self._plan(epoch, row)
         if image is None:
@@ -112,7 +209,7 @@ class CocoDetectionDataset(Dataset[Sample]):
 
 
 def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, int]) -> None:
-    """Boxes of a picture of another size would be wrong, and nothing else would ever show it."""
+    """Refuse an image of another size: its boxes would be wrong, and nothing else would ever show it."""
     if found_hw != annotated_hw:
         (height, width), (annotated_height, annotated_width) = found_hw, annotated_hw
         turned = "; its EXIF rotation is not applied" if found_hw == annotated_hw[::-1] else ""

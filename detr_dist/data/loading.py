@@ -1,8 +1,10 @@
-"""Loader processes: batches of a data set in the order of a batch sampler."""
+"""Loader processes: batches of a data set in the order of a batch sampler, handed over in shared memory."""
 
+import logging
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import traceback
@@ -11,42 +13,51 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from detr_dist.config import Config, DataConfig
-from detr_dist.data import shared_memory
-from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
 from detr_dist.data.sampling import SampleKey
 from detr_dist.data.transforms import areas_after_resize
 from detr_dist.errors import DetrDistError, LoaderError, as_one_line
 
+SHARED_MEMORY = Path("/dev/shm")
+
 _MOST_BY_DEFAULT = 4
 
-# A loader process finishes the batch it is at before it ends; one that hangs on a disk never does.
+# A loader process finishes its current batch before it ends; one that hangs on a disk never does.
 _END_WITHIN_S = 2.0
+
+_logger = logging.getLogger(__name__)
+
+
+class Need(NamedTuple):
+    """Bytes of shared memory for all that the loaders of one process may have loaded."""
+
+    at_least: int
+    """With the smallest images."""
+    at_most: int
+    """With the largest images."""
+
+    def beside(self, other: "Need") -> "Need":
+        """Return what both need while they exist at the same time."""
+        return Need(self.at_least + other.at_least, self.at_most + other.at_most)
 
 
 def num_loader_processes(setting: int | Literal["auto"]) -> int:
     """Return how many loader processes `data.num_workers` means for each process on this host."""
-    return setting if setting != "auto" else min(_MOST_BY_DEFAULT, num_cores())
+    return setting if setting != "auto" else min(_MOST_BY_DEFAULT, _num_cores())
 
 
-def num_cores() -> int:
-    """Return the number of CPU cores for each process of the run on this host, at least 1."""
-    is_known = hasattr(os, "sched_getaffinity")  # not on macOS
-    on_host = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
-    return max(1, on_host // shared_memory.num_local_processes())
-
-
-def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> shared_memory.Need:
+def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
     """Return what the loader of one process takes of /dev/shm when it has loaded all that it may."""
     num_workers = num_loader_processes(config.data.num_workers)
     if num_workers == 0:
-        return shared_memory.Need(0, 0)
+        return Need(0, 0)
     batch_size = min(config.training.batch_size, len(data))
     edges = config.data.shortest_edge, config.data.longest_edge
     areas = areas_after_resize(data.sizes_hw, config.data.augmentation if train else "none", *edges)
@@ -56,11 +67,28 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> shared
     )
     num_batches += config.training.gradient_accumulation_steps if train else 1  # in use
     smallest, largest = (3 * area * batch_size * num_batches for area in areas)
-    return shared_memory.Need(smallest, largest)
+    return Need(smallest, largest)
+
+
+def check_room(need: Need) -> None:
+    """Warn if /dev/shm may be too small for the loaders of all processes on this host.
+
+    Raises:
+        LoaderError: it is too small in any case. Loaders that are ahead of training, as they should be, would
+            fill it.
+    """
+    room = _room()
+    if room is None:
+        return
+    total, free = room
+    if total < _num_local_processes() * need.at_least:
+        raise LoaderError(f"shared memory is too small: {_describe_room(need)}")
+    if free < _num_local_processes() * need.at_most:
+        _logger.warning(f"shared memory may run out: {_describe_room(need)}")
 
 
 class BatchLoader:
-    """Iterates over batches; each iteration has loader processes of its own, until it is closed.
+    """Iterates over batches; each iteration has its own loader processes, until it is closed.
 
     Raises:
         DetrDistError: while iterating, in one line, whatever loading raises or a loader process dies of.
@@ -73,47 +101,33 @@ class BatchLoader:
         config: DataConfig,
         *,
         pin_memory: bool,
-        need: shared_memory.Need,
+        need: Need,
     ) -> None:
-        """`need` is what the line says when shared memory runs out."""
+        """`need` is reported when shared memory runs out."""
         self._need = need
         num_workers = num_loader_processes(config.num_workers)
         self._failures: SimpleQueue[DetrDistError] | None
         self._failures = multiprocessing.SimpleQueue() if num_workers else None
         with _quiet():
             self._loader: DataLoader[Any] = DataLoader(
-                _Batches(dataset, self._failures),
+                _Batches(dataset, need, self._failures),
                 sampler=batch_sampler,
-                batch_size=None,  # they come whole
-                collate_fn=_as_it_is,
+                batch_size=None,  # each item is a batch already
+                collate_fn=_unchanged,
                 num_workers=num_workers,
                 prefetch_factor=config.prefetch_factor if num_workers else None,
                 pin_memory=pin_memory,
-                worker_init_fn=_take_signals_as_a_loader,
+                worker_init_fn=_set_signals_of_loader,
             )
 
     def __iter__(self) -> Generator[Batch]:
         processes: list[BaseProcess] = []
         batches: Iterator[Any] | None = None
         try:
-            while True:
-                item: Any = None
-                failure: DetrDistError | None = None
-                try:
-                    batches = self._start(processes) if batches is None else batches
-                    failure = self._early_failure(processes)
-                    item = next(batches) if failure is None else None
-                except StopIteration:
-                    return
-                except Exception as error:
-                    failure = self._death(processes) or _failure("loading images failed", error)
+            batches = self._start(processes)
+            while (item := self._next(batches, processes)) is not None:
                 if isinstance(item, DetrDistError):
-                    failure = item
-                if isinstance(failure, _SharedMemoryIsFull):
-                    failure = LoaderError(f"shared memory ran out: {shared_memory.describe(self._need)}")
-                if failure is not None:
-                    # Not inside `except`: the traceback of torch's error would keep the loader processes.
-                    raise failure
+                    raise item
                 yield item
         finally:
             with _killed_after(_END_WITHIN_S, processes):
@@ -126,17 +140,27 @@ class BatchLoader:
         try:
             with _quiet():
                 return iter(self._loader)
+        except Exception as error:
+            raise _failure("starting the loader processes failed", error) from None
         finally:
             processes += set(multiprocessing.active_children()) - before
             # Torch would raise the end of a loader process wherever the main thread then is.
             if signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
 
-    def _early_failure(self, processes: list[BaseProcess]) -> DetrDistError | None:
-        """Return what has gone wrong in a loader process, although its batch may not be due yet."""
+    def _next(self, batches: Iterator[Any], processes: list[BaseProcess]) -> Batch | DetrDistError | None:
+        """Return the next batch, None at the end, or what has gone wrong in any loader process, although its
+        batch may not be due yet. It is not raised here: the traceback of torch's error would keep the loader
+        processes."""
         if self._failures is not None and not self._failures.empty():
             return self._failures.get()
-        return self._death(processes)
+        if (death := self._death(processes)) is not None:
+            return death
+        try:
+            item: Batch | DetrDistError | None = next(batches, None)
+            return item
+        except Exception as error:
+            return self._death(processes) or _failure("loading images failed", error)
 
     def _death(self, processes: list[BaseProcess]) -> DetrDistError | None:
         """Return what a loader process has died of, if one has."""
@@ -145,32 +169,27 @@ class BatchLoader:
             return None
         if code > 0:
             return LoaderError(f"a loader process ended by itself, with exit code {code}")
-        name = signal.Signals(-code).name
-        if -code == signal.SIGBUS:
-            room = shared_memory.describe(self._need)
-            return LoaderError(
-                f"a loader process was ended by {name}, as happens when shared memory runs out: {room}"
-            )
         advice = ""
-        if -code == signal.SIGKILL:
+        if -code == signal.SIGBUS:
+            advice = f", as happens when shared memory runs out: {_describe_room(self._need)}"
+        elif -code == signal.SIGKILL:
             advice = (
                 ", as the system does when memory runs out (see dmesg, or the memory limit of the container "
                 "or job); lower data.num_workers, data.prefetch_factor or training.batch_size"
             )
-        return LoaderError(f"a loader process was ended by {name}{advice}")
-
-
-class _SharedMemoryIsFull(LoaderError):
-    """Noticed in a loader process; the other side knows what is needed."""
+        return LoaderError(f"a loader process was ended by {signal.Signals(-code).name}{advice}")
 
 
 class _Batches(Dataset[Batch | DetrDistError]):
-    """Whole batches by their keys. What goes wrong is returned: of what is raised in a loader process torch
-    would pass on the text only, and nothing of what fails while a batch is sent."""
+    """Batches by their keys. Failures are returned: of what is raised in a loader process torch would pass on
+    the text only, and nothing of what fails while a batch is sent."""
 
-    def __init__(self, samples: CocoDetectionDataset, failures: "SimpleQueue[DetrDistError] | None") -> None:
+    def __init__(
+        self, samples: CocoDetectionDataset, need: Need, failures: "SimpleQueue[DetrDistError] | None"
+    ) -> None:
         self._samples = samples
-        self._failures = failures  # tells of the first at once, and not when the batch is due
+        self._need = need
+        self._failures = failures  # passes on the first at once, and not when the batch is due
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | DetrDistError:
         batch = self._load(keys)
@@ -188,13 +207,15 @@ class _Batches(Dataset[Batch | DetrDistError]):
             return error
         except Exception as error:
             return _failure(f"loading {self._samples.data.image_path(row)} failed", error)
+        is_loader = get_worker_info() is not None
         try:
             batch = collate(samples)
-            return batch.share_memory() if get_worker_info() is not None else batch
+            return batch.share_memory() if is_loader else batch
         except Exception as error:
+            room = _room()
             num_bytes = 2 * sum(sample.image.nbytes for sample in samples)  # with the padding, and some room
-            if get_worker_info() is not None and shared_memory.is_full(num_bytes):
-                return _SharedMemoryIsFull("shared memory ran out")
+            if is_loader and room is not None and room[1] < num_bytes:
+                return LoaderError(f"shared memory ran out: {_describe_room(self._need)}")
             return _failure("putting a batch together failed", error)
 
 
@@ -209,18 +230,18 @@ def _failure(what: str, error: Exception) -> LoaderError:
 
 
 def _quiet() -> AbstractContextManager[Any]:
-    """Keep back torch's warning of more loader processes than cores: that is as the user asked, or as it was
-    where the model was trained."""
+    """Suppress torch's warning of more loader processes than cores: that is what the user, or the host where
+    the model was trained, asked for."""
     return warnings.catch_warnings(action="ignore")
 
 
-def _as_it_is(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
 @contextmanager
 def _killed_after(seconds: float, processes: list[BaseProcess]) -> Iterator[None]:
-    """Kill what is left of the processes after so long, or on leaving: there is nothing in them to save."""
+    """Kill the remaining processes after so long, or on leaving: there is nothing in them to save."""
 
     def kill() -> None:
         for process in processes:
@@ -237,11 +258,11 @@ def _killed_after(seconds: float, processes: list[BaseProcess]) -> Iterator[None
         kill()
 
 
-def _take_signals_as_a_loader(worker_id: int) -> None:
-    """A request to stop often goes to all processes of a job. A loader process that ended by it would take
-    the trainer with it, before it has saved; so it ends with its trainer, or a minute later.
+def _set_signals_of_loader(worker_id: int) -> None:
+    """Ignore requests to stop, which often go to all processes of a job: a loader process that ended by one
+    would take the trainer with it before it has saved. It ends with its trainer, or a minute later.
 
-    What a loader process dies of is told by the trainer, in one line: torch's own handlers print another.
+    The trainer reports in one line what a loader process dies of: torch's own handlers print another.
     """
     signal.set_wakeup_fd(-1)  # the trainer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -249,3 +270,41 @@ def _take_signals_as_a_loader(worker_id: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
     for number in (signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE):
         signal.signal(number, signal.SIG_DFL)
+
+
+def _num_cores() -> int:
+    """Return the number of CPU cores for each process of the run on this host, at least 1."""
+    is_known = hasattr(os, "sched_getaffinity")  # not on macOS
+    on_host = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
+    return max(1, on_host // _num_local_processes())
+
+
+def _num_local_processes() -> int:
+    """Return the number of processes of the run on this host, as the launcher set it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _room() -> tuple[int, int] | None:
+    """Return total and free bytes of /dev/shm; None where there is none, or one without a limit."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return None
+    return (usage.total, usage.free) if usage.total else None
+
+
+def _describe_room(need: Need) -> str:
+    """Return in words how large /dev/shm is, what is needed, and how to get it."""
+    room = _room()
+    size = f"has {_mib(room[0])}, {_mib(room[1])} of them free" if room is not None else "is missing"
+    needed = _num_local_processes() * need.at_most
+    enough_gib = max(1, math.ceil(1.25 * needed / 2**30))  # others use it as well
+    return (
+        f"{SHARED_MEMORY} {size}, and the loaders need up to {_mib(needed)}; enlarge it (docker run "
+        f"--shm-size={enough_gib}g), or lower data.num_workers, data.prefetch_factor or training.batch_size "
+        "(data.num_workers=0 needs none)"
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"

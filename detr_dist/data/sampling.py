@@ -13,13 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from detr_dist.errors import UsageError
 
 SampleKey = tuple[int, int]
-"""Epoch and index of a sample: all that decides, with the seed, how it looks."""
+"""Epoch and index of a sample: with the seed they determine it."""
 
 SizeOf = Callable[[SampleKey], tuple[int, int]]
-"""Tells the height and width of a sample as the network will see it."""
+"""Returns height and width of a sample as the network will see it."""
 
 WINDOW_STEPS = 32
-"""Among so many steps' samples like shapes are looked for. More would pad less, and shuffle less."""
+"""Similar shapes are grouped within the samples of so many steps. More would pad less, and shuffle less."""
 
 
 class Purpose(IntEnum):
@@ -31,24 +31,24 @@ class Purpose(IntEnum):
 
 
 def random_numbers(purpose: Purpose, seed: int, epoch: int, index: int = 0) -> np.random.Generator:
-    """A generator that depends on these numbers alone; neighbouring positions are unrelated."""
+    """Return a generator that depends on these numbers alone; neighbouring positions are unrelated."""
     return np.random.default_rng((purpose, seed, epoch, index))
 
 
 @lru_cache(maxsize=2)
 def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the samples, to be read only."""
+    """Return a permutation of the samples, read-only."""
     order = random_numbers(Purpose.SHUFFLE, seed, epoch).permutation(num_samples)
     order.setflags(write=False)
     return order
 
 
 def group_by_shape(sizes_hw: NDArray[np.int64], step_size: int) -> NDArray[np.int64]:
-    """Places [S, step_size] of images of these sizes [S * step_size, 2], like heights and widths in one step:
-    all images of a step are padded to one canvas.
+    """Return places [S, step_size] of images of these sizes [S * step_size, 2], similar heights and widths in
+    one step: all images of a step are padded to one canvas.
 
     The images are halved by the side that differs most, and the halves again. A step stands where its first
-    image stood, and like images stay in their order. Whole numbers only: all processes must come to the same.
+    image stood, and similar images stay in their order. Integers only: all processes must agree.
     """
     steps = np.array(list(_halve(np.arange(len(sizes_hw)), sizes_hw, step_size)))
     return steps[np.argsort(steps[:, 0])]
@@ -101,7 +101,7 @@ class StepPlan:
 
     @property
     def num_dropped(self) -> int:
-        """Samples that an epoch leaves out; which ones changes with the epoch."""
+        """Count the samples that an epoch leaves out; which ones changes with the epoch."""
         return self.num_samples % self.global_batch_size
 
 
@@ -110,8 +110,8 @@ class MicroBatchSampler:
     """The keys of this process's micro-batches, from optimizer step `start_step` on for `num_steps` steps.
 
     Steps count through all epochs. A loader that takes this as its batch sampler delivers one stream without
-    a pause between epochs. With `size_hw`, which tells how large a sample will be, the samples of every
-    `WINDOW_STEPS` steps are put into steps of like shape.
+    a pause between epochs. With `size_hw` the samples of every `WINDOW_STEPS` steps are put into steps of
+    similar shape.
     """
 
     plan: StepPlan
@@ -138,13 +138,13 @@ class MicroBatchSampler:
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
             if size_hw is not None and step + WINDOW_STEPS < end:
-                # A step's share of the next window, so that training does not pause for all of it at once.
+                # A step's part of the next window, so that training does not pause for all of it at once.
                 for key in self._keys(step + WINDOW_STEPS):
                     size_hw(key)
 
     def _window(self, first: int, size_hw: SizeOf | None) -> NDArray[np.int64]:
-        """The samples of the steps from `first` on, up to `WINDOW_STEPS` of the same epoch, [steps, global
-        batch]."""
+        """Return the samples of the steps from `first` on, up to `WINDOW_STEPS` of the same epoch, [steps,
+        global batch]."""
         left_in_epoch = self.plan.steps_per_epoch - first % self.plan.steps_per_epoch
         steps = range(first, first + min(WINDOW_STEPS, left_in_epoch))
         keys = [key for step in steps for key in self._keys(step)]
@@ -156,7 +156,7 @@ class MicroBatchSampler:
         return grouped
 
     def _keys(self, step: int) -> list[SampleKey]:
-        """Of an optimizer step, before samples of like shape are looked for."""
+        """Return the keys of an optimizer step, before samples of similar shape are grouped."""
         epoch, step_in_epoch = divmod(step, self.plan.steps_per_epoch)
         first = step_in_epoch * self.plan.global_batch_size
         order = epoch_order(self.plan.num_samples, self.seed, epoch)
@@ -173,13 +173,13 @@ def round_up(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
 class CanvasRule:
     """Decides what to pad the images of a step to.
 
-    A GPU plans its convolutions and its attention anew for each size, so that few should occur.
+    A GPU plans its convolutions and its attention again for each new size, so few should occur.
     """
 
     multiple: int = 1
     """Round height and width up to multiples of so many pixels."""
     keep_one_size: bool = True
-    """Leave the images of a step unpadded where all are of one size. Where an augmentation makes up sizes,
+    """Leave the images of a step unpadded where all are of one size. Where an augmentation invents sizes,
     each of those would be one more to plan for."""
 
     def canvas_hw(self, least_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
@@ -197,7 +197,7 @@ class EvaluationBatch(NamedTuple):
 def evaluation_batches(
     sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int
 ) -> list[EvaluationBatch]:
-    """This process's share of all images, each image in one batch of one process.
+    """Return this process's part of all images, each image in one batch of one process.
 
     Images share a batch only if they are of one size after the resize. A convolution sees the padding at an
     image's edge; without any, detections are those of the image alone, whatever the batch size, the number of

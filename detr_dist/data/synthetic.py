@@ -1,12 +1,11 @@
 """Generated football match scenes with exact boxes: a small COCO data set that needs no download.
 
-Besides the picture, a second canvas takes the number of the object that is on top at each point, so that a
-box holds exactly what can be seen of its object.
+Beside the image, a second canvas takes the number of the object that is on top at each point, so that a box
+holds exactly the visible part of its object.
 """
 
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_dist.data import synthetic_pitch as pitch
-from detr_dist.data.synthetic_pitch import HEIGHT, SUPERSAMPLING, WIDTH, Camera, Point
-from detr_dist.data.synthetic_sprites import choose_kits, draw_ball, draw_player
+from detr_dist.data import synthetic_drawing as drawing
+from detr_dist.data.synthetic_drawing import HEIGHT, SUPERSAMPLING, WIDTH, Camera, Point
 from detr_dist.errors import UsageError
+from detr_dist.storage import check_new, new_folder
 
 NUM_TRAIN, NUM_VAL, SEED = 512, 128, 0
 CATEGORIES = {1: "player", 2: "ball"}
@@ -45,7 +44,7 @@ BoxXywh = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One picture; `boxes_xywh_px[i]` holds the visible part of an object of category `category_ids[i]`."""
+    """One image; `boxes_xywh_px[i]` holds the visible part of an object of category `category_ids[i]`."""
 
     image: Image.Image
     category_ids: list[int]
@@ -54,7 +53,7 @@ class Scene:
 
 @dataclass(frozen=True, slots=True)
 class _Thing:
-    """A drawn object, where it stands on the picture, and how high it is above that."""
+    """A drawn object, where it stands in the image, and how high it is above that."""
 
     category_id: int
     sprite: Image.Image
@@ -64,7 +63,7 @@ class _Thing:
 
     @property
     def corners_sp(self) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom of the sprite, which may be outside the canvas."""
+        """Return left, top, right and bottom of the sprite, which may be outside the canvas."""
         left = round(self.column_px * SUPERSAMPLING - self.sprite.width / 2)
         bottom = round((self.row_px - self.lift_px) * SUPERSAMPLING)
         return left, bottom - self.sprite.height, left + self.sprite.width, bottom
@@ -76,37 +75,27 @@ def make_data(
     """Write `train` and `val` below `output_dir`, each with JPEGs and `_annotations.coco.json`.
 
     The same seed gives the same bytes (with the same Pillow and NumPy), and scene i of a split does not
-    depend on how many there are. A folder appears under its name only when it is whole.
+    depend on how many there are. A folder is complete or absent.
 
-    Raises: UsageError for impossible numbers, and for folders that hold something or cannot be written.
+    Raises:
+        UsageError: impossible numbers, or folders that hold something or cannot be written.
     """
     for option, number, least in (("num-train", num_train, 1), ("num-val", num_val, 1), ("seed", seed, 0)):
         if number < least:
             raise UsageError(f"--{option} is {number}: give a whole number of at least {least}")
-    num_scenes = {"train": num_train, "val": num_val}
+    train_dir, val_dir = output_dir / "train", output_dir / "val"
+    for folder in (train_dir, val_dir):
+        check_new("the folder", folder)
     try:
-        for split in num_scenes:
-            _check_free(output_dir / split)
-        for index, split in enumerate(num_scenes):
-            _write_split(output_dir / f"{split}.partial", num_scenes[split], (seed, index))
-        for split in num_scenes:
-            if (output_dir / split).is_dir():
-                (output_dir / split).rmdir()  # empty; not every system renames over it
-            (output_dir / f"{split}.partial").rename(output_dir / split)
+        with new_folder(train_dir) as train, new_folder(val_dir) as val:
+            _write_split(train, num_train, (seed, 0))
+            _write_split(val, num_val, (seed, 1))
     except OSError as error:
         where = error.filename or output_dir
         raise UsageError(f"cannot write {where}: {error.strerror or error}; choose another folder") from error
 
 
-def _check_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists and is not an empty folder: delete it or choose another one")
-
-
 def _write_split(folder: Path, num_scenes: int, entropy: tuple[int, int]) -> None:
-    if folder.is_dir():
-        shutil.rmtree(folder)  # left by a run that was killed
-    folder.mkdir(parents=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(num_scenes):
@@ -130,19 +119,19 @@ def _write_split(folder: Path, num_scenes: int, entropy: tuple[int, int]) -> Non
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """One scene, a function of the generator's state alone."""
+    """Draw one scene, a function of the generator's state alone."""
     camera = _place_camera(rng)
     stand_px = int(rng.integers(10, 24)) if rng.random() < 0.4 else 0
-    canvas = pitch.draw_grass(rng, camera)
-    pitch.draw_markings(rng, canvas, camera)
+    canvas = drawing.draw_grass(rng, camera)
+    drawing.draw_markings(rng, canvas, camera)
     if stand_px:
-        pitch.draw_stand(rng, canvas, stand_px)
+        drawing.draw_stand(rng, canvas, stand_px)
     things = sorted(_place_things(rng, camera, stand_px), key=lambda thing: thing.row_px)
     owners = _compose(canvas, things)
     visible_sp = owners.histogram()
     boxes = [_visible_box(owners, number, thing, visible_sp) for number, thing in enumerate(things, start=1)]
     kept = [(thing.category_id, box) for thing, box in zip(things, boxes, strict=True) if box is not None]
-    return Scene(pitch.expose(rng, canvas), [category for category, _ in kept], [box for _, box in kept])
+    return Scene(drawing.expose(rng, canvas), [category for category, _ in kept], [box for _, box in kept])
 
 
 def _place_camera(rng: np.random.Generator) -> Camera:
@@ -154,14 +143,16 @@ def _place_camera(rng: np.random.Generator) -> Camera:
 
 
 def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int) -> list[_Thing]:
-    kits = choose_kits(rng)
+    kits = drawing.choose_kits(rng)
     num_players = 0 if rng.random() < NO_PLAYER_SHARE else int(rng.integers(1, MAX_PLAYERS + 1))
     things: list[_Thing] = []
     centre: Point = (rng.uniform(0.2, 0.8) * WIDTH, rng.uniform(0.4, 0.8) * HEIGHT)
     for _ in range(num_players):
         column, row = _place_player(rng, centre, things, stand_px)
         height_px = float(camera.px_per_m(row)) * PLAYER_M * rng.uniform(0.93, 1.07)
-        sprite = draw_player(rng, kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))], height_px * SUPERSAMPLING)
+        sprite = drawing.draw_player(
+            rng, kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))], height_px * SUPERSAMPLING
+        )
         things.append(_Thing(PLAYER_ID, sprite, column, row))
     if rng.random() >= NO_BALL_SHARE:
         things.append(_place_ball(rng, camera, things, stand_px))
@@ -171,7 +162,7 @@ def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int) -> li
 def _place_player(
     rng: np.random.Generator, centre: Point, others: list[_Thing], stand_px: int
 ) -> tuple[float, float]:
-    """Column and row of a player's feet: near the action or anywhere, mostly at some distance from others."""
+    """Choose column and row of a player's feet: near the action or anywhere, mostly away from others."""
     spread = 40 if rng.random() < 0.4 else 80
     for _ in range(PLACING_ATTEMPTS):
         column = _near(rng, centre[0], spread, (-2, WIDTH + 2))
@@ -182,13 +173,13 @@ def _place_player(
 
 
 def _near(rng: np.random.Generator, value: float, spread: float, limits: tuple[float, float]) -> float:
-    """A number around `value`, or anywhere within the limits if that falls outside them."""
+    """Return a number around `value`, or anywhere within the limits if that falls outside them."""
     number = rng.normal(value, spread)
     return number if limits[0] <= number <= limits[1] else rng.uniform(*limits)
 
 
 def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing], stand_px: int) -> _Thing:
-    """A ball at someone's feet, alone or in the air; larger than life, so that it can be seen."""
+    """Place a ball at someone's feet, alone or in the air; larger than life, so that it can be seen."""
     least_row = stand_px + 18
     column, row = rng.uniform(4, WIDTH - 4), rng.uniform(least_row, HEIGHT - 3)
     if players and rng.random() < 0.5:
@@ -197,11 +188,11 @@ def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing],
         row = _near(rng, owner.row_px + 2, 5, (least_row, HEIGHT - 1))
     lift = rng.uniform(0, 0.6 * row) if rng.random() < BALL_IN_AIR_SHARE else 0.0
     diameter_px = 5 + 0.19 * PLAYER_M * float(camera.px_per_m(row))
-    return _Thing(BALL_ID, draw_ball(rng, diameter_px * SUPERSAMPLING), column, row, lift)
+    return _Thing(BALL_ID, drawing.draw_ball(rng, diameter_px * SUPERSAMPLING), column, row, lift)
 
 
 def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
-    """Paint the things and their shadows, far ones first; returns which number is on top at each point."""
+    """Paint the things and their shadows, far ones first; return which number is on top at each point."""
     for thing in things:
         shadow = Image.new("L", (round(0.8 * thing.sprite.width) + 1, round(0.25 * thing.sprite.width) + 1))
         ImageDraw.Draw(shadow).ellipse((0, 0, shadow.width - 1, shadow.height - 1), fill=110)
@@ -216,7 +207,7 @@ def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
 
 
 def _visible_box(owners: Image.Image, number: int, thing: _Thing, visible_sp: list[int]) -> BoxXywh | None:
-    """The smallest box around what can be seen of a thing, or None if that is too little of it."""
+    """Return the smallest box around the visible part of a thing, or None if that is too little of it."""
     whole_sp = thing.sprite.getchannel("A").histogram()[255]
     if visible_sp[number] < MIN_VISIBLE_SHARE * whole_sp:
         return None

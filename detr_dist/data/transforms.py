@@ -1,11 +1,11 @@
-"""Augmentation and resizing of one picture and its boxes, in uint8.
+"""Augmentation and resizing of one image and its boxes, in uint8.
 
 Every random choice comes from the generator that the caller passes; nothing here uses global random state.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.box_columns import MIN_BOX_EXTENT_PX
-
-Augmentation = Literal["none", "light", "detr"]
+from detr_dist.config import Augmentation
+from detr_dist.data.records import MIN_BOX_EXTENT_PX
 
 # The published recipe in its own pixels, where a whole image has 800 on its shorter side.
 DETR_EDGE = 800
@@ -24,7 +23,7 @@ DETR_RESIZE_EDGES = tuple(range(480, DETR_EDGE + 1, 32))
 DETR_CROP_RESIZE_EDGES = (400, 500, 600)
 DETR_CROP_EDGES = (384, 600)
 
-# Mild photometric changes of every second picture, as factors of 1 - range to 1 + range.
+# Mild photometric changes of every second image, as factors of 1 - range to 1 + range.
 BRIGHTNESS_RANGE = 0.2
 CONTRAST_RANGE = 0.2
 CAST_RANGE = 0.1  # of red, green and blue each: another light, another white balance
@@ -44,7 +43,7 @@ class Colours(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is done to one picture, in this order."""
+    """What is done to one image, in this order."""
 
     flip: bool
     window: tuple[int, int, int, int] | None  # top, left, height, width of the crop, in pixels of the file
@@ -54,14 +53,14 @@ class Plan(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DetectionTransform:
-    """Chooses what is done to a picture."""
+    """Chooses what is done to an image."""
 
     augmentation: Augmentation
     shortest_edge: int
     longest_edge: int
 
     def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
-        """All random choices for a picture of this size, before it is decoded."""
+        """Make all random choices for an image of this size, before it is decoded."""
         if self.augmentation == "none":
             return Plan(False, None, resized_hw(*size_hw, self.shortest_edge, self.longest_edge), None)
         flip, window, shortest_edge = rng.random() < 0.5, None, self.shortest_edge
@@ -75,9 +74,9 @@ class DetectionTransform:
 
 
 def apply(plan: Plan, example: Example) -> Example:
-    """The example as planned, without the boxes that a crop has left without extent.
+    """Return the example as planned, without the boxes that a crop has left without extent.
 
-    Boxes are in pixels of the file; the picture may have been decoded at a reduced scale, unless a window is
+    Boxes are in pixels of the file; the image may have been decoded at a reduced scale, unless a window is
     cut from it.
     """
     image, boxes, labels = example
@@ -95,12 +94,12 @@ def apply(plan: Plan, example: Example) -> Example:
 def build_transform(
     augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
 ) -> DetectionTransform:
-    """What `data.augmentation` means in training; evaluation only resizes."""
+    """Return what `data.augmentation` means in training; evaluation only resizes."""
     return DetectionTransform(augmentation if train else "none", shortest_edge, longest_edge)
 
 
 def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """The size after the resize: the shorter side as asked, unless the longer one would exceed its limit.
+    """Return the size after the resize: the shorter side as configured, unless the longer would be too long.
 
     Source: DETR. Departure: integer arithmetic, so that the limit holds to the pixel.
     """
@@ -126,7 +125,7 @@ def areas_after_resize(
 
 
 def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -> Tensor:
-    """Pull every pixel from or to the mean grey of the picture, then multiply its three colours.
+    """Pull every pixel from or to the mean grey of the image, then multiply its three colours.
 
     One pass in 16-bit integers, 64 standing for 1, so products of 2 and more would overflow. Pixels stay
     interleaved, as the decoder and the resize leave them. Saturation is left out: it needs a pixel's three
@@ -151,12 +150,12 @@ def _random_colours(rng: np.random.Generator) -> Colours:
 
 
 def _one_of(values: tuple[int, ...], rng: np.random.Generator) -> int:
-    """What `rng.choice` gives, in a fifth of its time."""
+    """Return what `rng.choice` does, in a fifth of its time."""
     return values[rng.integers(len(values))]
 
 
 def _random_window(size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """A window as DETR cuts it: of 384 to 600 pixels a side after a resize to 400, 500 or 600.
+    """Return a window as DETR cuts it: of 384 to 600 pixels a side after a resize to 400, 500 or 600.
 
     Source: DETR. Departure: cut from the original, so that its pixels are interpolated only once, in the
     resize that follows.

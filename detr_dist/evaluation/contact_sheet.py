@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_rgb
-from detr_dist.data.image_files import UnreadableImageError
+from detr_dist.data.images import UnreadableImageError, decode_rgb
 from detr_dist.evaluation.drawing import Colour, Mark, draw_marks
 from detr_dist.evaluation.lettering import class_label, drawable, font
 from detr_dist.evaluation.operating_point import Matches

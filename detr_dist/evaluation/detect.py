@@ -12,9 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detr_dist.config import Config
-from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.dataset import Batch, CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
@@ -91,16 +90,7 @@ class ImagePass:
                     on_device = batch.to(self._accelerator.device)
                     outputs = detector(on_device.images, on_device.sizes_hw, on_device.is_padded)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
-                yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))
-
-    def _unreadable(self, planned: EvaluationBatch, batch: Batch) -> dict[int, str]:
-        starts = {row: f"{self.data.image_path(row)}:" for row in planned.indices}
-        return {
-            row: reason
-            for row, start in starts.items()
-            for reason in batch.unreadable
-            if reason.startswith(start)
-        }
+                yield Predicted(planned.indices, on_device, outputs, dict(batch.unreadable))
 
     def records(self, detector: Detector, predicted: Predicted) -> DetectionRecords:
         """The detections on the host; an image that cannot be read has none."""

@@ -13,8 +13,7 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.loading import shared_memory_need
-from detr_dist.data.shared_memory import check_room
+from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import (
     HostGroup,
     build_accelerator,

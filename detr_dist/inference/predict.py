@@ -16,12 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detr_dist.config import Config
-from detr_dist.data.coco import CocoData
-from detr_dist.data.decoding import decode_rgb
-from detr_dist.data.layout import decoded_name
-from detr_dist.data.loading import shared_memory_need
-from detr_dist.data.pictures import find_pictures, read_pictures
-from detr_dist.data.shared_memory import check_room
+from detr_dist.data.coco import CocoData, read_unannotated
+from detr_dist.data.images import decode_rgb
+from detr_dist.data.layout import decoded_name, find_images
+from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import (
     HostGroup,
     build_accelerator,
@@ -68,7 +66,7 @@ def predict(options: PredictOptions) -> None:
         DetrDistError: with one clear line.
     """
     tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
-    folder, names, left_out = find_pictures(options.source)
+    folder, names, left_out = find_images(options.source)
     check_new("--output-dir", options.output_dir)
     if options.source.is_dir() and folder.resolve() in options.output_dir.resolve().parents:
         raise UsageError(
@@ -80,7 +78,7 @@ def predict(options: PredictOptions) -> None:
         if processes.num_processes > 1:
             raise UsageError("predict works in one process; start it without accelerate launch")
         model = fetch_model(options.model, tracking_uri)
-        data, unreadable = read_pictures(folder, names, model.class_names)
+        data, unreadable = read_unannotated(folder, names, model.class_names)
         config = resolve_precision(model.settings(options.overrides), HostGroup(processes))
         records, failed, not_drawn = _predict(options, model, data, config)
     if left_out:

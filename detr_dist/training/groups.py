@@ -7,9 +7,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 from detr_dist.config import Config, DataConfig
-from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.dataset import Batch, CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import CanvasRule, MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
@@ -83,7 +82,7 @@ class GroupStream:
         for batch in group:
             self.num_images += len(batch.image_ids)
             self.num_unreadable += len(batch.unreadable)
-            for reason in batch.unreadable:
+            for _, reason in batch.unreadable:
                 _logger.warning(f"{reason}; the next image takes its place")
         return group
 

@@ -10,7 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from detr_dist.data.batching import Batch
+from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion

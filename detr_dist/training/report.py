@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_dist.config import ignored_variables
-from detr_dist.data.statistics import CheckSettings, check_boxes
+from detr_dist.data.box_checks import CheckSettings, check_boxes
 from detr_dist.models.timm_norms import keeps_timm_norms
 from detr_dist.training.setup import Setup
 
@@ -50,7 +50,7 @@ def _describe_data(setup: Setup) -> Iterator[str]:
         )
     for split in (train_data, val_data):
         yield from split.notices
-        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes("", split, settings))
+        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes(split, settings))
     yield (
         f"{len(train_data)} images to train on, {len(val_data)} to validate; classes: "
         f"{', '.join(train_data.class_names)}"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from detr_dist.data.batching import Batch
+from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import StopRequested, TrainingError, as_one_line

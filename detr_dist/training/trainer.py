@@ -9,11 +9,10 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from detr_dist.check_data import check_splits
 from detr_dist.config import Config
+from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_coco
-from detr_dist.data.loading import shared_memory_need
-from detr_dist.data.shared_memory import Need, check_room
+from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import (
     HostGroup,
     allow_for_compiling,
@@ -24,6 +23,7 @@ from detr_dist.distributed import (
 )
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.models.architectures import num_queries_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
@@ -115,7 +115,8 @@ def train(
 
 
 def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
-    report = check_splits([str(train_dir), str(val_dir)], config, open_pictures=True)
+    splits = [str(train_dir), str(val_dir)]
+    report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     _log_lines(report.lines())
     if report.num_errors:
         raise DataError(f"the data are not ready to train on: {report.num_errors} errors, named above")

@@ -34,10 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 from transformers import DetrImageProcessor
 
-from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.decoding import decode_reduced, decode_rgb
+from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
+from detr_dist.data.images import decode_reduced, decode_rgb
 from detr_dist.data.transforms import build_transform, resized_hw
 
 NUM_IMAGES, BATCH_SIZE = 32, 4

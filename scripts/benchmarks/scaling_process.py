@@ -22,7 +22,7 @@ from timing import medians, seconds_of, take_turns
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_dist.config import load_config
-from detr_dist.data.batching import Batch, Sample, collate
+from detr_dist.data.dataset import Batch, Sample, collate
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import (
     HostGroup,

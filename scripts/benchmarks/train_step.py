@@ -55,8 +55,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_dist.config import Config, load_config
-from detr_dist.data.batching import Batch
 from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.dataset import Batch
 from detr_dist.data.loading import num_loader_processes
 from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import (

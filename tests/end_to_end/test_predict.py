@@ -146,8 +146,8 @@ def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "part"),
     [
-        (("--input", "nowhere"), 1, "nowhere: does not exist; name a picture"),
-        (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no picture"),
+        (("--input", "nowhere"), 1, "nowhere: does not exist"),
+        (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no image"),
         (("--input", "pictures/broken.jpg"), 1, "none of 1 pictures can be read"),
         (("--input", "pictures", "--output-dir", "pictures"), 2, "--output-dir pictures: is there already"),
         (("--input", "pictures", "--output-dir", "pictures/found"), 2, "lies inside --input pictures"),

@@ -10,20 +10,23 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_dist.check_data import Report, check_splits
 from detr_dist.config import Config
+from detr_dist.data.box_checks import CheckSettings, resized_sides, statistics_of
+from detr_dist.data.checks import Report, check_splits
 from detr_dist.data.coco import load_coco
-from detr_dist.data.statistics import CheckSettings, figures_of, resized_sides
 from detr_dist.data.transforms import resized_hw
 from detr_dist.errors import DataError
+from detr_dist.models.architectures import num_queries_of
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]
 JSON = "_annotations.coco.json"
 
 
-def check(*folders: Path, open_pictures: bool = False, **model: Any) -> Report:
-    return check_splits([str(f) for f in folders], Config(model=model), open_pictures=open_pictures)
+def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
+    config = Config(**sections)
+    num_queries = num_queries_of(config.model)
+    return check_splits([str(f) for f in folders], config, num_queries=num_queries, open_images=open_images)
 
 
 def kinds(report: Report) -> dict[str, int]:
@@ -83,14 +86,17 @@ def test_what_training_refuses_is_one_error_and_what_is_left_is_counted(
     spoil, kind = ERRORS[name]
     spoil(document)
     folder = write_coco(document, pictures=False)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as raised:
         load_coco(folder, check_files=False)
     for i in (3, 5, 7):
         (folder / f"{i}.jpg").touch()
     (folder / "9.jpg").touch()
-    found = kinds(check(folder))
+    report = check(folder)
+    found = kinds(report)
     found.pop("unlisted_picture", None)  # 9.jpg, and all of them where no image is listed
     assert found == {kind: 1}
+    (finding,) = (each for each in report.findings[str(folder)] if each.kind == kind)
+    assert str(raised.value) == f"{folder / JSON}: {finding}", "both say the same"
 
 
 def test_all_faults_of_a_kind_are_counted_and_the_first_are_named(
@@ -110,12 +116,12 @@ def test_the_boxes_of_an_image_that_is_at_fault_are_no_fault_of_their_own(
     document["images"][1]["width"] = 0
     report = check(write_coco(document, pictures=False))
     assert "unknown_image" not in kinds(report)
-    (figures,) = report.figures.values()
-    assert (figures.num_images, figures.num_boxes) == (2, 1)
+    (statistics,) = report.statistics.values()
+    assert (statistics.num_images, statistics.num_boxes) == (2, 1)
 
 
 def test_a_sound_data_set_has_no_findings(document: Document, write_coco: WriteCoco) -> None:
-    report = check(write_coco(document), open_pictures=True)
+    report = check(write_coco(document), open_images=True)
     assert kinds(report) == {}
     assert report.verdict == "0 errors, 0 warnings: ready to train"
 
@@ -181,9 +187,9 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
 ) -> None:
     """60x40 becomes 120x80, so sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
     data = load_coco(write_coco(document))
-    figures = figures_of(data, CheckSettings(80, 1333, None))
-    assert figures.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
-    assert (figures.num_images, figures.num_empty, figures.most_boxes) == (3, 1, 2)
+    statistics = statistics_of(data, CheckSettings(80, 1333, None))
+    assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
+    assert (statistics.num_images, statistics.num_empty, statistics.most_boxes) == (3, 1, 2)
 
 
 @pytest.mark.parametrize("size_hw", [(480, 640), (300, 1200), (1080, 1920), (2000, 500), (33, 32)])
@@ -203,8 +209,7 @@ def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_c
     document["annotations"][1]["bbox"] = [0, 0, 1.5, 1.5]
     folder = write_coco(document)
     assert kinds(check(folder)) == {}, "60x40 becomes 1200x800"
-    small = Config(data={"shortest_edge": 80, "longest_edge": 133})
-    (finding,) = check_splits([str(folder)], small, open_pictures=False).findings[str(folder)]
+    (finding,) = check(folder, data={"shortest_edge": 80, "longest_edge": 133}).findings[str(folder)]
     assert finding.kind == "tiny_box"
     assert "1 ball" in finding.message
 
@@ -213,7 +218,7 @@ def test_more_boxes_than_queries_are_an_error_where_training_refuses_them(
     document: Document, write_coco: WriteCoco
 ) -> None:
     train, val = write_coco(document, "train"), write_coco(document, "val")
-    report = check(train, val, num_queries=1)
+    report = check(train, val, model={"num_queries": 1})
     assert [(f.kind, f.level) for f in report.findings[str(train)]] == [("too_many_boxes", "error")]
     assert [(f.kind, f.level) for f in report.findings[str(val)]] == [("too_many_boxes", "warning")]
     assert report.num_errors == report.num_warnings == 1
@@ -226,7 +231,7 @@ def test_unset_queries_are_those_of_the_architecture(document: Document, write_c
     ]
     folder = write_coco(document)
     assert kinds(check(folder)) == {"too_many_boxes": 1, "mostly_empty": 2}
-    assert kinds(check(folder, model_architecture="deformable_detr")) == {"mostly_empty": 2}
+    assert kinds(check(folder, model={"model_architecture": "deformable_detr"})) == {"mostly_empty": 2}
 
 
 def test_shares_of_the_image_instead_of_pixels_are_an_error(
@@ -247,7 +252,7 @@ def test_training_data_without_boxes_are_one_error(document: Document, write_coc
 def test_boxes_that_are_corners_are_recognised(document: Document, write_coco: WriteCoco) -> None:
     right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of a picture of 60 x 40
     document["annotations"] += [right_most | {"id": 100 + i, "bbox": [30, 2 * i, 58, 39]} for i in range(9)]
-    found = kinds(check(write_coco(document), num_queries=20))
+    found = kinds(check(write_coco(document), model={"num_queries": 20}))
     assert found.pop("boxes_as_corners") == 9
     assert found.keys() <= {"duplicate_box", "class_without_boxes"}
 
@@ -277,7 +282,7 @@ def test_pictures_that_are_missing_damaged_or_of_another_size_are_named(
     whole = (folder / "3.jpg").read_bytes()
     (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
     Image.open(folder / "5.jpg").resize((50, 40)).save(folder / "5.jpg")
-    report = check(folder, open_pictures=True)
+    report = check(folder, open_images=True)
     assert kinds(report) == {"missing_image": 1, "unreadable_image": 1, "wrong_size": 1}
     examples = {f.kind: f.examples[0] for f in report.findings[str(folder)]}
     assert examples["missing_image"] == "7.jpg"
@@ -295,7 +300,7 @@ def test_a_rotation_in_the_exif_data_is_a_warning_unless_the_size_shows_it(
         Image.open(folder / name).save(folder / name, exif=exif)
     document["images"][1].update(width=40, height=60)
     (folder / JSON).write_text(json.dumps(document))
-    report = check(folder, open_pictures=True)
+    report = check(folder, open_images=True)
     found = kinds(report)
     assert (found["exif_rotation"], found["wrong_size"]) == (1, 1)
     (wrong,) = (f for f in report.findings[str(folder)] if f.kind == "wrong_size")
@@ -307,7 +312,7 @@ def test_twelve_bits_stored_as_sixteen_are_a_warning(document: Document, write_c
     folder = write_coco(document)
     values = np.linspace(0, 4095, 40 * 60).reshape(40, 60).astype(np.uint16)
     Image.fromarray(values).save(folder / "dark.tif")
-    assert kinds(check(folder, open_pictures=True))["dark_picture"] == 1
+    assert kinds(check(folder, open_images=True))["dark_picture"] == 1
 
 
 def test_the_same_pixels_in_two_splits_are_found_whatever_the_file_is_like(
@@ -318,10 +323,10 @@ def test_the_same_pixels_in_two_splits_are_found_whatever_the_file_is_like(
     for annotation in document["annotations"]:
         annotation["image_id"] += 10
     val = write_coco(document, "val")
-    assert kinds(check(train, val, open_pictures=True)) == {}
+    assert kinds(check(train, val, open_images=True)) == {}
     with Image.open(train / "5.jpg") as image:
         image.save(val / "7.jpg", format="PNG")
-    report = check(train, val, open_pictures=True)
+    report = check(train, val, open_images=True)
     (finding,) = report.findings[str(val)]
     assert (finding.kind, finding.level) == ("picture_in_two_splits", "error")
     assert finding.examples == (f"7.jpg is {train / '5.jpg'}",)
@@ -338,7 +343,7 @@ def test_a_compressed_or_enlarged_copy_in_another_split_is_a_warning(
     document["images"][2].update(width=size[0], height=size[1])
     val = write_coco(document, "val")
     Image.open(train / "5.jpg").resize(size).save(val / "5.jpg", quality=40)
-    (finding,) = check(train, val, open_pictures=True).findings[str(val)]
+    (finding,) = check(train, val, open_images=True).findings[str(val)]
     assert (finding.kind, finding.level) == ("lookalike_in_two_splits", "warning")
     assert finding.examples == (f"5.jpg is like {train / '5.jpg'}",)
 
@@ -350,18 +355,18 @@ def test_flat_pictures_are_like_no_other(document: Document, write_coco: WriteCo
             grey = np.full((40, 60, 3), 100 + 10 * i + j, dtype=np.uint8)
             grey[0, 0] += 1
             Image.fromarray(grey).save(folder / image["file_name"], format="PNG")
-    assert kinds(check(*folders, open_pictures=True)) == {}
+    assert kinds(check(*folders, open_images=True)) == {}
 
 
 def test_a_picture_twice_in_one_split_is_one_warning(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     shutil.copy(folder / "3.jpg", folder / "7.jpg")
-    assert kinds(check(folder, open_pictures=True)) == {"duplicate_picture": 1}
+    assert kinds(check(folder, open_images=True)) == {"duplicate_picture": 1}
 
 
 def test_one_file_in_two_entries_is_no_duplicate_picture(document: Document, write_coco: WriteCoco) -> None:
     document["images"][2]["file_name"] = "./7.jpg"
-    assert kinds(check(write_coco(document), open_pictures=True)) == {"file_listed_twice": 1}
+    assert kinds(check(write_coco(document), open_images=True)) == {"file_listed_twice": 1}
 
 
 def test_pictures_that_are_not_listed_are_found_in_all_folders_of_the_listed(
@@ -384,7 +389,7 @@ def test_names_that_no_file_can_have_are_missing_images(
     document["images"][0]["file_name"] = file_name
     (folder / JSON).write_text(json.dumps(document))
     (folder / "7.jpg").unlink()
-    report = check(folder, open_pictures=True)
+    report = check(folder, open_images=True)
     assert kinds(report) == {"missing_image": 1}
     (finding,) = report.findings[str(folder)]
     str(finding).encode()

@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from detr_dist.data.batching import Batch, collate
 from detr_dist.data.coco import load_coco
-from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.decoding import decode_rgb
+from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample, collate
+from detr_dist.data.images import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
 from detr_dist.errors import DataError
 
@@ -114,11 +113,11 @@ def test_an_unreadable_image_is_replaced_by_the_next_in_training(
     (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:300])
     (folder / "5.jpg").unlink()
     sample = dataset[4, 1]
-    assert [reason.split(": ")[0] for reason in sample.unreadable] == [
-        str(folder / "3.jpg"),
-        str(folder / "5.jpg"),
+    assert [(row, reason.split(": ")[0]) for row, reason in sample.unreadable] == [
+        (1, str(folder / "3.jpg")),
+        (2, str(folder / "5.jpg")),
     ]
-    assert "No such file" in sample.unreadable[1]
+    assert "No such file" in sample.unreadable[1][1]
     assert sample.image_id == 7, "past the end it starts from the beginning"
     assert torch.equal(sample.image, expected.image)
     assert collate([expected, sample]).unreadable == list(sample.unreadable)
@@ -133,7 +132,8 @@ def test_an_unreadable_image_is_black_in_evaluation(document: Document, write_co
     assert sample.image.shape == (3, 32, 48)
     assert int(sample.image.max()) == 0
     assert len(sample.boxes_cxcywh) == 2
-    (reason,) = sample.unreadable
+    ((row, reason),) = sample.unreadable
+    assert row == 1
     assert reason.startswith(f"{folder / '3.jpg'}: ")
 
 
@@ -153,9 +153,13 @@ def test_an_image_of_another_size_than_annotated_counts_as_unreadable(
     folder = write_coco(document)
     dataset = make_dataset(folder, train=train)
     Image.new("RGB", (40, 60)).save(folder / "3.jpg")
-    assert "3.jpg: the image is 40x60 but its annotation says 60x40; its EXIF" in dataset[0, 1].unreadable[0]
+    assert (
+        "3.jpg: the image is 40x60 but its annotation says 60x40; its EXIF" in dataset[0, 1].unreadable[0][1]
+    )
     Image.new("RGB", (41, 60)).save(folder / "3.jpg")
-    assert "3.jpg: the image is 41x60 but its annotation says 60x40; correct" in dataset[0, 1].unreadable[0]
+    assert (
+        "3.jpg: the image is 41x60 but its annotation says 60x40; correct" in dataset[0, 1].unreadable[0][1]
+    )
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
@@ -247,3 +251,83 @@ def test_a_data_set_can_be_sent_to_a_process_that_is_not_forked(
     dataset = make_dataset(write_coco(document), "detr")
     sent = pickle.loads(pickle.dumps(dataset))
     assert torch.equal(sent[0, 1].image, dataset[0, 1].image)
+
+
+def sample(
+    height: int, width: int, num_boxes: int, image_id: int = 0, *unreadable: tuple[int, str]
+) -> Sample:
+    torch.manual_seed(height * 1000 + width)
+    image = torch.randint(1, 256, (3, height, width), dtype=torch.uint8)
+    boxes = torch.rand(num_boxes, 4)
+    return Sample(image, torch.arange(num_boxes), boxes, image_id, (2 * height, 2 * width), unreadable)
+
+
+SAMPLES = [
+    sample(5, 7, 2, 11),
+    sample(6, 4, 0, 12, (7, "a.jpg")),
+    sample(3, 3, 1, 13, (8, "b.jpg"), (9, "c.jpg")),
+]
+
+
+def assert_holds(batch: Batch, samples: list[Sample]) -> None:
+    for image, (height, width), one in zip(batch.images, batch.sizes_hw.tolist(), samples, strict=True):
+        assert torch.equal(image[:, :height, :width], one.image)
+        assert int(image[:, height:].sum()) == int(image[:, :, width:].sum()) == 0
+    assert torch.equal(batch.boxes_cxcywh, torch.cat([one.boxes_cxcywh for one in samples]))
+    assert torch.equal(batch.labels, torch.cat([one.labels for one in samples]))
+    assert batch.num_boxes == [len(one.labels) for one in samples]
+
+
+def test_images_share_a_canvas_of_the_greatest_height_and_width() -> None:
+    batch = collate(SAMPLES)
+    assert batch.images.shape == (3, 3, 6, 7)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.sizes_hw.tolist() == [[5, 7], [6, 4], [3, 3]]
+    assert batch.num_boxes == [2, 0, 1]
+    assert batch.image_ids == [11, 12, 13]
+    assert batch.original_sizes_hw == [(10, 14), (12, 8), (6, 6)]
+    assert batch.unreadable == [(7, "a.jpg"), (8, "b.jpg"), (9, "c.jpg")]
+    assert_holds(batch, SAMPLES)
+
+
+def test_a_batch_without_any_box_has_empty_targets() -> None:
+    batch = collate([sample(5, 7, 0), sample(6, 4, 0)])
+    assert batch.boxes_cxcywh.shape == (0, 4)
+    assert batch.labels.shape == (0,)
+    assert batch.labels.dtype == torch.int64
+    assert batch.num_boxes == [0, 0]
+
+
+def test_a_larger_canvas_changes_nothing_but_the_margin() -> None:
+    batch = collate(SAMPLES).pad_to(64, 64)
+    assert batch.images.shape == (3, 3, 64, 64)
+    assert_holds(batch, SAMPLES)
+
+
+def test_a_smaller_canvas_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        collate(SAMPLES).pad_to(64, 6)
+
+
+def test_moving_a_batch_keeps_all_of_it() -> None:
+    batch = collate(SAMPLES)
+    moved = batch.to("cpu")
+    assert_holds(moved, SAMPLES)
+    assert moved.image_ids == batch.image_ids
+    assert batch.to("meta").images.device.type == "meta"
+
+
+def test_a_batch_survives_the_way_out_of_a_loader_process() -> None:
+    loader = DataLoader(
+        SAMPLES, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="fork"
+    )
+    (batch,) = loader
+    assert_holds(batch, SAMPLES)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: pinned memory belongs to it")
+def test_pinned_memory_holds_the_same_batch() -> None:
+    batch = collate(SAMPLES).pin_memory()
+    assert batch.images.is_pinned()
+    assert_holds(batch.to("cuda").to("cpu"), SAMPLES)

@@ -10,8 +10,15 @@ from PIL import Image
 
 from detr_dist.data import synthetic
 from detr_dist.data.synthetic import BALL_ID, PLAYER_ID, Scene, draw_scene, make_data
-from detr_dist.data.synthetic_pitch import HEIGHT, SUPERSAMPLING, WIDTH, Camera
-from detr_dist.data.synthetic_sprites import choose_kits, draw_ball, draw_player
+from detr_dist.data.synthetic_drawing import (
+    HEIGHT,
+    SUPERSAMPLING,
+    WIDTH,
+    Camera,
+    choose_kits,
+    draw_ball,
+    draw_player,
+)
 from detr_dist.errors import UsageError
 
 NUM_SCENES = 240
@@ -156,7 +163,7 @@ def test_what_is_hidden_almost_wholly_gets_no_box() -> None:
 
 def test_pixels_mapped_to_the_pitch_and_back_are_where_they_were() -> None:
     camera = Camera(horizon_px=-40.0, height_m=6.0, target_m=(11.0, 34.0), heading=0.8)
-    back = camera.to_picture(np.stack(camera.to_pitch(), axis=-1))
+    back = camera.to_image(np.stack(camera.to_pitch(), axis=-1))
     # float64 through a rotation and a division; a pixel is 1.0
     np.testing.assert_allclose(
         back[..., 0], np.broadcast_to(np.arange(WIDTH) + 0.5, (HEIGHT, WIDTH)), atol=1e-9
@@ -195,8 +202,8 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, split: str)
 
 def test_empty_folders_and_remains_of_a_killed_run_are_replaced(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
-    (tmp_path / "val.partial").mkdir()
-    (tmp_path / "val.partial" / "000001.jpg").write_text("half")
+    (tmp_path / ".val.partial").mkdir()
+    (tmp_path / ".val.partial" / "000001.jpg").write_text("half")
     make_data(tmp_path, num_train=6, num_val=3, seed=1)
     assert contents(tmp_path) == contents(data_dir)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]

@@ -9,9 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from detr_dist.config import Config
-from detr_dist.data.batching import collate
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.dataset import CocoDetectionDataset
+from detr_dist.data.dataset import CocoDetectionDataset, collate
 from detr_dist.data.transforms import build_transform
 from detr_dist.distributed import HostGroup
 from detr_dist.evaluation.evaluate import Evaluator

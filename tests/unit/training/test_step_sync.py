@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from detr_dist.data.batching import Batch
+from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, StopRequested, TrainingError

@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.decoding import decode_reduced, decode_rgb, rgb_of
-from detr_dist.data.image_files import UnreadableImageError
+from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb, rgb_of
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -206,7 +205,7 @@ def test_pillows_limit_of_pixels_is_not_ours(tmp_path: Path, monkeypatch: pytest
 def test_more_pixels_than_our_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detr_dist.data.image_files.MAX_PIXELS", 20 * 30 - 2)
+    monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # set back to what it was
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)

@@ -1,4 +1,4 @@
-"""Pictures are found whatever Pillow calls their format, once each, and what is left out is known."""
+"""Images are found whatever Pillow calls their format, once each, and what is left out is known."""
 
 import os
 import struct
@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from detr_dist.data.image_files import UnreadableImageError, image_suffixes, read_size_hw
-from detr_dist.data.pictures import find_pictures, read_pictures
+from detr_dist.data.coco import read_unannotated
+from detr_dist.data.images import UnreadableImageError, image_suffixes, read_size_hw
+from detr_dist.data.layout import find_images
 from detr_dist.errors import DataError
 
 
@@ -24,7 +25,7 @@ def test_every_format_that_pillow_decodes_is_a_picture_and_no_other(tmp_path: Pa
     pictures = [f"a{suffix}" for suffix in suffixes]
     others = ["a.txt", "a.json", "a.mp4", "a.mpg", "a.h5", "a.pdf", "a", ".jpg", "._a.jpg"]
     touch(tmp_path, *pictures, *others)
-    found = find_pictures(tmp_path)
+    found = find_images(tmp_path)
     assert found.names == sorted(pictures)
     assert found.left_out == sorted(others)
 
@@ -51,7 +52,7 @@ def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
         "two/to_one": "../one",
     }.items():
         (source / link).symlink_to(target)
-    found = find_pictures(source)
+    found = find_images(source)
     assert found.names == [
         "a.png", "elsewhere/d.png", "elsewhere/deeper/e.png", "gone.png", "link.png",
         "one/b.png", "one/to_two/c.png", "two/c.png", "two/to_one/b.png",
@@ -62,13 +63,13 @@ def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
 def test_a_pipe_is_left_out_as_reading_it_would_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     touch(tmp_path, "a.png")
-    assert find_pictures(tmp_path) == (tmp_path, ["a.png"], ["pipe.png"])
+    assert find_images(tmp_path) == (tmp_path, ["a.png"], ["pipe.png"])
 
 
 def test_a_folder_without_a_picture_says_what_it_holds_instead(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt", "b.mp4")
-    with pytest.raises(DataError, match=r"holds no picture .* 2 other files"):
-        find_pictures(tmp_path)
+    with pytest.raises(DataError, match=r"holds no image .* 2 other files"):
+        find_images(tmp_path)
 
 
 def test_the_size_of_two_hundred_megapixels_is_read(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_the_size_of_two_hundred_megapixels_is_read(tmp_path: Path) -> None:
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I4s", 99, b"IDAT"))
     assert read_size_hw(tmp_path / "a.png") == (10_000, 20_000)
-    data, unreadable = read_pictures(tmp_path, ["a.png"], ["ball"])
+    data, unreadable = read_unannotated(tmp_path, ["a.png"], ["ball"])
     assert (data.sizes_hw.tolist(), unreadable) == ([[10_000, 20_000]], [])
 
 

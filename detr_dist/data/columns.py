@@ -1,0 +1,293 @@
+"""The lists of a COCO JSON as columns, and what is found wrong with their records."""
+
+import gc
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import islice
+from math import isfinite, nan
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detr_dist.errors import DataError
+from detr_dist.text import MAX_NAMES, printable, value_of
+
+MAX_EXAMPLES = 10
+
+Mask = NDArray[np.bool_]
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+Level = Literal["error", "warning"]
+"""`error`: training or evaluation refuses the data, loses some of them, or gives metrics that cannot be
+trusted. `warning`: repaired automatically, or unusual."""
+
+_PLURALS = {"box": "boxes", "category": "categories", "class": "classes"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One kind of fault in one data set."""
+
+    kind: str
+    level: Level
+    count: int
+    message: str
+    examples: tuple[str, ...]  # the first few: file names, records, classes
+
+    def __str__(self) -> str:
+        names = [printable(name) for name in self.examples[:MAX_NAMES]]
+        rest = self.count - len(names)
+        more = f" and {rest} more" if names and rest > 0 else ""
+        return ": ".join([self.message, *([", ".join(names) + more] if names else [])])
+
+
+def found(
+    kind: str,
+    noun: str,
+    what: str,
+    examples: Iterable[str],
+    *,
+    count: int | None = None,
+    level: Level = "error",
+) -> list[Finding]:
+    """Return the finding, or none where the count is 0; without `count` there is one example for each."""
+    named = list(examples) if count is None else list(islice(examples, MAX_EXAMPLES))
+    count = len(named) if count is None else count
+    if count == 0:
+        return []
+    message = f"{count} {noun if count == 1 else _PLURALS.get(noun, noun + 's')} {what}"
+    return [Finding(kind, level, count, message, tuple(named[:MAX_EXAMPLES]))]
+
+
+def read_document(path: Path) -> dict[str, list[Any]]:
+    """Read the images, annotations and categories of a COCO JSON.
+
+    Raises:
+        DataError: the file cannot be read, is not JSON, or does not have the form of a COCO file.
+    """
+    document = _read_json(path)
+    if not isinstance(document, dict):
+        raise DataError(
+            f"{path}: holds a {type(document).__name__}, but a COCO file is an object with 'images'"
+        )
+    for name in ("images", "annotations", "categories"):
+        if name not in document:
+            raise DataError(
+                f"{path}: has no {name!r}; a COCO file holds 'images', 'annotations' and 'categories'"
+            )
+        if not isinstance(document[name], list):
+            raise DataError(f"{path}: {name!r} is {value_of(document[name])}; it must be a list")
+    return document
+
+
+def _read_json(path: Path) -> Any:
+    """Read without the outlines: in COCO's own files they are most of the memory."""
+    collecting = gc.isenabled()
+    gc.disable()  # a million new objects, none of them garbage: the collector would walk them again and again
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_outline)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+            "repair the file or export it again"
+        ) from None
+    except _RepeatedKeyError as error:
+        raise DataError(
+            f"{path}: one object has several values for {error}, of which one would count; make them one"
+        ) from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; check the file and its permissions"
+        ) from None
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _RepeatedKeyError(Exception):
+    pass
+
+
+def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if value != record[key]:
+                raise _RepeatedKeyError(repr(key))
+    record.pop("segmentation", None)
+    return record
+
+
+class _Kind(NamedTuple):
+    """What a value of a record must be, and what takes the place of a wrong one."""
+
+    is_right: Callable[[Any], bool]
+    wanted: str
+    filler: Any
+
+    def complaint(self, key: str, value: Any) -> str:
+        if value is _ABSENT:
+            return f"has no {key!r}"
+        too_large = isinstance(value, int | float) and isfinite(value) and not _is_in_range(value)
+        limit = " from -2^63 to 2^63 - 1" if self is _WHOLE and too_large else ""
+        return f"{key!r} is {value_of(value)}; it must be {self.wanted}{limit}"
+
+
+def _is_in_range(value: Any) -> bool:
+    return isinstance(value, int | float) and -(2**63) <= value < 2**63
+
+
+_ABSENT = object()
+_WHOLE = _Kind(lambda value: _is_in_range(value) and value == int(value), "a whole number", 0)
+_NUMBER = _Kind(lambda value: isinstance(value, float) or _is_in_range(value), "a number", nan)
+_BOX = _Kind(
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_in_range, value)),
+    "four finite numbers [x, y, width, height] in pixels",
+    [0.0] * 4,
+)
+_TEXT = _Kind(lambda value: isinstance(value, str) and value != "", "a text that is not empty", "")
+
+
+class Faults:
+    """The rules that were broken: how often, and the first examples.
+
+    `rules` has of each kind the noun for what is counted, and what is wrong with it or what to do.
+    """
+
+    def __init__(self, rules: dict[str, tuple[str, str]]) -> None:
+        self._rules = rules
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, count: int = 1, examples: Iterable[str] = ()) -> None:
+        self._counts[kind] += count
+        self._examples.setdefault(kind, []).extend(examples)
+
+    def findings(self) -> list[Finding]:
+        return [
+            each
+            for kind, examples in self._examples.items()
+            for each in found(kind, *self._rules[kind], examples, count=self._counts[kind])
+        ]
+
+
+class Section:
+    """One list of the JSON, read column by column; `sound` marks the records that have broken no rule yet.
+
+    A whole column is converted at once; only when that fails is each value looked at. A wrong value's place
+    in its column holds a filler.
+    """
+
+    def __init__(self, name: str, document: dict[str, list[Any]], faults: Faults) -> None:
+        self._name = name
+        self._records = document[name]
+        self._faults = faults
+        self.sound = np.ones(len(self._records), dtype=bool)
+        if not set(map(type, self._records)) <= {dict}:
+            originals = self._records
+            self._records = [record if isinstance(record, dict) else {} for record in originals]
+            is_other = np.array([not isinstance(record, dict) for record in originals])
+            self.refuse("malformed_record", is_other, lambda row: f"{value_of(originals[row])} is no object")
+        self.ids = self.integers("id")
+        self.listed_ids = self.ids[self.sound]
+
+    def column(self, key: str, default: Any = _ABSENT) -> list[Any]:
+        """Return the values of a key; with a default, null counts as absent."""
+        try:
+            values = list(map(itemgetter(key), self._records))
+        except KeyError:
+            values = [record.get(key, default) for record in self._records]
+        if default is not _ABSENT and None in values:
+            values = [default if value is None else value for value in values]
+        return values
+
+    def integers(self, key: str, default: Any = _ABSENT) -> Integers:
+        values = self.column(key, default)
+        array = _as_array(values)
+        if array is not None and array.ndim == 1:
+            with np.errstate(invalid="ignore"):
+                whole = array.astype(np.int64)
+            if np.array_equal(whole, array):
+                return whole
+        return np.array(self._only_right("malformed_record", key, values, _WHOLE), dtype=np.int64)
+
+    def numbers(self, key: str, default: float) -> Floats:
+        values = self.column(key, default)
+        array = _as_array(values)
+        if array is None or array.ndim != 1:
+            array = np.array(self._only_right("malformed_record", key, values, _NUMBER))
+        return array.astype(np.float64)
+
+    def boxes(self, key: str) -> Floats:
+        """Return [len, 4]."""
+        values = self.column(key)
+        array = _as_array(values)
+        if array is None or array.shape != (len(values), 4) or not np.isfinite(array).all():
+            array = np.array(self._only_right("malformed_box", key, values, _BOX))
+        return array.astype(np.float64).reshape(-1, 4)
+
+    def texts(self, key: str) -> list[str]:
+        return self._only_right("malformed_record", key, self.column(key), _TEXT)
+
+    def refuse(self, kind: str, is_broken: Mask, describe: Callable[[int], str]) -> None:
+        """Note which of the sound records have broken a rule; they are sound no longer."""
+        rows = np.flatnonzero(is_broken & self.sound)
+        if len(rows):
+            self.sound[rows] = False
+            examples = [f"{self._where(row)}: {describe(row)}" for row in rows[:MAX_EXAMPLES].tolist()]
+            self._faults.add(kind, len(rows), examples)
+
+    def refuse_repeated(self, kind: str, names: list[str]) -> None:
+        """Refuse the sound records with the id of an earlier one."""
+        rows = np.flatnonzero(self.sound)
+        is_repeated = self.sound.copy()
+        is_repeated[rows[np.unique(self.ids[rows], return_index=True)[1]]] = False
+        self.refuse(kind, is_repeated, lambda row: names[row])
+
+    def look_up(self, kind: str, key: str, others: "Section") -> tuple[Integers, Integers]:
+        """Return the ids that a key refers to, and where they are among the sound ones of another section.
+
+        Refuse records whose id is not listed there, and leave out those whose id is of a record at fault.
+        """
+        wanted = self.integers(key)
+        ids = others.ids[others.sound]
+        order = np.argsort(ids)
+        places, is_lost = np.zeros(len(wanted), dtype=np.int64), np.ones(len(wanted), dtype=bool)
+        if len(ids):
+            places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+            is_lost = ids[places] != wanted
+        if is_lost.any():
+            self.refuse(
+                kind, is_lost & ~np.isin(wanted, others.listed_ids), lambda row: f"{key} {wanted[row]}"
+            )
+            self.sound &= ~is_lost
+        return wanted, places
+
+    def _only_right(self, rule: str, key: str, values: list[Any], kind: _Kind) -> list[Any]:
+        is_wrong = np.array([not kind.is_right(value) for value in values], dtype=bool)
+        if not is_wrong.any():
+            return values
+        self.refuse(rule, is_wrong, lambda row: kind.complaint(key, values[row]))
+        return [kind.filler if wrong else value for value, wrong in zip(values, is_wrong, strict=True)]
+
+    def _where(self, row: int) -> str:
+        record = self._records[row]
+        known = f" (id {value_of(record['id'])})" if "id" in record else ""
+        return f"{self._name}[{row}]{known}"
+
+
+def _as_array(values: list[Any]) -> NDArray[Any] | None:
+    """Return None where the values are not all numbers, or lists of them of one length."""
+    try:
+        array = np.array(values)
+    except ValueError:
+        return None
+    return array if array.dtype.kind in "bif" else None
