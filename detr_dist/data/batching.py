@@ -19,7 +19,7 @@ class Sample(NamedTuple):
     boxes_cxcywh: Tensor  # float32 [T, 4], normalised by H and W
     image_id: int
     original_size_hw: tuple[int, int]  # before the resize
-    unreadable: tuple[str, ...] = ()  # "path: reason" of images that could not be read for this sample
+    unreadable: tuple[tuple[int, str], ...] = ()  # row and "path: reason" of images that could not be read
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Batch:
     num_boxes: list[int]  # per image
     image_ids: list[int]
     original_sizes_hw: list[tuple[int, int]]  # before the resize
-    unreadable: list[str]  # "path: reason" of images that could not be read and were replaced
+    unreadable: list[tuple[int, str]]  # row and "path: reason" of images that could not be read
     is_padded: bool  # whether any image is smaller than the canvas; the device need not be asked
 
     def pin_memory(self) -> "Batch":
@@ -93,7 +93,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
         num_boxes=[len(sample.labels) for sample in samples],
         image_ids=[sample.image_id for sample in samples],
         original_sizes_hw=[sample.original_size_hw for sample in samples],
-        unreadable=[path for sample in samples for path in sample.unreadable],
+        unreadable=[image for sample in samples for image in sample.unreadable],
         is_padded=len(set(sizes_hw)) > 1,
     )
 

@@ -44,13 +44,13 @@ class CocoDetectionDataset(Dataset[Sample]):
         epoch, index = key
         if not self.train:
             return self._evaluation_sample(epoch, index)
-        unreadable: list[str] = []
+        unreadable: list[tuple[int, str]] = []
         for attempt in range(MAX_UNREADABLE_IN_A_ROW):
             row = (index + attempt) % len(self)
             try:
                 return self._sample(epoch, row, unreadable)
             except UnreadableImageError as error:
-                unreadable.append(str(error))
+                unreadable.append((row, str(error)))
                 last_error = error
         raise DataError(
             f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {last_error}; "
@@ -62,7 +62,7 @@ class CocoDetectionDataset(Dataset[Sample]):
             return self._sample(epoch, index, [])
         except UnreadableImageError as error:
             blank = torch.zeros(3, *self.data.size_hw(index), dtype=torch.uint8)
-            return self._sample(epoch, index, [str(error)], blank)
+            return self._sample(epoch, index, [(index, str(error))], blank)
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
         """Height and width of a training sample as the network will see it, if its image can be read."""
@@ -83,7 +83,9 @@ class CocoDetectionDataset(Dataset[Sample]):
             _check_size(path, tuple(image.shape[-2:]), size_hw)
         return image
 
-    def _sample(self, epoch: int, row: int, unreadable: list[str], image: Tensor | None = None) -> Sample:
+    def _sample(
+        self, epoch: int, row: int, unreadable: list[tuple[int, str]], image: Tensor | None = None
+    ) -> Sample:
         """`image` stands for the file's own."""
         size_hw = self.data.size_hw(row)
         plan = self._plan(epoch, row)

@@ -80,7 +80,7 @@ class GroupStream:
         for batch in group:
             self.num_images += len(batch.image_ids)
             self.num_unreadable += len(batch.unreadable)
-            for reason in batch.unreadable:
+            for _, reason in batch.unreadable:
                 print(f"warning: {reason}; the next image takes its place", flush=True)
         return group
 

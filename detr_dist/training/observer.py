@@ -1,17 +1,22 @@
 """What happens around the loop: losses and memory are logged, epochs evaluated and saved."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 from detr_dist.config import Config
+from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
-from detr_dist.evaluation.evaluate import Details, Evaluator
-from detr_dist.evaluation.operating_point import known_thresholds
+from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import num_compiled_graphs
+from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.memory import DeviceMonitor
+from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -25,6 +30,40 @@ TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
 
 HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
 """What the line after an evaluation shows beside the AP of all and each class."""
+
+
+_logger = logging.getLogger(__name__)
+
+
+class PlotWriter:
+    """Draws each evaluation of a run on `data`, for the output folder and MLflow. Main process only.
+
+    What cannot be drawn or uploaded is one warning, and training continues.
+    """
+
+    def __init__(self, data: CocoData, plots_dir: Path, tracker: MLflowTracker | None) -> None:
+        self._data = data
+        self._plots_dir = plots_dir
+        self._tracker = tracker
+        self._has_warned = False
+
+    def write(self, details: Details, name: str) -> None:
+        """Draw into the folder `name` of the run's plots."""
+        from detr_dist.evaluation.plots import write_plots  # matplotlib: training starts without it
+
+        folder = self._plots_dir / name
+        failures = write_plots(folder, self._data, details)
+        if self._tracker is not None and folder.exists():
+            try:
+                self._tracker.log_folder(folder, f"pictures/{name}")
+            except Exception as error:  # no reason to lose a run
+                failures.append(f"{folder}: {describe_disk_error(error, self._plots_dir.parent)}")
+        if failures and not self._has_warned:
+            self._has_warned = True
+            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+            _logger.warning(
+                f"plots could not be drawn ({failures[0]}{more}); training continues and does not repeat this"
+            )
 
 
 class RunObserver:

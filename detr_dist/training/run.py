@@ -21,7 +21,7 @@ from detr_dist.distributed import (
     set_numerics,
 )
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
-from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
@@ -32,11 +32,10 @@ from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
-from detr_dist.training.observer import RunObserver
+from detr_dist.training.observer import PlotWriter, RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, check_output, make_room, write_results
 from detr_dist.training.packing import ModelPacker
-from detr_dist.training.pictures import PictureMaker
 from detr_dist.training.preemption import StopSignals, leave_note
 from detr_dist.training.progress import Progress
 from detr_dist.training.report import describe_run
@@ -268,8 +267,7 @@ def observe(
     saver = pictures = None
     if accelerator.is_main_process:
         if config.evaluation.pictures:
-            pictures_dir = options.output_dir / "pictures"
-            pictures = PictureMaker(setup.val_data, pictures_dir, tracker, progress.say)
+            pictures = PlotWriter(setup.val_data, options.output_dir / "pictures", tracker)
         saver = Saver(
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -289,7 +287,7 @@ def observe(
         evaluator=evaluator,
         progress=progress,
         saver=saver,
-        draw_pictures=pictures.draw if pictures is not None else None,
+        draw_pictures=pictures.write if pictures is not None else None,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
 

@@ -9,7 +9,8 @@ def sample(height: int, width: int, num_boxes: int, image_id: int = 0, *unreadab
     torch.manual_seed(height * 1000 + width)
     image = torch.randint(1, 256, (3, height, width), dtype=torch.uint8)
     boxes = torch.rand(num_boxes, 4)
-    return Sample(image, torch.arange(num_boxes), boxes, image_id, (2 * height, 2 * width), unreadable)
+    reasons = tuple((image_id, path) for path in unreadable)
+    return Sample(image, torch.arange(num_boxes), boxes, image_id, (2 * height, 2 * width), reasons)
 
 
 SAMPLES = [sample(5, 7, 2, 11), sample(6, 4, 0, 12, "a.jpg"), sample(3, 3, 1, 13, "b.jpg", "c.jpg")]
@@ -32,7 +33,7 @@ def test_images_share_a_canvas_of_the_greatest_height_and_width() -> None:
     assert batch.num_boxes == [2, 0, 1]
     assert batch.image_ids == [11, 12, 13]
     assert batch.original_sizes_hw == [(10, 14), (12, 8), (6, 6)]
-    assert batch.unreadable == ["a.jpg", "b.jpg", "c.jpg"]
+    assert batch.unreadable == [(12, "a.jpg"), (13, "b.jpg"), (13, "c.jpg")]
     assert_holds(batch, SAMPLES)
 
 

@@ -114,11 +114,11 @@ def test_an_unreadable_image_is_replaced_by_the_next_in_training(
     (folder / "3.jpg").write_bytes((folder / "3.jpg").read_bytes()[:300])
     (folder / "5.jpg").unlink()
     sample = dataset[4, 1]
-    assert [reason.split(": ")[0] for reason in sample.unreadable] == [
-        str(folder / "3.jpg"),
-        str(folder / "5.jpg"),
+    assert [(row, reason.split(": ")[0]) for row, reason in sample.unreadable] == [
+        (1, str(folder / "3.jpg")),
+        (2, str(folder / "5.jpg")),
     ]
-    assert "No such file" in sample.unreadable[1]
+    assert "No such file" in sample.unreadable[1][1]
     assert sample.image_id == 7, "past the end it starts from the beginning"
     assert torch.equal(sample.image, expected.image)
     assert collate([expected, sample]).unreadable == list(sample.unreadable)
@@ -133,7 +133,8 @@ def test_an_unreadable_image_is_black_in_evaluation(document: Document, write_co
     assert sample.image.shape == (3, 32, 48)
     assert int(sample.image.max()) == 0
     assert len(sample.boxes_cxcywh) == 2
-    (reason,) = sample.unreadable
+    ((row, reason),) = sample.unreadable
+    assert row == 1
     assert reason.startswith(f"{folder / '3.jpg'}: ")
 
 
@@ -153,9 +154,13 @@ def test_an_image_of_another_size_than_annotated_counts_as_unreadable(
     folder = write_coco(document)
     dataset = make_dataset(folder, train=train)
     Image.new("RGB", (40, 60)).save(folder / "3.jpg")
-    assert "3.jpg: the image is 40x60 but its annotation says 60x40; its EXIF" in dataset[0, 1].unreadable[0]
+    assert (
+        "3.jpg: the image is 40x60 but its annotation says 60x40; its EXIF" in dataset[0, 1].unreadable[0][1]
+    )
     Image.new("RGB", (41, 60)).save(folder / "3.jpg")
-    assert "3.jpg: the image is 41x60 but its annotation says 60x40; correct" in dataset[0, 1].unreadable[0]
+    assert (
+        "3.jpg: the image is 41x60 but its annotation says 60x40; correct" in dataset[0, 1].unreadable[0][1]
+    )
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])

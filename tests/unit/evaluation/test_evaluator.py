@@ -14,7 +14,7 @@ from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.transforms import build_transform
 from detr_dist.distributed import HostGroup
-from detr_dist.evaluation.evaluate import LOSSES, Evaluator
+from detr_dist.evaluation.evaluator import LOSSES, Evaluator
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector

@@ -1,5 +1,6 @@
-"""Distributed evaluation: every process looks at its own images, every image counts exactly once."""
+"""Distributed evaluation: every process evaluates its own images, every image counts exactly once."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
-from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
-from detr_dist.evaluation.detect import ImagePass
-from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, operating_points
-from detr_dist.evaluation.records import DetectionRecords
+from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
+from detr_dist.evaluation.detections import DetectionRecords, ImagePass
+from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.text import printable
@@ -25,35 +25,37 @@ from detr_dist.text import printable
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 """The criterion's, by their places in `Losses`."""
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Details:
-    """What the figures of an evaluation come from."""
+    """What the metrics of an evaluation come from."""
 
     records: DetectionRecords
-    coco: CocoFigures
+    coco: CocoMetrics
     operating_points: OperatingPoints
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation has found out."""
+    """The result of an evaluation."""
 
     metrics: dict[str, float]
-    """Every figure by its name in MLflow without `val_`, the same on every process; docs/evaluation.md."""
+    """By their names in MLflow without `val_`, the same on every process; docs/evaluation.md."""
     details: Details | None
     """On the main process only."""
 
 
 class _Part(NamedTuple):
-    """Of one process's images."""
+    """The result for one process's images."""
 
     records: DetectionRecords
-    losses: NDArray[np.float64]  # [4], shares of LOSSES
+    losses: NDArray[np.float64]  # [4], what they add to LOSSES
 
 
 class Evaluator:
-    """Scores a detector on one data set, again and again during training, until it is told to stop."""
+    """Scores a detector on one data set, any number of times, until it is asked to stop."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Evaluator:
         thresholds: Sequence[float | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`thresholds` of each class take the place of `evaluation.score_threshold`."""
+        """Prepare the data; `thresholds` of each class replace `evaluation.score_threshold`."""
         self.data = data
         self._images = ImagePass(data, config, accelerator)
         self._stop_requested = stop_requested
@@ -74,10 +76,10 @@ class Evaluator:
         self._host = host
 
     def evaluate(self, detector: Detector) -> Scores:
-        """The detector's scores on the data set.
+        """Return the detector's scores on the data set.
 
-        Collective. The detector must hold the same weights and statistics on every process; it is left in the
-        mode it came in.
+        Collective. The detector must hold the same weights and statistics on every process; it is left in
+        training or evaluation mode as it came.
 
         Raises:
             StopRequested: on every process, when any of them was asked to stop meanwhile.
@@ -98,21 +100,21 @@ class Evaluator:
         return Scores(metrics, scores.details if scores is not None else None)
 
     def _score(self, parts: list[_Part | DetrDistError]) -> Scores:
-        whole: list[_Part] = []
+        complete: list[_Part] = []
         for part in parts:
             if isinstance(part, DetrDistError):
                 raise part
-            whole.append(part)
-        records = DetectionRecords.concatenate([part.records for part in whole])
-        losses = np.sum([part.losses for part in whole], axis=0)
+            complete.append(part)
+        records = DetectionRecords.concatenate([part.records for part in complete])
+        losses = np.sum([part.losses for part in complete], axis=0)
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
         if not all(np.isfinite(each).all() for each in (records.scores, records.boxes_xyxy_px, losses)):
             raise DetrDistError(
-                "predictions on the validation images are not finite: the weights are spoilt; lower "
+                "predictions on the validation images are not finite: the weights contain NaN or Inf; lower "
                 "training.learning_rate or set training.gradient_clip"
             )
-        coco = coco_figures(self.data, records)
+        coco = compute_coco_metrics(self.data, records)
         points = operating_points(self.data, records, self._thresholds)
         metrics = coco.metrics | points.metrics(self.data.class_names)
         metrics |= dict(zip(LOSSES, losses.tolist(), strict=True))
@@ -120,28 +122,27 @@ class Evaluator:
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:
-        """This process's images, as records on the host, and their share of the losses."""
+        """Detect in this process's images, and sum what they add to the losses."""
         criterion, counts = SetCriterion(detector.loss_settings), self._counts(detector.num_queries)
         parts = [DetectionRecords.none()]
-        shares = [torch.zeros(len(LOSSES), device=self._device)]
+        losses_of_batches = [torch.zeros(len(LOSSES), device=self._device)]
         with closing(self._images.run(detector)) as all_predicted:
             for predicted in all_predicted:
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
                 for reason in predicted.unreadable.values():
-                    print(
-                        f"warning: {printable(reason)}; it counts as an image without detections", flush=True
-                    )
+                    _logger.warning(f"{printable(reason)}; it counts as an image without detections")
                 batch = predicted.batch
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
                 )
-                shares.append(torch.stack(losses[:4]))
-                parts.append(self._images.records(detector, predicted))
-        return _Part(DetectionRecords.concatenate(parts), torch.stack(shares).cpu().double().sum(0).numpy())
+                losses_of_batches.append(torch.stack(losses[:4]))
+                parts.append(predicted.records)
+        losses_sum = torch.stack(losses_of_batches).cpu().double().sum(0).numpy()
+        return _Part(DetectionRecords.concatenate(parts), losses_sum)
 
     def _counts(self, num_queries: int) -> StepCounts:
-        """What the losses of the whole data set are divided by. An image with more boxes than queries has as
-        many matched as queries."""
+        """Return what the losses of the whole data set are divided by. An image with more boxes than queries
+        has as many matched as queries."""
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))
