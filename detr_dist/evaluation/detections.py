@@ -19,8 +19,9 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
+from detr_dist.data.shared_memory import check_room
 from detr_dist.data.transforms import build_transform, resized_hw
-from detr_dist.distributed import autocast
+from detr_dist.distributed import HostGroup, autocast, build_accelerator, set_numerics
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
@@ -96,6 +97,13 @@ class Predicted(NamedTuple):
     """The detections, on the host."""
     unreadable: dict[int, str]
     """Why the image of a row cannot be read; a black one was evaluated, and has no detections."""
+
+
+def start_inference(config: Config, data: CocoData, host: HostGroup) -> Accelerator:
+    """Build the Accelerator for passes over `data`, if this host has room for them. Collective."""
+    host.once_per_machine(lambda: check_room(shared_memory_need(config, data, train=False)))
+    set_numerics(config.training)
+    return build_accelerator(mixed_precision=config.training.mixed_precision)
 
 
 class ImagePass:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.errors import as_one_line
 from detr_dist.evaluation.coco_metrics import AREAS, SIZES, CocoMetrics
 from detr_dist.evaluation.contact_sheet import contact_sheet
 from detr_dist.evaluation.drawing import FONT, class_label, font
@@ -22,7 +23,6 @@ from detr_dist.evaluation.evaluator import Details
 from detr_dist.evaluation.matching import MIN_IOU
 from detr_dist.evaluation.thresholds import ClassPoint, Counts, Curve, pooled
 from detr_dist.storage import describe_disk_error, new_folder
-from detr_dist.text import one_line
 
 STYLE: dict[str, Any] = {
     "text.parse_math": False,  # a class may be called $x$
@@ -42,29 +42,13 @@ SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 9
 
 
 def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
-    """Draw an evaluation on `data` into a new folder, whatever goes wrong.
-
-    Returns:
-        A line with the reason for each plot that could not be drawn.
-    """
-    try:
-        with new_folder(folder) as partial:
-            failures = draw_plots(partial, data, details)
-    except Exception as error:  # a full disk, or a library's failure: no reason to lose a run
-        return [f"{folder}: {describe_disk_error(error, folder.parent)}"]
-    return [f"{folder / failure}" for failure in failures]
-
-
-def draw_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
-    """Draw an evaluation on `data` into files of an existing folder.
+    """Draw an evaluation on `data` into files of a new folder, whatever goes wrong.
 
     It needs no display and leaves matplotlib's settings as they are.
 
     Returns:
-        A line for each plot that could not be drawn; the others are there.
-
-    Raises:
-        OSError: the folder cannot be written to.
+        A line for each plot that could not be drawn; the others are there. One line if the folder cannot be
+        written.
     """
     names, points = data.class_names, details.operating_points
     plots: dict[str, Callable[[Path], object]] = {
@@ -75,14 +59,17 @@ def draw_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
         "worst_images.jpg": lambda path: contact_sheet(data, points.matches).save(path, quality=88),
     }
     failures = []
-    with figure_style():
-        for name, draw in plots.items():
-            try:
-                draw(folder / name)
-            except OSError:
-                raise
-            except Exception as error:  # a library's failure: no reason to lose the other plots
-                failures.append(f"{name}: {type(error).__name__}: {one_line(error)}")
+    try:
+        with new_folder(folder) as partial, figure_style():
+            for name, draw in plots.items():
+                try:
+                    draw(partial / name)
+                except OSError:
+                    raise
+                except Exception as error:  # a library's failure: no reason to lose the other plots
+                    failures.append(f"{folder / name}: {as_one_line(error)}")
+    except Exception as error:  # a full disk: no reason to lose a run
+        return [f"{folder}: {describe_disk_error(error, folder.parent)}"]
     return failures
 
 

@@ -4,7 +4,6 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,10 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.data.loading import shared_memory_need
-from detr_dist.data.shared_memory import check_room
-from detr_dist.distributed import (
-    HostGroup,
-    build_accelerator,
-    group_of_processes,
-    resolve_precision,
-    set_numerics,
-)
+from detr_dist.distributed import HostGroup, group_of_processes, resolve_precision
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
-from detr_dist.evaluation.detections import coco_results
+from detr_dist.evaluation.detections import coco_results, start_inference
 from detr_dist.evaluation.evaluator import Evaluator, Scores
 from detr_dist.inference.model import keys_of, load_model, tracking_uri_for, warn_of_no_effect
 from detr_dist.redaction import redact
@@ -69,9 +60,7 @@ def evaluate_model(
         if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
             raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
         data = load_coco(data_dir, classes=model.class_names, classes_source=reference, may_lack_classes=True)
-        host.once_per_machine(partial(check_room, shared_memory_need(config, data, train=False)))
-        set_numerics(config.training)
-        accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
+        accelerator = start_inference(config, data, host)
         thresholds, notices = model.thresholds_or_default() if model_thresholds else (None, [])
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
         if accelerator.is_main_process:

@@ -5,10 +5,9 @@ import json
 import logging
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -19,18 +18,16 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.decoding import decode_rgb
 from detr_dist.data.layout import decoded_name
-from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.pictures import find_pictures, read_pictures
-from detr_dist.data.shared_memory import check_room
-from detr_dist.distributed import (
-    HostGroup,
-    build_accelerator,
-    group_of_processes,
-    resolve_precision,
-    set_numerics,
-)
+from detr_dist.distributed import HostGroup, group_of_processes, resolve_precision
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
-from detr_dist.evaluation.detections import DetectionRecords, ImagePass, coco_results
+from detr_dist.evaluation.detections import (
+    DetectionRecords,
+    ImagePass,
+    Predicted,
+    coco_results,
+    start_inference,
+)
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
 from detr_dist.inference.model import TrainedModel, keys_of, load_model, tracking_uri_for, warn_of_no_effect
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
@@ -66,95 +63,90 @@ def predict_images(
         DetrDistError: with one clear line.
     """
     folder, names, skipped = find_pictures(source)
-    check_new("--output-dir", output_dir)
-    if source.is_dir() and folder.resolve() in output_dir.resolve().parents:
-        raise UsageError(
-            f"--output-dir {output_dir}: lies inside --input {source}, and its images would be taken for "
-            "input the next time; give another"
-        )
-    check_writable("--output-dir", output_dir)
+    _check_output(output_dir, source)
     with group_of_processes() as processes:
         if processes.num_processes > 1:
             raise UsageError("predict works in one process; start it without accelerate launch")
         host = HostGroup(processes)
         model = load_model(reference, tracking_uri_for(tracking_uri, overrides), host)
-        data, unreadable = read_pictures(folder, names, model.class_names)
         config = resolve_precision(model.settings(overrides), host)
         warn_of_no_effect(overrides)
-        if threshold is None and "evaluation.score_threshold" in keys_of(overrides):
-            chosen = config.evaluation.score_threshold
-            threshold = None if chosen == "auto" else chosen
-        found = _detect(model, data, config, _thresholds(model, threshold), output_dir)
-    if skipped:
-        what = "no images by suffix, hidden, or links in a circle"
-        _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
-    for reason in sorted((*unreadable, *found.unreadable)):
+        thresholds = _thresholds(model, config, threshold, overrides)
+        if skipped:
+            what = "no images by suffix, hidden, or links in a circle"
+            _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
+        data, unreadable = read_pictures(folder, names, model.class_names)
+        if len(data):
+            accelerator = start_inference(config, data, host)
+            detector = model.detector(config).to(accelerator.device)
+            with closing(ImagePass(data, config, accelerator).run(detector)) as predicted:
+                records, undecodable = _draw_all(predicted, data, thresholds, output_dir)
+            unreadable += undecodable
+    for reason in sorted(unreadable):
         _logger.warning(f"{printable(reason)}; skipped")
-    if found.not_drawn:
-        _logger.warning(
-            f"{len(found.not_drawn)} images could not be drawn, first {printable(found.not_drawn[0])}"
-        )
-    num_read = len(data) - len(found.unreadable)
+    num_read = len(names) - len(unreadable)
     if num_read == 0:
         raise DataError(f"{source}: none of {len(names)} images can be read")
-    num_detections = _write_results(output_dir / RESULTS, data, found.records)
-    rest = f", {len(names) - num_read} skipped" if num_read < len(names) else ""
-    print(
-        f"{num_detections} detections in {num_read} images{rest}: {output_dir}, with COCO results in "
-        f"{RESULTS}",
-        flush=True,
-    )
+    num_detections = _write_results(output_dir / RESULTS, data, records)
+    rest = f", {len(unreadable)} skipped" if unreadable else ""
+    where = f"{output_dir}, with COCO results in {RESULTS}"
+    print(f"{num_detections} detections in {num_read} images{rest}: {where}", flush=True)
 
 
-@dataclass
-class _Found:
-    records: DetectionRecords
-    """The detections that reach their class's threshold."""
-    unreadable: list[str]
-    """Why images cannot be read."""
-    not_drawn: list[str]
-    """Why copies of images could not be drawn."""
+def _check_output(output_dir: Path, source: Path) -> None:
+    check_new("--output-dir", output_dir)
+    if source.is_dir() and source.resolve() in output_dir.resolve().parents:
+        raise UsageError(
+            f"--output-dir {output_dir}: lies inside --input {source}, and its images would be taken for "
+            "input the next time; give another"
+        )
+    check_writable("--output-dir", output_dir)
 
 
-def _detect(
-    model: TrainedModel, data: CocoData, config: Config, thresholds: NDArray[np.float64], output_dir: Path
-) -> _Found:
-    """Find objects in all images, and draw each batch while the next one is computed."""
-    check_room(shared_memory_need(config, data, train=False))
-    set_numerics(config.training)
-    accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
-    detector = model.detector(config).to(accelerator.device)
-    images = ImagePass(data, config, accelerator)
-    copies = _copy_names([os.fsdecode(name) for name in data.file_names])
-    parts, unreadable, not_drawn = [DetectionRecords.none()], list[str](), list[str]()
-    with ThreadPoolExecutor() as threads, closing(images.run(detector)) as all_predicted:
-        drawing: list[Future[str | None]] = []
-        for predicted in all_predicted:
-            counted = np.flatnonzero(predicted.records.scores >= thresholds[predicted.records.labels])
-            parts.append(predicted.records.take(counted))
-            unreadable += predicted.unreadable.values()
-            not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
-            drawing = [
-                threads.submit(_draw, output_dir / copies[row], data, row, parts[-1])
-                for row in predicted.rows
-                if row not in predicted.unreadable
-            ]
-        not_drawn += _reasons(drawing)
-    return _Found(DetectionRecords.concatenate(parts), unreadable, not_drawn)
-
-
-def _reasons(drawing: Sequence[Future[str | None]]) -> list[str]:
-    return [reason for done in drawing if (reason := done.result()) is not None]
-
-
-def _thresholds(model: TrainedModel, threshold: float | None) -> NDArray[np.float64]:
+def _thresholds(
+    model: TrainedModel, config: Config, threshold: float | None, overrides: Sequence[str]
+) -> NDArray[np.float64]:
     """Return the least score of a detection of each class."""
+    configured = config.evaluation.score_threshold
+    if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
+        threshold = configured
     if threshold is not None:
         return np.full(len(model.class_names), threshold)
     thresholds, lines = model.thresholds_or_default()
     for line in lines:
         _logger.info(line)
     return np.array(thresholds)
+
+
+def _draw_all(
+    all_predicted: Iterable[Predicted], data: CocoData, thresholds: NDArray[np.float64], output_dir: Path
+) -> tuple[DetectionRecords, list[str]]:
+    """Draw each batch of images while the next one is computed.
+
+    Returns:
+        The detections that reach their class's threshold, and why images cannot be decoded.
+    """
+    copies = _copy_names([os.fsdecode(name) for name in data.file_names])
+    parts, undecodable, not_drawn = [DetectionRecords.none()], list[str](), list[str]()
+    with ThreadPoolExecutor() as threads:
+        drawing: list[Future[str | None]] = []
+        for rows, _, _, records, unreadable in all_predicted:
+            parts.append(records.take(np.flatnonzero(records.scores >= thresholds[records.labels])))
+            undecodable += unreadable.values()
+            not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
+            drawing = [
+                threads.submit(_draw, output_dir / copies[row], data, row, parts[-1])
+                for row in rows
+                if row not in unreadable
+            ]
+        not_drawn += _reasons(drawing)
+    if not_drawn:
+        _logger.warning(f"{len(not_drawn)} images could not be drawn, first {printable(not_drawn[0])}")
+    return DetectionRecords.concatenate(parts), undecodable
+
+
+def _reasons(drawing: Sequence[Future[str | None]]) -> list[str]:
+    return [reason for done in drawing if (reason := done.result()) is not None]
 
 
 def _copy_names(names: Sequence[str]) -> list[str]:

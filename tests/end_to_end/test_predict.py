@@ -149,6 +149,7 @@ def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
         (("--input", "nowhere"), 1, "nowhere: does not exist; name a picture"),
         (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no picture"),
         (("--input", "pictures/broken.jpg"), 1, "none of 1 images can be read"),
+        (("--input", "pictures/broken.jpg", "data.num_workers=2"), 1, "none of 1 images can be read"),
         (("--input", "pictures", "--output-dir", "pictures"), 2, "--output-dir pictures: already exists"),
         (("--input", "pictures", "--output-dir", "pictures/found"), 2, "lies inside --input pictures"),
         (("--input", "pictures", "--threshold", "2"), 2, "--threshold"),

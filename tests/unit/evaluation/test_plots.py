@@ -18,11 +18,11 @@ from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.evaluator import Details
 from detr_dist.evaluation.plots import (
     confusion_figure,
-    draw_plots,
     f1_figure,
     figure_style,
     precision_recall_figure,
     size_figure,
+    write_plots,
 )
 from detr_dist.evaluation.thresholds import operating_points, pooled
 from detr_dist.training.observer import PlotWriter
@@ -102,9 +102,9 @@ def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_the_files_are_pictures_that_a_screen_can_show(num_classes: int, new_scene, tmp_path: Path) -> None:
     data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
-    assert draw_plots(tmp_path, data, details(data, records)) == []
+    assert write_plots(tmp_path / "plots", data, details(data, records)) == []
     for name in FILES:
-        with Image.open(tmp_path / name) as picture:
+        with Image.open(tmp_path / "plots" / name) as picture:
             assert picture.size == picture.convert("L").size
             assert 300 <= min(picture.size) <= max(picture.size) <= 2600
 
@@ -118,9 +118,9 @@ def test_matplotlibs_settings_are_left_as_they_were(new_scene, tmp_path: Path) -
     data, records = classes_scene(new_scene, ["ball"])
     with matplotlib.rc_context({"font.size": 33, "axes.facecolor": "red"}):
         before = settings()
-        draw_plots(tmp_path, data, details(data, records))
+        write_plots(tmp_path / "plots", data, details(data, records))
         assert settings() == before
-    with Image.open(tmp_path / FILES[0]) as picture:
+    with Image.open(tmp_path / "plots" / FILES[0]) as picture:
         assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
 
 
@@ -129,9 +129,9 @@ def test_what_cannot_be_drawn_keeps_no_other_picture_from_being_drawn(
 ) -> None:
     monkeypatch.setattr("detr_dist.evaluation.plots.confusion_figure", lambda *_: 1 / 0)
     data, records = classes_scene(new_scene, ["ball"])
-    (failure,) = draw_plots(tmp_path, data, details(data, records))
-    assert failure == "confusion_matrix.png: ZeroDivisionError: division by zero"
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES} - {"confusion_matrix.png"}
+    (failure,) = write_plots(tmp_path / "plots", data, details(data, records))
+    assert failure == f"{tmp_path / 'plots' / 'confusion_matrix.png'}: ZeroDivisionError: division by zero"
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {*FILES} - {"confusion_matrix.png"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
@@ -175,11 +175,11 @@ def test_without_boxes_or_detections_there_are_pictures_all_the_same(
     scene = new_scene(1, ["player", "ball"], boxes, detections)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_plots(tmp_path, scene[0], details(*scene))
+        write_plots(tmp_path / "plots", scene[0], details(*scene))
     said = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
     assert [("no boxes to find" in each) for each in said] == [not boxes] * 4
     assert ("player: no detections" in said[0]) == (bool(boxes) and not detections)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(FILES)
 
 
 def test_a_class_without_a_box_is_in_no_curve_and_no_table(scene: Scene) -> None:
