@@ -39,16 +39,6 @@ def evaluate_model(
 
     Collective.
 
-    Args:
-        reference: As `load_model` takes it.
-        data_dir: The data set.
-        tracking_uri: Where MLflow keeps runs and registry.
-        predictions: File to write all detections to, as COCO results.
-        report: File to write the metrics to, with the confusion matrix and how they were computed.
-        pictures: New folder to draw the plots into.
-        model_thresholds: Count detections at the thresholds that the model brings.
-        overrides: `section.key=value` of the configuration that the model was trained with.
-
     Raises:
         DetrDistError: with one clear line, on every process.
     """
@@ -85,7 +75,9 @@ def evaluate_model(
             "thresholds": "model" if model_thresholds else config.evaluation.score_threshold,
             "config": config.model_dump(mode="json"),
         }
-        host.on_main_process(lambda: _write(data, scores, facts, predictions, report, pictures))
+        host.on_main_process(
+            lambda: _write(data, scores, facts, predictions=predictions, report=report, pictures=pictures)
+        )
 
 
 def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path | None) -> None:
@@ -104,6 +96,7 @@ def _write(
     data: CocoData,
     scores: Scores,
     facts: dict[str, Any],
+    *,
     predictions: Path | None,
     report: Path | None,
     pictures: Path | None,

@@ -28,14 +28,6 @@ def export_model(
 ) -> None:
     """Write the model that `reference` names into a new folder, and register it where that is asked for.
 
-    Args:
-        reference: As `load_model` takes it.
-        output_dir: A new folder.
-        tracking_uri: Where MLflow keeps runs and registry.
-        onnx: Whether to write `model.onnx` as well.
-        register_as: A name in MLflow's registry, of which the model becomes a new version.
-        alias: An alias of that name, which then points to the new version.
-
     Raises:
         DetrDistError: with one clear line. The folder is complete or absent; if only the registry fails, it
             is complete.

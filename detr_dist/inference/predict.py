@@ -51,14 +51,6 @@ def predict_images(
 ) -> None:
     """Draw what the model that `reference` names finds into copies of an image or a folder of them.
 
-    Args:
-        reference: As `load_model` takes it.
-        source: An image, or a folder of images.
-        output_dir: A new folder for the copies and the detections as COCO results.
-        tracking_uri: Where MLflow keeps runs and registry.
-        threshold: The least score of a detection, in place of the model's own for each class.
-        overrides: `section.key=value` of the configuration that the model was trained with.
-
     Raises:
         DetrDistError: with one clear line.
     """
