@@ -53,8 +53,9 @@ def compute_coco_metrics(data: CocoData, records: DetectionRecords) -> CocoMetri
     """
     detections = best_of_each_image(data, records)
     candidates = find_candidates(data, detections, by_class=True)
+    ranks = rank_in_group(detections.image_rows * data.num_classes + detections.labels)
     (precision, recall), *of_sizes = [
-        _precision_and_recall(data, detections, candidates, area) for area in AREAS
+        _precision_and_recall(data, detections, ranks, candidates, area) for area in AREAS
     ]
     values = {"map": precision, "map_50": precision[:, 0], "map_75": precision[:, 5]}
     values |= {f"map_{size}": each for size, (each, _) in zip(SIZES, of_sizes, strict=True)}
@@ -70,10 +71,15 @@ def compute_coco_metrics(data: CocoData, records: DetectionRecords) -> CocoMetri
 
 
 def _precision_and_recall(
-    data: CocoData, detections: DetectionRecords, candidates: Candidates, area: tuple[float, float]
+    data: CocoData,
+    detections: DetectionRecords,
+    ranks: NDArray[np.int64],
+    candidates: Candidates,
+    area: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return precision [C, T, R] at the least `IOUS` and at `RECALLS`, and recall [C, T, 3] with
-    `DETECTION_LIMITS` detections, on boxes of one range of areas; NaN for classes without any."""
+    `DETECTION_LIMITS` detections, on boxes of one range of areas; NaN for classes without any. `ranks` [D] is
+    each detection's place among those of its image and class."""
     low, high = area
     ignored = data.iscrowd | (data.areas < low) | (data.areas > high)
     found = match_at_ious(candidates, data.iscrowd, ignored, IOUS)
@@ -84,7 +90,6 @@ def _precision_and_recall(
     is_tp[:, candidates.rows] = (found >= 0) & ~ignored[found]
     is_fp = np.tile((extents >= low) & (extents <= high), (len(IOUS), 1))
     is_fp[:, candidates.rows] &= found < 0
-    ranks = rank_in_group(detections.image_rows * data.num_classes + detections.labels)
     num_truth = np.bincount(data.box_classes[~ignored], minlength=data.num_classes)
     precision = np.full((data.num_classes, len(IOUS), len(RECALLS)), np.nan)
     recall = np.full((data.num_classes, len(IOUS), len(DETECTION_LIMITS)), np.nan)
