@@ -184,20 +184,17 @@ def evaluate(
     accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the figures are the same.
     docs/evaluation.md says what they mean.
     """
-    from detr_dist.inference.evaluate import EvaluateOptions
-    from detr_dist.inference.evaluate import evaluate as run_evaluation
+    from detr_dist.inference.evaluate import evaluate_model
 
-    run_evaluation(
-        EvaluateOptions(
-            model=model,
-            data_dir=data_dir,
-            tracking_uri=tracking_uri,
-            predictions=predictions,
-            report=report,
-            pictures=pictures,
-            model_thresholds=model_thresholds,
-            overrides=overrides or (),
-        )
+    evaluate_model(
+        model,
+        data_dir,
+        tracking_uri=tracking_uri,
+        predictions=predictions,
+        report=report,
+        pictures=pictures,
+        model_thresholds=model_thresholds,
+        overrides=overrides or (),
     )
 
 
@@ -226,10 +223,16 @@ def predict(
     picture as it is stored: an EXIF rotation is not applied, as in training. The settings are those that the
     model was trained by; `section.key=value` overrides them, e.g. `training.batch_size=16`.
     """
-    from detr_dist.inference.predict import PredictOptions
-    from detr_dist.inference.predict import predict as run_prediction
+    from detr_dist.inference.predict import predict_images
 
-    run_prediction(PredictOptions(model, source, output_dir, tracking_uri, threshold, overrides or ()))
+    predict_images(
+        model,
+        source,
+        output_dir,
+        tracking_uri=tracking_uri,
+        threshold=threshold,
+        overrides=overrides or (),
+    )
 
 
 @app.command()
@@ -255,10 +258,11 @@ def export(
     file is compared with torch before it is kept: inputs `pixel_values` (float32, normalised) and
     `pixel_mask` (int64), outputs `logits` and `pred_boxes`.
     """
-    from detr_dist.inference.export import ExportOptions
-    from detr_dist.inference.export import export as run_export
+    from detr_dist.inference.export import export_model
 
-    run_export(ExportOptions(model, output_dir, tracking_uri, onnx, register_as, alias))
+    export_model(
+        model, output_dir, tracking_uri=tracking_uri, onnx=onnx, register_as=register_as, alias=alias
+    )
 
 
 @app.command()

@@ -367,18 +367,6 @@ class HostGroup:
             dist.all_gather_object(gathered, value, group=self._group)
         return gathered
 
-    def on_main_process(self, action: Callable[[], T]) -> T | None:
-        """Run `action` on the main process; what it raises is raised on every process.
-
-        Returns its result on the main process, None elsewhere.
-        """
-        outcome = _attempt(action) if self.process_index == 0 else _Outcome[T]()
-        self._wait_for_others()
-        error = self.broadcast(outcome.error)
-        if error is not None:
-            raise error
-        return outcome.result
-
     @contextmanager
     def failing_together(self) -> Iterator[None]:
         """Run a block that may differ between processes; what it raises on one is raised on all of them, once

@@ -1,1 +1,1 @@
-"""From detections to COCO figures, over all processes."""
+"""From a detector and a data set to metrics, plots and files of detections, over all processes."""

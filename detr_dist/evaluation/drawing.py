@@ -1,45 +1,79 @@
-"""Boxes with captions in a picture."""
+"""Boxes with captions drawn into images, and names cut to what the font can show."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw
-from torch import Tensor
+from PIL import Image, ImageDraw, ImageFont
 
-from detr_dist.evaluation.lettering import drawable, font
+FONT = "DejaVu Sans"
+"""Comes with matplotlib, so it looks the same everywhere."""
+MAX_CHARACTERS = 24
+"""Of a name in a plot or image."""
+LIGHTNESS = np.array([0.299, 0.587, 0.114])
+"""Weights of red, green and blue in how light a colour looks."""
+MIN_FONT_PX = 10
+MIN_BOX_PX = 6
+"""A box with a shorter side is drawn larger, so that it is visible."""
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
 """Left, top, right and bottom, all inside."""
 
-LIGHTNESS = np.array([0.299, 0.587, 0.114])
-"""How much the eye makes of red, green and blue."""
-LEAST_FONT_PX = 10
-LEAST_BOX_PX = 6
-"""Of a drawn side: a smaller box is drawn larger, so that it is seen."""
+
+@cache
+def font(size_px: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_font_path(), size_px)
+
+
+@cache
+def _letters() -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font  # what draws nothing starts without matplotlib
+
+    return frozenset(FT2Font(_font_path()).get_charmap())
+
+
+def _font_path() -> Path:
+    import matplotlib
+
+    return Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+
+
+def drawable(name: str, otherwise: str = "?", *, limit: int = MAX_CHARACTERS) -> str:
+    """Return the name as far as the font can show it, shortened in the middle; `otherwise` if nothing is
+    left."""
+    letters = _letters()
+    shown = "".join(letter for letter in name if letter.isprintable() and ord(letter) in letters).strip()
+    if len(shown) > limit:
+        shown = shown[: limit - limit // 2 - 1] + "…" + shown[len(shown) - limit // 2 :]
+    return shown or otherwise
+
+
+def class_label(index: int, name: str) -> str:
+    """Return what stands for a class in a plot or image."""
+    return drawable(name, f"class {index}")
 
 
 def class_colour(index: int) -> Colour:
-    """The colour of a class in a picture, always the same one; after some hundred classes they repeat."""
+    """Return the colour of a class in an image, always the same; after some hundred classes they repeat."""
     colours = _colours()
     return colours[index % len(colours)]
 
 
 @cache
 def _colours() -> list[Colour]:
-    """Each as far from all before it as any can be, to the eye; no greys, nothing very dark or light."""
+    """Order colours so that each is as far from all before it as possible, without greys and extremes."""
     levels = np.arange(0, 256, 51)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness = cube @ LIGHTNESS
     cube = cube[(np.ptp(cube, axis=1) >= 102) & (lightness > 50) & (lightness < 230)]
-    seen = cube * LIGHTNESS**0.5
+    weighted = cube * LIGHTNESS**0.5
     order = [int(np.argmax(cube @ (1, -1, -1)))]  # red
     distance = np.full(len(cube), np.inf)
     for _ in range(len(cube) - 1):
-        distance = np.minimum(distance, np.linalg.norm(seen - seen[order[-1]], axis=1))
+        distance = np.minimum(distance, np.linalg.norm(weighted - weighted[order[-1]], axis=1))
         order.append(int(distance.argmax()))
     return [(int(red), int(green), int(blue)) for red, green, blue in cube[order]]
 
@@ -55,111 +89,77 @@ class Mark:
     is_thin: bool = False
 
 
-def draw_boxes(
-    image: Tensor, boxes_xyxy_px: Tensor, captions: Sequence[str], colours: Sequence[Colour]
-) -> Tensor:
-    """A copy of the picture, uint8 [3, H, W], with boxes [D, 4] drawn in it.
+def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> None:
+    """Draw boxes and captions into the RGB image, with lines and letters in proportion to it.
 
-    Lines and letters are in proportion to the picture. Captions never reach outside it nor cover one another;
-    where there is no room, that of the earlier box is written.
+    The first mark lies on top. Captions neither leave the image nor cover one another; where there is no
+    room, that of the earlier mark is written.
     """
-    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
-    corners = boxes_xyxy_px.double().tolist()
-    marks = [
-        Mark((left, top, right, bottom), colour, caption)
-        for (left, top, right, bottom), caption, colour in zip(corners, captions, colours, strict=True)
-    ]
-    draw_marks(picture, marks)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def draw_marks(picture: Image.Image, marks: Sequence[Mark]) -> None:
-    """Draws into the picture. The first mark lies on top, and its caption has the first choice of place."""
-    unit = (picture.width * picture.height) ** 0.5
-    thick, size_px = max(2, round(unit / 300)), max(LEAST_FONT_PX, round(unit / 42))
-    draw = ImageDraw.Draw(picture)
-    frames = [_frame(mark, picture, (thick + 1) // 2 if mark.is_thin else thick) for mark in marks]
-    for mark, (frame, width) in reversed(list(zip(marks, frames, strict=True))):
-        for line in _dashes(frame, width) if mark.dashed else _sides(frame, width):
-            draw.rectangle(line, fill=mark.colour)
+    unit = (image.width * image.height) ** 0.5
+    thick, size_px = max(2, round(unit / 300)), max(MIN_FONT_PX, round(unit / 42))
+    widths = [(thick + 1) // 2 if mark.is_thin else thick for mark in marks]
+    frames = [_frame(mark, image, width) for mark, width in zip(marks, widths, strict=True)]
+    for mark, frame, width in reversed(list(zip(marks, frames, widths, strict=True))):
+        if mark.dashed:
+            _draw_dashed(image, frame, width, mark.colour)
+        else:
+            ImageDraw.Draw(image).rectangle(frame, outline=mark.colour, width=width)
     taken: list[Rectangle] = []
-    for mark, (frame, width) in zip(marks, frames, strict=True):
+    for mark, frame, width in zip(marks, frames, widths, strict=True):
         if mark.caption:
-            _write(draw, mark, frame, width, size_px=size_px, taken=taken)
+            _write_caption(image, mark, frame, width, size_px=size_px, taken=taken)
 
 
-def _frame(mark: Mark, picture: Image.Image, width: int) -> tuple[Rectangle, int]:
-    """Where the lines run: around the box, as far as the picture reaches. With their width."""
-    left, right = _grown(mark.box_xyxy_px[0], mark.box_xyxy_px[2], picture.width, width)
-    top, bottom = _grown(mark.box_xyxy_px[1], mark.box_xyxy_px[3], picture.height, width)
-    return (left, top, right, bottom), width
+def _frame(mark: Mark, image: Image.Image, width: int) -> Rectangle:
+    """Return where the lines run: around the box, as far as the image reaches."""
+    left, top, right, bottom = mark.box_xyxy_px
+    (first_x, last_x), (first_y, last_y) = (
+        _grown(left, right, image.width, width),
+        _grown(top, bottom, image.height, width),
+    )
+    return first_x, first_y, last_x, last_y
 
 
 def _grown(low: float, high: float, extent: int, width: int) -> tuple[int, int]:
-    """The outermost pixels of a box's lines along one axis."""
-    missing = max(LEAST_BOX_PX - (high - low), 0) / 2
+    """Return the outermost pixels of a box's lines along one axis."""
+    missing = max(MIN_BOX_PX - (high - low), 0) / 2
     first, last = round(low - missing) - width, round(high + missing) - 1 + width
-    first = min(max(first, 0), max(extent - LEAST_BOX_PX, 0))
-    return first, max(min(last, extent - 1), min(first + LEAST_BOX_PX, extent) - 1)
+    first = min(max(first, 0), max(extent - MIN_BOX_PX, 0))
+    return first, max(min(last, extent - 1), min(first + MIN_BOX_PX, extent) - 1)
 
 
-def _sides(frame: Rectangle, width: int) -> list[Rectangle]:
+def _draw_dashed(image: Image.Image, frame: Rectangle, width: int, colour: Colour) -> None:
+    """Draw a frame in dashes of three line widths with gaps of two."""
     left, top, right, bottom = frame
-    inner = width - 1
-    return [
-        (left, top, right, min(top + inner, bottom)),
-        (left, max(bottom - inner, top), right, bottom),
-        (left, top, min(left + inner, right), bottom),
-        (max(right - inner, left), top, right, bottom),
-    ]
+    lines = np.ones((bottom - top + 1, right - left + 1), dtype=np.bool_)
+    lines[width:-width, width:-width] = False
+    along = np.add.outer(*(np.arange(extent) for extent in lines.shape))
+    image.paste(colour, (left, top), Image.fromarray(lines & (along % (5 * width) < 3 * width)))
 
 
-def _dashes(frame: Rectangle, width: int) -> list[Rectangle]:
-    """Dashes of three widths and gaps of two, from each corner on."""
-    dashes = []
-    for left, top, right, bottom in _sides(frame, width):
-        if right - left > bottom - top:
-            for start in range(left, right + 1, 5 * width):
-                dashes.append((start, top, min(start + 3 * width - 1, right), bottom))
-        else:
-            for start in range(top, bottom + 1, 5 * width):
-                dashes.append((left, start, right, min(start + 3 * width - 1, bottom)))
-    return dashes
-
-
-def _write(
-    draw: ImageDraw.ImageDraw,
-    mark: Mark,
-    frame: Rectangle,
-    width: int,
-    *,
-    size_px: int,
-    taken: list[Rectangle],
+def _write_caption(
+    image: Image.Image, mark: Mark, frame: Rectangle, width: int, *, size_px: int, taken: list[Rectangle]
 ) -> None:
-    """The caption above the box, else under it, else inside it, where no other one is yet."""
-    picture_width, picture_height = draw.im.size
+    """Write the caption above the box, else under it, else inside it, where no other one is yet."""
     letters, margin = font(size_px), max(1, size_px // 6)
-    ascent, descent = letters.getmetrics()
-    height = ascent + descent
-    text = drawable(mark.caption, most=len(mark.caption))
-    while letters.getlength(text) > picture_width - 2 * margin and len(text) > 1:
-        text = drawable(text, most=len(text) - 1)
+    height = sum(letters.getmetrics())
+    text = drawable(mark.caption, limit=len(mark.caption))
+    while letters.getlength(text) > image.width - 2 * margin and len(text) > 1:
+        text = drawable(text, limit=len(text) - 1)
     extent = int(np.ceil(letters.getlength(text))) + 2 * margin
-    if extent > picture_width or height > picture_height:
+    if extent > image.width or height > image.height:
         return
-    left = min(max(frame[0], 0), picture_width - extent)
+    left = min(max(frame[0], 0), image.width - extent)
     for top in (frame[1] - height, frame[3] + 1, frame[1] + width, frame[3] - width - height):
         place = (left, top, left + extent - 1, top + height - 1)
-        if top >= 0 and top + height <= picture_height and not any(_meet(place, other) for other in taken):
+        if top >= 0 and top + height <= image.height and not any(_overlap(place, other) for other in taken):
             taken.append(place)
+            draw = ImageDraw.Draw(image)
             draw.rectangle(place, fill=mark.colour)
-            draw.text((left + margin, top), text, fill=_readable_on(mark.colour), font=letters)
+            is_light = np.dot(mark.colour, LIGHTNESS) > 140
+            draw.text((left + margin, top), text, fill="black" if is_light else "white", font=letters)
             return
 
 
-def _meet(a: Rectangle, b: Rectangle) -> bool:
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
-
-
-def _readable_on(colour: Colour) -> Colour:
-    return (0, 0, 0) if np.dot(colour, LIGHTNESS) > 140 else (255, 255, 255)

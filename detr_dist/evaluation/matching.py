@@ -1,4 +1,4 @@
-"""Which detections find which boxes, by the rules of COCO's evaluation, for all images at once.
+"""Which detections match which boxes, by the rules of COCO's evaluation, for all images at once.
 
 docs/evaluation.md has the rules in words.
 """
@@ -10,18 +10,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.records import DetectionRecords
+from detr_dist.evaluation.detections import DetectionRecords
 
 MAX_DETECTIONS = 100
 """Of one image and class, the best ones count, as in COCO's own evaluation."""
 MIN_IOU = 0.5
-"""A detection finds a box from this overlap on."""
+"""The least IoU of a detection with the box that it matches."""
 PAIRS_AT_ONCE = 2**18
-"""Pairs of detection and box whose overlap is computed together: some 50 MB of memory."""
+"""Pairs of detection and box whose IoU is computed together: some 50 MB of memory."""
 
 
 def best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRecords:
-    """By descending score; no more of an image and class than COCO looks at.
+    """Return the detections by descending score, at most `MAX_DETECTIONS` of an image and class.
 
     Equal scores are in the order of the images' ids, within an image in their own.
     """
@@ -35,7 +35,7 @@ def best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRe
 
 
 def rank_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each element, how many of the same group come before it."""
+    """Return for each element how many of the same group come before it."""
     by_group = np.argsort(group, kind="stable")
     ordered = group[by_group]
     rank = np.empty_like(group)
@@ -45,10 +45,10 @@ def rank_in_group(group: NDArray[np.int64]) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Detections, K of them, that overlap boxes enough to find them, in P pairs."""
+    """K detections that may match a box, in P pairs of detection and box."""
 
     rows: NDArray[np.int64]
-    """[K], which detections, in their order."""
+    """[K], rows of the detections, in their order."""
     turns: NDArray[np.int64]
     """[K], how many of the same image (and class) choose before it."""
     positions: NDArray[np.int64]
@@ -60,8 +60,8 @@ class Candidates:
 
 
 def find_candidates(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> Candidates:
-    """What can be matched: detections, the best score first, with boxes of their image (and class, if
-    `by_class`) that they overlap with an IoU of `MIN_IOU` or more."""
+    """Pair detections, the best score first, with boxes of their image (and class, if `by_class`) that they
+    overlap with an IoU of at least `MIN_IOU`."""
     num_groups = data.num_classes if by_class else 1
     box_group = data.image_rows * num_groups + (data.box_classes if by_class else 0)
     group = detections.image_rows * num_groups + (detections.labels if by_class else 0)
@@ -87,17 +87,17 @@ def find_candidates(data: CocoData, detections: DetectionRecords, *, by_class: b
     return Candidates(rows, rank_in_group(group[rows]), positions, boxes, ious)
 
 
-def match(
+def match_at_ious(
     candidates: Candidates,
     iscrowd: NDArray[np.bool_],
     ignored: NDArray[np.bool_],
     min_ious: ArrayLike,
 ) -> NDArray[np.int64]:
-    """The row of the box that each candidate finds, -1 for none, at each of T least overlaps: [T, K].
+    """Return the row of the box that each candidate matches at each of T least IoUs, -1 for none: [T, K].
 
     In its turn each takes, of the boxes that overlap it enough and are still free, the one with the highest
-    IoU; an ignored one ([M], crowds among them) only if there is no other. A crowd is never used up. Of
-    equal IoUs the later box wins.
+    IoU; an ignored one ([M], crowds among them) only if there is no other. A crowd may match any number of
+    detections. Of equal IoUs the later box wins.
 
     Source: COCOeval.evaluateImg of pycocotools. Instead of one image and detection at a time, the detections
     of all images that have the same turn choose together.
@@ -126,10 +126,20 @@ def match(
     return found
 
 
+def match_detections(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> NDArray[np.int64]:
+    """Return the row of the box that each of D detections, the best score first, matches with an IoU of
+    `MIN_IOU` or more, -1 for none: [D]."""
+    candidates = find_candidates(data, detections, by_class=by_class)
+    found = np.full(len(detections.scores), -1)
+    (found[candidates.rows],) = match_at_ious(candidates, data.iscrowd, data.iscrowd, [MIN_IOU])
+    return found
+
+
 def _iou(
     found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the share of the first that lies in it.
+    """Return the IoU of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the fraction of the first
+    that lies in it.
 
     In the order of COCO's operations, so that no pair at the limit falls on another side.
     """

@@ -1,43 +1,281 @@
-"""The pictures of an evaluation."""
+"""The plots of an evaluation: curves, confusion matrix, AP by size, and the images with most errors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.errors import as_one_line
+from detr_dist.evaluation.coco_metrics import AREAS, SIZES, CocoMetrics
 from detr_dist.evaluation.contact_sheet import contact_sheet
-from detr_dist.evaluation.curve_plots import f1_figure, precision_recall_figure
-from detr_dist.evaluation.evaluate import Details
-from detr_dist.evaluation.figures import figure_style, save
-from detr_dist.evaluation.table_plots import confusion_figure, size_figure
+from detr_dist.evaluation.drawing import FONT, class_label, font
+from detr_dist.evaluation.evaluator import Details
+from detr_dist.evaluation.matching import MIN_IOU
+from detr_dist.evaluation.thresholds import ClassPoint, Counts, Curve, pooled
+from detr_dist.storage import describe_disk_error, new_folder
+
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,  # a class may be called $x$
+    "font.family": [FONT],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+DPI = 120
+MAX_CLASSES = 80
+"""In a table; with more, lines of text come closer than they can be read."""
+MAX_NAMED = 10  # as many as colours
+"""Curves with a colour and a name of their own; of more classes the best and the worst have one."""
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy")
+GREY = "0.8"
+SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 96² px")
 
 
-def draw_pictures(folder: Path, data: CocoData, details: Details) -> list[str]:
-    """Draw an evaluation on `data` into files of an existing folder.
+def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
+    """Draw an evaluation on `data` into files of a new folder, whatever goes wrong.
 
-    `precision_recall.png`, `f1_threshold.png`, `confusion_matrix.png`, `ap_by_size.png` and
-    `worst_images.jpg`. It needs no display and leaves matplotlib's settings as they are.
+    It needs no display and leaves matplotlib's settings as they are.
 
     Returns:
-        A line on each picture that could not be drawn; the others are there.
-
-    Raises:
-        OSError: the folder cannot be written to.
+        A line for each plot that could not be drawn; the others are there. One line if the folder cannot be
+        written.
     """
     names, points = data.class_names, details.operating_points
-    pictures: dict[str, Callable[[Path], object]] = {
-        "precision_recall.png": lambda path: save(precision_recall_figure(names, points.classes), path),
-        "f1_threshold.png": lambda path: save(f1_figure(names, points.classes), path),
-        "confusion_matrix.png": lambda path: save(confusion_figure(names, points.confusion), path),
-        "ap_by_size.png": lambda path: save(size_figure(data, details.coco), path),
+    plots: dict[str, Callable[[Path], object]] = {
+        "precision_recall.png": lambda path: _save(precision_recall_figure(names, points.classes), path),
+        "f1_threshold.png": lambda path: _save(f1_figure(names, points.classes), path),
+        "confusion_matrix.png": lambda path: _save(confusion_figure(names, points.confusion), path),
+        "ap_by_size.png": lambda path: _save(size_figure(data, details.coco), path),
         "worst_images.jpg": lambda path: contact_sheet(data, points.matches).save(path, quality=88),
     }
     failures = []
-    with figure_style():
-        for name, draw in pictures.items():
-            try:
-                draw(folder / name)
-            except OSError:
-                raise
-            except Exception as error:  # a library's trouble: no reason to lose the other pictures
-                failures.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+    try:
+        with new_folder(folder) as partial, figure_style():
+            for name, draw in plots.items():
+                try:
+                    draw(partial / name)
+                except OSError:
+                    raise
+                except Exception as error:  # a library's failure: no reason to lose the other plots
+                    failures.append(f"{folder / name}: {as_one_line(error)}")
+    except Exception as error:  # a full disk: no reason to lose a run
+        return [f"{folder}: {describe_disk_error(error, folder.parent)}"]
     return failures
+
+
+@contextmanager
+def figure_style() -> Iterator[None]:
+    """Make and draw figures within it: their look depends on nobody's settings. It is global meanwhile."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def _save(figure: Figure, path: Path) -> None:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # once, where Figure.savefig draws twice
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
+
+
+def _new_figure(title: str, width_inches: float, height_inches: float) -> Figure:
+    figure = Figure(figsize=(width_inches, height_inches), dpi=DPI, layout="constrained")
+    figure.suptitle(title, x=0.1 / width_inches, ha="left", fontsize=10)
+    return figure
+
+
+def _empty_figure(title: str) -> Figure:
+    figure = _new_figure(title, 5, 3)
+    figure.text(0.5, 0.5, "no boxes to find", ha="center", va="center")
+    return figure
+
+
+def precision_recall_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) -> Figure:
+    """Plot precision over recall of every class with a box, and of all together, with their thresholds."""
+    return _curves_figure(
+        (f"Precision and recall at IoU {MIN_IOU:g}", "recall", "precision"),
+        class_names,
+        classes,
+        line_of=lambda curve: (curve.recall, curve.precision),
+        dot_of=lambda counts, _: (counts.recall, counts.precision),
+    )
+
+
+def f1_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) -> Figure:
+    """Plot F1 of the same classes over the score threshold."""
+    return _curves_figure(
+        (f"F1 at IoU {MIN_IOU:g}, by score threshold", "score threshold", "F1"),
+        class_names,
+        classes,
+        line_of=_f1_over_threshold,
+        dot_of=lambda counts, threshold: (threshold, counts.f1),
+    )
+
+
+def _f1_over_threshold(curve: Curve) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return steps from 1 down to 0: a threshold lets its own score through, and up to the next nothing
+    changes."""
+    thresholds = np.concatenate([[1.0], curve.thresholds, [0.0]])
+    f1 = np.concatenate([[0.0], curve.f1])
+    return np.repeat(thresholds, 2)[1:-1], np.repeat(f1, 2)
+
+
+def _curves_figure(
+    texts: tuple[str, str, str],
+    class_names: Sequence[str],
+    classes: Sequence[ClassPoint | None],
+    *,
+    line_of: Callable[[Curve], tuple[NDArray[np.float64], NDArray[np.float64]]],
+    dot_of: Callable[[Counts, float], tuple[float, float]],
+) -> Figure:
+    """Plot a line for each class and a dot at its threshold; `texts` are the title and names of the axes."""
+    title, x_label, y_label = texts
+    known = [(label, point) for label, point in enumerate(classes) if point is not None]
+    if not known:
+        return _empty_figure(title)
+    figure, ticks = _new_figure(title, 9, 5.5), np.linspace(0, 1, 6)
+    axes = figure.add_subplot(xlabel=x_label, ylabel=y_label, xticks=ticks, yticks=ticks)
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.grid(color="0.93")
+    axes.set_axisbelow(True)
+    legend: list[tuple[Line2D, str]] = []
+
+    def plot(name: str, point: ClassPoint, color: str, linewidth: float = 1.4) -> None:
+        (line,) = axes.plot(*line_of(point.curve), color=color, linewidth=linewidth)
+        if point.threshold is None:
+            legend.append((line, f"{name}: no detections"))
+            return
+        counts = point.counts
+        dot = dot_of(counts, point.threshold)
+        axes.plot(*dot, "o", color=color, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
+        legend.append((line, f"{name}: {counts.f1:.2f} at {point.threshold:.2f}"))
+
+    known.sort(key=lambda pair: -pair[1].counts.f1)
+    half = MAX_NAMED // 2
+    unnamed = known[half:-half] if len(known) > MAX_NAMED else []
+    for _, point in unnamed:
+        axes.plot(*line_of(point.curve), color=GREY, linewidth=0.6)
+    for number, (label, point) in enumerate(known[:half] + known[half + len(unnamed) :]):
+        if unnamed and number == half:
+            legend.append((Line2D([], [], color=GREY), f"{len(unnamed):,} classes between"))
+        plot(class_label(label, class_names[label]), point, COLOURS[number])
+    if len(known) > 1:
+        together = _together([point for _, point in known])
+        plot("all, at one threshold", together, "black", linewidth=2.2)
+        legend.insert(0, legend.pop())
+    lines, entries = zip(*legend, strict=True)
+    heading = "F1 and threshold"
+    figure.legend(lines, entries, loc="outside right upper", frameon=False, title=heading, alignment="left")
+    return figure
+
+
+def _together(points: Sequence[ClassPoint]) -> ClassPoint:
+    """Pool all classes at the threshold that all have, or else the best one."""
+    curve = pooled([point.curve for point in points])
+    thresholds = {point.threshold for point in points}
+    return ClassPoint(thresholds.pop() if len(thresholds) == 1 else curve.best_threshold(), curve)
+
+
+def confusion_figure(class_names: Sequence[str], confusion: NDArray[np.int64]) -> Figure:
+    """Plot counts [C + 1, C + 1], coloured by their fraction of the row, without classes that have none."""
+    background = len(class_names)
+    inside = confusion[:-1].sum(axis=1) + confusion[:, :-1].sum(axis=0)
+    known = np.flatnonzero(inside).tolist()
+    title = "Confusion matrix, coloured by fraction of the row"
+    if not known:
+        return _empty_figure(title)
+    labels = _heaviest(known, inside - confusion.diagonal()[:-1])
+    counts = confusion[np.ix_([*labels, background], [*labels, background])]
+    names = [class_label(label, class_names[label]) for label in labels] + ["background"]
+    cell = float(np.clip(9 / len(names), 0.2, 0.8))  # inches
+    font_size = 7 if cell < 0.3 else 9
+    longest = max(font(100).getlength(name) for name in names) / 100 * font_size / 72  # inches
+    extent = longest + cell * len(names)
+    title += _few_of_many(labels, known, "those with most errors")
+    figure = _new_figure(title, extent + 1.5, extent + 1.1)
+    axes = figure.add_subplot(xlabel="predicted", ylabel="truth")
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, shrink=0.5, fraction=0.04, pad=0.02, aspect=25, label="fraction of the row")
+    _label_cells(axes, names, names, font_size)
+    axes.tick_params(axis="x", rotation=90)
+    for row, column in np.argwhere(counts).tolist():
+        count = int(counts[row, column])
+        text = str(count) if count < 10_000 else f"{count / 1000:.0f}k"
+        fits = cell * 72 / (0.75 * len(text))
+        _write_cell(axes, row, column, text, fractions[row, column], min(font_size, fits))
+    between = np.arange(len(labels)) + 0.5
+    for lines in (axes.hlines, axes.vlines):
+        lines(between[:-1], -0.5, len(labels) + 0.5, color="0.92", linewidth=0.5)
+        lines(between[-1], -0.5, len(labels) + 0.5, color="0.4", linewidth=1)  # before the background
+    return figure
+
+
+def size_figure(data: CocoData, coco: CocoMetrics) -> Figure:
+    """Plot AP of small, medium and large boxes: bars for all classes, and a table of each class."""
+    num_boxes = _boxes_by_size(data)
+    known = np.flatnonzero(num_boxes.sum(axis=1)).tolist()
+    title = "AP by size of the boxes"
+    if not known:
+        return _empty_figure(title)
+    labels = _heaviest(known, num_boxes.sum(axis=1))
+    names = [class_label(label, data.class_names[label]) for label in labels]
+    cell, font_size = (0.2, 7) if len(names) > 25 else (0.3, 9)  # inches, points
+    bars, table = 2.2, max(cell * len(names), 0.3)
+    title += _few_of_many(labels, known, "those with most boxes")
+    figure = _new_figure(title, 6.5, bars + table + 1.3)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[bars, table])
+    above.set(ylim=(0, 1.12), ylabel="AP of all classes", yticks=np.linspace(0, 1, 6))
+    for column, size in enumerate(SIZES):
+        ap, total = coco.metrics.get(f"map_{size}"), int(num_boxes[:, column].sum())
+        text = "no boxes" if ap is None else f"{ap:.2f}\n{total:,} boxes"
+        above.bar(column, ap or 0.0, color="C0", width=0.6)
+        above.text(column, ap or 0.0, text, ha="center", va="bottom")
+    ap_by_size = coco.ap_by_size[labels]
+    below.imshow(ap_by_size, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    _label_cells(below, names, SIZE_LABELS, font_size)
+    for row, column in np.argwhere(~np.isnan(ap_by_size)).tolist():
+        ap, number = float(ap_by_size[row, column]), int(num_boxes[labels[row], column])
+        _write_cell(below, row, column, f"{ap:.2f}  ({number:,})", ap, font_size)
+    below.set_xlabel("AP of each class (boxes)")
+    return figure
+
+
+def _boxes_by_size(data: CocoData) -> NDArray[np.int64]:
+    """Count boxes [C, 3], without crowds. A box at a limit counts on both sides of it, as in COCO's AP."""
+    areas, classes = data.areas[~data.iscrowd], data.box_classes[~data.iscrowd]
+    columns = [
+        np.bincount(classes[(low <= areas) & (areas <= high)], minlength=data.num_classes)
+        for low, high in AREAS[1:]
+    ]
+    return np.stack(columns, axis=1)
+
+
+def _heaviest(labels: Sequence[int], weight: NDArray[Any]) -> list[int]:
+    """Return the classes of most weight, at most `MAX_CLASSES`, in their order."""
+    return sorted(sorted(labels, key=lambda label: -weight[label])[:MAX_CLASSES])
+
+
+def _few_of_many(shown: Sequence[int], known: Sequence[int], which: str) -> str:
+    """Return what a title adds where classes are left out."""
+    return f"; {len(shown)} of {len(known):,} classes, {which}" if len(shown) < len(known) else ""
+
+
+def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], font_size: float) -> None:
+    axes.set_xticks(range(len(columns)), columns, fontsize=font_size)
+    axes.set_yticks(range(len(rows)), rows, fontsize=font_size)
+    axes.tick_params(length=0)
+
+
+def _write_cell(axes: Axes, row: int, column: int, text: str, value: float, font_size: float) -> None:
+    colour = "white" if value > 0.55 else "black"  # on the blue of the cell
+    # Not in the layout, as it lies inside: with thousands of cells that is half the time.
+    axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color=colour, in_layout=False)

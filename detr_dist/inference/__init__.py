@@ -1,1 +1,1 @@
-"""What is done with a trained detector: evaluate it on any data, find objects with it, export it."""
+"""What a trained model is used for: evaluate it on any data, find objects with it, export it."""

@@ -1,17 +1,16 @@
-"""`detr-dist predict`: what a model finds in pictures, drawn into them and as COCO results."""
+"""`detr-dist predict`: what a model finds in images, drawn into copies of them and as COCO results."""
 
 import errno
 import json
+import logging
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,25 +18,17 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, read_unannotated
 from detr_dist.data.images import decode_rgb
 from detr_dist.data.layout import decoded_name, find_images
-from detr_dist.data.loading import check_room, shared_memory_need
-from detr_dist.distributed import (
-    HostGroup,
-    build_accelerator,
-    group_of_processes,
-    resolve_precision,
-    set_numerics,
+from detr_dist.distributed import HostGroup, group_of_processes, resolve_precision
+from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
+from detr_dist.evaluation.detections import (
+    DetectionRecords,
+    ImagePass,
+    Predicted,
+    coco_results,
+    start_inference,
 )
-from detr_dist.errors import DataError, DetrDistError, UsageError
-from detr_dist.evaluation.detect import ImagePass
-from detr_dist.evaluation.drawing import class_colour, draw_boxes
-from detr_dist.evaluation.records import DetectionRecords, coco_results
-from detr_dist.inference.trained import (
-    TrainedModel,
-    fetch_model,
-    overrides_without_effect,
-    tracking_uri_as_option,
-    tracking_uri_for,
-)
+from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
+from detr_dist.inference.model import TrainedModel, keys_of, load_model, tracking_uri_for, warn_of_no_effect
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 
@@ -45,111 +36,112 @@ RESULTS = "predictions.json"
 _WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 """Of formats that a copy is written in; the others become PNG."""
 
-
-@dataclass(frozen=True)
-class PredictOptions:
-    model: str
-    source: Path
-    """A picture, or a folder of them."""
-    output_dir: Path
-    tracking_uri: str
-    threshold: float | None = None
-    """The least score of a detection, instead of the model's own for each class."""
-    overrides: Sequence[str] = ()
-    """Of the configuration that the model was trained by."""
+_logger = logging.getLogger(__name__)
 
 
-def predict(options: PredictOptions) -> None:
-    """Draw what the model finds into copies of the pictures, and write it as COCO results.
+def predict_images(
+    reference: str,
+    source: Path,
+    output_dir: Path,
+    *,
+    tracking_uri: str,
+    threshold: float | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Draw what the model that `reference` names finds into copies of an image or a folder of them.
 
     Raises:
         DetrDistError: with one clear line.
     """
-    tracking_uri = tracking_uri_for(options.tracking_uri, options.overrides)
-    folder, names, left_out = find_images(options.source)
-    check_new("--output-dir", options.output_dir)
-    if options.source.is_dir() and folder.resolve() in options.output_dir.resolve().parents:
-        raise UsageError(
-            f"--output-dir {options.output_dir}: lies inside --input {options.source}, and its pictures "
-            "would be taken for input the next time; give another"
-        )
-    check_writable("--output-dir", options.output_dir)
-    with tracking_uri_as_option(), group_of_processes() as processes:
+    folder, names, skipped = find_images(source)
+    _check_output(output_dir, source)
+    with group_of_processes() as processes:
         if processes.num_processes > 1:
             raise UsageError("predict works in one process; start it without accelerate launch")
-        model = fetch_model(options.model, tracking_uri)
+        host = HostGroup(processes)
+        model = load_model(reference, tracking_uri_for(tracking_uri, overrides), host)
+        config = resolve_precision(model.settings(overrides), host)
+        warn_of_no_effect(overrides)
+        thresholds = _thresholds(model, config, threshold, overrides)
+        if skipped:
+            what = "no images by suffix, hidden, or links in a circle"
+            _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
         data, unreadable = read_unannotated(folder, names, model.class_names)
-        config = resolve_precision(model.settings(options.overrides), HostGroup(processes))
-        records, failed, not_drawn = _predict(options, model, data, config)
-    if left_out:
-        what = "no images by suffix, hidden, or links in a circle"
-        print(f"skipped {len(left_out)} that are {what}: {list_names(left_out)}", flush=True)
-    for line in sorted((*unreadable, *failed.values())):
-        print(f"warning: {printable(line)}; passed over", flush=True)
-    if not_drawn:
-        print(
-            f"warning: {len(not_drawn)} pictures could not be drawn, first {printable(not_drawn[0])}",
-            flush=True,
-        )
-    num_read = len(data) - len(failed)
+        if len(data):
+            accelerator = start_inference(config, data, host)
+            detector = model.detector(config).to(accelerator.device)
+            with closing(ImagePass(data, config, accelerator).run(detector)) as predicted:
+                records, undecodable = _draw_all(predicted, data, thresholds, output_dir)
+            unreadable += undecodable
+    for reason in sorted(unreadable):
+        _logger.warning(f"{printable(reason)}; skipped")
+    num_read = len(names) - len(unreadable)
     if num_read == 0:
-        raise DataError(f"{options.source}: none of {len(names)} pictures can be read")
-    file_names = [decoded_name(name) for name in data.file_names]
-    results = [
-        {"file_name": file_names[row], "category_name": data.class_names[label], **result}
-        for row, label, result in zip(
-            records.image_rows, records.labels, coco_results(data, records), strict=True
+        raise DataError(f"{source}: none of {len(names)} images can be read")
+    num_detections = _write_results(output_dir / RESULTS, data, records)
+    rest = f", {len(unreadable)} skipped" if unreadable else ""
+    where = f"{output_dir}, with COCO results in {RESULTS}"
+    print(f"{num_detections} detections in {num_read} images{rest}: {where}", flush=True)
+
+
+def _check_output(output_dir: Path, source: Path) -> None:
+    check_new("--output-dir", output_dir)
+    if source.is_dir() and source.resolve() in output_dir.resolve().parents:
+        raise UsageError(
+            f"--output-dir {output_dir}: lies inside --input {source}, and its images would be taken for "
+            "input the next time; give another"
         )
-    ]
-    write_text(options.output_dir / RESULTS, json.dumps(results, indent=1) + "\n")
-    passed_over = f", {len(names) - num_read} passed over" if num_read < len(names) else ""
-    print(
-        f"{len(results)} detections in {num_read} pictures{passed_over}: {options.output_dir}, with COCO "
-        f"results in {RESULTS}",
-        flush=True,
-    )
+    check_writable("--output-dir", output_dir)
 
 
-def _predict(
-    options: PredictOptions, model: TrainedModel, data: CocoData, config: Config
-) -> tuple[DetectionRecords, dict[int, str], list[str]]:
-    """The detections that count, the rows of the pictures that could not be read, with the reason, and a line
-    on each that could not be drawn."""
-    for line in overrides_without_effect(options.overrides):
-        print(line, flush=True)
-    check_room(shared_memory_need(config, data, train=False))
-    set_numerics(config.training)
-    accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
-    detector = model.detector(config).to(accelerator.device)
-    thresholds = _thresholds(options, model)
-    images = ImagePass(data, config, accelerator)
+def _thresholds(
+    model: TrainedModel, config: Config, threshold: float | None, overrides: Sequence[str]
+) -> NDArray[np.float64]:
+    """Return the least score of a detection of each class."""
+    configured = config.evaluation.score_threshold
+    if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
+        threshold = configured
+    if threshold is not None:
+        return np.full(len(model.class_names), threshold)
+    thresholds, lines = model.thresholds_or_default()
+    for line in lines:
+        _logger.info(line)
+    return np.array(thresholds)
+
+
+def _draw_all(
+    all_predicted: Iterable[Predicted], data: CocoData, thresholds: NDArray[np.float64], output_dir: Path
+) -> tuple[DetectionRecords, list[str]]:
+    """Draw each batch of images while the next one is computed.
+
+    Returns:
+        The detections that reach their class's threshold, and why images cannot be decoded.
+    """
     copies = _copy_names([os.fsdecode(name) for name in data.file_names])
-    parts = [DetectionRecords.none()]
-    failed: dict[int, str] = {}
-    not_drawn: list[str] = []
-    with ThreadPoolExecutor() as threads, closing(images.run(detector)) as all_predicted:
-        drawing: list[Future[str]] = []
-        for predicted in all_predicted:
-            records = images.records(detector, predicted)
-            counting = records.take(np.flatnonzero(records.scores >= thresholds[records.labels]))
-            parts.append(counting)
-            failed |= predicted.unreadable
+    parts, undecodable, not_drawn = [DetectionRecords.none()], list[str](), list[str]()
+    with ThreadPoolExecutor() as threads:
+        drawing: list[Future[str | None]] = []
+        for rows, _, _, records, unreadable in all_predicted:
+            parts.append(records.take(np.flatnonzero(records.scores >= thresholds[records.labels])))
+            undecodable += unreadable.values()
             not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
             drawing = [
-                threads.submit(_draw, options.output_dir / copies[row], data, row, counting)
-                for row in predicted.rows
-                if row not in predicted.unreadable
+                threads.submit(_draw, output_dir / copies[row], data, row, parts[-1])
+                for row in rows
+                if row not in unreadable
             ]
         not_drawn += _reasons(drawing)
-    return DetectionRecords.concatenate(parts), failed, not_drawn
+    if not_drawn:
+        _logger.warning(f"{len(not_drawn)} images could not be drawn, first {printable(not_drawn[0])}")
+    return DetectionRecords.concatenate(parts), undecodable
 
 
-def _reasons(drawing: Sequence[Future[str]]) -> list[str]:
-    return [reason for done in drawing if (reason := done.result())]
+def _reasons(drawing: Sequence[Future[str | None]]) -> list[str]:
+    return [reason for done in drawing if (reason := done.result()) is not None]
 
 
 def _copy_names(names: Sequence[str]) -> list[str]:
-    """The file of each picture's copy: its own name, with `.png` behind it where it is written as PNG.
+    """Return the file of each image's copy: its own name, with `.png` behind it where it is written as PNG.
 
     No two are one name to a file system that knows neither case nor composed letters: the later one gets a
     number. Those that keep their names choose first.
@@ -165,7 +157,7 @@ def _copy_names(names: Sequence[str]) -> list[str]:
         taken.add(_folded(copy))
         copies[name] = str(copy)
         if copy != usual:
-            print(printable(f"{name}: drawn as {copy}, as another has its name"), flush=True)
+            _logger.info(printable(f"{name}: drawn as {copy}, as another has its name"))
     return [copies[name] for name in names]
 
 
@@ -173,47 +165,42 @@ def _folded(path: PurePath) -> str:
     return unicodedata.normalize("NFC", str(path)).casefold()
 
 
-def _thresholds(options: PredictOptions, model: TrainedModel) -> NDArray[np.float64]:
-    """Of each class."""
-    threshold: float | str | None = options.threshold
-    if threshold is None and any(
-        each.startswith("evaluation.score_threshold=") for each in options.overrides
-    ):
-        threshold = model.settings(options.overrides).evaluation.score_threshold
-    if isinstance(threshold, float):
-        return np.full(len(model.class_names), threshold)
-    thresholds, lines = model.thresholds_or_default()
-    for line in lines:
-        print(line, flush=True)
-    return np.array(thresholds)
-
-
-def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> str:
-    """A copy of one picture with its boxes, the best on top; or the reason why there is none.
+def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> str | None:
+    """Draw a copy of one image with its boxes, the best on top; or return the reason why there is none.
 
     Raises:
         DetrDistError: nothing can be written there.
     """
     own = records.take(np.flatnonzero(records.image_rows == row)[::-1])
+    columns = (own.boxes_xyxy_px.astype(np.float64).tolist(), own.scores.tolist(), own.labels.tolist())
+    marks = [
+        Mark((left, top, right, bottom), class_colour(label), f"{data.class_names[label]} {score:.2f}")
+        for (left, top, right, bottom), score, label in zip(*columns, strict=True)
+    ]
     try:
-        captions = [
-            f"{data.class_names[label]} {score:.2f}"
-            for label, score in zip(own.labels, own.scores, strict=True)
-        ]
-        image = draw_boxes(
-            decode_rgb(data.image_path(row)),
-            torch.from_numpy(own.boxes_xyxy_px),
-            captions,
-            [class_colour(label) for label in own.labels.tolist()],
-        )
+        image = Image.fromarray(decode_rgb(data.image_path(row)).permute(1, 2, 0).numpy())
+        draw_marks(image, marks)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        image.save(path)
     except (
         Exception
-    ) as error:  # a format's limits, a library's trouble: the detections are there all the same
+    ) as error:  # a format's limits, a library's failure: the detections are there nevertheless
         if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
             raise DetrDistError(
                 f"{path}: cannot be written ({describe_disk_error(error, path.parent)})"
             ) from error
-        return f"{data.image_path(row)}: {' '.join(str(error).split()) or type(error).__name__}"
-    return ""
+        return f"{data.image_path(row)}: {as_one_line(error)}"
+    return None
+
+
+def _write_results(path: Path, data: CocoData, records: DetectionRecords) -> int:
+    """Write all detections as COCO results, with the names of files and classes; return their number."""
+    file_names = [decoded_name(name) for name in data.file_names]
+    results = [
+        {"file_name": file_names[row], "category_name": data.class_names[label], **result}
+        for row, label, result in zip(
+            records.image_rows, records.labels, coco_results(data, records), strict=True
+        )
+    ]
+    write_text(path, json.dumps(results, indent=1) + "\n")
+    return len(results)

@@ -13,7 +13,7 @@ from detr_dist.text import one_line
 from detr_dist.tracking.delivery import patience
 from detr_dist.tracking.mlflow import open_client
 from detr_dist.tracking.registry import location_of
-from detr_dist.tracking.uris import client_uri, database_path
+from detr_dist.tracking.uris import WHERE_SET, client_uri, database_path
 
 
 def is_run_id(text: str) -> bool:
@@ -35,7 +35,7 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     if database is not None and not database.exists():  # MLflow would make an empty one
         raise UsageError(
             f"{artifact_uri}: cannot be fetched, as there is no database {database.absolute()}; correct "
-            "logging.mlflow_tracking_uri"
+            f"{WHERE_SET}"
         )
     open_client(tracking_uri)
     try:
@@ -43,7 +43,7 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     except (MlflowException, OSError) as error:
         raise UsageError(
             f"{artifact_uri}: cannot be fetched from MLflow at {tracking_uri} ({one_line(error)}); correct "
-            "it, or logging.mlflow_tracking_uri"
+            f"it, or {WHERE_SET}"
         ) from error
     if not path.is_dir():
         raise UsageError(f"{artifact_uri}: there is no such folder in MLflow at {tracking_uri}")

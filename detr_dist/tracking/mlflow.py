@@ -26,6 +26,7 @@ from detr_dist.tracking.delivery import Delivery, DeliveryThread, acceptable, is
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.store import find_or_make_experiment, locked_store, refuse_deleted, unless_busy
 from detr_dist.tracking.uris import (
+    WHERE_SET,
     absolute_uri,
     check_escapes,
     client_uri,
@@ -223,7 +224,7 @@ def open_client(uri: str) -> MlflowClient:
             return MlflowClient(tracking_uri=client_uri(uri))
     except Exception as error:  # each kind of store raises its own
         raise UsageError(
-            f"logging.mlflow_tracking_uri {uri}: cannot be used ({one_line(error)}); correct it, or set "
+            f"tracking URI {uri}: cannot be used ({one_line(error)}); correct {WHERE_SET}, or train with "
             "logging.mlflow=false"
         ) from error
 
@@ -287,7 +288,7 @@ def _prepare_store(uri: str) -> None:
         folder = database.absolute().parent
         if not os.access(folder, os.W_OK):  # SQLAlchemy would try for minutes
             raise UsageError(
-                f"logging.mlflow_tracking_uri {uri}: no folder {folder} that can be written to; correct it"
+                f"tracking URI {uri}: no folder {folder} that can be written to; correct {WHERE_SET}"
             )
     if is_file_store(uri) and "MLFLOW_ALLOW_FILE_STORE" not in os.environ:
         os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"

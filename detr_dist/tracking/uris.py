@@ -13,6 +13,9 @@ from sqlalchemy import make_url
 
 from detr_dist.errors import UsageError
 
+WHERE_SET = "--tracking-uri (of train: logging.mlflow_tracking_uri)"
+"""What a message asks to correct when a tracking URI is wrong: it does not know which command asked."""
+
 # Tracking URIs that look like paths.
 _NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
 
@@ -53,11 +56,14 @@ def check_escapes(uri: str) -> None:
         UsageError: says how to write it.
     """
     if urlsplit(uri).scheme == "file" and not {"#", "?"}.isdisjoint(uri):
-        raise UsageError(f"logging.mlflow_tracking_uri {uri}: in a `file:` URI write # as %23 and ? as %3F")
+        raise UsageError(
+            f"tracking URI {uri}: in a `file:` URI write # as %23 and ? as %3F; correct {WHERE_SET}"
+        )
     query = uri.partition("?")[2]
     if database_path(uri) is not None and query and not re.fullmatch(r"([\w.-]+=[^?&]*(&|$))+", query):
         raise UsageError(
-            f"logging.mlflow_tracking_uri {uri}: after ? stands no name=value; in the path write ? as %3F"
+            f"tracking URI {uri}: after ? stands no name=value; in the path write ? as %3F; correct "
+            f"{WHERE_SET}"
         )
 
 

@@ -2,19 +2,23 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from detr_dist.config import Config
+from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import TrainingError
-from detr_dist.evaluation.evaluate import Details, Evaluator
-from detr_dist.evaluation.operating_point import known_thresholds
+from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import num_compiled_graphs
+from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.memory import DeviceMonitor
+from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -31,6 +35,37 @@ HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
 """Metrics shown in the line after an evaluation, beside the AP of all and of each class."""
 
 
+class PlotWriter:
+    """Draws each evaluation of a run on `data`, for the output folder and MLflow. Main process only.
+
+    What cannot be drawn or uploaded is one warning, and training continues.
+    """
+
+    def __init__(self, data: CocoData, plots_dir: Path, tracker: MLflowTracker | None) -> None:
+        self._data = data
+        self._plots_dir = plots_dir
+        self._tracker = tracker
+        self._has_warned = False
+
+    def write(self, details: Details, name: str) -> None:
+        """Draw into the folder `name` of the run's plots."""
+        from detr_dist.evaluation.plots import write_plots  # matplotlib: training starts without it
+
+        folder = self._plots_dir / name
+        failures = write_plots(folder, self._data, details)
+        if self._tracker is not None and folder.exists():
+            try:
+                self._tracker.log_folder(folder, f"pictures/{name}")
+            except Exception as error:  # no reason to lose a run
+                failures.append(f"{folder}: {describe_disk_error(error, self._plots_dir.parent)}")
+        if failures and not self._has_warned:
+            self._has_warned = True
+            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
+            _logger.warning(
+                f"plots could not be drawn ({failures[0]}{more}); training continues and does not repeat this"
+            )
+
+
 class RunCallbacks:
     """Logs, evaluates and saves, when the configuration says so. Every method is collective."""
 
@@ -45,7 +80,7 @@ class RunCallbacks:
         evaluator: Evaluator,
         progress: Progress | None,
         saver: Saver | None,
-        draw_pictures: Callable[[Details, str], None] | None,
+        plots: PlotWriter | None,
         facts: RunFacts,
     ) -> None:
         self._training = training
@@ -55,7 +90,7 @@ class RunCallbacks:
         self._groups = groups
         self._evaluator = evaluator
         # On the main process only; the last one only if it is wanted.
-        self._progress, self._saver, self._draw_pictures = progress, saver, draw_pictures
+        self._progress, self._saver, self._plots = progress, saver, plots
         self._details: Details | None = None  # of the evaluation at this epoch's end
         self._facts = facts
         self._monitor = DeviceMonitor(training.accelerator.device, host)
@@ -129,8 +164,8 @@ class RunCallbacks:
         details, self._details = self._details, None
         if self._was_evaluated and self._config.evaluation.pictures:
             with self._host.failing_together():
-                if self._draw_pictures is not None and details is not None:
-                    self._draw_pictures(details, f"epoch_{num_epochs}")
+                if self._plots is not None and details is not None:
+                    self._plots.write(details, f"epoch_{num_epochs}")
         self._paused_s += time.perf_counter() - began_at
 
     def save_last(self, state: TrainState) -> None:

@@ -22,7 +22,7 @@ from detr_dist.distributed import (
     set_numerics,
 )
 from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
-from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.models.architectures import num_queries_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
@@ -30,14 +30,13 @@ from detr_dist.redaction import redact
 from detr_dist.storage import check_writable, locked
 from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
 from detr_dist.tracking.tracker import run_params, tensorboard_tracker
-from detr_dist.training.callbacks import RunCallbacks
+from detr_dist.training.callbacks import PlotWriter, RunCallbacks
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.deepspeed import zero_plugin
 from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, check_output, make_room, write_results
-from detr_dist.training.pictures import PictureMaker
 from detr_dist.training.progress import Progress
 from detr_dist.training.report import describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
@@ -313,13 +312,13 @@ def build_callbacks(
     Collective.
     """
     config, accelerator, output_dir = setup.config, setup.accelerator, setup.output_dir
-    progress = saver = pictures = None
+    progress = saver = plots = None
     if accelerator.is_main_process:
         _log_lines(describe_run(setup))
         _log_lines(_describe_start(setup, training, state))
         progress = Progress(first_step=state.step, total_steps=training.total_steps)
         if config.evaluation.pictures:
-            pictures = PictureMaker(setup.val_data, output_dir / "pictures", tracker)
+            plots = PlotWriter(setup.val_data, output_dir / "pictures", tracker)
         saver = Saver(
             output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
@@ -338,7 +337,7 @@ def build_callbacks(
         evaluator=evaluator,
         progress=progress,
         saver=saver,
-        draw_pictures=pictures.draw if pictures is not None else None,
+        plots=plots,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
 

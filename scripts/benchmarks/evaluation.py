@@ -26,9 +26,9 @@ from pycocotools.cocoeval import COCOeval
 from timing import command_line, peak_memory_mib, publish, reset_peak_memory
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import coco_figures
-from detr_dist.evaluation.operating_point import operating_points
-from detr_dist.evaluation.records import DetectionRecords, coco_results
+from detr_dist.evaluation.coco_metrics import compute_coco_metrics
+from detr_dist.evaluation.detections import DetectionRecords, coco_results
+from detr_dist.evaluation.thresholds import operating_points
 
 BOXES_OF_IMAGE = 7
 BATCH = 8
@@ -77,7 +77,7 @@ def ours(data: CocoData, batches: list[DetectionRecords]) -> float:
     records = DetectionRecords.concatenate(batches)
     points = operating_points(data, records, "auto")
     assert points.overall is not None
-    return coco_figures(data, records).metrics["map"]
+    return compute_coco_metrics(data, records).metrics["map"]
 
 
 def reference(truth: COCO, results: list[dict[str, Any]]) -> float:

@@ -194,7 +194,7 @@ def test_a_model_that_cannot_be_had_is_one_line_and_leaves_nothing(trained, mode
     before = sorted(trained.folder.iterdir())
     finished = trained.run("export", "--model", model, "--output-dir", "never")
     assert part in error_of(finished)
-    assert "logging." not in finished.stderr
+    assert ("correct it, or --tracking-uri" in finished.stderr) == (":/" in model)
     assert sorted(trained.folder.iterdir()) == before
 
 
@@ -217,12 +217,12 @@ def lose_weights(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (("--output-dir", "out"), "--output-dir out: is there already"),
+        (("--output-dir", "out"), "--output-dir out: already exists"),
         (("--output-dir", "never", "--alias", "production"), "give --register-as"),
         (("--output-dir", "never", "--register-as", "a/b"), "has no / or :"),
         (
             ("--output-dir", "never", "--register-as", "a", "--tracking-uri", "sqlite:////no/such/x.db"),
-            "--tracking-uri sqlite:////no/such/x.db: no folder",
+            "sqlite:////no/such/x.db: no folder /no/such that can be written to; correct --tracking-uri",
         ),
     ],
 )
@@ -241,9 +241,11 @@ def test_a_failure_of_the_onnx_comparison_leaves_nothing(
     trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detr_dist.errors import DetrDistError
-    from detr_dist.inference.export import ExportOptions, export
+    from detr_dist.inference.export import export_model
 
-    monkeypatch.setattr("detr_dist.models.onnx.TOLERANCES", {"logits": 0.0, "pred_boxes": -1.0})
+    monkeypatch.setattr("detr_dist.inference.onnx.TOLERANCES", {"logits": 0.0, "pred_boxes": -1.0})
     with pytest.raises(DetrDistError, match="differ from torch's"):
-        export(ExportOptions(str(trained.folder / "out/model"), tmp_path / "never", "sqlite://", onnx=True))
+        export_model(
+            str(trained.folder / "out/model"), tmp_path / "never", tracking_uri="sqlite://", onnx=True
+        )
     assert list(tmp_path.iterdir()) == []

@@ -52,7 +52,7 @@ def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_na
     assert [line.split(":")[1].strip() for line in warnings] == [
         *("pictures/broken.jpg", "'pictures/br\\udcffken.jpg", "pictures/torn.jpg")
     ]
-    assert finished.stdout.splitlines()[-1].startswith("56 detections in 7 pictures, 3 passed over")
+    assert finished.stdout.splitlines()[-1].startswith("56 detections in 7 images, 3 skipped")
     assert {each["file_name"] for each in results} == {
         *("0.gif", "1.png", "2.png", "3.png", "4.png", "more/5.png", "more/6.png")
     }
@@ -94,7 +94,7 @@ def test_no_picture_is_passed_over_in_silence_and_no_copy_takes_anothers_name(
         in finished.stdout
     )
     assert "formats/float.tif: values from 0 to 0 in Pillow's mode F" in finished.stdout
-    assert "80 detections in 10 pictures, 1 passed over" in finished.stdout
+    assert "80 detections in 10 images, 1 skipped" in finished.stdout
 
 
 def test_a_picture_that_cannot_be_drawn_costs_no_detection(trained, easy_data: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_detection(trained, easy_data: P
             picture.save(source / name)
     results, finished = predict(trained, "of_long", "--input", "long", "--threshold", "0")
     assert len({each["file_name"] for each in results}) == 2
-    assert "warning: 1 pictures could not be drawn, first long/xxx" in finished.stdout
+    assert "warning: 1 images could not be drawn, first long/xxx" in finished.stdout
 
 
 def test_the_detections_are_those_of_an_evaluation(trained, easy_data: Path) -> None:
@@ -148,8 +148,9 @@ def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
     [
         (("--input", "nowhere"), 1, "nowhere: does not exist"),
         (("--input", "out/checkpoints"), 1, "out/checkpoints: holds no image"),
-        (("--input", "pictures/broken.jpg"), 1, "none of 1 pictures can be read"),
-        (("--input", "pictures", "--output-dir", "pictures"), 2, "--output-dir pictures: is there already"),
+        (("--input", "pictures/broken.jpg"), 1, "none of 1 images can be read"),
+        (("--input", "pictures/broken.jpg", "data.num_workers=2"), 1, "none of 1 images can be read"),
+        (("--input", "pictures", "--output-dir", "pictures"), 2, "--output-dir pictures: already exists"),
         (("--input", "pictures", "--output-dir", "pictures/found"), 2, "lies inside --input pictures"),
         (("--input", "pictures", "--threshold", "2"), 2, "--threshold"),
         (("--input", "pictures", "--model", "out/modle"), 2, "out/modle: no such folder"),

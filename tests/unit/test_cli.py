@@ -138,7 +138,7 @@ def test_a_run_that_was_stopped_says_so_once_and_exits_with_75(
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
 def test_a_notebooks_backend_keeps_no_command_from_drawing(backend: str) -> None:
     command = "from detr_dist.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-    draw = "from detr_dist.evaluation.figures import figure_style\nwith figure_style(): pass"
+    draw = "from detr_dist.evaluation.plots import figure_style\nwith figure_style(): pass"
     environment = os.environ | {"MPLBACKEND": backend}
     done = subprocess.run(
         [sys.executable, "-c", command + draw], env=environment, capture_output=True, text=True, check=False

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.records import DetectionRecords
+from detr_dist.evaluation.detections import DetectionRecords
 
 CLASS_NAMES = ("Player", "ball", "goal post", "crowds only", "never seen")
 

@@ -12,8 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import SIZES, coco_figures, metric_names
-from detr_dist.evaluation.records import DetectionRecords, coco_results
+from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics, metric_names
+from detr_dist.evaluation.detections import DetectionRecords, coco_results
 
 # In the order of COCOeval.stats, which goes on with the recall by size.
 STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
@@ -41,7 +41,7 @@ def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
 def test_every_figure_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
     expected = reference(data, records)
-    figures = coco_figures(data, records)
+    figures = compute_coco_metrics(data, records)
     metrics = dict(figures.metrics)
     for name, value in zip(STATS, expected.stats[:9], strict=True):
         assert metrics.pop(name) == pytest.approx(value, abs=1e-12), name  # the same sums in float64
@@ -84,7 +84,7 @@ def test_pycocotools_gives_the_same_from_files_with_ids_of_their_own(
         expected.evaluate()
         expected.accumulate()
         expected.summarize()
-    metrics = coco_figures(data, records).metrics
+    metrics = compute_coco_metrics(data, records).metrics
     assert [metrics[name] for name in STATS] == pytest.approx(expected.stats[:9].tolist(), abs=1e-12)
 
 
@@ -94,7 +94,7 @@ def test_a_hundred_detections_of_each_class_count_in_an_image(new_scene, rank: i
     detections = [(0, 0, 0.9, wrong)] * (rank - 1) + [(0, 0, 0.5, right), (0, 1, 0.1, right)]
     boxes = [(0, label, (10, 10, 20, 20), False) for label in (0, 1)]
     data, records = new_scene(1, ["player", "ball"], boxes, detections)
-    metrics = coco_figures(data, records).metrics
+    metrics = compute_coco_metrics(data, records).metrics
     assert metrics["player_map"] == pytest.approx(ap, abs=1e-12)  # COCO adds 2e-16 to a denominator
     assert metrics["ball_map"] == pytest.approx(1, abs=1e-12)
 
@@ -104,13 +104,13 @@ def test_equal_scores_rank_in_the_order_of_the_image_ids(new_scene) -> None:
     right, wrong = (10, 10, 30, 30), (200, 200, 220, 220)
     data, records = new_scene(2, ["player"], boxes, [(0, 0, 0.5, wrong), (1, 0, 0.5, right)])
     listed_backwards = replace(data, image_ids=np.array([7, 3]))
-    assert coco_figures(data, records).metrics["map"] == pytest.approx(0.5 * 51 / 101)
-    assert coco_figures(listed_backwards, records).metrics["map"] == pytest.approx(51 / 101)
+    assert compute_coco_metrics(data, records).metrics["map"] == pytest.approx(0.5 * 51 / 101)
+    assert compute_coco_metrics(listed_backwards, records).metrics["map"] == pytest.approx(51 / 101)
 
 
 def test_no_detection_at_all_scores_zero(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
-    metrics = coco_figures(data, records.take(np.arange(0))).metrics
+    metrics = compute_coco_metrics(data, records.take(np.arange(0))).metrics
     assert set(metrics) >= {*STATS, "player_map"}
     assert set(metrics.values()) == {0.0}
 
@@ -119,7 +119,7 @@ def test_what_has_no_truth_is_absent(new_scene) -> None:
     data, records = new_scene(
         2, ["player", "ball"], [(0, 0, (10, 10, 20, 20), False)], [(0, 1, 0.9, (10, 10, 30, 30))]
     )
-    metrics = coco_figures(data, records).metrics
+    metrics = compute_coco_metrics(data, records).metrics
     assert set(metrics) == {*STATS, "player_map"} - {"map_medium", "map_large"}
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation import contact_sheet as module
-from detr_dist.evaluation.coco_metrics import DetectionRecords
-from detr_dist.evaluation.contact_sheet import contact_sheet, image_errors
-from detr_dist.evaluation.operating_point import operating_points
+from detr_dist.evaluation.contact_sheet import contact_sheet, describe_errors, image_errors, worst_first
+from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.thresholds import operating_points
 
 Scene = tuple[CocoData, DetectionRecords]
 
@@ -30,26 +30,27 @@ def test_the_images_with_most_errors_come_first(scene: Scene) -> None:
     data, records = scene
     errors = image_errors(data, operating_points(data, records, 0.5).matches)
     expected = [errors_alone(data, records, image) for image in range(len(data))]
-    assert errors.worst_first() == sorted(range(len(data)), key=lambda image: -expected[image])
-    assert (errors.missed + errors.invented + errors.confused).tolist() == expected
+    assert worst_first(errors) == sorted(range(len(data)), key=lambda image: -expected[image])
+    assert sum(errors.values()).tolist() == expected
 
 
 def test_the_errors_are_those_of_the_confusion_matrix(scene: Scene) -> None:
     data, records = scene
     points = operating_points(data, records, "auto")
     errors, classes = image_errors(data, points.matches), points.confusion[:-1, :-1]
-    assert errors.missed.sum() == points.confusion[:-1, -1].sum()
-    assert errors.invented.sum() == points.confusion[-1, :-1].sum()
-    assert errors.confused.sum() == classes.sum() - classes.trace()
+    assert errors["false negatives"].sum() == points.confusion[:-1, -1].sum()
+    assert errors["false positives"].sum() == points.confusion[-1, :-1].sum()
+    assert errors["misclassified"].sum() == classes.sum() - classes.trace()
 
 
-def test_counts_are_told_in_words(new_scene) -> None:
+def test_errors_are_described_in_words(new_scene) -> None:
     boxes = [(0, 0, BOX, False), (1, 0, BOX, False), (1, 1, (10, 10, 30, 30), False)]
     detections = [(0, 0, 0.9, ON_BOX), (1, 1, 0.9, ON_BOX), (1, 0, 0.8, ELSEWHERE)]
     data, records = new_scene(2, ["player", "ball"], boxes, detections)
     errors = image_errors(data, operating_points(data, records, 0.5).matches)
-    assert errors.of_image(0) == ""
-    assert errors.of_image(1) == errors.of_all() == "1 missed, 1 invented, 1 confused"
+    assert describe_errors(errors, 0) == ""
+    expected = "false negatives: 1, false positives: 1, misclassified: 1"
+    assert describe_errors(errors, 1) == describe_errors(errors) == expected
 
 
 def with_files(data: CocoData, folder: Path, *names: str) -> CocoData:
@@ -60,7 +61,13 @@ def with_files(data: CocoData, folder: Path, *names: str) -> CocoData:
 
 
 def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
-    marks = (module.MISSED, module.INVENTED, module.CONFUSED, module.RIGHT, module.CROWD)
+    marks = (
+        module.FALSE_NEGATIVE,
+        module.FALSE_POSITIVE,
+        module.MISCLASSIFIED,
+        module.TRUE_POSITIVE,
+        module.CROWD,
+    )
     return {colour for _, colour in picture.getcolors(2**24) if colour in marks}
 
 
@@ -73,25 +80,25 @@ def tiles(sheet: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("boxes", "detections", "colours"),
     [
-        ([(0, 0, BOX, False)], [(0, 0, 0.9, ON_BOX)], {module.RIGHT}),
-        ([(0, 0, BOX, False)], [], {module.MISSED}),
+        ([(0, 0, BOX, False)], [(0, 0, 0.9, ON_BOX)], {module.TRUE_POSITIVE}),
+        ([(0, 0, BOX, False)], [], {module.FALSE_NEGATIVE}),
         (
             [(0, 0, BOX, False), (0, 1, (0, 0, 20, 20), False)],
             [(0, 1, 0.9, ON_BOX)],
-            {module.CONFUSED, module.MISSED},
+            {module.MISCLASSIFIED, module.FALSE_NEGATIVE},
         ),
         (
             [(0, 0, BOX, False)],
             [(0, 0, 0.9, ON_BOX), (0, 0, 0.8, ELSEWHERE)],
-            {module.RIGHT, module.INVENTED},
+            {module.TRUE_POSITIVE, module.FALSE_POSITIVE},
         ),
         (
             [(0, 0, (0, 0, 20, 20), False), (0, 0, BOX, True)],
             [(0, 0, 0.9, (0, 0, 20, 20)), (0, 0, 0.8, (110, 110, 140, 140))],
-            {module.RIGHT, module.CROWD},
+            {module.TRUE_POSITIVE, module.CROWD},
         ),
     ],
-    ids=["right", "missed", "confused", "invented", "crowd"],
+    ids=["true positive", "false negative", "misclassified", "false positive", "crowd"],
 )
 def test_each_kind_of_error_has_its_colour(boxes, detections, colours, new_scene, tmp_path: Path) -> None:
     data, records = new_scene(1, ["player", "ball"], boxes, detections)
@@ -108,7 +115,7 @@ def test_an_image_that_cannot_be_read_is_an_empty_tile(new_scene, tmp_path: Path
     row = tiles(contact_sheet(data, operating_points(data, records, 0.5).matches))
     pitch = module.TILE_WIDTH + module.GAP
     each = [row.crop((module.GAP + i * pitch, 0, (i + 1) * pitch, 480)) for i in range(3)]
-    assert [colours_in(tile) for tile in each] == [{module.MISSED}, set(), set()]
+    assert [colours_in(tile) for tile in each] == [{module.FALSE_NEGATIVE}, set(), set()]
     for tile in each[1:]:
         assert max(tile.getcolors(2**24))[1] == module.BACKGROUND
         assert len(tile.getcolors(2**24)) > 1  # and says so

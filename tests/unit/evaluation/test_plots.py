@@ -7,20 +7,25 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from detr_dist.training.observer import PlotWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import SIZES, DetectionRecords, coco_figures
-from detr_dist.evaluation.curve_plots import f1_figure, pooled, precision_recall_figure
-from detr_dist.evaluation.evaluate import Details
-from detr_dist.evaluation.figures import figure_style
-from detr_dist.evaluation.operating_point import operating_points
-from detr_dist.evaluation.plots import draw_pictures
-from detr_dist.evaluation.table_plots import confusion_figure, size_figure
-from detr_dist.training.pictures import PictureMaker
+from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics
+from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.evaluator import Details
+from detr_dist.evaluation.plots import (
+    confusion_figure,
+    f1_figure,
+    figure_style,
+    precision_recall_figure,
+    size_figure,
+    write_plots,
+)
+from detr_dist.evaluation.thresholds import operating_points, pooled
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]
@@ -28,7 +33,7 @@ FILES += ["worst_images.jpg"]
 
 
 def details(data: CocoData, records: DetectionRecords) -> Details:
-    return Details(records, coco_figures(data, records), operating_points(data, records, "auto"))
+    return Details(records, compute_coco_metrics(data, records), operating_points(data, records, "auto"))
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
@@ -97,9 +102,9 @@ def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
 @pytest.mark.parametrize("num_classes", [1, 80])
 def test_the_files_are_pictures_that_a_screen_can_show(num_classes: int, new_scene, tmp_path: Path) -> None:
     data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
-    assert draw_pictures(tmp_path, data, details(data, records)) == []
+    assert write_plots(tmp_path / "plots", data, details(data, records)) == []
     for name in FILES:
-        with Image.open(tmp_path / name) as picture:
+        with Image.open(tmp_path / "plots" / name) as picture:
             assert picture.size == picture.convert("L").size
             assert 300 <= min(picture.size) <= max(picture.size) <= 2600
 
@@ -113,9 +118,9 @@ def test_matplotlibs_settings_are_left_as_they_were(new_scene, tmp_path: Path) -
     data, records = classes_scene(new_scene, ["ball"])
     with matplotlib.rc_context({"font.size": 33, "axes.facecolor": "red"}):
         before = settings()
-        draw_pictures(tmp_path, data, details(data, records))
+        write_plots(tmp_path / "plots", data, details(data, records))
         assert settings() == before
-    with Image.open(tmp_path / FILES[0]) as picture:
+    with Image.open(tmp_path / "plots" / FILES[0]) as picture:
         assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
 
 
@@ -124,25 +129,29 @@ def test_what_cannot_be_drawn_keeps_no_other_picture_from_being_drawn(
 ) -> None:
     monkeypatch.setattr("detr_dist.evaluation.plots.confusion_figure", lambda *_: 1 / 0)
     data, records = classes_scene(new_scene, ["ball"])
-    (failure,) = draw_pictures(tmp_path, data, details(data, records))
-    assert failure == "confusion_matrix.png: ZeroDivisionError: division by zero"
-    assert {path.name for path in tmp_path.iterdir()} == {*FILES} - {"confusion_matrix.png"}
+    (failure,) = write_plots(tmp_path / "plots", data, details(data, records))
+    assert failure == f"{tmp_path / 'plots' / 'confusion_matrix.png'}: ZeroDivisionError: division by zero"
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {*FILES} - {"confusion_matrix.png"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_no_trouble_with_pictures_leaves_a_run_or_is_said_twice(
-    error: type[Exception], new_scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_no_failure_to_draw_ends_a_run_or_is_reported_twice(
+    error: type[Exception],
+    new_scene,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(*_: object) -> None:
         raise error("of a library")
 
-    monkeypatch.setattr("detr_dist.evaluation.plots.save", fail)
+    monkeypatch.setattr("detr_dist.evaluation.plots._save", fail)
     data, records = classes_scene(new_scene, ["ball"])
-    said: list[str] = []
-    maker = PictureMaker(data, tmp_path, None, said.append)
+    writer = PlotWriter(data, tmp_path, None)
     for epoch in (1, 2):
-        maker.draw(details(data, records), f"epoch_{epoch}")
-    (line,) = said
+        writer.write(details(data, records), f"epoch_{epoch}")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: ")
     assert "of a library" in line
 
 
@@ -166,11 +175,11 @@ def test_without_boxes_or_detections_there_are_pictures_all_the_same(
     scene = new_scene(1, ["player", "ball"], boxes, detections)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        draw_pictures(tmp_path, scene[0], details(*scene))
+        write_plots(tmp_path / "plots", scene[0], details(*scene))
     said = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
     assert [("no boxes to find" in each) for each in said] == [not boxes] * 4
     assert ("player: no detections" in said[0]) == (bool(boxes) and not detections)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(FILES)
 
 
 def test_a_class_without_a_box_is_in_no_curve_and_no_table(scene: Scene) -> None:
@@ -244,7 +253,7 @@ def test_the_confusion_matrix_shows_every_count(scene: Scene) -> None:
 
 def test_the_sizes_show_ap_and_number_of_boxes(scene: Scene) -> None:
     data, records = scene
-    coco = coco_figures(data, records)
+    coco = compute_coco_metrics(data, records)
     bars, table = size_figure(data, coco).axes
     limits = ((0, 1024), (1024, 9216), (9216, np.inf))
     for column, (size, (least, most)) in enumerate(zip(SIZES, limits, strict=True)):

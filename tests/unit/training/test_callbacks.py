@@ -64,7 +64,7 @@ def observer(
         evaluator=None,
         progress=None,
         saver=Saver(tmp_path, keep_last=None, tracker=None, pack_model=pack),
-        draw_pictures=None,
+        plots=None,
         facts=facts,
     )
     yield observer

@@ -12,8 +12,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.operating_point import match_all, operating_points
-from detr_dist.evaluation.records import DetectionRecords
+from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.matching import match_detections
+from detr_dist.evaluation.thresholds import operating_points
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
 Scene = tuple[CocoData, DetectionRecords]
@@ -161,7 +162,7 @@ def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Sce
         detections = np.array(of_image["dtIds"], dtype=np.int64) - 1
         expected[detections] = of_image["dtMatches"][0].astype(np.int64) - 1  # 0: none
     order = np.argsort(-records.scores, kind="stable")
-    found = match_all(data, records.take(order), by_class=True)
+    found = match_detections(data, records.take(order), by_class=True)
     crowds = np.append(data.iscrowd, False)
     # Which crowd takes a detection that lies in several makes no difference.
     assert np.array_equal(np.where(crowds[found], -2, found), np.where(crowds[expected], -2, expected)[order])

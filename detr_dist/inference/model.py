@@ -1,10 +1,10 @@
-"""A trained detector, wherever it is, with what is known of it."""
+"""A trained model, wherever it is, with what is known of it."""
 
 import json
+import logging
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,22 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, load_config, override_config
+from detr_dist.distributed import HostGroup
 from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
-from detr_dist.evaluation.operating_point import known_thresholds
+from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import Detector, class_names_of
-from detr_dist.models.normalization import Normalization, keep_normalization, normalization_by
+from detr_dist.models.normalization import Normalization, normalization_by
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
 
-WITH_EFFECT = (
+TRACKING_URI_KEY = "logging.mlflow_tracking_uri"
+KEYS_WITH_EFFECT = (
     "data.",
     "evaluation.score_threshold",
-    "logging.mlflow_tracking_uri",
+    TRACKING_URI_KEY,
     "training.batch_size",
     "training.channels_last",
     "training.deterministic",
@@ -39,125 +41,114 @@ WITH_EFFECT = (
 DEFAULT_THRESHOLD = 0.5
 """Of a class for which a model brings none."""
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class TrainedModel:
+    """A network that detects objects, with how it was trained."""
+
     network: PreTrainedModel
     """On the CPU, in evaluation mode."""
     config: Config
-    """By which it was trained; of a model from elsewhere the defaults, with its own image sizes."""
+    """The one it was trained with; for a model from elsewhere the defaults, with its own image sizes."""
     metadata: dict[str, Any]
     """Epoch, step, metrics and so on, as far as they are known."""
     is_mlflow_model: bool
-    """Whether it lies there as an MLflow model."""
+    """Whether its folder is an MLflow model."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return class_names_of(self.network.config)
 
-    @property
-    def thresholds(self) -> list[float | None]:
-        """The least score of a detection that counts, of each class, as the last evaluation in training
-        found it; None where none is known."""
-        known = self.metadata.get("thresholds") or {}
-        return [known.get(name) for name in self.class_names]
-
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:
-        """Thresholds of all classes, and a line to say where the model does not know one."""
-        thresholds = self.thresholds
-        unknown = [name for name, known in zip(self.class_names, thresholds, strict=True) if known is None]
-        line = f"the model brings no threshold for {list_names(unknown)}: {DEFAULT_THRESHOLD} is taken"
-        values = [DEFAULT_THRESHOLD if known is None else known for known in thresholds]
+        """Return the least score of a detection of each class that the last evaluation in training found, and
+        a line on the classes without one, which get the default."""
+        known = self.metadata.get("thresholds") or {}
+        unknown = [name for name in self.class_names if known.get(name) is None]
+        line = f"the model brings no threshold for {list_names(unknown)}: {DEFAULT_THRESHOLD} is used"
+        values = [DEFAULT_THRESHOLD if name in unknown else known[name] for name in self.class_names]
         return values, [line] if unknown else []
 
     def settings(self, overrides: Sequence[str]) -> Config:
-        """Those that it was trained by, as far as this machine can follow them, with `section.key=value`
-        overrides."""
+        """Return the configuration it was trained with, as far as this host can follow it, with
+        `section.key=value` overrides."""
         config = self.config
         if config.training.mixed_precision == "fp16" and uses_cpu():
             config = override_config(config, ["training.mixed_precision=no"])
         return override_config(config, overrides)
 
     def detector(self, config: Config) -> Detector:
-        """The network, ready to predict as `config` says, which is its own or made from that."""
+        """Return the network, ready to predict with `config`, which is its own or derived from that."""
         return trained_detector(self.network, config.model, channels_last=config.training.channels_last)
 
 
-def fetch_model(reference: str, tracking_uri: str) -> TrainedModel:
-    """The model that `reference` names (see `find_model`).
+def load_model(reference: str, tracking_uri: str, host: HostGroup | None = None) -> TrainedModel:
+    """Load the model that `reference` names (see `find_model`).
+
+    Collective with `host`: one process of each node finds and downloads it.
 
     Raises:
         UsageError: there is no such model, or it cannot be used here.
-        CheckpointError: the checkpoint is not whole.
+        CheckpointError: the checkpoint is incomplete or corrupt.
     """
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
-        return open_model(reference, find_model(reference, tracking_uri, Path(scratch)))
+        if host is None:
+            return _open(reference, find_model(reference, tracking_uri, Path(scratch)))
+        found = host.once_per_machine(lambda: find_model(reference, tracking_uri, Path(scratch)))
+        model = _open(reference, found)
+        host.gather_rows([0.0])  # the files stay until every process has read them
+    return model
 
 
-def open_model(reference: str, found: FoundModel) -> TrainedModel:
-    """Load what was found for `reference`.
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of `section.key=value` overrides."""
+    return [each.partition("=")[0] for each in overrides]
 
-    Raises:
-        UsageError: it cannot be used here.
-    """
+
+def tracking_uri_for(given: str, overrides: Sequence[str]) -> str:
+    """Return the tracking URI among the overrides, else the given one."""
+    pairs = zip(keys_of(overrides), overrides, strict=True)
+    own = [override for key, override in pairs if key == TRACKING_URI_KEY]
+    return load_config(None, own).logging.mlflow_tracking_uri if own else given
+
+
+def warn_of_no_effect(overrides: Sequence[str]) -> None:
+    """Log a warning for each override that changes nothing about what a trained model does."""
+    for key in keys_of(overrides):
+        if not key.startswith(KEYS_WITH_EFFECT):
+            _logger.warning(f"{key}: has no effect here")
+
+
+def _open(reference: str, found: FoundModel) -> TrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     network = load_network(reference, found.location)
     mlmodel = Path(found.location) / "MLmodel"
     if found.checkpoint is not None:
-        config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
-    else:
-        metadata = (
-            yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
-            if mlmodel.exists()
-            else {}
-        )
-        try:
-            config = Config.model_validate(metadata.get("config") or {})
-        except ValidationError:
-            print(
-                f"warning: {reference}: its settings are those of another version of this package, and are "
-                "not followed: the defaults are",
-                flush=True,
-            )
-            config = Config()
-        edges, normalization = _preprocessing(reference, found.location)
-        keep_normalization(network.config, normalization)
-        config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
-    return TrainedModel(network, config, metadata, mlmodel.exists())
-
-
-@contextmanager
-def tracking_uri_as_option() -> Iterator[None]:
-    """Errors name the option --tracking-uri, where training would name the setting."""
+        facts = found.checkpoint.facts
+        return TrainedModel(network, facts.config, _metadata_of(found.checkpoint), mlmodel.exists())
+    metadata: dict[str, Any] = {}
+    if mlmodel.exists():
+        metadata = yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
     try:
-        yield
-    except UsageError as error:
-        raise UsageError(
-            str(error)
-            .replace("logging.mlflow_tracking_uri", "--tracking-uri")
-            .replace(", or set logging.mlflow=false", "")
-        ) from error
-
-
-def tracking_uri_for(given: str, overrides: Sequence[str]) -> str:
-    """The one that the overrides name, else the given one. The other overrides are for the model's own
-    settings."""
-    own = [each for each in overrides if each.startswith("logging.mlflow_tracking_uri=")]
-    return load_config(None, own).logging.mlflow_tracking_uri if own else given
-
-
-def overrides_without_effect(overrides: Sequence[str]) -> list[str]:
-    """A line for each override that changes nothing about what a trained model does."""
-    keys = [each.partition("=")[0] for each in overrides]
-    return [f"warning: {key}: has no effect here" for key in keys if not key.startswith(WITH_EFFECT)]
+        config = Config.model_validate(metadata.get("config") or {})
+    except ValidationError:
+        _logger.warning(
+            f"{reference}: its settings are those of another version of this package; the defaults are used"
+        )
+        config = Config()
+    edges, normalization = _preprocessing(reference, found.location)
+    keep_normalization(network.config, normalization)
+    config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
+    return TrainedModel(network, config, metadata, mlmodel.exists())
 
 
 def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Normalization]:
     """Return the edges that images are resized to, and how their pixels are normalized.
 
     Raises:
-        UsageError: its images are prepared in a way that this package has not.
+        UsageError: its images are prepared in a way that this package does not have.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
@@ -173,7 +164,7 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
             "the checkpoint that it comes from"
         ) from error
     if processor.resample != PILImageResampling.BILINEAR:
-        print(f"warning: {reference}: its images are not resized bilinearly elsewhere, but here", flush=True)
+        _logger.warning(f"{reference}: its images are not resized bilinearly elsewhere, but here")
     return edges, normalization
 
 

@@ -1,4 +1,4 @@
-"""A detector as an ONNX file for any number and size of images, compared with torch before it is trusted."""
+"""A detector as an ONNX file for any number and size of images, compared with torch before it is kept."""
 
 import contextlib
 import warnings
@@ -30,7 +30,11 @@ _CHECKED_SHAPES = ((1, 224, 224), (3, 288, 199), (2, 193, 352))
 
 
 def check_onnx_packages() -> None:
-    """Raises UsageError if a package is missing that the others here need."""
+    """Check that the packages are installed that the other functions need.
+
+    Raises:
+        UsageError: names the missing ones.
+    """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"--onnx needs {' and '.join(missing)}: pip install 'detr_dist[export]'")
@@ -79,8 +83,8 @@ class _Traced(nn.Module):
 
 
 def _export(traced: _Traced, path: Path) -> None:
-    """The exporter that traces: the newer one (`dynamo=True`) fixes a size of Deformable DETR, and takes
-    half a minute."""
+    """Export by tracing: the newer exporter (`dynamo=True`) fixes a size of Deformable DETR, and takes half a
+    minute."""
     size = {2: "height", 3: "width"}
     with warnings.catch_warnings(action="ignore"):  # one for each size that is traced, and its deprecation
         torch.onnx.export(
@@ -101,8 +105,8 @@ def _export(traced: _Traced, path: Path) -> None:
 
 @contextlib.contextmanager
 def _shapes_that_follow_the_image(network: PreTrainedModel) -> Iterator[None]:
-    """Within it the sizes of Deformable DETR's feature maps are part of the trace: transformers makes a
-    tensor of them in a way that fixes those of the traced images."""
+    """Make the sizes of Deformable DETR's feature maps part of the trace: transformers makes a tensor of them
+    in a way that fixes those of the traced images."""
 
     def follow(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         shapes = named["spatial_shapes_list"]
@@ -123,7 +127,7 @@ def _shapes_that_follow_the_image(network: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def _differences(traced: _Traced, path: Path) -> dict[str, float]:
-    """The largest difference to torch of each output, over images of several numbers and sizes."""
+    """Return the largest difference to torch of each output, over images of several numbers and sizes."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -142,7 +146,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Noise and its mask: image i is smaller than the batch by 16 i rows and 24 (i + 1) columns."""
+    """Return noise and its mask: image i is smaller than the batch by 16 i rows and 24 (i + 1) columns."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(num_images, 3, height, width, generator=generator)
     pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)

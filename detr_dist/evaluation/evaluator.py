@@ -1,5 +1,6 @@
-"""Distributed evaluation: every process looks at its own images, every image counts exactly once."""
+"""Distributed evaluation: every process evaluates its own images, every image counts exactly once."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,43 +16,44 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
-from detr_dist.evaluation.coco_metrics import CocoFigures, coco_figures
-from detr_dist.evaluation.detect import ImagePass
-from detr_dist.evaluation.operating_point import OperatingPoints, Thresholds, operating_points
-from detr_dist.evaluation.records import DetectionRecords
+from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
+from detr_dist.evaluation.detections import DetectionRecords, ImagePass
+from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.text import printable
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Details:
-    """What the figures of an evaluation come from."""
+    """What the metrics of an evaluation come from."""
 
     records: DetectionRecords
-    coco: CocoFigures
+    coco: CocoMetrics
     operating_points: OperatingPoints
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What an evaluation has found out."""
+    """The result of an evaluation."""
 
     metrics: dict[str, float]
-    """Every figure by its name in MLflow without `val_`, the same on every process; docs/evaluation.md."""
+    """By their names in MLflow without `val_`, the same on every process; docs/evaluation.md."""
     details: Details | None
     """On the main process only."""
 
 
 class _Part(NamedTuple):
-    """Of one process's images."""
+    """The result for one process's images."""
 
     records: DetectionRecords
-    losses: dict[str, float]  # shares of those of all images; none where the process has no image
+    losses: dict[str, float]  # what they add to each loss; empty without images
 
 
 class Evaluator:
-    """Scores a detector on one data set, again and again during training, until it is told to stop."""
+    """Scores a detector on one data set, any number of times, until it is asked to stop."""
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class Evaluator:
         thresholds: Sequence[float | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`thresholds` of each class take the place of `evaluation.score_threshold`."""
+        """Prepare the data; `thresholds` of each class replace `evaluation.score_threshold`."""
         self.data = data
         self._images = ImagePass(data, config, accelerator)
         self._stop_requested = stop_requested
@@ -72,10 +74,10 @@ class Evaluator:
         self._host = host
 
     def evaluate(self, detector: Detector) -> Scores:
-        """The detector's scores on the data set.
+        """Return the detector's scores on the data set.
 
-        Collective. The detector must hold the same weights and statistics on every process; it is left in the
-        mode it came in.
+        Collective. The detector must hold the same weights and statistics on every process; it is left in
+        training or evaluation mode as it came.
 
         Raises:
             StopRequested: on every process, when any of them was asked to stop meanwhile.
@@ -91,29 +93,32 @@ class Evaluator:
             part = DetrDistError(as_one_line(error))
         detector.train(was_training)
         parts = self._host.gather_objects(part)
-        scores = self._host.on_main_process(lambda: self._score(parts))
+        scores: Scores | None = None
+        with self._host.failing_together():
+            if self._host.is_main_process:
+                scores = self._score(parts)
         metrics = self._host.broadcast(scores.metrics if scores is not None else None)
         return Scores(metrics, scores.details if scores is not None else None)
 
     def _score(self, parts: list[_Part | DetrDistError]) -> Scores:
-        whole: list[_Part] = []
+        complete: list[_Part] = []
         for part in parts:
             if isinstance(part, DetrDistError):
                 raise part
-            whole.append(part)
-        records = DetectionRecords.concatenate([part.records for part in whole])
+            complete.append(part)
+        records = DetectionRecords.concatenate([part.records for part in complete])
         losses: Counter[str] = Counter()
-        for part in whole:
-            losses.update(part.losses)
+        for each in complete:
+            losses.update(each.losses)
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
         numbers = (records.scores, records.boxes_xyxy_px, [*losses.values()])
         if not all(np.isfinite(each).all() for each in numbers):
             raise DetrDistError(
-                "predictions on the validation images are not finite: the weights are spoilt; lower "
+                "predictions on the validation images are not finite: the weights contain NaN or Inf; lower "
                 "training.learning_rate or set training.gradient_clip"
             )
-        coco = coco_figures(self.data, records)
+        coco = compute_coco_metrics(self.data, records)
         points = operating_points(self.data, records, self._thresholds)
         metrics = coco.metrics | points.metrics(self.data.class_names)
         metrics |= losses
@@ -121,33 +126,29 @@ class Evaluator:
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:
-        """This process's images, as records on the host, and their share of the losses."""
-        criterion, counts = (
-            SetCriterion(detector.loss_settings, self._loss_weights),
-            self._counts(detector.num_queries),
-        )
+        """Detect in this process's images, and sum what they add to the losses."""
+        criterion = SetCriterion(detector.loss_settings, self._loss_weights)
+        counts = self._counts(detector.num_queries)
         parts = [DetectionRecords.none()]
-        shares: dict[str, list[Tensor]] = defaultdict(list)
+        losses_of_batches: dict[str, list[Tensor]] = defaultdict(list)
         with closing(self._images.run(detector)) as all_predicted:
             for predicted in all_predicted:
                 if self._stop_requested():
                     raise StopRequested("asked to stop during an evaluation")
                 for reason in predicted.unreadable.values():
-                    print(
-                        f"warning: {printable(reason)}; it counts as an image without detections", flush=True
-                    )
+                    _logger.warning(f"{printable(reason)}; it counts as an image without detections")
                 batch = predicted.batch
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
                 )
-                for name, share in losses.logged.items():
-                    shares[name].append(share)
-                parts.append(self._images.records(detector, predicted))
-        losses_here = {name: float(torch.stack(each).cpu().double().sum()) for name, each in shares.items()}
-        return _Part(DetectionRecords.concatenate(parts), losses_here)
+                for name, loss in losses.logged.items():
+                    losses_of_batches[name].append(loss)
+                parts.append(predicted.records)
+        sums = {name: float(torch.stack(each).double().sum()) for name, each in losses_of_batches.items()}
+        return _Part(DetectionRecords.concatenate(parts), sums)
 
     def _counts(self, num_queries: int) -> StepCounts:
-        """What the losses of the whole data set are divided by. An image with more boxes than queries has as
-        many matched as queries."""
+        """Return what the losses of the whole data set are divided by. An image with more boxes than queries
+        has as many matched as queries."""
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))

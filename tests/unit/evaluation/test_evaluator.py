@@ -1,5 +1,6 @@
 """The losses of the validation images, normalised over all of them."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, collate
 from detr_dist.data.transforms import build_transform
 from detr_dist.distributed import HostGroup
-from detr_dist.evaluation.evaluate import Evaluator
+from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
@@ -115,6 +116,23 @@ def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None
     points = scores.details.operating_points
     assert points.metrics(data.class_names).items() <= scores.metrics.items()
     assert points.confusion[:2].sum() == len(data.box_classes) - 1
+
+
+def test_an_image_that_cannot_be_read_has_boxes_and_no_detections(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_data / "val", tmp_path / "val")
+    (tmp_path / "val" / "003.jpg").write_bytes(b"no image")
+    settings, data = config(), load_coco(tmp_path / "val")
+    accelerator = Accelerator(cpu=True)
+    scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
+        new_detector(settings, data)
+    )
+    assert scores.details is not None
+    assert set(scores.details.records.image_rows) == {0, 1, 2, 4, 5, 6}
+    assert scores.details.operating_points.confusion[:2].sum() == len(data.box_classes)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'val' / '003.jpg'}: ")
 
 
 def test_weights_that_give_no_numbers_are_an_error(data: CocoData) -> None:

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.inference.onnx import check_onnx_packages, write_onnx
 from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.detector import plain_network
-from detr_dist.models.onnx import check_onnx_packages, write_onnx
 
 VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
@@ -56,7 +56,7 @@ def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
 def test_without_what_makes_the_trace_follow_the_image_the_comparison_refuses_the_file(
     tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detr_dist.models.onnx.DeformableDetrMultiscaleDeformableAttention", ())
+    monkeypatch.setattr("detr_dist.inference.onnx.DeformableDetrMultiscaleDeformableAttention", ())
     with pytest.raises(DetrDistError, match=r"differ from torch's by .* more than"):
         write_onnx(tiny_network("deformable_detr"), tmp_path / "model.onnx")
 
@@ -82,7 +82,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        "detr_dist.models.onnx.find_spec", lambda name: None if name == "onnx" else find_spec(name)
+        "detr_dist.inference.onnx.find_spec", lambda name: None if name == "onnx" else find_spec(name)
     )
     with pytest.raises(UsageError, match=r"needs onnx: pip install 'detr_dist\[export\]'"):
         check_onnx_packages()

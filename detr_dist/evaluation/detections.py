@@ -1,0 +1,173 @@
+"""What a detector finds in the images of a data set: the pass over the images, and detections as columns."""
+
+import sys
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from detr_dist.config import Config
+from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import Batch, CocoDetectionDataset
+from detr_dist.data.loading import BatchLoader, check_room, shared_memory_need
+from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
+from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.distributed import HostGroup, autocast, build_accelerator, set_numerics
+from detr_dist.models.detector import Detector
+from detr_dist.models.device_memory import DeviceMemory
+from detr_dist.models.postprocess import postprocess
+
+
+@dataclass(frozen=True)
+class DetectionRecords:
+    """D detections in some images, as columns."""
+
+    evaluated_rows: NDArray[np.int64]
+    """Rows in the data set of all images that were evaluated, with or without detections."""
+    image_rows: NDArray[np.int64]
+    """[D]."""
+    boxes_xyxy_px: NDArray[np.float32]
+    """[D, 4], in pixels of the original image."""
+    scores: NDArray[np.float32]
+    """[D]."""
+    labels: NDArray[np.int64]
+    """[D], class indices."""
+
+    @classmethod
+    def none(cls) -> "DetectionRecords":
+        """Return the records of no image."""
+        integers, floats = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        return cls(integers, integers, floats.reshape(0, 4), floats, integers)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["DetectionRecords"]) -> "DetectionRecords":
+        """Join the parts, ordered by image: the result does not depend on who evaluated which image."""
+        columns = {
+            name: np.concatenate([getattr(part, name) for part in parts])
+            for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels")
+        }
+        columns["evaluated_rows"] = np.sort(columns["evaluated_rows"])
+        return cls(**columns).take(np.argsort(columns["image_rows"], kind="stable"))
+
+    def take(self, rows: NDArray[np.int64]) -> "DetectionRecords":
+        """Return these detections, in this order, of the same images."""
+        columns = ("image_rows", "boxes_xyxy_px", "scores", "labels")
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+
+
+def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
+    """Return detections for pycocotools' `loadRes`, with the ids of the data set's own JSON.
+
+    Those of classes that it does not list are left out.
+    """
+    is_listed = np.array([category_id is not None for category_id in data.category_ids])
+    records = records.take(np.flatnonzero(is_listed[records.labels]))
+    category_ids = np.array([category_id or 0 for category_id in data.category_ids], dtype=np.int64)
+    boxes = records.boxes_xyxy_px.astype(np.float64)
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = (
+        data.image_ids[records.image_rows].tolist(),
+        category_ids[records.labels].tolist(),
+        boxes.tolist(),
+        records.scores.tolist(),
+    )
+    keys = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(keys, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+class Predicted(NamedTuple):
+    """What a detector predicts for one batch of images."""
+
+    rows: list[int]
+    """Of the images in the data set."""
+    batch: Batch
+    """On the device."""
+    outputs: dict[str, Tensor]
+    """`pred_logits` and `pred_boxes` of all decoder layers, float32."""
+    records: DetectionRecords
+    """The detections, on the host."""
+    unreadable: dict[int, str]
+    """Why the image of a row cannot be read; a black one was evaluated, and has no detections."""
+
+
+def start_inference(config: Config, data: CocoData, host: HostGroup) -> Accelerator:
+    """Build the Accelerator for passes over `data`, if this host has room for them. Collective."""
+    host.once_per_machine(lambda: check_room(shared_memory_need(config, data, train=False)))
+    set_numerics(config.training)
+    return build_accelerator(mixed_precision=config.training.mixed_precision)
+
+
+class ImagePass:
+    """Passes this process's part of a data set's images through a detector, any number of times.
+
+    Images are resized, but not padded: the predictions for an image depend neither on the batch size, nor on
+    the number of processes, nor on the other images.
+    """
+
+    def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._memory = DeviceMemory(config, accelerator.device)
+        self._precision = config.training.mixed_precision
+        edges = config.data.shortest_edge, config.data.longest_edge
+        sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
+        self._batches = evaluation_batches(
+            sizes_hw,
+            config.training.batch_size,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+        )
+        self._loader = BatchLoader(
+            CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
+            [[(0, index) for index in batch.indices] for batch in self._batches],
+            config.data,
+            pin_memory=accelerator.device.type == "cuda",
+            need=shared_memory_need(config, data, train=False),
+        )
+
+    @torch.no_grad()
+    def run(self, detector: Detector) -> Generator[Predicted]:
+        """Yield the predictions of a detector in evaluation mode by batch, with a bar on a terminal."""
+        planned_batches: Iterable[EvaluationBatch] = self._batches
+        if self._accelerator.is_main_process and sys.stderr.isatty():  # even a hidden bar starts a thread
+            planned_batches = tqdm(
+                self._batches, desc="images", unit="batch", leave=False, dynamic_ncols=True
+            )
+        with closing(iter(self._loader)) as batches:
+            for planned, batch in zip(planned_batches, batches, strict=True):
+                on_device = batch.to(self._accelerator.device)
+                outputs = self._forward(detector, on_device, planned)
+                sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
+                detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
+                rows, unreadable = np.array(planned.indices, dtype=np.int64), dict(batch.unreadable)
+                readable = ~np.isin(rows, list(unreadable))
+                records = DetectionRecords(
+                    evaluated_rows=rows,
+                    image_rows=np.repeat(rows[readable], detections.scores.shape[1]),
+                    boxes_xyxy_px=detections.boxes_xyxy_px.cpu().numpy()[readable].reshape(-1, 4),
+                    scores=detections.scores.cpu().numpy()[readable].reshape(-1),
+                    labels=detections.labels.cpu().numpy()[readable].reshape(-1),
+                )
+                yield Predicted(planned.indices, on_device, outputs, records, unreadable)
+
+    def _forward(self, detector: Detector, batch: Batch, planned: EvaluationBatch) -> dict[str, Tensor]:
+        # The detector does not bring its own precision. What was compiled for training would round otherwise
+        # than the same model does later, and be compiled for each size of images.
+        with (
+            self._memory.explained(
+                "in evaluation",
+                num_images=len(planned.indices),
+                canvas_hw=planned.size_hw,
+                is_training=False,
+            ),
+            autocast(self._accelerator.device, self._precision),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            outputs = detector(batch.images, batch.sizes_hw, batch.is_padded)
+        return {name: predictions.float() for name, predictions in outputs.items()}

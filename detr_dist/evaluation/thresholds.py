@@ -1,0 +1,222 @@
+"""Precision, recall and F1 of the detections at or over a score threshold, and the confusion matrix.
+
+docs/evaluation.md has the definitions, with an example.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.coco_metrics import metric_names
+from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.matching import best_of_each_image, match_detections
+
+Thresholds = float | Literal["auto"] | Sequence[float | None]
+"""The least score that counts: one for all classes, `auto` for that of each class's best F1, or one for each
+class, where None lets nothing through."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """True positives, false positives and false negatives at a threshold."""
+
+    tp: int
+    fp: int
+    fn: int
+
+    @property
+    def precision(self) -> float:
+        """0 without any detection."""
+        return self.tp / max(self.tp + self.fp, 1)
+
+    @property
+    def recall(self) -> float:
+        return self.tp / max(self.tp + self.fn, 1)
+
+    @property
+    def f1(self) -> float:
+        return 2 * self.tp / max(2 * self.tp + self.fp + self.fn, 1)
+
+    def metrics(self, prefix: str = "") -> dict[str, float]:
+        return {f"{prefix}{name}": getattr(self, name) for name in ("precision", "recall", "f1")}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One class at every threshold that makes a difference: P distinct scores, the highest first."""
+
+    thresholds: NDArray[np.float64]
+    tp: NDArray[np.int64]
+    fp: NDArray[np.int64]
+    num_truth: int
+    """Boxes of the class, at least 1."""
+
+    @classmethod
+    def of_steps(
+        cls, scores: NDArray[Any], tp: NDArray[np.int64], fp: NDArray[np.int64], num_truth: int
+    ) -> "Curve":
+        """Build a curve from descending scores and what each adds to the counts."""
+        last_of_score = np.flatnonzero(np.diff(scores, append=-1))  # equal scores pass a threshold together
+        return cls(
+            scores[last_of_score].astype(np.float64),
+            np.cumsum(tp)[last_of_score],
+            np.cumsum(fp)[last_of_score],
+            num_truth,
+        )
+
+    @property
+    def precision(self) -> NDArray[np.float64]:
+        return self.tp / (self.tp + self.fp)
+
+    @property
+    def recall(self) -> NDArray[np.float64]:
+        return self.tp / self.num_truth
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        return 2 * self.tp / (self.tp + self.fp + self.num_truth)
+
+    def best_threshold(self) -> float | None:
+        """Return the highest threshold with the best F1; None without any detection."""
+        return float(self.thresholds[self.f1.argmax()]) if len(self.thresholds) else None
+
+    def at(self, threshold: float | None) -> Counts:
+        """Return the counts at a threshold; None lets nothing through."""
+        num_points = 0 if threshold is None else int((self.thresholds >= threshold).sum())
+        if num_points == 0:
+            return Counts(0, 0, self.num_truth)
+        tp, fp = int(self.tp[num_points - 1]), int(self.fp[num_points - 1])
+        return Counts(tp, fp, self.num_truth - tp)
+
+
+def pooled(curves: Sequence[Curve]) -> Curve:
+    """Return the curve of all classes together at one threshold: their counts are added up."""
+    scores = np.concatenate([curve.thresholds for curve in curves])
+    order = np.argsort(-scores, kind="stable")
+    tp, fp = (
+        np.concatenate([np.diff(getattr(curve, name), prepend=0) for curve in curves])[order]
+        for name in ("tp", "fp")
+    )
+    return Curve.of_steps(scores[order], tp, fp, sum(curve.num_truth for curve in curves))
+
+
+@dataclass(frozen=True)
+class ClassPoint:
+    """One class at its threshold."""
+
+    threshold: float | None
+    """None where the best one was asked for and there is no detection to choose it by."""
+    curve: Curve
+
+    @property
+    def counts(self) -> Counts:
+        return self.curve.at(self.threshold)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The D detections at or over their class's threshold, and the box of any class that each matches."""
+
+    detections: DetectionRecords
+    boxes: NDArray[np.int64]
+    """[D], the row of the box or crowd; -1 for none."""
+    in_crowd: NDArray[np.bool_]
+    """[D], those that match a crowd: neither true nor false positives."""
+    false_negatives: NDArray[np.int64]
+    """Rows of the boxes that none of them matches."""
+
+
+@dataclass(frozen=True)
+class OperatingPoints:
+    """All classes at their thresholds."""
+
+    classes: list[ClassPoint | None]
+    """By class index; None for a class without any box."""
+    matches: Matches
+    """What `confusion` counts."""
+    confusion: NDArray[np.int64]
+    """[C + 1, C + 1], rows truth, columns predicted, the last of each is background."""
+
+    @property
+    def overall(self) -> Counts | None:
+        """All classes' counts together; None if none has a box."""
+        counts = [point.counts for point in self.classes if point is not None]
+        if not counts:
+            return None
+        return Counts(sum(c.tp for c in counts), sum(c.fp for c in counts), sum(c.fn for c in counts))
+
+    def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
+        """Return `precision`, `recall`, `f1`, and for each class with a box `<class>_precision` and so on,
+        with `<class>_threshold`."""
+        overall = self.overall
+        metrics = {} if overall is None else overall.metrics()
+        for name, point in zip(metric_names(class_names), self.classes, strict=True):
+            if point is not None:
+                metrics |= point.counts.metrics(f"{name}_")
+                if point.threshold is not None:
+                    metrics[f"{name}_threshold"] = point.threshold
+        return metrics
+
+
+def known_thresholds(metrics: Mapping[str, float], class_names: Sequence[str]) -> dict[str, float]:
+    """Return the thresholds among the logged metrics of an evaluation, by class name."""
+    keys = zip(class_names, metric_names(class_names), strict=True)
+    found = {name: metrics.get(f"val_{key}_threshold") for name, key in keys}
+    return {name: threshold for name, threshold in found.items() if threshold is not None}
+
+
+def operating_points(data: CocoData, records: DetectionRecords, thresholds: Thresholds) -> OperatingPoints:
+    """Count the detections of each class at its threshold."""
+    detections = best_of_each_image(data, records)
+    boxes = match_detections(data, detections, by_class=True)
+    in_crowd = _in_crowd(data, boxes)
+    num_truth = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes)
+    classes: list[ClassPoint | None] = [None] * data.num_classes
+    for label in np.flatnonzero(num_truth).tolist():
+        own = (detections.labels == label) & ~in_crowd
+        is_tp = boxes[own] >= 0
+        scores, ones = detections.scores[own], is_tp.astype(np.int64)
+        curve = Curve.of_steps(scores, ones, 1 - ones, int(num_truth[label]))
+        classes[label] = ClassPoint(_threshold_of(curve, thresholds, label), curve)
+    matches = _match_over_thresholds(data, detections, classes)
+    return OperatingPoints(classes, matches, _confusion(data, matches))
+
+
+def _threshold_of(curve: Curve, thresholds: Thresholds, label: int) -> float | None:
+    if isinstance(thresholds, str):
+        return curve.best_threshold()
+    return thresholds if isinstance(thresholds, int | float) else thresholds[label]
+
+
+def _match_over_thresholds(
+    data: CocoData, detections: DetectionRecords, classes: Sequence[ClassPoint | None]
+) -> Matches:
+    thresholds = np.array(
+        [np.inf if point is None or point.threshold is None else point.threshold for point in classes]
+    )
+    counted = detections.take(np.flatnonzero(detections.scores >= thresholds[detections.labels]))
+    boxes = match_detections(data, counted, by_class=False)
+    is_unmatched = ~data.iscrowd
+    is_unmatched[boxes[boxes >= 0]] = False
+    return Matches(counted, boxes, _in_crowd(data, boxes), np.flatnonzero(is_unmatched))
+
+
+def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:
+    background = data.num_classes
+    of_class = np.append(data.box_classes, background)  # -1, no match, is the last
+    unmatched = data.box_classes[matches.false_negatives]
+    truth = np.concatenate([of_class[matches.boxes[~matches.in_crowd]], unmatched])
+    predicted = np.concatenate(
+        [matches.detections.labels[~matches.in_crowd], np.full_like(unmatched, background)]
+    )
+    confusion = np.zeros((background + 1, background + 1), dtype=np.int64)
+    np.add.at(confusion, (truth, predicted), 1)
+    return confusion
+
+
+def _in_crowd(data: CocoData, boxes: NDArray[np.int64]) -> NDArray[np.bool_]:
+    return np.append(data.iscrowd, False)[boxes]
