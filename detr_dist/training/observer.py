@@ -11,7 +11,8 @@ from detr_dist.evaluation.evaluate import Details, Evaluator
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import num_compiled_graphs
-from detr_dist.tracking.memory import DeviceMonitor
+from detr_dist.tracking.system_metrics import DeviceMonitor
+from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -40,6 +41,7 @@ class RunObserver:
         groups: GroupStream,
         evaluator: Evaluator,
         progress: Progress,
+        trackers: Trackers,
         saver: Saver | None,
         draw_pictures: Callable[[Details, str], None] | None,
         facts: RunFacts,
@@ -51,6 +53,7 @@ class RunObserver:
         self._groups = groups
         self._evaluator = evaluator
         self._progress = progress
+        self._trackers = trackers
         self._saver = saver  # on the main process
         self._draw_pictures = draw_pictures  # on the main process, where they are wanted
         self._details: Details | None = None  # of the evaluation at this epoch's end
@@ -90,7 +93,7 @@ class RunObserver:
             scores = self._evaluator.evaluate(detector)
         self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
-        self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
+        self._trackers.log_metrics(state.metrics | {"val_seconds": took_s}, step=state.step)
         shown = "  ".join(
             f"{name} {value:.4f}"
             for name, value in state.metrics.items()
@@ -179,11 +182,11 @@ class RunObserver:
             metrics["compiled_graphs"] = float(num_compiled_graphs())
         self._logged_at, self._logged_images, self._logged_waited_s = now, sum(images), max(waits)
         self._paused_s = 0.0
-        self._training.accelerator.log(metrics, step=state.step)
+        self._trackers.log_metrics(metrics, step=state.step)
         self._progress.metrics(state.step, metrics)
 
     def _log_memory(self, state: TrainState) -> None:
-        self._training.accelerator.log(self._monitor.read(), step=state.step)
+        self._trackers.log_metrics(self._monitor.read(), step=state.step)
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is

@@ -11,8 +11,8 @@ from torch import Tensor
 from detr_dist.config import Config
 from detr_dist.models.detector import Detector, load_plain_weights, plain_network
 from detr_dist.storage import finish_interrupted, new_folder
-from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.packaging import write_model
+from detr_dist.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class ModelCard:
 class ModelPacker:
     """Packs the model of every epoch for MLflow, and the best one into the output folder as well."""
 
-    def __init__(
-        self, detector: Detector, config: Config, output_dir: Path, tracker: MLflowTracker | None
-    ) -> None:
+    def __init__(self, detector: Detector, config: Config, output_dir: Path, tracker: Tracker | None) -> None:
         self._network = plain_network(detector)  # a second one on the host, to put each epoch's weights into
         self._config = config
         self._output_dir = output_dir

@@ -6,7 +6,7 @@ from pathlib import Path
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.evaluate import Details
 from detr_dist.storage import describe_disk_error, new_folder
-from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.tracking.tracker import Tracker
 
 
 def draw_folder(folder: Path, data: CocoData, details: Details) -> list[str]:
@@ -35,7 +35,7 @@ class PictureMaker:
         self,
         data: CocoData,
         pictures_dir: Path,
-        tracker: MLflowTracker | None,
+        tracker: Tracker | None,
         say: Callable[[str], None],
     ) -> None:
         self._data = data

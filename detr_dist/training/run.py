@@ -1,10 +1,12 @@
 """A training run from its options to its results: everything is assembled here, nothing is computed."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
@@ -26,8 +28,9 @@ from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
 from detr_dist.storage import check_writable, locked
-from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
-from detr_dist.tracking.tracker import run_params, tensorboard_tracker
+from detr_dist.tracking.params import run_params
+from detr_dist.tracking.tracker import TensorBoard, Trackers, tracked
+from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.groups import GroupStream, canvas_rule
@@ -46,6 +49,11 @@ from detr_dist.training.setup import RunOptions, Setup, set_up
 from detr_dist.training.state import TrainState
 from detr_dist.training.trial import try_largest_batch
 from detr_dist.training.zero import zero_plugin
+
+if TYPE_CHECKING:
+    from detr_dist.tracking.mlflow import MLflowTracker
+
+_logger = logging.getLogger(__name__)
 
 
 def train(config: Config, options: RunOptions) -> None:
@@ -73,21 +81,18 @@ def train(config: Config, options: RunOptions) -> None:
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             deepspeed=zero_plugin(config.training, processes.num_processes),
         )
-        try:
-            setup = set_up(config, options, train_data, val_data, accelerator)
-            setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
-            if options.dry_run:
-                setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
-                return
-            with StopSignals(setup.host.hurry) as signals, ExitStack() as held:
-                setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
-                tracker = setup.host.on_main_process(lambda: open_run(setup))
-                with run_status(tracker), setup.host.on_failure(partial(close_after_loss, tracker)):
-                    setup.host.on_main_process(lambda: open_output(setup, tracker))
-                    _run(setup, assemble(setup, signals), signals, tracker)
-        finally:
-            for each in accelerator.trackers:
-                each.finish()
+        setup = set_up(config, options, train_data, val_data, accelerator)
+        setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
+        if options.dry_run:
+            setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
+            return
+        with StopSignals(setup.host.hurry) as signals, ExitStack() as held:
+            setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
+            trackers = Trackers()  # empty on all processes but the main one
+            tracker = setup.host.on_main_process(lambda: open_run(setup, trackers))
+            with tracked(trackers), setup.host.on_failure(trackers.close_after_loss):
+                setup.host.on_main_process(lambda: open_output(setup, trackers, tracker))
+                _run(setup, assemble(setup, signals), signals, trackers, tracker)
 
 
 def _shared_memory_need(setup: Setup) -> Need:
@@ -108,42 +113,46 @@ def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
     return locked(output_dir)
 
 
-def open_run(setup: Setup) -> MLflowTracker | None:
-    """Begin the MLflow run, or go on with it. Main process."""
+def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
+    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
     if not setup.config.logging.mlflow:
         return None
-    if setup.resumed is None:
-        return MLflowTracker(setup.config.logging)
-    saved = setup.resumed.facts
-    known_uri = saved.config.logging.mlflow_tracking_uri
-    return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
+    from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
+
+    saved = setup.resumed.facts if setup.resumed is not None else None
+    tracker = MLflowTracker(
+        setup.config.logging,
+        run_id=saved.mlflow_run_id if saved is not None else None,
+        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+    )
+    trackers.add(tracker)
+    return tracker
 
 
-def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
+def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
     """Give the run its files and the main process its trackers. Main process."""
     output_dir, config, resumed = setup.options.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
         _bring_best(setup, resumed)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    trackers = setup.accelerator.trackers
     if tracker is not None:
         tracker.open(output_dir / "outbox")
-        trackers.append(tracker)
         if resumed is not None:
             tracker.note_resume(resumed.state.step, setup.changes)
         tracker.set_tags(
             {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
         )
         tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
-        tracker.log_file(output_dir / "config.yaml")
     if config.logging.tensorboard:
-        trackers.append(tensorboard_tracker(output_dir, first_step=resumed.state.step if resumed else 0))
+        first_step = resumed.state.step if resumed is not None else 0
+        trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
+    trackers.write_log(output_dir / "logs" / "train.log")
+    trackers.log_file(output_dir / "config.yaml")
     params = run_params(
         config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
     )
-    for each in trackers:
-        each.store_init_configuration(params)
+    trackers.log_params(params)
 
 
 def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
@@ -192,12 +201,18 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     )
 
 
-def _run(setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None) -> None:
+def _run(
+    setup: Setup,
+    training: Training,
+    signals: StopSignals,
+    trackers: Trackers,
+    tracker: "MLflowTracker | None",
+) -> None:
     """Train to the end, or to a request to stop. Collective."""
     host, options = setup.host, setup.options
     state = setup.resumed.state if setup.resumed is not None else TrainState()
     groups = training_data(setup, training, state)
-    observer = observe(setup, training, state, groups, signals=signals, tracker=tracker)
+    observer = observe(setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker)
     try:
         _try_largest_batch(setup, training, state, groups)
         with host.explained():
@@ -254,7 +269,8 @@ def observe(
     groups: GroupStream,
     *,
     signals: StopSignals,
-    tracker: MLflowTracker | None,
+    trackers: Trackers,
+    tracker: "MLflowTracker | None",
 ) -> RunObserver:
     """What logs, evaluates and saves around the loop; on the main process it says how the run begins.
     Collective."""
@@ -266,15 +282,16 @@ def observe(
         for line in (*describe_run(setup), *_describe_start(setup, training, state)):
             progress.say(line)
     saver = pictures = None
+    files = trackers if trackers.keeps_files else None
     if accelerator.is_main_process:
         if config.evaluation.pictures:
             pictures_dir = options.output_dir / "pictures"
-            pictures = PictureMaker(setup.val_data, pictures_dir, tracker, progress.say)
+            pictures = PictureMaker(setup.val_data, pictures_dir, files, progress.say)
         saver = Saver(
             options.output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
-            tracker=tracker,
-            pack_model=ModelPacker(training.average.detector, config, options.output_dir, tracker).pack,
+            tracker=files,
+            pack_model=ModelPacker(training.average.detector, config, options.output_dir, files).pack,
             say=progress.say,
         )
     evaluator = Evaluator(
@@ -288,21 +305,22 @@ def observe(
         groups=groups,
         evaluator=evaluator,
         progress=progress,
+        trackers=trackers,
         saver=saver,
         draw_pictures=pictures.draw if pictures is not None else None,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
 
 
-def _leave_results(setup: Setup, state: TrainState, tracker: MLflowTracker | None) -> None:
+def _leave_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
     where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
     write_results(setup.options.output_dir, state.metrics, where)
     if tracker is not None:
         if setup.config.logging.register_model_as is not None:
             tracker.register_model(setup.config.logging.register_model_as)
         experiment = setup.config.logging.mlflow_experiment_name
-        print(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
-        print(f"see it {way_to_see(tracker.uri)}", flush=True)
+        _logger.info(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
+        _logger.info(f"see it {way_to_see(tracker.uri)}")
 
 
 def _describe_start(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:

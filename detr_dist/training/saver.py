@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detr_dist.errors import TrainingError
 from detr_dist.storage import describe_disk_error, finish_interrupted, remove_folder
-from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.tracking.tracker import Tracker
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
 from detr_dist.training.packing import ModelCard
 
@@ -26,7 +26,7 @@ class Saver:
         checkpoints_dir: Path,
         *,
         keep_last: int | None,
-        tracker: MLflowTracker | None,
+        tracker: Tracker | None,
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None],
         say: Callable[[str], None],
     ) -> None:
@@ -121,7 +121,7 @@ class Saver:
                     f"warning: {folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
                 )
 
-    def _upload(self, tracker: MLflowTracker, names: Sequence[str]) -> None:
+    def _upload(self, tracker: Tracker, names: Sequence[str]) -> None:
         """All but step_<N>, of which there may be thousands."""
         names = [name for name in names if not name.startswith("step_")]
         if names == ["last"]:  # an upload that is cut short must not spoil the only copy there is

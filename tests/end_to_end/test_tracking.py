@@ -283,7 +283,7 @@ def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data:
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     resumed = workplace.start(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
     wait_until(lambda: len(noted_losses(workplace)) >= STEPS - 20, resumed, workplace)
-    assert f"run {run_id} goes on all the same" in workplace.log
+    assert f"run {run_id} continues all the same" in workplace.log
     with frozen(resumed):
         second = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
         server.start()

@@ -12,6 +12,7 @@ from torch import Tensor
 from detr_dist.config import CheckpointConfig
 from detr_dist.distributed import HostGroup
 from detr_dist.models.detector import Detector
+from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.loop import Training
 from detr_dist.training.observer import RunObserver
 from detr_dist.training.packing import ModelCard
@@ -65,6 +66,7 @@ def observer(
         groups=None,
         evaluator=None,
         progress=Progress(is_main_process=False, first_step=0, total_steps=100),
+        trackers=Trackers(),
         saver=Saver(tmp_path, keep_last=None, tracker=None, pack_model=pack, say=pytest.fail),
         draw_pictures=None,
         facts=facts,
