@@ -135,15 +135,14 @@ class Trackers(Tracker):
     def _close_log(self, error: str | None) -> None:
         if self._log is None:
             return
-        trace = sys.exc_info()  # of what ends the run, if that is an exception
-        is_stopped = isinstance(trace[1], _STOPPED)
-        reason = error or (as_one_line(trace[1]) if trace[1] is not None else None)
-        if reason is not None:  # into the file alone: commands report errors themselves
-            level = logging.INFO if is_stopped else logging.ERROR
-            record = _logger.makeRecord(
-                __name__, level, __file__, 0, reason, (), None if is_stopped or trace[1] is None else trace
-            )
-            self._log.handle(record)
+        cause = sys.exc_info()  # of the run's end, if that is an exception
+        if (
+            error is not None or cause[1] is not None
+        ):  # into the file alone: commands report errors themselves
+            level = logging.ERROR if error is not None else logging.INFO
+            reason = as_one_line(cause[1]) if error is None and cause[1] is not None else error
+            traceback = cause if error is not None and cause[1] is not None else None
+            self._log.handle(_logger.makeRecord(__name__, level, __file__, 0, reason, (), traceback))
         self._log.close()
         try:
             self.log_file(self._log_path, "logs")

@@ -120,7 +120,7 @@ def test_params_are_those_that_were_asked_for_and_those_that_the_guide_names(fol
     assert named >= PARAMS
     assert named - logged == {  # unset here
         "max_steps", "pretrained", "checkpoint_every_steps", "checkpoint_keep_last",
-        "logging_register_model_as",
+        "logging_mlflow_run_name", "logging_register_model_as",
     }  # fmt: skip
     assert logged <= named
 
