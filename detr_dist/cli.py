@@ -87,10 +87,17 @@ def train(
     goes on from there. A second Ctrl-C ends it at once.
     """
     settings = load_config(config, overrides or ())
-    from detr_dist.training.run import train as run_training
-    from detr_dist.training.setup import RunOptions
+    from detr_dist.training.trainer import train as run_training
 
-    run_training(settings, RunOptions(train_dir, val_dir, output_dir, resume, init_from, dry_run))
+    run_training(
+        settings,
+        train_dir=train_dir,
+        val_dir=val_dir,
+        output_dir=output_dir,
+        resume=resume,
+        init_from=init_from,
+        dry_run=dry_run,
+    )
 
 
 @app.command()

@@ -231,6 +231,12 @@ class TrainingConfig(Section):
     """End after so many evaluations in a row without a better `val_map`; 0 never does."""
 
 
+class LossConfig(Section):
+    weights: dict[str, PositiveOrZero] = {}
+    """Weight of each part of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a part that is left out has the weight
+    of its architecture's paper."""
+
+
 class EvaluationConfig(Section):
     every_epochs: Count = 10
     """Evaluate on the validation images after every so many epochs, and always at the end."""
@@ -283,6 +289,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # when asked for: the environment decides

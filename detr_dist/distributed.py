@@ -1,4 +1,4 @@
-"""The one place that builds an Accelerator, and the small talk between processes that needs no device.
+"""The one place that builds an Accelerator, and host-side collectives.
 
 Sums, agreement and gathered records travel as host memory over gloo: a step must not make the host wait for
 the device.
@@ -6,6 +6,7 @@ the device.
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageE
 from detr_dist.rendezvous import Rendezvous
 
 T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 
 COLLECTIVE_LIMIT_S = 90.0
 """A collective that waits longer has failed. Torch's own limits are 10 minutes (NCCL) and 30 (gloo), but
@@ -116,10 +119,8 @@ def resolve_precision(config: Config, host: "HostGroup") -> Config:
         default = "bf16" if all_native else "no"
         precision = launched if launched in ("bf16", "fp16") else default
     if precision == "bf16" and on_gpu and not all_native and host.process_index == 0:
-        print(
-            "warning: training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; "
-            "set fp16 or no",
-            flush=True,
+        _logger.warning(
+            "training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; set fp16 or no"
         )
     training = config.training.model_copy(update={"mixed_precision": precision})
     return config.model_copy(update={"training": training})
@@ -190,7 +191,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
     state = PartialState(**_place(), timeout=timeout)
     if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
-        print("no GPU is found and none was asked for by its number: this runs on the CPU", flush=True)
+        _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
     is_intact = False
     _rendezvous = rendezvous
     try:
@@ -320,6 +321,10 @@ class HostGroup:
             self.pause_watch()  # to end in order may take its time
             raise
 
+    @property
+    def is_main_process(self) -> bool:
+        return bool(self.process_index == 0)
+
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
         """The values of every process, on every process, in process order. float64."""
         if self._group is None:
@@ -361,6 +366,24 @@ class HostGroup:
         if error is not None:
             raise error
         return outcome.result
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Run a block that may differ between processes; what it raises on one is raised on all of them, once
+        all have left it, however long that takes."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # anything else would leave the other processes waiting
+            failure = error
+        self._wait_for_others()
+        is_ours = failure is None or isinstance(failure, DetrDistError)  # others may not be fit to travel
+        own = failure if is_ours else DetrDistError(as_one_line(cast(Exception, failure)))
+        failures = [each for each in self.all_gather_objects(own) if each is not None]
+        if failure is not None:
+            raise failure
+        if failures:
+            raise failures[0]
 
     def once_per_machine(self, action: Callable[[], T]) -> T:
         """Run `action` on the first process of each machine; what it raises on any is raised on every

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import Any
 
-import detr_dist.training.run  # noqa: F401  the import that is worth sharing
+import detr_dist.training.trainer  # noqa: F401  the import that is worth sharing
 from detr_dist.cli import main as run_command
 
 

@@ -1,6 +1,7 @@
 """What the tests share: a tiny data set, a tiny network, and the real commands."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -486,6 +487,24 @@ def on_fake_gpu() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
 def messages_are_printed() -> None:
     """As by every command."""
     configure_logging()
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What the package logs during the test."""
+    collector = _Collector()
+    logging.getLogger("detr_dist").addHandler(collector)
+    yield collector.messages
+    logging.getLogger("detr_dist").removeHandler(collector)
 
 
 @pytest.fixture(autouse=True)

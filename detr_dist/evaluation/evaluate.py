@@ -1,5 +1,6 @@
 """Distributed evaluation: every process looks at its own images, every image counts exactly once."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
+from torch import Tensor
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
@@ -21,9 +22,6 @@ from detr_dist.evaluation.records import DetectionRecords
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.text import printable
-
-LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
-"""The criterion's, by their places in `Losses`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class _Part(NamedTuple):
     """Of one process's images."""
 
     records: DetectionRecords
-    losses: NDArray[np.float64]  # [4], shares of LOSSES
+    losses: dict[str, float]  # shares of those of all images; none where the process has no image
 
 
 class Evaluator:
@@ -70,7 +68,7 @@ class Evaluator:
         self._images = ImagePass(data, config, accelerator)
         self._stop_requested = stop_requested
         self._thresholds: Thresholds = config.evaluation.score_threshold if thresholds is None else thresholds
-        self._device = accelerator.device
+        self._loss_weights = config.loss.weights
         self._host = host
 
     def evaluate(self, detector: Detector) -> Scores:
@@ -104,10 +102,13 @@ class Evaluator:
                 raise part
             whole.append(part)
         records = DetectionRecords.concatenate([part.records for part in whole])
-        losses = np.sum([part.losses for part in whole], axis=0)
+        losses: Counter[str] = Counter()
+        for part in whole:
+            losses.update(part.losses)
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
-        if not all(np.isfinite(each).all() for each in (records.scores, records.boxes_xyxy_px, losses)):
+        numbers = (records.scores, records.boxes_xyxy_px, [*losses.values()])
+        if not all(np.isfinite(each).all() for each in numbers):
             raise DetrDistError(
                 "predictions on the validation images are not finite: the weights are spoilt; lower "
                 "training.learning_rate or set training.gradient_clip"
@@ -115,15 +116,18 @@ class Evaluator:
         coco = coco_figures(self.data, records)
         points = operating_points(self.data, records, self._thresholds)
         metrics = coco.metrics | points.metrics(self.data.class_names)
-        metrics |= dict(zip(LOSSES, losses.tolist(), strict=True))
+        metrics |= losses
         return Scores(metrics, Details(records, coco, points))
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:
         """This process's images, as records on the host, and their share of the losses."""
-        criterion, counts = SetCriterion(detector.loss_settings), self._counts(detector.num_queries)
+        criterion, counts = (
+            SetCriterion(detector.loss_settings, self._loss_weights),
+            self._counts(detector.num_queries),
+        )
         parts = [DetectionRecords.none()]
-        shares = [torch.zeros(len(LOSSES), device=self._device)]
+        shares: dict[str, list[Tensor]] = defaultdict(list)
         with closing(self._images.run(detector)) as all_predicted:
             for predicted in all_predicted:
                 if self._stop_requested():
@@ -136,9 +140,11 @@ class Evaluator:
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
                 )
-                shares.append(torch.stack(losses[:4]))
+                for name, share in losses.logged.items():
+                    shares[name].append(share)
                 parts.append(self._images.records(detector, predicted))
-        return _Part(DetectionRecords.concatenate(parts), torch.stack(shares).cpu().double().sum(0).numpy())
+        losses_here = {name: float(torch.stack(each).cpu().double().sum()) for name, each in shares.items()}
+        return _Part(DetectionRecords.concatenate(parts), losses_here)
 
     def _counts(self, num_queries: int) -> StepCounts:
         """What the losses of the whole data set are divided by. An image with more boxes than queries has as

@@ -212,15 +212,15 @@ def _pretrained_network(
     except Exception as error:  # the hub, safetensors and transformers raise many kinds
         reason = one_line(error)
         raise UsageError(
-            f"model.pretrained {source} cannot be loaded ({reason}); give a folder that holds it, or set "
+            f"the pretrained model {source} cannot be loaded ({reason}); give a folder that holds it, or set "
             "model.pretrained=null and model.pretrained_backbone=false to train from scratch"
         ) from error
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     lacking = {key for key in lacking if architecture.class_head not in key}
     if lacking:
         raise UsageError(
-            f"model.pretrained {source} has no weights that fit {len(lacking)} parts of the network, such as "
-            f"{min(lacking)}; leave out model.config_overrides that change its shape"
+            f"the pretrained model {source} has no weights that fit {len(lacking)} parts of the network, "
+            f"such as {min(lacking)}; leave out model.config_overrides that change its shape"
         )
     if not same_classes:
         _begin_class_head(network, architecture, renew=True)
@@ -232,16 +232,16 @@ def _check_pretrained(
 ) -> None:
     if network_config.model_type != architecture.model_type:
         raise UsageError(
-            f"model.pretrained {source} is a {network_config.model_type}, not a {architecture.model_type}; "
-            "set model.model_architecture to match"
+            f"the pretrained model {source} is a {network_config.model_type}, not a "
+            f"{architecture.model_type}; set model.model_architecture to match"
         )
     if getattr(network_config, "two_stage", False):
-        raise UsageError(f"model.pretrained {source} has two stages, and proposals have no loss here")
+        raise UsageError(f"the pretrained model {source} has two stages, and proposals have no loss here")
     for name, wanted in shape_options(config, architecture).items():
         found = getattr(network_config, name)
         if found != wanted:
             raise UsageError(
-                f"model.pretrained {source} has {name} {found}, the configuration says {wanted}; "
+                f"the pretrained model {source} has {name} {found}, the configuration says {wanted}; "
                 f"leave that key out of the model section or make it {found}"
             )
 

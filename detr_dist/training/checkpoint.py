@@ -12,9 +12,10 @@ Nothing in it is ever executed: what comes from a shared server may be foreign.
 
 import hashlib
 import json
+import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from detr_dist.text import one_line
 from detr_dist.training.loop import Training
 from detr_dist.training.state import RunFacts, TrainState
 from detr_dist.training.strategy import OptimizerMemory
+
+_logger = logging.getLogger(__name__)
 
 NETWORK, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
@@ -213,14 +216,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / STATE}: {wrong} not as this version writes it") from None
 
 
-def newest_checkpoint(checkpoints_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest whole checkpoint in a folder of checkpoints; says which newer ones are not whole."""
+def newest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
+    """Return the newest intact checkpoint in a folder of checkpoints; warn of newer ones that are not."""
     folders = sorted(path for path in checkpoints_dir.glob("[!.]*") if path.is_dir())
     for folder in sorted(folders, key=claimed_age, reverse=True):
         try:
             return open_checkpoint(folder)
         except CheckpointError as error:
-            say(f"passed over a checkpoint that is not whole: {error}")
+            _logger.warning(f"skipped a corrupt checkpoint: {error}")
     return None
 
 

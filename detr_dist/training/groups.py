@@ -1,5 +1,6 @@
 """The stream of training data: groups of micro-batches, one group per optimizer step."""
 
+import logging
 import math
 import time
 from collections.abc import Generator, Iterator
@@ -12,6 +13,8 @@ from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import CanvasRule, MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import build_transform
+
+_logger = logging.getLogger(__name__)
 
 # So many images are planned to find the largest canvas: less than a second.
 _MOST_SIZES = 10_000
@@ -81,7 +84,7 @@ class GroupStream:
             self.num_images += len(batch.image_ids)
             self.num_unreadable += len(batch.unreadable)
             for reason in batch.unreadable:
-                print(f"warning: {reason}; the next image takes its place", flush=True)
+                _logger.warning(f"{reason}; the next image takes its place")
         return group
 
     def largest_canvas_hw(self) -> tuple[int, int]:

@@ -15,19 +15,19 @@ from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.training.agreement import Agreed, StepAgreement
 from detr_dist.training.state import TrainState
+from detr_dist.training.step_sync import Agreed, StepSync
 from detr_dist.training.strategy import Replicated
 
 
 class StepDone(NamedTuple):
-    shares: Tensor
-    """This process's part of loss, loss_ce, loss_bbox, loss_giou; [4], on the device."""
+    losses: dict[str, Tensor]
+    """This process's share of each loss that is logged, on the device."""
     learning_rate: float
     """What the parameters outside the backbone learned with."""
 
 
-class Observer(Protocol):
+class Callbacks(Protocol):
     """What happens around the loop. Called on every process, in the same order."""
 
     def after_step(self, state: TrainState, done: StepDone) -> None: ...
@@ -41,7 +41,7 @@ class Training:
 
     accelerator: Accelerator
     strategy: Replicated
-    agreement: StepAgreement
+    step_sync: StepSync
     model: nn.Module
     average: WeightAverage
     criterion: SetCriterion
@@ -60,7 +60,7 @@ class Training:
         return state.closed_step >= self.total_steps or is_stale
 
 
-def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
+def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], callbacks: Callbacks) -> None:
     """Train from `state`, at any step of an epoch, to `total_steps`; an epoch that these cut short counts as
     one.
 
@@ -74,7 +74,7 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ob
     while not training.is_over(state):
         epoch_end = (state.closed_step // steps_per_epoch + 1) * steps_per_epoch
         while state.step < min(epoch_end, training.total_steps):
-            agreed = training.agreement.next_step(state.step, groups)
+            agreed = training.step_sync.next_step(state.step, groups)
             with training.memory.explained(
                 f"at step {state.step} of {agreed.counts.num_images:.0f} images",
                 num_images=training.plan.batch_size,
@@ -83,11 +83,11 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ob
             ):
                 done = train_step(training, state.step, agreed)
             state.step += 1
-            observer.after_step(state, done)
-        training.agreement.check(state.step, training.model)
-        observer.evaluate(state)
+            callbacks.after_step(state, done)
+        training.step_sync.check(state.step, training.model)
+        callbacks.evaluate(state)
         state.closed_step = state.step
-        observer.after_epoch(state)
+        callbacks.after_epoch(state)
 
 
 def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
@@ -97,7 +97,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     """
     accelerator = training.accelerator
     learning_rate = float(training.scheduler.get_last_lr()[0])
-    shares = torch.zeros(4, device=accelerator.device)
+    shares: list[Tensor] = []
     for index, micro_batch in enumerate(agreed.group, accelerator.process_index * len(agreed.group)):
         # Dropout is a function of seed, step and place in the step, so that a resumed run needs no generator
         # state, and two processes drop what one that accumulates twice would.
@@ -109,15 +109,15 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             losses = training.criterion(
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )
-            training.agreement.report(finite=losses.finite)
+            training.step_sync.report(finite=losses.finite)
             # The losses are shares of a sum; DDP and accumulation are about to take means of their gradients.
-            accelerator.backward(losses.loss * (accelerator.num_processes * len(agreed.group)))
+            accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:
                 accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)
             training.optimizer.step()
             training.optimizer.zero_grad()
-            shares += torch.stack(losses[:4]).detach()
+            shares.append(torch.stack([*losses.logged.values()]))
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
         training.average.update(step)
-    return StepDone(shares, learning_rate)
+    return StepDone(dict(zip(losses.logged, torch.stack(shares).sum(0), strict=True)), learning_rate)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import logging
 import re
 import shutil
 import time
@@ -14,6 +15,8 @@ from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
+
+_logger = logging.getLogger(__name__)
 
 _WRITTEN = {
     "": r"model|tensorboard|config\.yaml|results\.json",
@@ -96,7 +99,7 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
         for folder in {path.parent for path in leaving} - {output_dir}:
             with suppress(OSError):  # something else is there as well
                 folder.rmdir()
-        print(f"{output_dir} held {what}: moved to {aside}", flush=True)
+        _logger.info(f"{output_dir} held {what}: moved to {aside}")
     (output_dir / "results.json").unlink(missing_ok=True)
 
 
@@ -122,8 +125,8 @@ def bring_best(output_dir: Path, resumed: Checkpoint, best: Path, model: Path) -
 
 
 def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[str, str]) -> None:
-    """Print the last evaluation and leave it in `results.json`, with where the run is to be found."""
+    """Log the last evaluation and write it to `results.json`, with where the run can be found."""
     for name, value in metrics.items():
-        print(f"{name:<24} {value:.4f}")
+        _logger.info(f"{name:<24} {value:.4f}")
     results = {"metrics": metrics, **where}
     write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")

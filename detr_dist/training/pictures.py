@@ -1,12 +1,14 @@
 """The pictures of an evaluation, for the output folder and MLflow."""
 
-from collections.abc import Callable
+import logging
 from pathlib import Path
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.evaluate import Details
 from detr_dist.storage import describe_disk_error, new_folder
 from detr_dist.tracking.tracker import Tracker
+
+_logger = logging.getLogger(__name__)
 
 
 def draw_folder(folder: Path, data: CocoData, details: Details) -> list[str]:
@@ -36,12 +38,10 @@ class PictureMaker:
         data: CocoData,
         pictures_dir: Path,
         tracker: Tracker | None,
-        say: Callable[[str], None],
     ) -> None:
         self._data = data
         self._pictures_dir = pictures_dir
         self._tracker = tracker
-        self._say = say
         self._has_warned = False
 
     def draw(self, details: Details, name: str) -> None:
@@ -56,7 +56,7 @@ class PictureMaker:
         if failures and not self._has_warned:
             self._has_warned = True
             more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
-            self._say(
-                f"warning: pictures could not be drawn ({failures[0]}{more}); training goes on, and does not "
+            _logger.warning(
+                f"pictures could not be drawn ({failures[0]}{more}); training goes on, and does not "
                 "say so again"
             )

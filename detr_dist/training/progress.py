@@ -1,54 +1,61 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere. Main process only."""
+"""What a person sees while a run trains: a bar on a terminal, lines with an estimate elsewhere."""
 
-import sys
+import logging
 import time
-from typing import Any
+from collections.abc import Mapping
+from datetime import timedelta
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
-# In a log file a line more often than this says nothing new.
+# In a log file, more frequent lines say nothing new.
 _SECONDS_BETWEEN_LINES = 2.0
+
+_logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows optimizer steps as they are done."""
+    """Shows optimizer steps as they are done. Main process only."""
 
-    def __init__(self, *, is_main_process: bool, first_step: int, total_steps: int) -> None:
-        self._is_main_process = is_main_process
-        self._total_steps = total_steps
+    def __init__(self, *, first_step: int, total_steps: int) -> None:
+        self._first_step, self._total_steps = first_step, total_steps
+        self._began_at = time.monotonic()
         self._last_line_at = float("-inf")
-        self._bar: Any = None
-        if is_main_process and sys.stderr.isatty():
-            self._bar = tqdm(initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+        self._bar: RichProgress | None = None
+        console = Console()
+        if console.is_terminal:  # log messages appear above the bar
+            columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = RichProgress(*columns, TextColumn("{task.description}"), console=console)
+            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+            self._bar.start()
 
     def step(self) -> None:
+        """Count one optimizer step."""
         if self._bar is not None:
-            self._bar.update()
+            self._bar.advance(self._task)
 
-    def metrics(self, step: int, metrics: dict[str, float]) -> None:
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the values that were logged at a step."""
-        parts = [f"loss {metrics['train_loss']:.4f}"]
-        parts += [f"{name} {metrics[f'train_loss_{name}']:.4f}" for name in ("ce", "bbox", "giou")]
+        losses = {name: value for name, value in metrics.items() if name.startswith("train_loss")}
+        parts = [
+            f"{name.removeprefix('train_').replace('loss_', '')} {loss:.4f}" for name, loss in losses.items()
+        ]
         parts += [
             f"lr {metrics['learning_rate']:.2e}",
             f"{metrics['train_images_per_s']:.1f} images/s",
             f"data wait {metrics['train_data_wait_share']:.0%}",
         ]
+        now = time.monotonic()
         if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts))
-        elif step == self._total_steps or time.monotonic() - self._last_line_at >= _SECONDS_BETWEEN_LINES:
-            self.say(f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  " + "  ".join(parts))
-            self._last_line_at = time.monotonic()
-
-    def say(self, text: str) -> None:
-        """A line of its own, beside a bar or without one."""
-        if not self._is_main_process:
-            return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
+            self._bar.update(self._task, description=", ".join(parts))
+        elif step == self._total_steps or now - self._last_line_at >= _SECONDS_BETWEEN_LINES:
+            left_s = (now - self._began_at) / (step - self._first_step) * (self._total_steps - step)
+            parts.append(f"time left {timedelta(seconds=round(left_s))}")
+            _logger.info(f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  {'  '.join(parts)}")
+            self._last_line_at = now
 
     def close(self) -> None:
+        """End the bar."""
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()

@@ -1,24 +1,92 @@
 """Checkpoints and models are written and handed to MLflow in the background: training waits for a copy to the
 host only."""
 
+import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
+from detr_dist.config import Config
 from detr_dist.errors import TrainingError
-from detr_dist.storage import describe_disk_error, finish_interrupted, remove_folder
+from detr_dist.models.detector import Detector, load_plain_weights, plain_network
+from detr_dist.storage import describe_disk_error, finish_interrupted, new_folder, remove_folder
+from detr_dist.tracking.packaging import write_model
 from detr_dist.tracking.tracker import Tracker
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
-from detr_dist.training.packing import ModelCard
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is recorded of a model beside its weights."""
+
+    epoch: int
+    """Epochs begun, from 1."""
+    step: int
+    """Optimizer steps done."""
+    is_best: bool
+    metrics: Mapping[str, float]
+    """From the evaluation at this epoch's end; empty if there was none."""
+    thresholds: Mapping[str, float]
+    """Lowest score of a detection that counts, by class name, from the last evaluation."""
+
+
+class ModelPacker:
+    """Packs the model of every epoch for MLflow, and the best one into the output folder as well."""
+
+    def __init__(self, detector: Detector, config: Config, output_dir: Path, tracker: Tracker | None) -> None:
+        self._network = plain_network(detector)  # a second one on the host, to put each epoch's weights into
+        self._config = config
+        self._output_dir = output_dir
+        self._tracker = tracker
+
+    def pack(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
+        """Write the model, complete or not at all, and hand it to the tracker.
+
+        Raises:
+            Exception: each library reports a full disk by a type of its own.
+        """
+        if self._tracker is None and not card.is_best:
+            return
+        of_epoch = f"models/epoch_{card.epoch}"
+        folder = self._output_dir / ("model" if card.is_best else of_epoch)
+        load_plain_weights(self._network, weights)
+        metadata = {
+            "epoch": card.epoch,
+            "step": card.step,
+            "val_map": card.metrics.get("val_map"),
+            "is_best": card.is_best,
+            "metrics": dict(card.metrics),
+            "thresholds": dict(card.thresholds),
+            "config": self._config.model_dump(mode="json"),
+        }
+        with new_folder(folder) as partial:
+            write_model(self._network, partial, data=self._config.data, metadata=metadata)
+        if self._tracker is None:
+            return
+        self._tracker.log_folder(folder, of_epoch)
+        if self._config.checkpoint.keep_last is not None:
+            self._tracker.keep_newest("models", card.epoch, self._config.checkpoint.keep_last)
+        if card.is_best:
+            self._tracker.log_folder(folder, "model")
+        else:
+            shutil.rmtree(folder)
+            finish_interrupted(folder.parent, "epoch_*")  # and whatever a kill has left there
+            with suppress(OSError):  # something of the user's is there as well
+                folder.parent.rmdir()
 
 
 class Saver:
-    """Writes what is to outlive the run, from one copy of it at a time. Main process only.
+    """Writes checkpoints and models, from one copy of the run at a time. Main process only.
 
-    What cannot be written or uploaded is one line on the screen, and training goes on: what was written
-    before is as it was. `finish` is strict about the checkpoints `best` and `last` and the best model.
+    What cannot be written or uploaded is a warning, and training continues: what was written before is
+    unchanged. `finish` raises if the checkpoints `best` or `last` or the best model are missing in the end.
     """
 
     def __init__(
@@ -28,16 +96,14 @@ class Saver:
         keep_last: int | None,
         tracker: Tracker | None,
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None],
-        say: Callable[[str], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
         self._keep_last = keep_last
         self._tracker = tracker
         self._pack_model = pack_model
-        self._say = say
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
-        self._failures: dict[str, str] = {}  # by name, of what every run shall have at its end
+        self._failures: dict[str, str] = {}  # by name, of what every run must have at its end
         finish_interrupted(checkpoints_dir)
 
     def save(
@@ -85,13 +151,13 @@ class Saver:
             self._pack_model(weights, card)
             if card.is_best:
                 self._failures.pop("model", None)
-        except Exception as error:  # of a full disk each library says it in its own kind
+        except Exception as error:  # each library reports a full disk by a type of its own
             folder = self._checkpoints_dir.parent
             failure = (
                 f"{folder}: the model of step {card.step} could not be saved "
                 f"({describe_disk_error(error, folder)})"
             )
-            self._say(f"warning: {failure}; training goes on")
+            _logger.warning(f"{failure}; training continues")
             if card.is_best:
                 self._failures["model"] = failure
 
@@ -107,24 +173,24 @@ class Saver:
                 f"({describe_disk_error(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
             self._failures |= {name: failure for name in names if name in ("best", "last")}
-            self._say(f"warning: {failure}, and training goes on; make room for the next one")
+            _logger.warning(f"{failure}, and training continues; make room for the next one")
             return
         try:
             self._prune()
         except OSError as error:
-            self._say(f"warning: {self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
+            _logger.warning(f"{self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
         if self._tracker is not None:
             try:
                 self._upload(self._tracker, names)
             except OSError as error:
-                self._say(
-                    f"warning: {folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
+                _logger.warning(
+                    f"{folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
                 )
 
     def _upload(self, tracker: Tracker, names: Sequence[str]) -> None:
         """All but step_<N>, of which there may be thousands."""
         names = [name for name in names if not name.startswith("step_")]
-        if names == ["last"]:  # an upload that is cut short must not spoil the only copy there is
+        if names == ["last"]:  # an upload that is cut short must not damage the only copy
             tracker.log_folder(self._checkpoints_dir / "last", "checkpoints/last_copy", last=MANIFEST)
         for name in names:
             tracker.log_folder(self._checkpoints_dir / name, f"checkpoints/{name}", last=MANIFEST)

@@ -1,4 +1,4 @@
-"""What is known of a run before anything of it is visible from outside."""
+"""What a run is made of, found and checked before anything of it is visible from outside."""
 
 import platform
 import socket
@@ -21,6 +21,7 @@ from detr_dist.models.execution import check_compiler, compile_regions, recomput
 from detr_dist.redaction import redact
 from detr_dist.tracking.outbox import with_credentials
 from detr_dist.training.checkpoint import Checkpoint
+from detr_dist.training.deepspeed import strategy_for
 from detr_dist.training.resume import (
     compare_with_saved,
     has_other_validation,
@@ -31,7 +32,6 @@ from detr_dist.training.resume import (
 from detr_dist.training.sources import Sources
 from detr_dist.training.state import RunFacts
 from detr_dist.training.strategy import Replicated
-from detr_dist.training.zero import strategy_for
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,11 @@ class Place:
 
 
 @dataclass(frozen=True)
-class RunOptions:
-    """What the command line says beside the configuration."""
-
-    train_dir: Path
-    val_dir: Path
-    output_dir: Path
-    resume: str | None = None
-    init_from: str | None = None
-    dry_run: bool = False
-    """Check and report, and do not train."""
-
-
-@dataclass(frozen=True)
 class Setup:
     """A run that is ready to be assembled. All that can be known to be wrong has been found."""
 
     config: Config
-    options: RunOptions
+    output_dir: Path
     train_data: CocoData
     val_data: CocoData
     accelerator: Accelerator
@@ -92,39 +79,41 @@ class Setup:
 
 
 def set_up(
-    config: Config, options: RunOptions, train_data: CocoData, val_data: CocoData, accelerator: Accelerator
+    config: Config,
+    train_data: CocoData,
+    val_data: CocoData,
+    accelerator: Accelerator,
+    *,
+    output_dir: Path,
+    resume: str | None = None,
+    init_from: str | None = None,
+    may_clear_up: bool = True,
 ) -> Setup:
+    """Find the checkpoint or weights to start from, and build the network.
+
+    Collective.
+
+    Args:
+        resume: What `--resume` names.
+        init_from: What `--init-from` names.
+        may_clear_up: Whether to remove what a killed run left incomplete in the output folder.
+
+    Raises:
+        DetrDistError: on every process.
+    """
     if config.training.compile_model:
         check_compiler(accelerator.device.type)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
-    plan = StepPlan(
-        len(train_data),
-        config.training.batch_size,
-        accelerator.num_processes,
-        config.training.gradient_accumulation_steps,
-    )
-    sources = Sources(
-        host,
-        options.output_dir,
-        config.logging.mlflow_tracking_uri,
-        may_clear_up=not options.dry_run,
-    )
-    resumed = sources.checkpoint(options.resume) if options.resume is not None else None
+    uri = config.logging.mlflow_tracking_uri
+    sources = Sources(host, output_dir, uri, may_clear_up=may_clear_up)
+    resumed = sources.checkpoint(resume) if resume is not None else None
     if resumed is not None:
-        config = stay_in_place(config, resumed.facts, str(options.resume))
-        config = _with_credentials(config, options.output_dir / "outbox" / str(resumed.facts.mlflow_run_id))
+        config = _config_of_resumed(config, resumed, str(resume), init_from, output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
-    if (
-        resumed is not None
-        and options.init_from is not None
-        and redact(options.init_from) != redact(str(resumed.facts.init_from))
-    ):
-        raise UsageError(
-            f"--init-from {options.init_from}: the run to be resumed began from {resumed.facts.init_from}; "
-            "give that or nothing, or another --output-dir for a new run"
-        )
-    if resumed is not None:
-        config = with_saved_canvas(config, resumed.facts.config)
+    training = config.training
+    plan = StepPlan(
+        len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
+    )
     facts = RunFacts(
         config=config,
         class_names=list(train_data.class_names),
@@ -132,7 +121,7 @@ def set_up(
         num_processes=accelerator.num_processes,
         zero_stage=strategy.zero_stage,
         global_batch_size=plan.global_batch_size,
-        init_from=options.init_from if resumed is None else resumed.facts.init_from,
+        init_from=init_from if resumed is None else resumed.facts.init_from,
         mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
         data_sha256=train_data.fingerprint(),
         val_data_sha256=val_data.fingerprint(),
@@ -143,7 +132,7 @@ def set_up(
         resumed = replace(resumed, state=resumed.state.without_best())
     return Setup(
         config=config,
-        options=options,
+        output_dir=output_dir,
         train_data=train_data,
         val_data=val_data,
         accelerator=accelerator,
@@ -157,6 +146,21 @@ def set_up(
         detector=_build_network(facts, train_data, sources, resumed),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def _config_of_resumed(
+    config: Config, resumed: Checkpoint, resume: str, init_from: str | None, output_dir: Path
+) -> Config:
+    """Return `config` with what the resumed run decides where nothing else does."""
+    saved = resumed.facts
+    if init_from is not None and redact(init_from) != redact(str(saved.init_from)):
+        raise UsageError(
+            f"--init-from {init_from}: the run to be resumed started from {saved.init_from}; give that or "
+            "nothing, or another --output-dir for a new run"
+        )
+    config = stay_in_place(config, saved, resume)
+    config = _with_credentials(config, output_dir / "outbox" / str(saved.mlflow_run_id))
+    return with_saved_canvas(config, saved.config)
 
 
 def _with_credentials(config: Config, outbox: Path) -> Config:
@@ -194,11 +198,9 @@ def _build_network(
             structure=resumed.folder if resumed is not None else None,
         )
     except UsageError as error:
-        raise UsageError(
-            str(error).replace(f"model.pretrained {model.pretrained}", f"--init-from {facts.init_from}")
-            if facts.init_from is not None
-            else str(error)
-        ) from error
+        if facts.init_from is None:
+            raise
+        raise UsageError(f"--init-from {facts.init_from}: {error}") from error
     if train_data.max_boxes_per_image == 0:  # nothing would be learned
         raise DataError(
             f"{train_data.annotations_path}: has no box to train on (crowd boxes do not count); check that "

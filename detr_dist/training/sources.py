@@ -1,5 +1,6 @@
 """Where a run's first state comes from: a checkpoint or weights, on disk, in MLflow or on the hub."""
 
+import logging
 import os
 import re
 import tempfile
@@ -19,6 +20,8 @@ from detr_dist.training.checkpoint import (
     newest_checkpoint,
     open_checkpoint,
 )
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ class Sources:
             CheckpointError: the one that was named is not whole.
         """
         if self._may_clear_up:
-            self._host.on_main_process(self._clear_up)
+            with self._host.failing_together():
+                if self._host.is_main_process:
+                    self._clear_up()
         found = self._host.once_per_machine(lambda: self._find(resume))
         states = self._host.all_gather_objects(found and found.state)
         if any(state != states[0] for state in states):
@@ -131,6 +136,8 @@ class Sources:
                 f"--resume {resume}: the machines find different checkpoints (by process: {steps}); put "
                 "--output-dir on a disk that all of them share"
             )
+        if found is None and self._host.is_main_process:
+            _logger.info(f"no checkpoint in {self._output_dir}: starting a new run")
         return found
 
     def weights(self, init_from: str) -> str:
@@ -156,19 +163,16 @@ class Sources:
         with locked(self._output_dir):
             finish_interrupted(self._output_dir, "model")
             for name in finish_interrupted(self._output_dir / "checkpoints"):
-                self._say(
-                    f"checkpoint {name} was being written when its process ended: removed what there was "
-                    "of it"
-                )
+                _logger.info(f"checkpoint {name} was being written when its process ended: removed")
 
     def _find(self, resume: str) -> Checkpoint | None:
         if resume == "auto":
-            return newest_checkpoint(self._output_dir / "checkpoints", self._say)
+            return newest_checkpoint(self._output_dir / "checkpoints")
         folder = Path(resume)
         if folder.is_dir():
             if is_checkpoint(folder):
                 return open_checkpoint(folder)
-            newest = newest_checkpoint(folder / "checkpoints", self._say)
+            newest = newest_checkpoint(folder / "checkpoints")
             if newest is None:
                 raise UsageError(f"--resume {folder}: holds no whole checkpoint; give the folder of one")
             return newest
@@ -188,11 +192,7 @@ class Sources:
             try:
                 return open_checkpoint(self.download(uri))
             except CheckpointError as error:
-                self._say(f"passed over {uri}, which is not whole: {error}")
+                _logger.warning(f"skipped {uri}, which is corrupt: {error}")
         raise UsageError(
             f"--resume {run_id}: MLflow run {run_id} has no whole checkpoint; it cannot be resumed"
         )
-
-    def _say(self, line: str) -> None:
-        if self._host.process_index == 0:
-            print(line, flush=True)

@@ -1,5 +1,6 @@
 """The largest batch of a run, computed once before the first step: a lack of memory shows at once."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from detr_dist.errors import TrainingError
 from detr_dist.models.criterion import StepCounts
 from detr_dist.training.loop import Training
+
+_logger = logging.getLogger(__name__)
 
 
 def try_largest_batch(
@@ -35,13 +38,13 @@ def try_largest_batch(
             _compute(training, torch.zeros(num_images, 3, *canvas_hw, dtype=torch.uint8), num_boxes)
     except TrainingError as error:
         if training.memory.config.training.compile_model:  # it was not tried as it will run
-            print(f"warning: not compiled, it does not fit: {error}", flush=True)
+            _logger.warning(f"not compiled, it does not fit: {error}")
         else:
-            training.agreement.report_failure(error)
+            training.step_sync.report_failure(error)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    training.agreement.check(step, training.model)
+    training.step_sync.check(step, training.model)
 
 
 def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
@@ -64,7 +67,7 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
             outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
             counts = StepCounts(float(num_images * num_boxes), num_images)
             losses = training.criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
-            losses.loss.backward()
+            losses.total.backward()
         finally:
             for hook in hooks:
                 hook.remove()

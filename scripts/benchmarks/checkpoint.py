@@ -25,13 +25,13 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
-from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import take_snapshot
 from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.preemption import StopSignals
 from detr_dist.training.saver import Saver
+from detr_dist.training.signals import StopSignals
 from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 
 GOAL = 1 / 3
@@ -53,7 +53,7 @@ def build_training(device: str, *, ema_decay: float) -> tuple[Training, Detector
     training = Training(
         accelerator=accelerator,
         strategy=Replicated(),
-        agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
+        step_sync=StepSync(HostGroup(accelerator), StopSignals()),
         model=detector,
         average=WeightAverage(detector, ema_decay),
         criterion=SetCriterion(detector.loss_settings),

@@ -28,9 +28,7 @@ def settings_for(kind: ClassKind) -> LossSettings:
         cost_class=1.0 if kind == "softmax" else 2.0,
         cost_bbox=5.0,
         cost_giou=2.0,
-        weight_ce=1.0,
-        weight_bbox=5.0,
-        weight_giou=2.0,
+        weights={"ce": 1.0, "bbox": 5.0, "giou": 2.0},
         eos_coef=0.1,
         focal_alpha=0.25,
         num_classes=NUM_CLASSES,
@@ -56,7 +54,7 @@ def random_problem(kind: ClassKind, device: str) -> tuple[dict[str, Tensor], Ten
 
 def our_loss(settings: LossSettings, outputs: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> Tensor:
     counts = StepCounts(num_boxes=NUM_IMAGES * NUM_BOXES, num_images=NUM_IMAGES)
-    return SetCriterion(settings)(outputs, labels, boxes, [NUM_BOXES] * NUM_IMAGES, counts).loss
+    return SetCriterion(settings)(outputs, labels, boxes, [NUM_BOXES] * NUM_IMAGES, counts).total
 
 
 def library_loss(settings: LossSettings, outputs: dict[str, Tensor], labels: Tensor, boxes: Tensor) -> Tensor:
@@ -64,8 +62,8 @@ def library_loss(settings: LossSettings, outputs: dict[str, Tensor], labels: Ten
         class_cost=settings.cost_class,
         bbox_cost=settings.cost_bbox,
         giou_cost=settings.cost_giou,
-        bbox_loss_coefficient=settings.weight_bbox,
-        giou_loss_coefficient=settings.weight_giou,
+        bbox_loss_coefficient=settings.weights["bbox"],
+        giou_loss_coefficient=settings.weights["giou"],
         eos_coefficient=settings.eos_coef,
         focal_alpha=settings.focal_alpha,
         num_labels=settings.num_classes,

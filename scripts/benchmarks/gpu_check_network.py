@@ -29,7 +29,6 @@ from detr_dist.config import Config, load_config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import autocast, group_of_processes
-from detr_dist.training.setup import RunOptions
 
 TF32, FLOAT32 = (
     ["training.mixed_precision=no", "training.tf32=true"],
@@ -107,8 +106,10 @@ def laid_out(check: Check, overrides: Sequence[str], held: ExitStack) -> taken_a
     """Return a run that is ready to train, in this process."""
     held.enter_context(group_of_processes())
     shutil.rmtree(check.out / check.name, ignore_errors=True)
-    options = RunOptions(check.out / "long" / "train", check.out / "long" / "val", check.out / check.name)
-    return taken_apart.lay_out(configured(check, overrides), options, held)
+    places = taken_apart.Places(
+        check.out / "long" / "train", check.out / "long" / "val", check.out / check.name
+    )
+    return taken_apart.lay_out(configured(check, overrides), places, held)
 
 
 def time_step(check: Check, overrides: Sequence[str], *, gpu_only: bool = False) -> None:

@@ -23,7 +23,7 @@ from gpu_check_findings import Check
 from gpu_check_network import SMALL, settings_for
 from mlflow import MlflowClient
 
-import detr_dist.training.run  # noqa: F401
+import detr_dist.training.trainer  # noqa: F401
 from detr_dist.cli import main as run_command
 
 EXACT = ["training.mixed_precision=no", "training.tf32=false"]

@@ -34,10 +34,10 @@ from detr_dist.distributed import (
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
-from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.loop import Training, train_step
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.signals import StopSignals
+from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 
 WARM_UP = 5
@@ -56,7 +56,7 @@ def build(config_path: str, accelerator: Accelerator) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=strategy,
-        agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
+        step_sync=StepSync(HostGroup(accelerator), StopSignals()),
         model=model,
         average=WeightAverage(detector, 0.0),
         criterion=SetCriterion(detector.loss_settings),
@@ -98,9 +98,9 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
 
     def step() -> None:
         number = next(steps)
-        train_step(training, number, training.agreement.next_step(number, batches))
+        train_step(training, number, training.step_sync.next_step(number, batches))
 
-    agreed = training.agreement.next_step(next(steps), batches)
+    agreed = training.step_sync.next_step(next(steps), batches)
     alone = replace(training, model=accelerator.unwrap_model(training.model))
 
     def backward_s() -> float:
@@ -110,7 +110,7 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
         with training.model.no_sync() if is_ddp else nullcontext():
             outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded)
             targets = batch.labels, batch.boxes_cxcywh, batch.num_boxes
-            loss = training.criterion(outputs, *targets, agreed.counts).loss
+            loss = training.criterion(outputs, *targets, agreed.counts).total
             took_s = seconds_of(loss.backward, device)
         training.optimizer.zero_grad()
         return took_s

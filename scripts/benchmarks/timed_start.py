@@ -134,7 +134,9 @@ def main() -> None:
     time_imports(clock)
     with clock.part("import detr_dist, others"):
         cli = importlib.import_module("detr_dist.cli")
-        importlib.import_module("detr_dist.training.run")  # as the command does once it has read its options
+        importlib.import_module(
+            "detr_dist.training.trainer"
+        )  # as the command does once it has read its options
     time_parts(clock, leave)
     cli.main(["train", *arguments])
 

@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -71,13 +71,13 @@ from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.detector import IMAGENET
 from detr_dist.tracking.tracker import Trackers, tracked
+from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import StepDone, Training, train_step
-from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer
-from detr_dist.training.preemption import StopSignals
-from detr_dist.training.run import assemble, observe, open_output, open_run, training_data
-from detr_dist.training.setup import RunOptions, Setup, set_up
+from detr_dist.training.setup import Setup, set_up
+from detr_dist.training.signals import StopSignals
 from detr_dist.training.state import TrainState
+from detr_dist.training.trainer import assemble, build_callbacks, open_output, open_run, training_data
 
 REPOSITORY = Path(__file__).parents[2]
 BARE, CRITERION, LIBRARY = "bare network", "with our criterion", "the library's loss"
@@ -102,7 +102,7 @@ class Workbench:
 
     setup: Setup
     training: Training
-    observer: RunObserver
+    observer: RunCallbacks
     groups: Iterator[list[Batch]]
     state: TrainState
     batch: Batch
@@ -147,7 +147,7 @@ class Workbench:
         losses = self.training.criterion(
             outputs, self.labels, self.boxes_cxcywh, self.batch.num_boxes, counts
         )
-        self._learn(losses.loss, self.idle)
+        self._learn(losses.total, self.idle)
 
     def with_library_loss(self) -> None:
         per_image = zip(
@@ -167,7 +167,7 @@ class Workbench:
         self.step(self.groups)
 
     def step(self, groups: Iterator[list[Batch]]) -> StepDone:
-        agreed = self.training.agreement.next_step(self.state.step, groups)
+        agreed = self.training.step_sync.next_step(self.state.step, groups)
         done = train_step(self.training, self.state.step, agreed)
         self.state.step += 1
         return done
@@ -209,16 +209,22 @@ def run(options: argparse.Namespace) -> None:
             os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU; the command inherits it
             num_cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, num_cores - num_loader_processes(config.data.num_workers)))
-        run_options = place(options, config, Path(folder))
+        places = place(options, config, Path(folder))
         set_numerics(config.training)
         processes = held.enter_context(group_of_processes())
         config = resolve_precision(config, HostGroup(processes))
-        bench = lay_out(config, run_options, held)
+        bench = lay_out(config, places, held)
         measured = measure(bench, options.rounds)
         operations, logging_s = bench.count_operations(), measure_logging(bench, options.log_steps)
-        report(
-            options, bench, measured, operations, logging_s, whole_command(bench, run_options, options.runs)
-        )
+        report(options, bench, measured, operations, logging_s, whole_command(bench, places, options.runs))
+
+
+class Places(NamedTuple):
+    """Folders of a run."""
+
+    train_dir: Path
+    val_dir: Path
+    output_dir: Path
 
 
 def parse_options() -> argparse.Namespace:
@@ -265,7 +271,7 @@ def without_download(folder: Path) -> list[str]:
     return [f"model.pretrained_backbone={path}"]
 
 
-def place(options: argparse.Namespace, config: Config, folder: Path) -> RunOptions:
+def place(options: argparse.Namespace, config: Config, folder: Path) -> Places:
     """Data for one long epoch, so that nothing happens between two steps that are timed."""
     if options.train_dir is not None:
         data = load_coco(options.train_dir)
@@ -279,7 +285,7 @@ def place(options: argparse.Namespace, config: Config, folder: Path) -> RunOptio
     num_steps = max(STEPS_TO_WARM_UP + 100, 2 * blocks + options.log_steps)
     write_long_epoch(data, folder / "train", (num_steps + 20) * config.training.batch_size)
     write_long_epoch(data, folder / "val", 1)
-    return RunOptions(folder / "train", folder / "val", folder / "out")
+    return Places(folder / "train", folder / "val", folder / "out")
 
 
 def write_long_epoch(data: CocoData, folder: Path, num_images: int) -> None:
@@ -300,14 +306,14 @@ def write_long_epoch(data: CocoData, folder: Path, num_images: int) -> None:
     (folder / "annotations.json").write_text(json.dumps(document), encoding="utf-8")
 
 
-def lay_out(config: Config, options: RunOptions, held: ExitStack) -> Workbench:
+def lay_out(config: Config, places: Places, held: ExitStack) -> Workbench:
     accelerator = build_accelerator(
         mixed_precision=config.training.mixed_precision, gradient_accumulation_steps=1
     )
-    train_data = load_coco(options.train_dir)
-    val_data = load_coco(options.val_dir, classes=train_data.class_names)
-    setup = set_up(config, options, train_data, val_data, accelerator)
-    options.output_dir.mkdir()
+    train_data = load_coco(places.train_dir)
+    val_data = load_coco(places.val_dir, classes=train_data.class_names)
+    setup = set_up(config, train_data, val_data, accelerator, output_dir=places.output_dir)
+    places.output_dir.mkdir()
     trackers = Trackers()
     tracker = open_run(setup, trackers)
     held.enter_context(tracked(trackers))
@@ -315,7 +321,9 @@ def lay_out(config: Config, options: RunOptions, held: ExitStack) -> Workbench:
     signals, state = StopSignals(), TrainState()
     training = assemble(setup, signals)
     groups = training_data(setup, training, state)
-    observer = observe(setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker)
+    observer = build_callbacks(
+        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
+    )
     held.callback(observer.close)
     held.callback(groups.close)
     return Workbench(setup, training, observer, groups, state, next(groups)[0])
@@ -360,7 +368,7 @@ def measure_logging(bench: Workbench, num_steps: int) -> float:
     return spent_s / num_steps
 
 
-def whole_command(bench: Workbench, options: RunOptions, rounds: int) -> tuple[dict[str, list[float]], float]:
+def whole_command(bench: Workbench, places: Places, rounds: int) -> tuple[dict[str, list[float]], float]:
     """Seconds of a step of the whole command and of the bare network's before and after it; and the
     command's share of waiting."""
     num_steps = 4 * BLOCK_STEPS
@@ -371,7 +379,7 @@ def whole_command(bench: Workbench, options: RunOptions, rounds: int) -> tuple[d
     seconds: dict[str, list[float]] = {BARE: [], COMMAND: []}
     wait_shares, before_s = [], bare_s()
     for number in range(rounds):
-        step_s, wait_share = run_command(bench.setup.config, options, f"command_{number}")
+        step_s, wait_share = run_command(bench.setup.config, places, f"command_{number}")
         after_s = bare_s()
         seconds[BARE].append((before_s + after_s) / 2)
         seconds[COMMAND].append(step_s)
@@ -380,15 +388,15 @@ def whole_command(bench: Workbench, options: RunOptions, rounds: int) -> tuple[d
     return seconds, statistics.median(wait_shares)
 
 
-def run_command(config: Config, options: RunOptions, name: str) -> tuple[float, float]:
+def run_command(config: Config, places: Places, name: str) -> tuple[float, float]:
     """Seconds of a step, between two moments that MLflow knows of a real run after its warm-up; and the share
     of them in which it waited for data."""
-    output_dir = options.output_dir.parent / name
+    output_dir = places.output_dir.parent / name
     num_steps = STEPS_TO_WARM_UP + 90
     config_path = output_dir.with_suffix(".yaml")
     config_path.write_text(config.to_yaml(), encoding="utf-8")
     command = [sys.executable, "-m", "detr_dist", "train", "--config", config_path]
-    command += ["--output-dir", output_dir, "--train-dir", options.train_dir, "--val-dir", options.val_dir]
+    command += ["--output-dir", output_dir, "--train-dir", places.train_dir, "--val-dir", places.val_dir]
     command += [f"training.max_steps={num_steps}", f"logging.mlflow_run_name={name}"]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONWARNINGS": "ignore"}
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)

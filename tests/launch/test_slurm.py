@@ -138,7 +138,7 @@ def test_a_job_that_is_warned_is_queued_again_and_ends_as_if_it_had_not_been(
     assert job.state == "COMPLETED", job.everything
     assert slurm.job(job.id)["Restarts"] == "1"
     assert "asked to stop (SIGUSR1)" in job.log
-    stopped_at = re.search(r"going on from \S+ at step (\d+)", job.node_log(0))
+    stopped_at = re.search(r"resuming from \S+ at step (\d+)", job.node_log(0))
     assert stopped_at is not None, job.everything
     assert 3 <= int(stopped_at[1]) < NUM_STEPS
     assert job.statuses == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
@@ -161,7 +161,7 @@ def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slu
     job.wait_for_end()
     assert job.state == "COMPLETED", job.everything
     assert slurm.job(job.id)["Restarts"] == "1"
-    assert "going on from" in job.node_log(0)
+    assert "resuming from" in job.node_log(0)
     assert job.statuses[-1] == "FINISHED"
     assert "FINISHED" not in job.statuses[:-1]
     assert steps(workplace) == list(range(1, NUM_STEPS + 1))

@@ -71,15 +71,14 @@ def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: obj
 
 def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
     weights = {name: tiny_detector(name).loss_settings for name in ARCHITECTURES}
-    assert {name: (w.kind, w.cost_class, w.weight_ce) for name, w in weights.items()} == {
+    assert {name: (w.kind, w.cost_class, w.weights["ce"]) for name, w in weights.items()} == {
         "detr": ("softmax", 1, 1),
         "conditional_detr": ("sigmoid", 2, 2),
         "deformable_detr": ("sigmoid", 2, 2),
         "dab_detr": ("sigmoid", 2, 1),
     }
-    assert all(
-        (w.cost_bbox, w.cost_giou, w.weight_bbox, w.weight_giou) == (5, 2, 5, 2) for w in weights.values()
-    )
+    for w in weights.values():
+        assert (w.cost_bbox, w.cost_giou, w.weights["bbox"], w.weights["giou"]) == (5, 2, 5, 2)
 
 
 def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_norm(

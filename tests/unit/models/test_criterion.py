@@ -24,13 +24,15 @@ def settings(kind: ClassKind) -> LossSettings:
         cost_class=1.0 if kind == "softmax" else 2.0,
         cost_bbox=5.0,
         cost_giou=2.0,
-        weight_ce=1.0,
-        weight_bbox=5.0,
-        weight_giou=2.0,
+        weights={"ce": 1.0, "bbox": 5.0, "giou": 2.0},
         eos_coef=0.1,
         focal_alpha=0.25,
         num_classes=NUM_CLASSES,
     )
+
+
+def reweighted(kind: ClassKind, **weights: float) -> LossSettings:
+    return SetCriterion(settings(kind), weights).settings
 
 
 @dataclass
@@ -85,8 +87,8 @@ def library_losses(loss_settings: LossSettings, given: Problem) -> tuple[Tensor,
         class_cost=loss_settings.cost_class,
         bbox_cost=loss_settings.cost_bbox,
         giou_cost=loss_settings.cost_giou,
-        bbox_loss_coefficient=loss_settings.weight_bbox,
-        giou_loss_coefficient=loss_settings.weight_giou,
+        bbox_loss_coefficient=loss_settings.weights["bbox"],
+        giou_loss_coefficient=loss_settings.weights["giou"],
         eos_coefficient=loss_settings.eos_coef,
         focal_alpha=loss_settings.focal_alpha,
         num_labels=loss_settings.num_classes,
@@ -127,13 +129,13 @@ def test_losses_and_gradients_equal_the_librarys_in_one_process(
         ours = problem(kind, num_boxes, seed)
         library = ours.fresh()
         losses = ours.loss(settings(kind))
-        losses.loss.backward()
+        losses.total.backward()
         expected, parts = library_losses(settings(kind), library)
         expected.backward()
-        assert_same(losses.loss.detach(), expected.detach())
-        assert_same(losses.loss_ce, parts["loss_ce"].detach())
-        assert_same(losses.loss_bbox, parts["loss_bbox"].detach())
-        assert_same(losses.loss_giou, parts["loss_giou"].detach())
+        assert_same(losses.total.detach(), expected.detach())
+        assert_same(losses.logged["loss_ce"], parts["loss_ce"].detach())
+        assert_same(losses.logged["loss_bbox"], parts["loss_bbox"].detach())
+        assert_same(losses.logged["loss_giou"], parts["loss_giou"].detach())
         assert losses.finite
         for found, wanted in zip(grads(ours), grads(library), strict=True):
             assert_same(found, wanted)
@@ -146,25 +148,23 @@ def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKin
         cost_class=3.0,
         cost_bbox=0.5,
         cost_giou=4.0,
-        weight_ce=1.0,
-        weight_bbox=0.7,
-        weight_giou=3.0,
+        weights={"ce": 1.0, "bbox": 0.7, "giou": 3.0},
         eos_coef=0.4,
         focal_alpha=0.6,
         num_classes=NUM_CLASSES,
     )
     given = problem(kind, MIXED)
-    assert_same(given.loss(unusual).loss, library_losses(unusual, given)[0])
+    assert_same(given.loss(unusual).total, library_losses(unusual, given)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
-    once, thrice = settings(kind), replace(settings(kind), weight_ce=3.0)
-    no_ce = replace(settings(kind), weight_ce=0.0)
-    ce = given.loss(once).loss - given.loss(no_ce).loss
+    once, thrice = settings(kind), reweighted(kind, ce=3.0)
+    no_ce = reweighted(kind, ce=0.0)
+    ce = given.loss(once).total - given.loss(no_ce).total
     # Differences of losses about 10 times larger lose a digit.
-    assert_same(given.loss(thrice).loss - given.loss(no_ce).loss, 3 * ce, tolerance=1e-5)
+    assert_same(given.loss(thrice).total - given.loss(no_ce).total, 3 * ce, tolerance=1e-5)
     assert torch.equal(given.loss(thrice).loss_ce, given.loss(once).loss_ce)
 
 
@@ -174,17 +174,21 @@ def test_shares_of_micro_batches_sum_to_the_loss_of_the_whole_batch(kind: ClassK
     whole = problem(kind, MIXED)
     split = whole.fresh()
     expected = whole.loss(settings(kind))
-    expected.loss.backward()
+    expected.total.backward()
     edges = [0, *cuts, len(MIXED)]
     shares = []
     for first, last in pairwise(edges):
         share = images(split, first, last).loss(settings(kind), whole.counts)
-        share.loss.backward()
+        share.total.backward()
         shares.append(share)
-    assert_same(torch.stack([share.loss.detach() for share in shares]).sum(), expected.loss.detach())
-    assert_same(torch.stack([share.loss_ce for share in shares]).sum(), expected.loss_ce)
-    assert_same(torch.stack([share.loss_bbox for share in shares]).sum(), expected.loss_bbox)
-    assert_same(torch.stack([share.loss_giou for share in shares]).sum(), expected.loss_giou)
+    assert_same(torch.stack([share.total.detach() for share in shares]).sum(), expected.total.detach())
+    assert_same(torch.stack([share.logged["loss_ce"] for share in shares]).sum(), expected.logged["loss_ce"])
+    assert_same(
+        torch.stack([share.logged["loss_bbox"] for share in shares]).sum(), expected.logged["loss_bbox"]
+    )
+    assert_same(
+        torch.stack([share.logged["loss_giou"] for share in shares]).sum(), expected.logged["loss_giou"]
+    )
     for found, wanted in zip(grads(split), grads(whole), strict=True):
         assert_same(found, wanted)
 
@@ -193,10 +197,10 @@ def test_shares_of_micro_batches_sum_to_the_loss_of_the_whole_batch(kind: ClassK
 def test_a_batch_without_any_box_gives_every_prediction_a_gradient(kind: ClassKind) -> None:
     given = problem(kind, [0, 0, 0])
     losses = given.loss(settings(kind))
-    losses.loss.backward()
+    losses.total.backward()
     logits_grad, boxes_grad = grads(given)
-    assert losses.loss_bbox == losses.loss_giou == 0
-    assert losses.loss_ce > 0
+    assert losses.logged["loss_bbox"] == losses.logged["loss_giou"] == 0
+    assert losses.logged["loss_ce"] > 0
     assert (logits_grad != 0).any(-1).all()
     assert (boxes_grad == 0).all()
     assert losses.finite
@@ -206,21 +210,21 @@ def test_a_batch_without_any_box_gives_every_prediction_a_gradient(kind: ClassKi
 def test_decoder_layers_do_not_influence_each_other(kind: ClassKind) -> None:
     together = problem(kind, MIXED)
     losses = together.loss(settings(kind))
-    losses.loss.backward()
+    losses.total.backward()
     total = torch.zeros(())
     for layer in range(NUM_LAYERS):
         alone = replace(
             together, logits=together.logits[layer, None], boxes=together.boxes[layer, None]
         ).fresh()
         own = alone.loss(settings(kind))
-        own.loss.backward()
-        total += own.loss.detach()
+        own.total.backward()
+        total += own.total.detach()
         for found, wanted in zip(grads(alone), grads(together), strict=True):
             assert_same(found[0], wanted[layer])
-    assert_same(losses.loss.detach(), total)
-    assert_same(losses.loss_ce, own.loss_ce)
-    assert_same(losses.loss_bbox, own.loss_bbox)
-    assert_same(losses.loss_giou, own.loss_giou)
+    assert_same(losses.total.detach(), total)
+    assert_same(losses.logged["loss_ce"], own.logged["loss_ce"])
+    assert_same(losses.logged["loss_bbox"], own.logged["loss_bbox"])
+    assert_same(losses.logged["loss_giou"], own.logged["loss_giou"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -243,11 +247,11 @@ def test_under_autocast_the_maths_is_that_of_float32(kind: ClassKind) -> None:
     ).fresh()
     full = replace(half, logits=half.logits.float(), boxes=half.boxes.float()).fresh()
     expected = full.loss(settings(kind))
-    expected.loss.backward()
+    expected.total.backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = half.loss(settings(kind))
-    losses.loss.backward()
-    assert losses.loss.dtype == torch.float32
+    losses.total.backward()
+    assert losses.total.dtype == torch.float32
     assert losses == expected  # the same operations on the same numbers
     for found, wanted in zip(grads(half), grads(full), strict=True):
         assert torch.equal(found, wanted.bfloat16())
@@ -273,8 +277,8 @@ def test_a_box_without_extent_keeps_loss_and_gradients_finite(kind: ClassKind) -
         given.boxes_cxcywh[0, 2:] = 0
         given.boxes[:, 0, 0] = given.boxes_cxcywh[0]
     losses = given.loss(settings(kind))
-    losses.loss.backward()
-    assert losses.loss.isfinite()
+    losses.total.backward()
+    assert losses.total.isfinite()
     assert all(value.isfinite().all() for value in grads(given))
 
 
@@ -298,7 +302,7 @@ class HostReads(TorchDispatchMode):
 def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     with HostReads() as reads:
-        given.loss(settings(kind)).loss.backward()
+        given.loss(settings(kind)).total.backward()
     assert reads.found == []
     with HostReads() as reads:
         library_losses(settings(kind), given)

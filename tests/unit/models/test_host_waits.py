@@ -56,7 +56,7 @@ def test_a_step_asks_the_device_nothing(
     labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
     with Questions() as questions:
         outputs = detector(images, sizes_hw, is_padded)
-        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2)).loss.backward()
+        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2)).total.backward()
     assert questions.asked == []
 
 

@@ -16,12 +16,12 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
-from detr_dist.training.agreement import StepAgreement
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, take_snapshot, write_checkpoint
 from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.signals import StopSignals
 from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 
 CLASS_NAMES = ["player", "ball"]
@@ -67,7 +67,7 @@ def training(detector: Detector) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=Replicated(),
-        agreement=StepAgreement(HostGroup(accelerator), StopSignals()),
+        step_sync=StepSync(HostGroup(accelerator), StopSignals()),
         model=detector,
         average=average,
         criterion=SetCriterion(detector.loss_settings),

@@ -324,36 +324,39 @@ def test_the_newest_checkpoint_is_of_the_last_step_and_rather_with_its_epoch_clo
         write_checkpoint(tmp_path, [name], snapshot_at(step, closed_step=closed_step))
     (tmp_path / "notes.txt").write_text("no folder")
     write_checkpoint(tmp_path, [".last.partial"], snapshot_at(30))  # what a kill may leave
-    newest = newest_checkpoint(tmp_path, say=pytest.fail)
+    newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.folder == tmp_path / "later_at_20"
     assert newest.age == (20, 20)
 
 
-def test_torn_checkpoints_are_named_and_passed_over(snapshot_at: SnapshotAt, tmp_path: Path) -> None:
+def test_torn_checkpoints_are_named_and_passed_over(
+    snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
+) -> None:
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, [f"step_{step}"], snapshot_at(step))
     flip_a_byte(tmp_path / "step_4" / OPTIMIZER, 100)
     (tmp_path / "step_3" / NETWORK).unlink()
     shutil.rmtree(tmp_path / "step_1")
     (tmp_path / "step_1").mkdir()
-    said: list[str] = []
-    newest = newest_checkpoint(tmp_path, said.append)
+    newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.folder == tmp_path / "step_2"
     assert [
-        str(tmp_path / name) in line for name, line in zip(("step_1", "step_4", "step_3"), said, strict=True)
+        str(tmp_path / name) in line
+        for name, line in zip(("step_1", "step_4", "step_3"), messages, strict=True)
     ]
-    assert str(tmp_path / "step_4" / OPTIMIZER) in said[1]
-    assert str(tmp_path / "step_3" / NETWORK) in said[2]
+    assert str(tmp_path / "step_4" / OPTIMIZER) in messages[1]
+    assert str(tmp_path / "step_3" / NETWORK) in messages[2]
 
 
-def test_where_no_checkpoint_is_whole_there_is_none(snapshot_at: SnapshotAt, tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path / "not_there_yet", say=pytest.fail) is None
-    assert newest_checkpoint(tmp_path, say=pytest.fail) is None
+def test_where_no_checkpoint_is_whole_there_is_none(
+    snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
+) -> None:
+    assert newest_checkpoint(tmp_path / "not_there_yet") is None
+    assert newest_checkpoint(tmp_path) is None
     write_checkpoint(tmp_path, ["last"], snapshot_at(1))
     (tmp_path / "last" / MANIFEST).unlink()
-    said: list[str] = []
-    assert newest_checkpoint(tmp_path, said.append) is None
-    assert len(said) == 1
-    assert str(tmp_path / "last" / MANIFEST) in said[0]
+    assert newest_checkpoint(tmp_path) is None
+    assert len(messages) == 1
+    assert str(tmp_path / "last" / MANIFEST) in messages[0]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from detr_dist.errors import TrainingError
 from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
-from detr_dist.training.packing import ModelCard
-from detr_dist.training.saver import Saver
+from detr_dist.training.saver import ModelCard, Saver
 
 BEST = ModelCard(epoch=1, step=4, is_best=True, metrics={"val_map": 0.5}, thresholds={})
 
@@ -41,13 +40,7 @@ def not_expected(*_: object) -> None:
 
 
 @pytest.fixture
-def said() -> list[str]:
-    """What the savers of the test say."""
-    return []
-
-
-@pytest.fixture
-def new_saver(tmp_path: Path, said: list[str]) -> Iterator[NewSaver]:
+def new_saver(tmp_path: Path) -> Iterator[NewSaver]:
     savers = []
 
     def make(
@@ -57,9 +50,7 @@ def new_saver(tmp_path: Path, said: list[str]) -> Iterator[NewSaver]:
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None] = not_expected,
     ) -> Saver:
         tracker = None if upload is None else Tracker(upload)
-        savers.append(
-            Saver(tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model, say=said.append)
-        )
+        savers.append(Saver(tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model))
         return savers[-1]
 
     yield make
@@ -143,7 +134,7 @@ def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
     new_saver: NewSaver,
     snapshot_at: SnapshotAt,
     tmp_path: Path,
-    said: list[str],
+    messages: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saver = new_saver(keep_last=1)
@@ -154,19 +145,19 @@ def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
         saver.save(lambda: snapshot_at(2), ["epoch_2", "last"])
         with pytest.raises(TrainingError, match="the checkpoint of step 2 could not be written"):
             saver.finish()
-    (warning,) = said
+    (warning,) = messages
     assert warning.startswith(f"warning: {tmp_path / 'epoch_2'}, {tmp_path / 'last'}: ")
     assert "\n" not in warning
     assert "(No space left on device; " in warning
     assert "MiB free" in warning
     assert names_in(tmp_path) == {"epoch_1", "last"}
-    newest = newest_checkpoint(tmp_path, say=pytest.fail)
+    newest = newest_checkpoint(tmp_path)
     assert newest is not None
     assert newest.state.step == 1
     saver.save(lambda: snapshot_at(3), ["epoch_3", "last"])
     saver.finish()
     assert {open_checkpoint(path).state.step for path in tmp_path.iterdir()} == {3}
-    assert said == [warning]
+    assert messages == [warning]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
@@ -212,7 +203,7 @@ def test_a_copy_that_fails_is_raised_at_once_and_spoils_nothing(
 
 
 def test_an_upload_that_fails_is_a_warning_only(
-    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, said: list[str]
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     def refuse(folder: Path, name: str) -> None:
         raise OSError("the disk\nis away")
@@ -220,7 +211,7 @@ def test_an_upload_that_fails_is_a_warning_only(
     saver = new_saver(upload=refuse)
     saver.save(lambda: snapshot_at(1), ["epoch_1", "last"])
     saver.finish()
-    (warning,) = said
+    (warning,) = messages
     assert warning.startswith(f"warning: {tmp_path / 'epoch_1'}, {tmp_path / 'last'}: not uploaded (")
     assert "the disk is away" in warning
     assert open_checkpoint(tmp_path / "last").state.step == 1
@@ -288,12 +279,12 @@ def test_a_model_is_packed_from_the_averaged_weights_before_its_checkpoint_is_th
 
 
 def test_a_model_that_cannot_be_packed_is_a_warning_and_only_for_the_best_one_a_failure_at_the_end(
-    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, said: list[str]
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     saver = new_saver(pack_model=full_disk)
     saver.save(lambda: snapshot_at(1), ["last"], replace(BEST, is_best=False))
     saver.finish()
-    (warning,) = said
+    (warning,) = messages
     assert warning.startswith(f"warning: {tmp_path.parent}: the model of step 4 could not be saved (")
     assert open_checkpoint(tmp_path / "last").state.step == 1
     saver.save_model(lambda: snapshot_at(2).model, BEST)

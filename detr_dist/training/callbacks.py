@@ -1,8 +1,11 @@
 """What happens around the loop: losses and memory are logged, epochs evaluated and saved."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+
+import torch
 
 from detr_dist.config import Config
 from detr_dist.distributed import HostGroup
@@ -16,19 +19,20 @@ from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
-from detr_dist.training.packing import ModelCard
 from detr_dist.training.progress import Progress
-from detr_dist.training.saver import Saver
+from detr_dist.training.saver import ModelCard, Saver
 from detr_dist.training.state import RunFacts, TrainState
 
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
 """A run ends when more training images than these, in number and of all it asked for, could not be read."""
 
+_logger = logging.getLogger(__name__)
+
 HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
-"""What the line after an evaluation shows beside the AP of all and each class."""
+"""Metrics shown in the line after an evaluation, beside the AP of all and of each class."""
 
 
-class RunObserver:
+class RunCallbacks:
     """Logs, evaluates and saves, when the configuration says so. Every method is collective."""
 
     def __init__(
@@ -40,7 +44,7 @@ class RunObserver:
         host: HostGroup,
         groups: GroupStream,
         evaluator: Evaluator,
-        progress: Progress,
+        progress: Progress | None,
         trackers: Trackers,
         saver: Saver | None,
         draw_pictures: Callable[[Details, str], None] | None,
@@ -52,15 +56,14 @@ class RunObserver:
         self._host = host
         self._groups = groups
         self._evaluator = evaluator
-        self._progress = progress
         self._trackers = trackers
-        self._saver = saver  # on the main process
-        self._draw_pictures = draw_pictures  # on the main process, where they are wanted
+        # On the main process only; the last one only if it is wanted.
+        self._progress, self._saver, self._draw_pictures = progress, saver, draw_pictures
         self._details: Details | None = None  # of the evaluation at this epoch's end
         self._facts = facts
         self._monitor = DeviceMonitor(training.accelerator.device, host)
-        if self._monitor.notice:
-            progress.say(self._monitor.notice)
+        if self._monitor.notice and host.is_main_process:
+            _logger.info(self._monitor.notice)
         self._is_best = self._was_evaluated = False  # at the end of this epoch
         self._logged_at = time.perf_counter()
         self._logged_images = 0
@@ -68,7 +71,8 @@ class RunObserver:
         self._paused_s = 0.0  # by evaluation and saving since then
 
     def after_step(self, state: TrainState, done: StepDone) -> None:
-        self._progress.step()
+        if self._progress is not None:
+            self._progress.step()
         every, is_last = self._config.logging, state.step == self._training.total_steps
         if state.step % every.log_every_steps == 0 or is_last:
             self._log_losses(state, done)
@@ -77,11 +81,11 @@ class RunObserver:
 
         every_steps = self._config.checkpoint.every_steps
         if every_steps is not None and state.step % every_steps == 0:
-            self._training.agreement.check(state.step, self._training.model)
+            self._training.step_sync.check(state.step, self._training.model)
             self._save(state, [f"step_{state.step}", "last"])
 
     def evaluate(self, state: TrainState) -> None:
-        """Evaluate, log and remember, if an evaluation is due; at the end of training it is."""
+        """Evaluate and log if an evaluation is due; at the end of training it is."""
         is_last = state.step >= self._training.total_steps
         self._was_evaluated = is_last or self._num_epochs(state) % self._config.evaluation.every_epochs == 0
         self._is_best = False
@@ -94,12 +98,13 @@ class RunObserver:
         self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
         self._trackers.log_metrics(state.metrics | {"val_seconds": took_s}, step=state.step)
-        shown = "  ".join(
+        headlines = "  ".join(
             f"{name} {value:.4f}"
             for name, value in state.metrics.items()
             if name in HEADLINES or name.endswith("_map")
         )
-        self._progress.say(f"evaluation after step {state.step} in {took_s:.1f} s: {shown}")
+        if self._host.is_main_process:
+            _logger.info(f"evaluation after step {state.step} in {took_s:.1f} s: {headlines}")
         self._details = scores.details
         self._paused_s += took_s
 
@@ -107,8 +112,8 @@ class RunObserver:
         """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""
         began_at = time.perf_counter()
         is_over, num_epochs = self._training.is_over(state), self._num_epochs(state)
-        if is_over and state.step < self._training.total_steps:
-            self._progress.say(
+        if is_over and state.step < self._training.total_steps and self._host.is_main_process:
+            _logger.info(
                 f"ending early: {state.evaluations_since_best} evaluations in a row without a better val_map "
                 f"than {state.best_map:.4f} (training.early_stopping_patience)"
             )
@@ -126,26 +131,30 @@ class RunObserver:
             self._save(state, names, model)  # the loop has checked the weights
         details, self._details = self._details, None
         if self._was_evaluated and self._config.evaluation.pictures:
-            self._host.on_main_process(lambda: self._draw(details, f"epoch_{num_epochs}"))
+            with self._host.failing_together():
+                if self._draw_pictures is not None and details is not None:
+                    self._draw_pictures(details, f"epoch_{num_epochs}")
         self._paused_s += time.perf_counter() - began_at
 
-    def _draw(self, details: Details | None, name: str) -> None:
-        if self._draw_pictures is not None and details is not None:
-            self._draw_pictures(details, name)
-
     def save_last(self, state: TrainState) -> None:
-        """Save at once, wherever the run stands, because it is about to stop."""
-        self._training.agreement.check(state.step, self._training.model)
+        """Save at once, at any step, because the run is about to stop."""
+        self._training.step_sync.check(state.step, self._training.model)
         self._save(state, ["last"])
 
     def finish(self) -> None:
-        """Wait until everything is saved. Raises TrainingError if the last checkpoint or model could not
-        be."""
-        self._host.on_main_process(lambda: self._saver.finish() if self._saver else None)
+        """Wait until everything is saved.
+
+        Raises:
+            TrainingError: the last checkpoint or the best model could not be.
+        """
+        with self._host.failing_together():
+            if self._saver is not None:
+                self._saver.finish()
 
     def close(self) -> None:
-        """End the bar and the threads, whatever has happened. Local."""
-        self._progress.close()
+        """End the progress bar and the threads. Local."""
+        if self._progress is not None:
+            self._progress.close()
         self._monitor.close()
         if self._saver is not None:
             self._saver.close()
@@ -156,7 +165,8 @@ class RunObserver:
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses, summed over all processes. Waits for the device."""
-        total = self._training.accelerator.reduce(done.shares, reduction="sum").tolist()
+        shares = torch.stack([*done.losses.values()])
+        sums = self._training.accelerator.reduce(shares, reduction="sum").tolist()
         seen = self._host.gather_rows(
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
         )
@@ -168,11 +178,8 @@ class RunObserver:
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at - self._paused_s
-        metrics = {
-            "train_loss": total[0],
-            "train_loss_ce": total[1],
-            "train_loss_bbox": total[2],
-            "train_loss_giou": total[3],
+        losses = {f"train_{name}": loss for name, loss in zip(done.losses, sums, strict=True)}
+        metrics = losses | {
             "learning_rate": done.learning_rate,
             "epoch": state.step / self._training.plan.steps_per_epoch,
             "train_images_per_s": (sum(images) - self._logged_images) / elapsed_s,
@@ -183,24 +190,24 @@ class RunObserver:
         self._logged_at, self._logged_images, self._logged_waited_s = now, sum(images), max(waits)
         self._paused_s = 0.0
         self._trackers.log_metrics(metrics, step=state.step)
-        self._progress.metrics(state.step, metrics)
+        if self._progress is not None:
+            self._progress.metrics(state.step, metrics)
 
     def _log_memory(self, state: TrainState) -> None:
         self._trackers.log_metrics(self._monitor.read(), step=state.step)
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
-        """Take a copy of the weights, which have been checked, and go on. What goes wrong up to here is
-        raised on every process: none waits for one that has stopped."""
-        self._host.on_main_process(lambda: self._saver.wait() if self._saver else None)
+        """Take a copy of the weights, which have been checked, and continue. What fails until then is raised
+        on every process: none waits for one that has stopped."""
+        with self._host.failing_together():
+            if self._saver is not None:
+                self._saver.wait()
         if names:
-            with self._training.strategy.whole() as memory:
-                take = partial(take_snapshot, self._training, self._detector, state, self._facts, memory)
-                self._host.on_main_process(
-                    lambda: self._saver.save(take, names, model) if self._saver else None
-                )
+            with self._training.strategy.whole() as memory, self._host.failing_together():
+                if self._saver is not None:
+                    take = partial(take_snapshot, self._training, self._detector, state, self._facts, memory)
+                    self._saver.save(take, names, model)
         elif model is not None:
-            take_model = partial(copy_model, self._training)
-            with self._training.average.current():
-                self._host.on_main_process(
-                    lambda: self._saver.save_model(take_model, model) if self._saver else None
-                )
+            with self._training.average.current(), self._host.failing_together():
+                if self._saver is not None:
+                    self._saver.save_model(partial(copy_model, self._training), model)

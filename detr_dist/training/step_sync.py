@@ -12,7 +12,7 @@ from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import StopRequested, TrainingError, as_one_line
 from detr_dist.models.criterion import StepCounts
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.signals import StopSignals
 
 
 class Agreed(NamedTuple):
@@ -38,7 +38,7 @@ class _Problem(NamedTuple):
     cause: Exception | None = None
 
 
-class StepAgreement:
+class StepSync:
     """Sums and checks over all processes, once per optimizer step.
 
     What goes wrong on one process is raised on all of them, and so is a request to stop. Whether the

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,24 +31,23 @@ from detr_dist.storage import check_writable, locked
 from detr_dist.tracking.params import run_params
 from detr_dist.tracking.tracker import TensorBoard, Trackers, tracked
 from detr_dist.tracking.uris import way_to_see
-from detr_dist.training.agreement import StepAgreement
+from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.checkpoint import Checkpoint
+from detr_dist.training.deepspeed import zero_plugin
 from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
-from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.output import bring_best, check_output, make_room, write_results
-from detr_dist.training.packing import ModelPacker
 from detr_dist.training.pictures import PictureMaker
-from detr_dist.training.preemption import StopSignals, leave_note
 from detr_dist.training.progress import Progress
 from detr_dist.training.report import describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
-from detr_dist.training.saver import Saver
-from detr_dist.training.setup import RunOptions, Setup, set_up
+from detr_dist.training.saver import ModelPacker, Saver
+from detr_dist.training.setup import Setup, set_up
+from detr_dist.training.signals import StopSignals, leave_note
 from detr_dist.training.state import TrainState
+from detr_dist.training.step_sync import StepSync
 from detr_dist.training.trial import try_largest_batch
-from detr_dist.training.zero import zero_plugin
 
 if TYPE_CHECKING:
     from detr_dist.tracking.mlflow import MLflowTracker
@@ -56,61 +55,103 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 
-def train(config: Config, options: RunOptions) -> None:
+def train(
+    config: Config,
+    *,
+    train_dir: Path,
+    val_dir: Path,
+    output_dir: Path,
+    resume: str | None = None,
+    init_from: str | None = None,
+    dry_run: bool = False,
+) -> None:
     """Train, evaluate, track and save.
 
     Collective. What can be known to be wrong is found before the first step, on every process.
+
+    Args:
+        resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run, exactly.
+        init_from: A model to take the first weights from.
+        dry_run: Check and report, and do not train.
 
     Raises:
         DetrDistError: with one clear line, on every process.
         StopRequested: a signal asked for it; everything is saved.
     """
     transformers_logging.disable_progress_bar()
-    if options.init_from is not None and options.resume not in (None, "auto"):
-        raise UsageError("--init-from begins a new run and --resume goes on with one; leave one of them out")
+    if init_from is not None and resume not in (None, "auto"):
+        raise UsageError("--init-from starts a new run and --resume continues one; leave one of them out")
     set_numerics(config.training)
-    with group_of_processes(stacks_dir=options.output_dir / "stacks") as processes:
-        HostGroup(processes).on_main_process(lambda: check_output(options.output_dir))
-        config = resolve_precision(config, HostGroup(processes))
-        if options.dry_run:
-            HostGroup(processes).on_main_process(lambda: _check_data(config, options))
-        train_data = load_coco(options.train_dir)
-        val_data = load_coco(options.val_dir, classes=train_data.class_names)
+    with group_of_processes(stacks_dir=output_dir / "stacks") as processes:
+        host = HostGroup(processes)
+        with host.failing_together():
+            if host.is_main_process:
+                check_output(output_dir)
+        config = resolve_precision(config, host)
+        if dry_run:
+            with host.failing_together():
+                if host.is_main_process:
+                    _check_data(config, train_dir, val_dir)
+        train_data = load_coco(train_dir)
+        val_data = load_coco(val_dir, classes=train_data.class_names)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
             deepspeed=zero_plugin(config.training, processes.num_processes),
         )
-        setup = set_up(config, options, train_data, val_data, accelerator)
+        setup = set_up(
+            config,
+            train_data,
+            val_data,
+            accelerator,
+            output_dir=output_dir,
+            resume=resume,
+            init_from=init_from,
+            may_clear_up=not dry_run,
+        )
         setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
-        if options.dry_run:
-            setup.host.on_main_process(lambda: print("\n".join(describe_run(setup)), flush=True))
+        if dry_run:
+            if host.is_main_process:
+                _log_lines(describe_run(setup))
             return
-        with StopSignals(setup.host.hurry) as signals, ExitStack() as held:
-            setup.host.on_main_process(lambda: held.enter_context(_hold_output(options.output_dir)))
-            trackers = Trackers()  # empty on all processes but the main one
-            tracker = setup.host.on_main_process(lambda: open_run(setup, trackers))
-            with tracked(trackers), setup.host.on_failure(trackers.close_after_loss):
-                setup.host.on_main_process(lambda: open_output(setup, trackers, tracker))
-                _run(setup, assemble(setup, signals), signals, trackers, tracker)
+        _run(setup)
 
 
-def _shared_memory_need(setup: Setup) -> Need:
-    """Of both loaders of a process: while one evaluates, the other waits with what it has prepared."""
-    training = shared_memory_need(setup.config, setup.train_data, train=True)
-    return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
-
-
-def _check_data(config: Config, options: RunOptions) -> None:
-    report = check_splits([str(options.train_dir), str(options.val_dir)], config, open_pictures=True)
-    print("\n".join(report.lines()), flush=True)
+def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
+    report = check_splits([str(train_dir), str(val_dir)], config, open_pictures=True)
+    _log_lines(report.lines())
     if report.num_errors:
         raise DataError(f"the data are not ready to train on: {report.num_errors} errors, named above")
 
 
-def _hold_output(output_dir: Path) -> AbstractContextManager[None]:
-    check_writable("--output-dir", output_dir)
-    return locked(output_dir)
+def _shared_memory_need(setup: Setup) -> Need:
+    """Return what both loaders of a process need: while one evaluates, the other keeps what it prepared."""
+    training = shared_memory_need(setup.config, setup.train_data, train=True)
+    return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
+
+
+def _log_lines(lines: Iterator[str] | list[str]) -> None:
+    for line in lines:
+        _logger.info(line)
+
+
+def _run(setup: Setup) -> None:
+    """Track the run, train, and write the results. Collective."""
+    host, trackers, tracker = setup.host, Trackers(), None  # on the main process alone there are any
+    with StopSignals(host.hurry) as signals, ExitStack() as held:
+        with host.failing_together():
+            if host.is_main_process:
+                check_writable("--output-dir", setup.output_dir)
+                held.enter_context(locked(setup.output_dir))
+                tracker = open_run(setup, trackers)
+        with tracked(trackers), host.on_failure(trackers.close_after_loss):
+            with host.failing_together():
+                if host.is_main_process:
+                    open_output(setup, trackers, tracker)
+            state = _train(setup, assemble(setup, signals), signals, trackers, tracker)
+            with host.failing_together():
+                if host.is_main_process:
+                    _write_results(setup, state, tracker)
 
 
 def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
@@ -130,8 +171,8 @@ def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
 
 
 def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
-    """Give the run its files and the main process its trackers. Main process."""
-    output_dir, config, resumed = setup.options.output_dir, setup.config, setup.resumed
+    """Write the run's first files and open its trackers. Main process."""
+    output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
         _bring_best(setup, resumed)
@@ -156,7 +197,7 @@ def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None
 
 
 def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
-    """The best model so far belongs to the run as well; it lies beside the checkpoint, or in MLflow."""
+    """Copy the best model so far, which is beside the resumed checkpoint or in MLflow."""
     try:
         best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
         is_here = best.exists() and model.exists()
@@ -164,13 +205,13 @@ def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
             of_run = f"runs:/{resumed.facts.mlflow_run_id}"
             best = setup.sources.download(f"{of_run}/checkpoints/best")
             model = setup.sources.download(f"{of_run}/model")
-        bring_best(setup.options.output_dir, resumed, best, model)
+        bring_best(setup.output_dir, resumed, best, model)
     except (CheckpointError, UsageError, OSError) as error:
-        print(f"warning: the best model so far could not be brought here ({error})", flush=True)
+        _logger.warning(f"the best model so far could not be copied ({error})")
 
 
 def assemble(setup: Setup, signals: StopSignals) -> Training:
-    """Put the network, its optimizer and all else that the loop needs on the device. Collective."""
+    """Put the network, its optimizer and everything else that the loop needs on the device. Collective."""
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     detector.to(accelerator.device)
@@ -186,10 +227,10 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        agreement=StepAgreement(setup.host, signals, canvas_rule(config.data)),
+        step_sync=StepSync(setup.host, signals, canvas_rule(config.data)),
         model=model,
         average=average,
-        criterion=SetCriterion(detector.loss_settings),
+        criterion=SetCriterion(detector.loss_settings, config.loss.weights),
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         plan=setup.plan,
@@ -201,41 +242,45 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     )
 
 
-def _run(
+def _train(
     setup: Setup,
     training: Training,
     signals: StopSignals,
     trackers: Trackers,
     tracker: "MLflowTracker | None",
-) -> None:
+) -> TrainState:
     """Train to the end, or to a request to stop. Collective."""
-    host, options = setup.host, setup.options
+    host = setup.host
     state = setup.resumed.state if setup.resumed is not None else TrainState()
     groups = training_data(setup, training, state)
-    observer = observe(setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker)
+    callbacks = build_callbacks(
+        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
+    )
     try:
         _try_largest_batch(setup, training, state, groups)
         with host.explained():
-            fit(training, state, groups, observer)
-        observer.finish()
+            fit(training, state, groups, callbacks)
+        callbacks.finish()
     except StopRequested as request:
         groups.close()  # its loader processes may be about to end, as all processes were asked to
-        observer.save_last(state)
-        observer.finish()
+        callbacks.save_last(state)
+        callbacks.finish()
         text = (
-            f"{request}: saved in {options.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
-            f"{training.total_steps}; the same command with --resume auto goes on"
+            f"{request}: saved in {setup.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
+            f"{training.total_steps}; the same command with --resume auto continues"
         )
-        host.on_main_process(lambda: leave_note(text))  # before anything that may take its time
+        with host.failing_together():
+            if host.is_main_process:
+                leave_note(text)  # before anything that may take long
         raise StopRequested(text) from None
     finally:
         groups.close()
-        observer.close()
-    host.on_main_process(lambda: _leave_results(setup, state, tracker))
+        callbacks.close()
+    return state
 
 
 def _try_largest_batch(setup: Setup, training: Training, state: TrainState, groups: GroupStream) -> None:
-    """Only where memory is short and the whole network on each device. Collective."""
+    """Run the largest batch once, on a GPU that holds the whole network. Collective."""
     settings, device = setup.config.training, setup.accelerator.device
     if not settings.try_largest_batch or device.type == "cpu" or setup.strategy.zero_stage:
         return
@@ -250,7 +295,7 @@ def _try_largest_batch(setup: Setup, training: Training, state: TrainState, grou
 
 
 def training_data(setup: Setup, training: Training, state: TrainState) -> GroupStream:
-    """All that is left to see of the training data, from `state` on."""
+    """Return the training data from `state` on."""
     return GroupStream(
         setup.train_data,
         setup.config,
@@ -262,7 +307,7 @@ def training_data(setup: Setup, training: Training, state: TrainState) -> GroupS
     )
 
 
-def observe(
+def build_callbacks(
     setup: Setup,
     training: Training,
     state: TrainState,
@@ -271,33 +316,30 @@ def observe(
     signals: StopSignals,
     trackers: Trackers,
     tracker: "MLflowTracker | None",
-) -> RunObserver:
-    """What logs, evaluates and saves around the loop; on the main process it says how the run begins.
-    Collective."""
-    config, accelerator, options = setup.config, setup.accelerator, setup.options
-    progress = Progress(
-        is_main_process=accelerator.is_main_process, first_step=state.step, total_steps=training.total_steps
-    )
-    if accelerator.is_main_process:
-        for line in (*describe_run(setup), *_describe_start(setup, training, state)):
-            progress.say(line)
-    saver = pictures = None
+) -> RunCallbacks:
+    """Return what logs, evaluates and saves around the loop; the main process logs how the run starts.
+
+    Collective.
+    """
+    config, accelerator, output_dir = setup.config, setup.accelerator, setup.output_dir
+    progress = saver = pictures = None
     files = trackers if trackers.keeps_files else None
     if accelerator.is_main_process:
+        _log_lines(describe_run(setup))
+        _log_lines(_describe_start(setup, training, state))
+        progress = Progress(first_step=state.step, total_steps=training.total_steps)
         if config.evaluation.pictures:
-            pictures_dir = options.output_dir / "pictures"
-            pictures = PictureMaker(setup.val_data, pictures_dir, files, progress.say)
+            pictures = PictureMaker(setup.val_data, output_dir / "pictures", files)
         saver = Saver(
-            options.output_dir / "checkpoints",
+            output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
             tracker=files,
-            pack_model=ModelPacker(training.average.detector, config, options.output_dir, files).pack,
-            say=progress.say,
+            pack_model=ModelPacker(training.average.detector, config, output_dir, files).pack,
         )
     evaluator = Evaluator(
         setup.val_data, config, accelerator, setup.host, stop_requested=lambda: signals.is_requested
     )
-    return RunObserver(
+    return RunCallbacks(
         training,
         setup.detector,
         config,
@@ -312,9 +354,9 @@ def observe(
     )
 
 
-def _leave_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
+def _write_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
     where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
-    write_results(setup.options.output_dir, state.metrics, where)
+    write_results(setup.output_dir, state.metrics, where)
     if tracker is not None:
         if setup.config.logging.register_model_as is not None:
             tracker.register_model(setup.config.logging.register_model_as)
@@ -324,17 +366,16 @@ def _leave_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | No
 
 
 def _describe_start(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
-    """Where training goes on from."""
-    if setup.resumed is not None:
-        yield (
-            f"going on from {setup.resumed.folder} at step {state.step}, "
-            f"{state.step * training.plan.global_batch_size} samples seen"
-        )
-        yield from (f"  changed since: {change}" for change in setup.changes)
-        if training.is_over(state):
-            limit = "training.num_epochs or training.max_steps"
-            if state.closed_step < training.total_steps:
-                limit = "training.early_stopping_patience"
-            yield f"there is nothing left to do: raise {limit} to train on"
-    elif setup.options.resume is not None:
-        yield f"no checkpoint in {setup.options.output_dir}: a new run begins"
+    """Say where training resumes."""
+    if setup.resumed is None:
+        return
+    yield (
+        f"resuming from {setup.resumed.folder} at step {state.step}, "
+        f"{state.step * training.plan.global_batch_size} samples seen"
+    )
+    yield from (f"  changed since: {change}" for change in setup.changes)
+    if training.is_over(state):
+        limit = "training.num_epochs or training.max_steps"
+        if state.closed_step < training.total_steps:
+            limit = "training.early_stopping_patience"
+        yield f"there is nothing left to do: raise {limit} to train on"

@@ -13,11 +13,9 @@ from detr_dist.config import CheckpointConfig
 from detr_dist.distributed import HostGroup
 from detr_dist.models.detector import Detector
 from detr_dist.tracking.tracker import Trackers
+from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import Training
-from detr_dist.training.observer import RunObserver
-from detr_dist.training.packing import ModelCard
-from detr_dist.training.progress import Progress
-from detr_dist.training.saver import Saver
+from detr_dist.training.saver import ModelCard, Saver
 from detr_dist.training.state import RunFacts, TrainState
 
 
@@ -52,22 +50,22 @@ def observer(
     tmp_path: Path,
     packed: list[tuple[int, Mapping[str, Tensor]]],
     optimizer: CountingOptimizer,
-) -> Iterator[RunObserver]:
+) -> Iterator[RunCallbacks]:
     """Of a run with MLflow whose epochs have 10 steps; a checkpoint is due after every second."""
 
     def pack(weights: Mapping[str, Tensor], card: ModelCard) -> None:
         packed.append((card.epoch, weights))
 
-    observer = RunObserver(
+    observer = RunCallbacks(
         replace(training, optimizer=optimizer, total_steps=100),
         detector,
         facts.config.model_copy(update={"checkpoint": CheckpointConfig(every_epochs=2)}),
         host=HostGroup(training.accelerator),
         groups=None,
         evaluator=None,
-        progress=Progress(is_main_process=False, first_step=0, total_steps=100),
+        progress=None,
         trackers=Trackers(),
-        saver=Saver(tmp_path, keep_last=None, tracker=None, pack_model=pack, say=pytest.fail),
+        saver=Saver(tmp_path, keep_last=None, tracker=None, pack_model=pack),
         draw_pictures=None,
         facts=facts,
     )
@@ -76,7 +74,7 @@ def observer(
 
 
 def test_an_epoch_of_which_only_the_model_is_due_copies_the_model_and_not_the_optimizer(
-    observer: RunObserver,
+    observer: RunCallbacks,
     training: Training,
     optimizer: CountingOptimizer,
     packed: list[tuple[int, Mapping[str, Tensor]]],

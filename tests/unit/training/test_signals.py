@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from detr_dist.errors import StopRequested, TrainingError
-from detr_dist.training.preemption import SIGNALS, StopSignals, leave_note
+from detr_dist.training.signals import SIGNALS, StopSignals, leave_note
 
 TWO_INTERRUPTS = """
 import os, signal, sys, time
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.signals import StopSignals
 with StopSignals() as signals:
     os.kill(os.getpid(), signal.SIGINT)
     print(signals.received, flush=True)

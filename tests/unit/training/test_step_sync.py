@@ -8,13 +8,13 @@ from detr_dist.data.batching import Batch
 from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, StopRequested, TrainingError
-from detr_dist.training.agreement import StepAgreement
-from detr_dist.training.preemption import StopSignals
+from detr_dist.training.signals import StopSignals
+from detr_dist.training.step_sync import StepSync
 
 
 @pytest.fixture
-def agreement() -> StepAgreement:
-    return StepAgreement(HostGroup(Accelerator(cpu=True)), StopSignals())
+def step_sync() -> StepSync:
+    return StepSync(HostGroup(Accelerator(cpu=True)), StopSignals())
 
 
 def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -> Batch:
@@ -31,9 +31,9 @@ def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -
     )
 
 
-def test_counts_and_canvas_cover_all_micro_batches(agreement: StepAgreement) -> None:
+def test_counts_and_canvas_cover_all_micro_batches(step_sync: StepSync) -> None:
     group = [batch(40, 60, [2, 0], [1, 2]), batch(50, 30, [1], [3])]
-    agreed = agreement.next_step(0, iter([group]))
+    agreed = step_sync.next_step(0, iter([group]))
     assert agreed.group is group
     assert (agreed.counts.num_boxes, agreed.counts.num_images) == (3, 3)
     assert agreed.canvas_hw == (50, 60)
@@ -41,50 +41,50 @@ def test_counts_and_canvas_cover_all_micro_batches(agreement: StepAgreement) -> 
 
 @pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
 def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
-    agreement = StepAgreement(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
     whole = batch(40, 60, [1, 1, 1], [1, 2, 3])
     whole.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
     parts = [batch(40, 60, [1], [1]), batch(40, 50, [1], [2]), batch(30, 60, [1], [3])]
-    canvases = {agreement.next_step(0, iter([group])).canvas_hw for group in ([whole], parts)}
+    canvases = {step_sync.next_step(0, iter([group])).canvas_hw for group in ([whole], parts)}
     assert canvases == {(64, 64)}
     of_one_size = [batch(40, 60, [1], [1]), batch(40, 60, [1, 1], [2, 3])]
     expected = (40, 60) if rule.keep_one_size else (64, 64)
-    assert agreement.next_step(1, iter([of_one_size])).canvas_hw == expected
+    assert step_sync.next_step(1, iter([of_one_size])).canvas_hw == expected
 
 
-def test_a_step_that_was_not_finite_stops_the_next_with_its_own_images(agreement: StepAgreement) -> None:
+def test_a_step_that_was_not_finite_stops_the_next_with_its_own_images(step_sync: StepSync) -> None:
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
-    agreement.next_step(4, groups)
-    agreement.report(finite=False)
+    step_sync.next_step(4, groups)
+    step_sync.report(finite=False)
     with pytest.raises(
         TrainingError, match=r"step 5: process 0 \(.+\): the loss is not finite, image ids \[17\]"
     ):
-        agreement.next_step(5, groups)
+        step_sync.next_step(5, groups)
 
 
-def test_weights_that_are_not_finite_are_found_before_anything_is_saved(agreement: StepAgreement) -> None:
+def test_weights_that_are_not_finite_are_found_before_anything_is_saved(step_sync: StepSync) -> None:
     layer = torch.nn.Linear(2, 2)
-    agreement.check(1, layer)
+    step_sync.check(1, layer)
     with torch.no_grad():
         layer.bias[1] = torch.inf
     with pytest.raises(TrainingError, match=r"step 1: process 0 \(.+\): the weights are not finite"):
-        agreement.check(1, layer)
+        step_sync.check(1, layer)
 
 
-def test_data_that_fail_stop_the_step_with_their_own_words(agreement: StepAgreement) -> None:
+def test_data_that_fail_stop_the_step_with_their_own_words(step_sync: StepSync) -> None:
     def broken():
         raise DataError("the disk is gone")
         yield
 
     with pytest.raises(TrainingError, match=r"step 0: process 0 \(.+\): the disk is gone$"):
-        agreement.next_step(0, broken())
+        step_sync.next_step(0, broken())
 
 
 def test_a_request_to_stop_ends_it_before_the_next_step_is_begun() -> None:
     signals = StopSignals()
-    agreement = StepAgreement(HostGroup(Accelerator(cpu=True)), signals)
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), signals)
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
-    agreement.next_step(4, groups)
+    step_sync.next_step(4, groups)
     signals.received = "SIGTERM"
     with pytest.raises(StopRequested, match=r"asked to stop \(SIGTERM\) at step 5"):
-        agreement.next_step(5, groups)
+        step_sync.next_step(5, groups)
