@@ -160,7 +160,7 @@ class _Saved(NamedTuple):
 
 
 def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
-    """Return the epochs that a run left when it was resumed from an earlier step: that was saved after them."""
+    """Return the epochs that a run left when it resumed from an earlier step, which was saved later."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = {
             path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
