@@ -32,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Find:
-    """A folder that may go."""
+    """A folder that may be deleted."""
 
     name: str
     num_bytes: int
@@ -42,7 +42,7 @@ class _Find:
 def prune(
     targets: Sequence[str], *, experiment: str | None, tracking_uri: str, keep_last: int, delete: bool
 ) -> None:
-    """Say what is older than the newest `keep_last` checkpoints and epoch models of each target (an output
+    """Report what is older than the newest `keep_last` checkpoints and epoch models of each target (an output
     folder with its MLflow run, or the id of a run) and of every run of `experiment`; with `delete` delete it.
 
     Raises:
@@ -74,7 +74,7 @@ def prune(
 
 
 def _go_through(finds: Iterable[_Find], *, delete: bool) -> tuple[list[_Find], list[str]]:
-    """Say what may go, and delete it if asked to; returns what that was, and what went wrong."""
+    """Report what may be deleted, and delete it if asked to; return what that was, and what failed."""
     done: list[_Find] = []
     failures: list[str] = []
     for find in finds:
@@ -123,7 +123,7 @@ def _runs(tracking_uri: str, *, run_id: str | None = None, experiment: str | Non
 
 
 def _in_ended_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator[_Find]:
-    """Of a run that is going on, only its own process knows what it still needs."""
+    """Yield the folders of runs that have ended: of others only their own process knows what it needs."""
     for run in runs:
         if run.info.status == "RUNNING":
             _logger.info(
@@ -160,7 +160,7 @@ class _Saved(NamedTuple):
 
 
 def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
-    """The epochs that a run which went back has left: after them something of an earlier step was saved."""
+    """Return the epochs that a run left when it resumed from an earlier step, which was saved later."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = {
             path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
@@ -174,7 +174,7 @@ def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) 
 
 
 def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None:
-    """How far a run was when it saved a checkpoint or a model, and when that was; None if it does not say."""
+    """Return step and time of a checkpoint or model; None if it is incomplete."""
     try:
         if "/models/" in artifact_uri:
             model = yaml.safe_load(
