@@ -7,6 +7,7 @@ Accelerate's own YAML says how to distribute; nothing here repeats it. This modu
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -464,6 +465,8 @@ def _split_override(override: str) -> tuple[list[str], str]:
 
 
 def _parse_value(override: str, value_text: str) -> tuple[Any, Any]:
+    if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # the name of a file, and no comment
+        return value_text, value_text
     try:
         return _parse_yaml(value_text)
     except _RepeatedKeyError as error:

@@ -36,8 +36,13 @@ COLLECTIVE_LIMIT_S = 90.0
 between two collectives of a step there are seconds. A stopped process and its launcher, which needs 30 s to
 kill it, are gone within 150 s."""
 
+COMPILE_LIMIT_S = 600.0
+"""The same where any step may compile first, which each process does at its own pace."""
+
 PATIENT_LIMIT_S = 3600.0
 """Limit where one process may take its time while the others wait: to download, score or save."""
+
+_COLLECTIVE_LIMIT = "DETR_DIST_COLLECTIVE_LIMIT_S"
 
 # The first is torch's name; the others it still reads.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -102,6 +107,13 @@ def set_numerics(settings: TrainingConfig) -> None:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+
+
+def allow_for_compiling(settings: TrainingConfig) -> None:
+    """Let collectives wait for processes that compile, unless the environment sets their limit. Call it
+    before the processes form their group."""
+    if settings.compile_model:
+        os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
 
 
 def resolve_precision(config: Config, host: "HostGroup") -> Config:
@@ -212,7 +224,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
 
 def collective_limit_s() -> float:
     """Return how long a collective may wait for another process."""
-    return seconds_from_environment("DETR_DIST_COLLECTIVE_LIMIT_S", COLLECTIVE_LIMIT_S)
+    return seconds_from_environment(_COLLECTIVE_LIMIT, COLLECTIVE_LIMIT_S)
 
 
 def _keep_flight_records(stacks_dir: Path) -> None:

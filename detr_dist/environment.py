@@ -81,6 +81,13 @@ def check_environment() -> None:
             known = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in values else "WORLD_SIZE is not set"
             raise UsageError(f"{name} is {values[name]} in the environment, but {known}; {_WAY_OUT}")
     lacking = [name for name in _NEEDED if not os.environ.get(name)]
+    if "WORLD_SIZE" not in values:  # nobody has launched anything
+        os.environ.pop("LOCAL_WORLD_SIZE", None)
+    elif not 1 <= values.get("LOCAL_WORLD_SIZE", 1) <= size:
+        raise UsageError(
+            f"LOCAL_WORLD_SIZE is {values['LOCAL_WORLD_SIZE']} in the environment, but WORLD_SIZE is {size}; "
+            f"{_WAY_OUT}"
+        )
     if size > 1 and lacking:
         raise UsageError(
             f"WORLD_SIZE is {size} in the environment, but {', '.join(lacking)} not set; {_WAY_OUT}"

@@ -34,14 +34,18 @@ _USER_INFO = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-_PARAMETER = rf"[^=&\s]*(?:{_SECRET}|key|sig|signature)=[^&\s]*"
+# What ODBC is to connect with is encoded, its password too.
+_PARAMETER = rf"[^=&\s]*(?:{_SECRET}|key|sig|signature|pass|odbc_connect)=[^&\s]*"
 _PARAMETERS = re.compile(rf"([?&])(?:{_PARAMETER}&)*{_PARAMETER}(&?)", re.IGNORECASE)
 
-_ASSIGNMENT = re.compile(rf"({_SECRET}\s*=\s*)\S+", re.IGNORECASE)
+_QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
+_ASSIGNMENT = re.compile(
+    rf"({_SECRET}\s*=\s*|\bAuthorization:\s*(?:Basic|Bearer)\s+)(?:{_QUOTED}|\S+)", re.IGNORECASE
+)
 
 # An entry of a mapping in YAML, JSON or Python. Numbers and the like are no secrets.
 _ENTRY = re.compile(
-    rf"({_SECRET}[\"']?\s*:\s*)(?:\"[^\"]*\"|'[^']*'|(?!(?:[\d.]+|null|none|true|false)[\s,}}])[^\s\"'{{\[,}}]+)",
+    rf"({_SECRET}[\"']?\s*:\s*)(?:{_QUOTED}|(?!(?:[\d.]+|null|none|true|false)[\s,}}])[^\s\"'{{\[,}}]+)",
     re.IGNORECASE,
 )
 

@@ -18,6 +18,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
+from torch._C import _distributed_c10d
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore  # where torch.distributed has them
 
 from detr_dist.environment import find_device_problem, uses_cpu
@@ -164,6 +165,7 @@ class Rendezvous:
         else:
             others = "all other processes stopped for the same reason"
         here = f"this is {self._describe()}{self.write_stacks(others, error)}"
+        self._write_collectives()
         return (
             f"{others}; {here} ({as_one_line(error)})"
             if is_lost_contact
@@ -189,6 +191,13 @@ class Rendezvous:
             return f"; no stacks, as {path} cannot be written ({error.strerror})"
         return f"; stacks of all threads in {path}"
 
+    def _write_collectives(self) -> None:
+        """Write NCCL's last collectives beside the stacks; its own watchdog would do so later, if at all."""
+        dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)  # torch for the CPU has none
+        if self.stacks_dir is not None and dump is not None and not uses_cpu():
+            with suppress(OSError, RuntimeError):
+                (self.stacks_dir / f"nccl_rank_{self.rank}").write_bytes(dump())
+
     def _end_stalled(self, limit_s: float) -> None:
         """The main thread is inside a call that does not return."""
         reason = f"no progress for {limit_s:.0f} s"
@@ -203,6 +212,7 @@ class Rendezvous:
             with suppress(Exception):  # the process must end
                 action(line)
         report_error(line)
+        self._write_collectives()  # at last, as it asks the GPU
         os._exit(1)
 
     def _collect_ends(self) -> dict[int, Any]:

@@ -50,5 +50,5 @@ cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}"
 
 echo "$gpus GPUs: $processes processes by accelerate_configs/$name.yaml"
-exec python -m accelerate.commands.launch --config_file "$repository/accelerate_configs/$name.yaml" \
+exec python -m accelerate.commands.launch --quiet --config_file "$repository/accelerate_configs/$name.yaml" \
   --num_processes "$processes" "$repository/scripts/train_detr.py" "$@"

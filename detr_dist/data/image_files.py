@@ -24,9 +24,8 @@ class UnreadableImageError(Exception):
 def image_suffixes() -> frozenset[str]:
     """The suffixes, in lower case with their dot, of all formats that Pillow decodes."""
     formats = Image.registered_extensions()  # loads all plug-ins: a fifth of a second
-    return frozenset(
-        suffix for suffix, name in formats.items() if name in Image.OPEN and name not in _ONLY_IDENTIFIED
-    )
+    decoded = {*Image.OPEN, "MPO"} - _ONLY_IDENTIFIED  # MPO is opened as JPEG
+    return frozenset(suffix for suffix, name in formats.items() if name in decoded)
 
 
 @contextmanager

@@ -170,11 +170,12 @@ class _Batches(Dataset[Batch | DetrDistError]):
 
     def __init__(self, samples: CocoDetectionDataset, failures: "SimpleQueue[DetrDistError] | None") -> None:
         self._samples = samples
-        self._failures = failures  # tells of them at once, and not when the batch is due
+        self._failures = failures  # tells of the first at once, and not when the batch is due
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | DetrDistError:
         batch = self._load(keys)
-        if isinstance(batch, DetrDistError) and self._failures is not None:
+        # One is enough: when the pipe is full, `put` waits for a reader that may wait for this batch.
+        if isinstance(batch, DetrDistError) and self._failures is not None and self._failures.empty():
             self._failures.put(batch)
         return batch
 

@@ -76,7 +76,6 @@ class ImagePass:
             )
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
-                on_device = batch.to(self._accelerator.device)
                 # The detector does not bring its own precision. What was compiled for training would round
                 # otherwise than the same model does later, and be compiled for each size of images.
                 with (
@@ -89,6 +88,7 @@ class ImagePass:
                     autocast(self._accelerator.device, self._precision),
                     torch.compiler.set_stance("force_eager"),
                 ):
+                    on_device = batch.to(self._accelerator.device)
                     outputs = detector(on_device.images, on_device.sizes_hw, on_device.is_padded)
                 outputs = {name: predictions.float() for name, predictions in outputs.items()}
                 yield Predicted(planned.indices, on_device, outputs, self._unreadable(planned, batch))

@@ -67,13 +67,7 @@ def _write(options: ExportOptions) -> bool:
     lines = [f"{options.output_dir}: {network.config.model_type} as MLflow model and transformers folder"]
     try:
         with new_folder(folder) as partial:
-            write_model(
-                network,
-                partial,
-                data=model.config.data,
-                metadata=metadata,
-                normalization=model.normalization,
-            )
+            write_model(network, partial, data=model.config.data, metadata=metadata)
             if options.onnx:
                 difference = write_onnx(network, partial / "model.onnx")
                 lines.append(

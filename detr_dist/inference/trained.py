@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import ValidationError
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -21,7 +20,8 @@ from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.operating_point import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
-from detr_dist.models.detector import IMAGENET, Detector, Normalization, class_names_of
+from detr_dist.models.detector import Detector, class_names_of
+from detr_dist.models.normalization import Normalization, keep_normalization, normalization_by
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
@@ -50,7 +50,6 @@ class TrainedModel:
     """Epoch, step, metrics and so on, as far as they are known."""
     is_mlflow_model: bool
     """Whether it lies there as an MLflow model."""
-    normalization: Normalization = IMAGENET
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -81,12 +80,7 @@ class TrainedModel:
 
     def detector(self, config: Config) -> Detector:
         """The network, ready to predict as `config` says, which is its own or made from that."""
-        return trained_detector(
-            self.network,
-            config.model,
-            channels_last=config.training.channels_last,
-            normalization=self.normalization,
-        )
+        return trained_detector(self.network, config.model, channels_last=config.training.channels_last)
 
 
 def fetch_model(reference: str, tracking_uri: str) -> TrainedModel:
@@ -109,7 +103,7 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     network = load_network(reference, found.location)
-    mlmodel, normalization = Path(found.location) / "MLmodel", IMAGENET
+    mlmodel = Path(found.location) / "MLmodel"
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
     else:
@@ -128,8 +122,9 @@ def open_model(reference: str, found: FoundModel) -> TrainedModel:
             )
             config = Config()
         edges, normalization = _preprocessing(reference, found.location)
+        keep_normalization(network.config, normalization)
         config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
-    return TrainedModel(network, config, metadata, mlmodel.exists(), normalization)
+    return TrainedModel(network, config, metadata, mlmodel.exists())
 
 
 @contextmanager
@@ -170,7 +165,7 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
             raise ValueError("do_resize is false")
         edges = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
         DataConfig.model_validate(edges)
-        normalization = _normalization_of(processor)
+        normalization = normalization_by(processor)
     except Exception as error:  # the library raises many kinds, and pydantic another
         raise UsageError(
             f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
@@ -180,15 +175,6 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
     if processor.resample != PILImageResampling.BILINEAR:
         print(f"warning: {reference}: its images are not resized bilinearly elsewhere, but here", flush=True)
     return edges, normalization
-
-
-def _normalization_of(processor: Any) -> Normalization:
-    """Return one step for what the library does in up to two: a factor, then mean and standard deviation."""
-    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
-    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
-    red, green, blue = np.broadcast_to(np.array([mean, std]).T / scale, (3, 2)).tolist()
-    mean, std = zip(red, green, blue, strict=True)
-    return Normalization(mean, std)
 
 
 def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:

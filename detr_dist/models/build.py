@@ -21,7 +21,8 @@ from detr_dist.models.architectures import (
     shape_options,
 )
 from detr_dist.models.backbone_file import load_backbone_file
-from detr_dist.models.detector import IMAGENET, Detector, Normalization, backbone_body, class_names_of
+from detr_dist.models.detector import Detector, backbone_body, class_names_of, unwrapped_body
+from detr_dist.models.normalization import keep_normalization, normalization_at
 from detr_dist.models.precision import is_frozen_norm
 from detr_dist.models.timm_norms import (
     keeps_timm_norms,
@@ -84,13 +85,7 @@ def build_detector(
     return detector
 
 
-def trained_detector(
-    network: PreTrainedModel,
-    config: ModelConfig,
-    *,
-    channels_last: bool,
-    normalization: Normalization = IMAGENET,
-) -> Detector:
+def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_last: bool) -> Detector:
     """A detector around a network that `load_network` has loaded, in evaluation mode.
 
     With the `config` that it was trained by it computes what it did in training to the last bit: the two
@@ -100,22 +95,15 @@ def trained_detector(
         _thaw_batch_norm(network)
     model_type = network.config.model_type
     architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
-    return _detector(network, architecture, channels_last=channels_last, normalization=normalization).eval()
+    return _detector(network, architecture, channels_last=channels_last).eval()
 
 
-def _detector(
-    network: PreTrainedModel,
-    architecture: Architecture,
-    *,
-    channels_last: bool,
-    normalization: Normalization = IMAGENET,
-) -> Detector:
+def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_last: bool) -> Detector:
     return Detector(
         network,
         loss_settings_of(network.config, architecture),
         channels_last=channels_last,
         masks_attention=architecture.masks_attention,
-        normalization=normalization,
     )
 
 
@@ -207,6 +195,7 @@ def _pretrained_network(
             output_loading_info=True,
             trust_remote_code=False,
         )
+        keep_normalization(network.config, normalization_at(source, network.config))
     except UsageError:
         raise
     except Exception as error:  # the hub, safetensors and transformers raise many kinds
@@ -278,18 +267,12 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
             f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
             "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
         ) from error
-    _unwrapped_body(network).load_state_dict(source.state_dict())
+    unwrapped_body(network).load_state_dict(source.state_dict())
 
 
 def _load_backbone_file(path: Path, network: PreTrainedModel) -> None:
     own = network.config.backbone_config
-    load_backbone_file(path, _unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
-
-
-def _unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone without what the library may wrap around timm's."""
-    body = backbone_body(network)
-    return cast(nn.Module, getattr(body, "_backbone", body))
+    load_backbone_file(path, unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
 
 
 def _is_stem(name: str) -> bool:

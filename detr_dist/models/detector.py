@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -12,20 +11,9 @@ from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrain
 from detr_dist.models.criterion import LossSettings
 from detr_dist.models.decoder_layers import return_every_layer
 from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
+from detr_dist.models.normalization import normalization_of
 from detr_dist.models.precision import keep_heads_in_float32, keep_type_in_frozen_norms
 from detr_dist.models.timm_norms import restore_timm_norms
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Mean and standard deviation of red, green and blue, where a pixel's values are from 0 to 1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""What every published backbone expects."""
 
 
 class Detector(nn.Module):
@@ -43,7 +31,6 @@ class Detector(nn.Module):
         *,
         channels_last: bool = False,
         masks_attention: bool = True,
-        normalization: Normalization = IMAGENET,
     ) -> None:
         super().__init__()
         self._has_auxiliary_loss = network.config.auxiliary_loss
@@ -58,6 +45,7 @@ class Detector(nn.Module):
         self.channels_last = channels_last
         if channels_last:
             nn.Module.to(network, memory_format=torch.channels_last)
+        normalization = normalization_of(network.config)
         self.mean = nn.Buffer(torch.tensor(normalization.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.std = nn.Buffer(torch.tensor(normalization.std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -128,6 +116,12 @@ def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
     configuration does not name gets the library's."""
     names = cast(dict[int, str], config.id2label)
     return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
+
+
+def unwrapped_body(network: PreTrainedModel) -> nn.Module:
+    """Return the backbone without what the library may wrap around timm's."""
+    body = backbone_body(network)
+    return cast(nn.Module, getattr(body, "_backbone", body))
 
 
 def backbone_body(network: PreTrainedModel) -> nn.Module:

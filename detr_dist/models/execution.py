@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from detr_dist.errors import UsageError
-from detr_dist.models.detector import backbone_body
+from detr_dist.models.detector import backbone_body, unwrapped_body
 from detr_dist.models.host_waits import put_before
 
 # Of one piece of code, before torch gives it up: the library's layers share theirs, and each comes with and
@@ -75,7 +75,7 @@ def recompute_activations(network: PreTrainedModel) -> None:
 
     A backbone whose batch norm learns keeps everything: its statistics would take in each batch twice.
     """
-    body = backbone_body(network)
+    body = unwrapped_body(network)
     learns_statistics = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
     stages = [] if learns_statistics else [child for child in body.children() if any(child.children())]
     for part in (*stages, *network.model.encoder.layers, *network.model.decoder.layers):

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from detr_dist.config import DataConfig
-from detr_dist.models.detector import IMAGENET, Normalization
+from detr_dist.models.normalization import normalization_of
 from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("mlflow", "torch", "torchvision", "transformers", "timm")
@@ -33,7 +33,6 @@ def write_model(
     *,
     data: DataConfig,
     metadata: dict[str, Any],
-    normalization: Normalization = IMAGENET,
 ) -> None:
     """Write `network`, a plain transformers module, into the new folder `folder`.
 
@@ -42,7 +41,7 @@ def write_model(
     """
     _write_for_mlflow(network, folder, redact_value(json.loads(json.dumps(metadata))))
     network.save_pretrained(folder)
-    _image_processor(network, data, normalization).save_pretrained(folder)
+    _image_processor(network, data).save_pretrained(folder)
 
 
 def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str, Any]) -> None:
@@ -52,7 +51,7 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
     The pickle keeps an ordinary module that can be trained on. It is for MLflow's users only: our own
     commands read the safetensors file.
     """
-    (folder / "data").mkdir()
+    (folder / "data").mkdir(parents=True)
     torch.save(network, folder / "data" / "model.pth", pickle_module=cloudpickle)
     (folder / "data" / "pickle_module_info.txt").write_text("mlflow.pytorch.pickle_module", encoding="utf-8")
     requirements = [f"{package}=={version(package)}" for package in REQUIRED_PACKAGES]
@@ -70,9 +69,10 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
     (folder / "MLmodel").write_text(yaml.safe_dump(model), encoding="utf-8")
 
 
-def _image_processor(network: PreTrainedModel, data: DataConfig, normalization: Normalization) -> Any:
+def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
     """Return the library's processor of this architecture, which does what we do; DAB-DETR is published with
     Conditional DETR's."""
+    normalization = normalization_of(network.config)
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(
         size={"shortest_edge": data.shortest_edge, "longest_edge": data.longest_edge},

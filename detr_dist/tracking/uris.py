@@ -73,7 +73,7 @@ def check_escapes(uri: str) -> None:
     if urlsplit(uri).scheme == "file" and not {"#", "?"}.isdisjoint(uri):
         raise UsageError(f"logging.mlflow_tracking_uri {uri}: in a `file:` URI write # as %23 and ? as %3F")
     query = uri.partition("?")[2]
-    if database_path(uri) is not None and query and any("=" not in part for part in query.split("&")):
+    if database_path(uri) is not None and query and not re.fullmatch(r"([\w.-]+=[^?&]*(&|$))+", query):
         raise UsageError(
             f"logging.mlflow_tracking_uri {uri}: after ? stands no name=value; in the path write ? as %3F"
         )

@@ -25,7 +25,7 @@ _WRITTEN = {
     "outbox": r"[0-9a-f]{32}",
     "logs": r"train\.log",
     "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
-    "stacks": r"rank_\d+\.txt",
+    "stacks": r"rank_\d+\.txt|nccl_rank_\d+",
 }
 """What a run writes, by folder: names to match. All else in an output folder is its user's."""
 

@@ -105,12 +105,12 @@ class StepSync:
 
         Waits for the device.
         """
-        self._host.pause_watch()
         # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._problem = self._problem or _Problem("the weights are not finite", _NOT_FINITE)
         self._exchange(step)
+        self._host.pause_watch()  # not before: a GPU that hangs does so where the host first waits for it
 
     def _exchange(self, step: int, *values: float) -> list[tuple[float, ...]]:
         """The values of all processes, column by column, unless one of them has a problem."""

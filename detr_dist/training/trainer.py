@@ -17,6 +17,7 @@ from detr_dist.data.loading import shared_memory_need
 from detr_dist.data.shared_memory import Need, check_room
 from detr_dist.distributed import (
     HostGroup,
+    allow_for_compiling,
     build_accelerator,
     group_of_processes,
     resolve_precision,
@@ -82,6 +83,7 @@ def train(
     if init_from is not None and resume not in (None, "auto"):
         raise UsageError("--init-from starts a new run and --resume continues one; leave one of them out")
     set_numerics(config.training)
+    allow_for_compiling(config.training)
     with group_of_processes(stacks_dir=output_dir / "stacks") as processes:
         host = HostGroup(processes)
         with host.failing_together():

@@ -40,7 +40,7 @@ else
 fi
 
 export PYTHONUNBUFFERED=1
-exec python -m accelerate.commands.launch --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
+exec python -m accelerate.commands.launch --quiet --config_file "${ACCELERATE_CONFIG_FILE:-$config}" \
   --num_machines "$SLURM_NNODES" --num_processes $((SLURM_NNODES * here)) --machine_rank "$SLURM_NODEID" \
   --main_process_ip "$DETR_DIST_FIRST_HOST" --main_process_port $((20000 + SLURM_JOB_ID % 10000)) \
   --rdzv_backend static --rdzv_conf timeout=60 --deepspeed_multinode_launcher standard \

@@ -69,7 +69,7 @@ from detr_dist.distributed import (
 )
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
-from detr_dist.models.detector import IMAGENET
+from detr_dist.models.normalization import IMAGENET
 from detr_dist.tracking.tracker import Trackers, tracked
 from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import StepDone, Training, train_step
@@ -124,7 +124,8 @@ class Workbench:
         self.mask = torch.zeros(self.images[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(self.mask, self.batch.sizes_hw.tolist(), strict=True):
             mask[:height, :width] = True
-        with torch.no_grad():
+        # Without gradients, for which the regions would be compiled once more.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for detector in (self.setup.detector, self.library):  # two ways go past it, to the network
                 detector(self.images, self.sizes_hw, self.is_padded)  # and mask attention as was done last
         del self.library.network._loss_function  # so that it is the library's own again

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.build import build_detector
 
 BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
@@ -54,6 +55,8 @@ def test_every_step_of_the_gpu_check_runs_small_or_says_why_not(tmp_path: Path) 
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == list(results)
     assert {"step_ms", "images_per_s", "bare_ms", "library_ms", "TFLOPS"} <= figures["bf16"].keys()
+    assert figures["bf16"]["tf32"] is True
+    assert figures["float32"]["tf32"] is False
     assert figures["boxes"]["bf16_pixels_apart"] < 0.3
     assert 0 <= figures["command"]["data_wait_share"] <= 1
     assert figures["evaluate"]["loss_apart"] == 0
@@ -103,6 +106,24 @@ def test_a_step_of_the_gpu_check_that_fails_hangs_or_dies_is_one_line(
         "ValueError: no such thing",
         "no GPU: nothing to measure",
     ]
+
+
+def test_activations_of_all_architectures_are_counted_without_a_gpu(
+    benchmarks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import activations
+    from gpu_check_network import SMALL
+
+    path = tmp_path / "activations.json"
+    small = [setting for setting in SMALL if setting.startswith("model.")] + ["model.hidden_dim=64"]
+    monkeypatch.setattr(
+        sys, "argv", ["activations.py", "--size-hw", "96", "128", "--json", str(path), *small]
+    )
+    activations.main()
+    rows = {row["MiB an image"]: row for row in json.loads(path.read_text())["rows"]}
+    assert rows.keys() == ARCHITECTURES.keys()
+    assert rows["detr"]["bf16"] < 0.8 * rows["detr"]["float32"]
+    assert all(row["float32 checkpointing"] < row["float32"] for row in rows.values())
 
 
 def test_on_a_gpu_the_training_step_is_that_of_the_network_users_train(benchmarks, tmp_path: Path) -> None:

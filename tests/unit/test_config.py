@@ -87,6 +87,14 @@ def test_a_text_is_what_was_written_also_where_yaml_sees_another_kind(written: s
     assert load_config(None, [f"model.pretrained={written}"]).model.pretrained == written
 
 
+@pytest.mark.parametrize("value", ["sqlite:////data/run #1/m.db", "#1", "a#b", "a # b"])
+def test_on_the_command_line_a_hash_begins_no_comment(value: str) -> None:
+    assert load_config(None, [f"logging.mlflow_tracking_uri={value}"]).logging.mlflow_tracking_uri == value
+    assert load_config(None, [f"logging.mlflow_run_name='{value}'"]).logging.mlflow_run_name == value
+    with pytest.raises(UsageError, match=r"training\.seed.*'5 #1'"):
+        load_config(None, ["training.seed=5 #1"])
+
+
 def test_a_text_that_an_alias_brings_is_a_text_too(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("logging:\n  <<: {mlflow_run_name: 5}\n  log_every_steps: 3\n")

@@ -8,7 +8,14 @@ import torch
 from accelerate import PartialState
 
 from detr_dist.config import Config, TrainingConfig, load_config
-from detr_dist.distributed import HostGroup, build_accelerator, resolve_precision, set_numerics
+from detr_dist.distributed import (
+    HostGroup,
+    allow_for_compiling,
+    build_accelerator,
+    collective_limit_s,
+    resolve_precision,
+    set_numerics,
+)
 from detr_dist.errors import UsageError
 
 
@@ -58,6 +65,17 @@ def test_deterministic_algorithms_are_chosen_on_request(numerics: None) -> None:
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_processes_that_compile_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETR_DIST_COLLECTIVE_LIMIT_S", "5")
+    allow_for_compiling(TrainingConfig(compile_model=True))
+    assert collective_limit_s() == 5, "what the user sets counts"
+    monkeypatch.delenv("DETR_DIST_COLLECTIVE_LIMIT_S")
+    allow_for_compiling(TrainingConfig())
+    assert collective_limit_s() == 90
+    allow_for_compiling(TrainingConfig(compile_model=True))
+    assert collective_limit_s() == 600
 
 
 def test_without_a_gpu_the_precision_is_full() -> None:

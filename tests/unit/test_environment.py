@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from detr_dist.data.shared_memory import num_local_processes
 from detr_dist.distributed import group_of_processes
 from detr_dist.environment import (
     check_environment,
@@ -91,11 +92,14 @@ def test_a_limit_that_is_no_time_is_refused_with_its_name(monkeypatch: pytest.Mo
         {},
         LAUNCHED,
         LAUNCHED | {"PMI_SIZE": "4", "OMPI_COMM_WORLD_SIZE": "4"},  # one launcher on each of four nodes
-        LAUNCHED | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "PMI_SIZE": "2"},
+        LAUNCHED
+        | {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "PMI_SIZE": "2"},
         dict.fromkeys([*LAUNCHED, "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "ACCELERATE_USE_CPU"], ""),
         {"WORLD_SIZE": " ", "LOCAL_RANK": "-1"},
         {"WORLD_SIZE": "1"},
         {"RANK": "0"},
+        {"LOCAL_WORLD_SIZE": "0"},
+        {"LOCAL_WORLD_SIZE": "4"},
         {"PMI_SIZE": "1", "PMI_RANK": "0"},
         {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
     ],
@@ -106,6 +110,7 @@ def test_what_is_set_to_nothing_or_agrees_is_no_problem(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_environment()
+    assert 1 <= num_local_processes() <= int(environment.get("WORLD_SIZE", "").strip() or "1")
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "PMI_SIZE", "ACCELERATE_USE_CPU"):
         assert os.environ.get(name, "1").strip() not in ("", "-1")
 
@@ -123,6 +128,8 @@ def test_a_local_rank_alone_is_of_the_only_process(monkeypatch: pytest.MonkeyPat
         (LAUNCHED | {"MASTER_ADDR": ""}, "WORLD_SIZE is 2 .* MASTER_ADDR not set"),
         (LAUNCHED | {"RANK": "2"}, "RANK is 2 in the environment, but WORLD_SIZE is 2"),
         (LAUNCHED | {"WORLD_SIZE": ""}, "RANK is 1 in the environment, but WORLD_SIZE is not set"),
+        (LAUNCHED | {"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is 0 .* but WORLD_SIZE is 2"),
+        (LAUNCHED | {"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4 .* but WORLD_SIZE is 2"),
         ({"LOCAL_RANK": "3"}, "LOCAL_RANK is 3 in the environment, but WORLD_SIZE is not set"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE is 'two', which is no whole number"),

@@ -1,6 +1,7 @@
 """Who is named when a process does not come, stops with an error, or is stuck."""
 
 import json
+import pickle
 import threading
 from pathlib import Path
 
@@ -57,6 +58,22 @@ def test_a_process_that_stopped_with_an_error_is_quoted_by_the_others(
     assert "process 1 (node1): the disk is gone" in line
     assert "at step 7, image ids [3, 4]" in line
     assert "Current thread" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+
+
+def test_nccls_last_collectives_lie_beside_the_stacks(
+    second_process: torch.distributed.PrefixStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):
+        pytest.skip("this torch has no NCCL")
+    post(second_process, "start", host="node1", device="cpu", problem=None)
+    rendezvous = Rendezvous.of_environment(tmp_path / "stacks")
+    rendezvous.check_in(5.0)
+    post(second_process, "end", reason="no progress", is_cause=True)
+    rendezvous.explain(RuntimeError("timed out"), is_lost_contact=True)
+    assert not (tmp_path / "stacks" / "nccl_rank_0").exists(), "on the CPU there is no NCCL"
+    monkeypatch.setattr("detr_dist.rendezvous.uses_cpu", lambda: False)
+    rendezvous.explain(RuntimeError("timed out"), is_lost_contact=True)
+    assert "entries" in pickle.loads((tmp_path / "stacks" / "nccl_rank_0").read_bytes())
 
 
 def test_the_watch_acts_after_time_without_progress_unless_paused() -> None:

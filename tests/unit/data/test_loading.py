@@ -18,7 +18,7 @@ from detr_dist.config import Config, load_config
 from detr_dist.data import batching, shared_memory
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader, num_loader_processes, shared_memory_need
+from detr_dist.data.loading import BatchLoader, _Batches, num_loader_processes, shared_memory_need
 from detr_dist.data.sampling import SampleKey
 from detr_dist.data.transforms import build_transform
 from detr_dist.errors import DataError, LoaderError
@@ -131,6 +131,14 @@ def test_a_failure_is_told_before_its_batch_is_due(data) -> None:
     time.sleep(0.5)
     with pytest.raises(LoaderError, match="late"):
         next(loaded)
+
+
+def test_failures_that_nobody_has_read_yet_do_not_fill_the_pipe(data) -> None:
+    failures = multiprocessing.SimpleQueue()
+    batches = _Batches(Faulty(data, raising(ValueError("gone"))), failures)
+    assert [type(batches[[(0, 1)]]) for _ in range(3)] == [LoaderError] * 3
+    assert "gone" in str(failures.get())
+    assert failures.empty()
 
 
 def test_a_loader_that_is_left_in_the_middle_leaves_no_process(loader) -> None:

@@ -20,9 +20,8 @@ def touch(folder: Path, *names: str) -> None:
 
 
 def test_every_format_that_pillow_decodes_is_a_picture_and_no_other(tmp_path: Path) -> None:
-    pictures = [
-        f"a{suffix}" for suffix in (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp")
-    ]
+    suffixes = (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp", ".mpo")
+    pictures = [f"a{suffix}" for suffix in suffixes]
     others = ["a.txt", "a.json", "a.mp4", "a.mpg", "a.h5", "a.pdf", "a", ".jpg", "._a.jpg"]
     touch(tmp_path, *pictures, *others)
     found = find_pictures(tmp_path)

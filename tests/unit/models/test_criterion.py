@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetectionLoss
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
+from detr_dist.errors import UsageError
 from detr_dist.models.criterion import Losses, LossSettings, SetCriterion, StepCounts
 from detr_dist.models.matcher import ClassKind
 
@@ -165,7 +166,7 @@ def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> No
     ce = given.loss(once).total - given.loss(no_ce).total
     # Differences of losses about 10 times larger lose a digit.
     assert_same(given.loss(thrice).total - given.loss(no_ce).total, 3 * ce, tolerance=1e-5)
-    assert torch.equal(given.loss(thrice).loss_ce, given.loss(once).loss_ce)
+    assert torch.equal(given.loss(thrice).logged["loss_ce"], given.loss(once).logged["loss_ce"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -316,3 +317,13 @@ def test_shapes_that_disagree_are_refused(kind: ClassKind) -> None:
         given.loss(replace(settings(kind), num_classes=NUM_CLASSES + 1))
     with pytest.raises(ValueError, match="num_boxes"):
         replace(given, num_boxes=[25]).loss(settings(kind))
+
+
+def test_a_configured_weight_replaces_the_architectures_and_an_unknown_one_is_an_error() -> None:
+    given = problem("softmax", MIXED)
+    plain, heavier = (given.loss(each) for each in (settings("softmax"), reweighted("softmax", giou=7.0)))
+    once = given.loss(reweighted("softmax", ce=0.0, bbox=0.0, giou=1.0)).total
+    # Differences of losses about 10 times larger lose a digit.
+    assert_same(heavier.total - plain.total, 5 * once, tolerance=1e-5)
+    with pytest.raises(UsageError, match=r"loss\.weights\.gio.*ce, bbox, giou"):
+        reweighted("softmax", gio=1.0)

@@ -17,6 +17,7 @@ from detr_dist.errors import UsageError
 from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import (
+    _Recomputed,
     check_compiler,
     compile_regions,
     num_compiled_graphs,
@@ -114,6 +115,10 @@ def test_activations_that_are_computed_again_are_the_same(tiny_detector, archite
     plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
     frugal = copy.deepcopy(plain)
     recompute_activations(frugal.network)
+    parts = [
+        name for name, each in frugal.named_modules() if "backbone" in name and isinstance(each, _Recomputed)
+    ]
+    assert [name.split(".")[-1] for name in parts] == ["layer1", "layer2", "layer3", "layer4"]
     expected, found = learn(plain, 64, 96), learn(frugal, 64, 96)
     assert expected.keys() == found.keys()
     for name, value in expected.items():

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from harness.data import TINY_CONFIG
 from transformers import AutoConfig, AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.models.build import trained_detector
-from detr_dist.models.detector import IMAGENET
-from tests.conftest import TINY_CONFIG
+from detr_dist.models.normalization import IMAGENET
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "detr": {"d_model": 32},

@@ -166,7 +166,16 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
     assert {path.name for path in tmp_path.iterdir()} == {name, "ours", "plain"}
 
 
-@pytest.mark.parametrize("uri", ["file:./run #3", "file:///a?/mlruns", "sqlite:////a/what?/mlflow.db"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file:./run #3",
+        "file:///a?/mlruns",
+        "sqlite:////a/what?/mlflow.db",
+        "sqlite:////a/what?/mlflow.db?timeout=60",
+        "sqlite:////a?b=c?/mlflow.db",
+    ],
+)
 def test_a_uri_that_would_be_cut_off_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(uri)}.*%3F"):
         open_client(uri)

@@ -30,6 +30,7 @@ from detr_dist.training.resume import (
 from detr_dist.training.state import RunFacts
 
 DECIDE_WHAT_IS_LEARNED = {
+    "loss.weights",
     "data.shortest_edge",
     "data.longest_edge",
     "data.augmentation",

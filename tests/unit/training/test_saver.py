@@ -146,7 +146,7 @@ def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
         with pytest.raises(TrainingError, match="the checkpoint of step 2 could not be written"):
             saver.finish()
     (warning,) = messages
-    assert warning.startswith(f"warning: {tmp_path / 'epoch_2'}, {tmp_path / 'last'}: ")
+    assert warning.startswith(f"{tmp_path / 'epoch_2'}, {tmp_path / 'last'}: ")
     assert "\n" not in warning
     assert "(No space left on device; " in warning
     assert "MiB free" in warning
@@ -212,7 +212,7 @@ def test_an_upload_that_fails_is_a_warning_only(
     saver.save(lambda: snapshot_at(1), ["epoch_1", "last"])
     saver.finish()
     (warning,) = messages
-    assert warning.startswith(f"warning: {tmp_path / 'epoch_1'}, {tmp_path / 'last'}: not uploaded (")
+    assert warning.startswith(f"{tmp_path / 'epoch_1'}, {tmp_path / 'last'}: not uploaded (")
     assert "the disk is away" in warning
     assert open_checkpoint(tmp_path / "last").state.step == 1
 
@@ -285,7 +285,7 @@ def test_a_model_that_cannot_be_packed_is_a_warning_and_only_for_the_best_one_a_
     saver.save(lambda: snapshot_at(1), ["last"], replace(BEST, is_best=False))
     saver.finish()
     (warning,) = messages
-    assert warning.startswith(f"warning: {tmp_path.parent}: the model of step 4 could not be saved (")
+    assert warning.startswith(f"{tmp_path.parent}: the model of step 4 could not be saved (")
     assert open_checkpoint(tmp_path / "last").state.step == 1
     saver.save_model(lambda: snapshot_at(2).model, BEST)
     with pytest.raises(TrainingError, match="the model of step 4 could not be saved"):

@@ -1,5 +1,7 @@
 """What stops a run at an optimizer step."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -29,6 +31,21 @@ def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -
         unreadable=[],
         is_padded=False,
     )
+
+
+def test_the_watch_on_progress_sees_a_gpu_that_hangs_at_the_end_of_an_epoch() -> None:
+    calls = []
+
+    class Host(HostGroup):
+        def pause_watch(self) -> None:
+            calls.append("paused")
+
+        def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
+            calls.append("exchanged")
+            return super().gather_rows(values)
+
+    StepSync(Host(Accelerator(cpu=True)), StopSignals()).check(3, torch.nn.Linear(2, 2))
+    assert calls == ["exchanged", "paused"]  # before the exchange the host has waited for its device
 
 
 def test_counts_and_canvas_cover_all_micro_batches(step_sync: StepSync) -> None:

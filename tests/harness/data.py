@@ -1,0 +1,65 @@
+"""Tiny data sets, and the configuration of a tiny network."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+TINY_CONFIG = {
+    "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 96, "augmentation": "none"},
+    "model": {
+        "backbone": {
+            "model_type": "resnet",
+            "layer_type": "basic",
+            "embedding_size": 8,
+            "hidden_sizes": [8, 8, 16, 16],
+            "depths": [1, 1, 1, 1],
+            "out_features": ["stage4"],
+        },
+        "pretrained_backbone": False,
+        "hidden_dim": 32,
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "num_queries": 8,
+        "config_overrides": {
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+    },
+    "training": {"batch_size": 4, "num_epochs": 1, "learning_rate": 1e-4, "learning_rate_backbone": 1e-4},
+    "evaluation": {"pictures": False},
+    "logging": {"log_every_steps": 1, "tensorboard": False},
+}
+
+
+def write_coco(
+    folder: Path, *, num_images: int, with_boxes: Callable[[int], int], mixed_sizes: bool, seed: int = 0
+) -> None:
+    """A COCO folder of noise pictures; image i has `with_boxes(i)` boxes, in turns of players and balls."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(num_images):
+        height, width = (80, 96) if not mixed_sizes else [(80, 96), (96, 80), (64, 100), (120, 90)][i % 4]
+        name = f"{i:03d}.jpg"
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)).save(folder / name)
+        images.append({"id": 10 + i, "file_name": name, "height": height, "width": width})
+        for j in range(with_boxes(i)):
+            x, y, w, h = (float(v) for v in rng.integers(4, 30, 4))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": 10 + i,
+                    "category_id": 1 + j % 2,
+                    "bbox": [x, y, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": 1, "name": "player"}, {"id": 2, "name": "ball"}]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "_annotations.coco.json").write_text(json.dumps(document))
