@@ -52,6 +52,10 @@ class _StandardOutput(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
+    """Is incomplete where the disk is full: that is reported by those who need the room."""
+
+    def handleError(self, record: logging.LogRecord) -> None: ...
+
     def close(self) -> None:
         _PACKAGE.removeHandler(self)
         super().close()

@@ -49,10 +49,15 @@ def link_folder(source: Path, folder: Path) -> None:
     """Make a new folder with the files of `source`: hard links where the file system can, else copies."""
     with new_folder(folder) as partial:
         for path in source.iterdir():
-            try:
-                os.link(path, partial / path.name)
-            except OSError:
-                shutil.copyfile(path, partial / path.name)
+            link_or_copy(path, partial / path.name)
+
+
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Give a file another name, as a hard link where the file system can; else copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def remove_folder(folder: Path) -> None:

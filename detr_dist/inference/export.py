@@ -8,11 +8,10 @@ from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
 from detr_dist.storage import check_new, describe_disk_error, new_folder
 from detr_dist.text import one_line
-from detr_dist.tracking.delivery import patience
-from detr_dist.tracking.download import is_artifact_uri
-from detr_dist.tracking.mlflow import open_client
+from detr_dist.tracking.artifacts import register_artifact, run_of, upload_model
 from detr_dist.tracking.packaging import write_model
-from detr_dist.tracking.registry import register_artifact, run_of, upload_model
+from detr_dist.tracking.store import open_client, patience
+from detr_dist.tracking.uris import is_artifact_uri
 
 _UPLOAD_TIMEOUT_S = 300
 

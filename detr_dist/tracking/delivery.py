@@ -1,37 +1,36 @@
-"""Brings the records of an outbox to MLflow, each once, through outages of the server."""
+"""Delivers the records of an outbox to MLflow, each once, through outages of the server."""
 
 import errno
 import json
+import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from detr_dist.text import one_line
-from detr_dist.tracking.outbox import OutboxReader, Record, link_or_copy, outdated
-from detr_dist.tracking.registry import register_artifact
+from detr_dist.storage import link_or_copy
+from detr_dist.text import one_line, shorten
+from detr_dist.tracking.artifacts import delete_artifacts, register_artifact
+from detr_dist.tracking.outbox import OutboxReader, Record, outdated
+from detr_dist.tracking.store import acceptable, patience
 from detr_dist.tracking.uris import local_path
 
 # Limits of MLflow's API.
-MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100
-MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
+_MAX_VALUES = {"metrics": 1000, "params": 100, "tags": 100}
+_MAX_PARAM_LENGTH = 6000
 
 # Values are light and go first; folders and the run's status follow when all values before them are there.
-VALUES, FOLDERS = "values", "folders"
-KINDS_OF_VALUES = {"metrics", "params", "tags"}
+_VALUES, _FOLDERS = "values", "folders"
 
 # What a server may refuse for good, for want of a right or a method, and must not keep back the rest.
-DISPENSABLE = {"dataset", "registration", "retention"}
+_DISPENSABLE = {"dataset", "registration", "retention"}
 
 # The server has understood, and would say the same again.
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
@@ -39,53 +38,55 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
 
-# Refused values that a warning names.
-_NAMES_SHOWN = 20
-
 # Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
 _TIMEOUT_S = 120
+
+_logger = logging.getLogger(__name__)
 
 
 class Delivery:
     """Delivers what an outbox holds, as often as `work` is called.
 
-    What the server has already is asked, not assumed: after a crash, or an answer that got lost, nothing is
-    logged twice. For use by one thread.
+    What the server has already is asked, not assumed: after a crash, or a lost answer, nothing is logged
+    twice. For use by one thread.
     """
 
-    def __init__(self, reader: OutboxReader, client: MlflowClient, say: Callable[[str], None]) -> None:
+    def __init__(self, reader: OutboxReader, client: MlflowClient) -> None:
         self._reader = reader
         self._client = client
-        self._say = say
         self._run_id = reader.address.run_id
         self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
         self._known_params: set[str] = set()
         self._refused: set[str] = set()
-
-    @property
-    def is_done(self) -> bool:
-        return self.num_left == 0
+        self._actions: dict[str, Callable[..., None]] = {
+            "folder": self._upload,
+            "dataset": self._note_dataset,
+            "registration": self._register,
+            "retention": self._delete_outdated,
+            "resumption": self._note_resumption,
+            "status": self._set_status,
+        }
 
     @property
     def num_left(self) -> int:
-        """Records that are still to be delivered."""
-        return self._reader.num_left(VALUES, FOLDERS)
+        """Number of records that are still to be delivered."""
+        return self._reader.num_left(_VALUES, _FOLDERS)
 
     def work(self) -> bool:
-        """Deliver a batch of values, then at most one folder; says whether there was anything to do.
+        """Deliver a batch of values, then at most one folder; return whether there was anything to do.
 
         Raises:
             Exception: of MLflow's many kinds, while its server is away; call again later.
         """
         try:
             delivered_values = self._deliver_values()
-            return self._deliver_folder() or delivered_values
+            return self._deliver_other() or delivered_values
         except Exception:
             self._logged_until = None
             raise
 
     def _deliver_values(self) -> bool:
-        records = list(_first_batch(self._reader.records(VALUES)))
+        records = list(_first_batch(self._reader.records(_VALUES)))
         if not records:
             return False
         try:
@@ -93,8 +94,8 @@ class Delivery:
         except MlflowException as error:
             if not _is_refusal(error):
                 raise
-            self._log_in_parts(records, error)
-        self._reader.advance(VALUES, records[-1].end)
+            self._log_what_is_accepted(records, error)
+        self._reader.advance(_VALUES, records[-1].end)
         return True
 
     def _log(self, records: Iterable[Record]) -> None:
@@ -121,36 +122,31 @@ class Delivery:
             self._client.log_batch(
                 self._run_id,
                 metrics=metrics,
-                params=[Param(name, acceptable(value, MAX_PARAM_LENGTH)) for name, value in params.items()],
+                params=[Param(name, acceptable(value, _MAX_PARAM_LENGTH)) for name, value in params.items()],
                 tags=[RunTag(name, acceptable(value)) for name, value in tags.items()],
             )
         self._logged_until = logged_until
         self._known_params |= params.keys()
 
-    def _log_in_parts(self, records: Iterable[Record], refusal: MlflowException) -> None:
+    def _log_what_is_accepted(self, records: Iterable[Record], refusal: MlflowException) -> None:
         """Log all that MLflow does not refuse, and name the rest once."""
         values = [
             record._replace(content=record.content | {"values": {name: value}})
             for record in records
-            if record.kind in KINDS_OF_VALUES
+            if record.kind in _MAX_VALUES
             for name, value in record.content["values"].items()
         ]
-        run = self._client.get_run(self._run_id)
-        is_deleted = run.info.lifecycle_stage != "active"  # then it refuses all of them
-        refused = dict.fromkeys(
-            f"{record.kind.removesuffix('s')} {name!r}"
-            for record in (values if is_deleted else self._log_halves(values))
-            for name in record.content["values"]
-        )
-        new = [name for name in refused if name not in self._refused]
-        self._refused |= refused.keys()
+        is_deleted = self._client.get_run(self._run_id).info.lifecycle_stage != "active"
+        refused = values if is_deleted else self._log_halves(values)
+        names = dict.fromkeys(name for record in refused for name in record.content["values"])
+        new = [name for name in names if name not in self._refused]
+        self._refused.update(new)
         if new:
-            names = ", ".join(new[:_NAMES_SHOWN])
-            others = f" and {len(new) - _NAMES_SHOWN} others" if len(new) > _NAMES_SHOWN else ""
-            self._say(f"warning: MLflow refuses {names}{others} ({one_line(refusal)}); all else is logged")
+            listed = shorten(", ".join(map(repr, new)), 2000)
+            _logger.warning(f"MLflow refuses {listed} ({one_line(refusal)}); all else is logged")
 
     def _log_halves(self, values: list[Record]) -> list[Record]:
-        """Log values of which one or more are refused; returns those."""
+        """Log values of which one or more are refused; return those."""
         refused: list[Record] = []
         middle = (len(values) + 1) // 2
         for half in filter(None, (values[:middle], values[middle:])):
@@ -163,50 +159,37 @@ class Delivery:
                 refused += self._log_halves(half) if len(half) > 1 else half
         return refused
 
-    def _deliver_folder(self) -> bool:
-        """The next record that is no value, once all values before it are there."""
-        for kind, content, end in self._reader.records(FOLDERS, limit=self._reader.position(VALUES)):
-            if kind in KINDS_OF_VALUES:
+    def _deliver_other(self) -> bool:
+        """Deliver the next record that is no value, once all values before it are there."""
+        for kind, content, end in self._reader.records(_FOLDERS, limit=self._reader.position(_VALUES)):
+            if kind in _MAX_VALUES:
                 continue
             try:
-                self._deliver_record(kind, content)
+                self._actions[kind](**content)
             except (MlflowException, NotImplementedError) as error:
-                if kind not in DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
+                if kind not in _DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
                     raise
-                self._say(f"warning: MLflow refuses {kind} {content} ({one_line(error)})")
-            self._reader.advance(FOLDERS, end)
+                _logger.warning(f"MLflow refuses {kind} {content} ({one_line(error)})")
+            self._reader.advance(_FOLDERS, end)
             return True
-        self._reader.advance(FOLDERS, self._reader.position(VALUES))
+        self._reader.advance(_FOLDERS, self._reader.position(_VALUES))
         return False
 
-    def _deliver_record(self, kind: str, content: dict[str, Any]) -> None:
-        if kind == "folder":
-            with self._reader.uploading(content["name"]) as folder:
-                if folder is not None:
-                    self._upload(folder, content["artifact_path"], content["last"])
-        elif kind == "dataset":
-            self._note_dataset(**content)
-        elif kind == "registration":
-            self._register(content["name"])
-        elif kind == "retention":
-            self._delete_outdated(**content)
-        elif kind == "resumption":
-            self._note_resumption(**content)
-        elif kind == "status":
-            self._set_status(**content)
-
-    def _upload(self, folder: Path, artifact_path: str, last: str | None) -> None:
-        """Upload file by file, the one named `last` after all others; into a store on this machine by
+    def _upload(self, name: str, artifact_path: str, last: str | None) -> None:
+        """Upload file by file, the one named `last` after all others; into a store on this host by
         linking."""
-        store = local_path(self._client.get_run(self._run_id).info.artifact_uri)
-        paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        for path in sorted(paths, key=lambda path: path.name == last):
-            target = Path(artifact_path) / path.relative_to(folder)
-            if store is not None:
-                _link_over(path, store / target)
-            else:
-                into = str(target.parent) if target.parent != Path() else None
-                self._client.log_artifact(self._run_id, str(path), into)
+        with self._reader.uploading(name) as folder:
+            if folder is None:
+                return
+            store = local_path(self._client.get_run(self._run_id).info.artifact_uri)
+            paths = [path for path in folder.rglob("*") if path.is_file()]
+            for path in sorted(paths, key=lambda path: (path.name == last, path)):
+                target = Path(artifact_path) / path.relative_to(folder)
+                if store is not None:
+                    _link_over(path, store / target)
+                else:
+                    into = str(target.parent) if target.parent != Path() else None
+                    self._client.log_artifact(self._run_id, str(path), into)
 
     def _delete_outdated(self, parent: str, newest: int, keep: int) -> None:
         there = [item.path for item in self._client.list_artifacts(self._run_id, parent)]
@@ -216,17 +199,10 @@ class Delivery:
     def _note_dataset(
         self, context: str, name: str, digest: str, source: str, profile: dict[str, int]
     ) -> None:
-        dataset = Dataset(
-            acceptable(name),
-            digest,
-            "local",
-            json.dumps({"uri": source}),
-            schema=None,
-            profile=json.dumps(profile),
-        )
-        self._client.log_inputs(
-            self._run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)])]
-        )
+        where, what = json.dumps({"uri": acceptable(source)}), json.dumps(profile)
+        dataset = Dataset(acceptable(name), digest, "local", where, schema=None, profile=what)
+        tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
+        self._client.log_inputs(self._run_id, [DatasetInput(dataset, tags)])
 
     def _register(self, name: str) -> None:
         versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
@@ -257,15 +233,14 @@ class Delivery:
 
 
 class DeliveryThread:
-    """Delivers in the background, and tries again for as long as it takes while the server is away.
+    """Delivers in the background, and repeats what fails for as long as the server is away.
 
     It looks by itself whether there is something new: to be woken at each record would cost the training
     thread more than the record does. While it is at work MLflow's requests have its `patience`.
     """
 
-    def __init__(self, delivery: Delivery, say: Callable[[str], None]) -> None:
+    def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
-        self._say = say
         self._ending = threading.Event()
         self._give_up_at = math.inf
         self._is_away = False
@@ -275,12 +250,12 @@ class DeliveryThread:
         self._thread.start()
 
     def end(self, *, patience_s: float) -> int:
-        """Wait until everything is delivered, `patience_s` at most, and end; returns how many records are
+        """Wait until everything is delivered, `patience_s` at most, and end; return how many records are
         left."""
         self._give_up_at = time.monotonic() + patience_s
         self._ending.set()
         self._thread.join(patience_s + 1.0)
-        if not self._thread.is_alive():  # or else it sits in a request, and reads them for the next one
+        if not self._thread.is_alive():  # or else it waits in a request, and reads them for the next one
             self._time_outs.close()
         return self._delivery.num_left
 
@@ -290,60 +265,30 @@ class DeliveryThread:
             try:
                 worked = self._delivery.work()
             except Exception as error:  # each kind of store raises its own
-                self._note(error)
+                self._report(error)
                 if self._ending.wait(pause_s):
                     time.sleep(_FIRST_PAUSE_S)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
                 continue
-            self._note(None)
+            self._report(None)
             pause_s = _FIRST_PAUSE_S
-            if not worked and self._ending.wait(_LOOK_EVERY_S) and self._delivery.is_done:
+            if not worked and self._ending.wait(_LOOK_EVERY_S) and not self._delivery.num_left:
                 return
 
-    def _note(self, error: Exception | None) -> None:
-        """Say when the server goes away and when it comes back, once each."""
+    def _report(self, error: Exception | None) -> None:
+        """Report that the server is away and that it is back, once each."""
         if error is not None and not self._is_away:
-            self._say(
-                f"warning: MLflow cannot be reached ({one_line(error)}); training goes on, and what is "
-                "logged is kept and delivered later"
+            _logger.warning(
+                f"MLflow cannot be reached ({one_line(error)}); training continues, and what is logged is "
+                "kept and delivered later"
             )
         elif error is None and self._is_away:
-            self._say("MLflow can be reached again")
+            _logger.info("MLflow can be reached again")
         self._is_away = error is not None
 
 
-def delete_artifacts(client: MlflowClient, run_id: str, artifact_path: str) -> None:
-    """Delete a folder of a run's artifacts, for which `MlflowClient` has no method."""
-    artifact_uri = client.get_run(run_id).info.artifact_uri
-    get_artifact_repository(artifact_uri, tracking_uri=client.tracking_uri).delete_artifacts(artifact_path)
-
-
-@contextmanager
-def patience(timeout_s: int) -> Iterator[None]:
-    """Within it MLflow's HTTP requests fail after `timeout_s` seconds without trying again; what the user has
-    set himself stays.
-
-    MLflow takes this from the environment only, which must not be changed while other threads may read it:
-    not from a background thread, nor while one trains.
-    """
-    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
-    mine = {name: value for name, value in names.items() if name not in os.environ}
-    os.environ.update(mine)
-    try:
-        yield
-    finally:
-        for name in mine:
-            os.environ.pop(name, None)
-
-
-def acceptable(text: str, limit: int = MAX_TAG_LENGTH) -> str:
-    """Return what MLflow's stores take of a text: its start, with ? for the bytes of a file name that are not
-    UTF-8."""
-    return text.encode(errors="replace").decode()[:limit]
-
-
 def is_away(error: Exception) -> bool:
-    """Whether the server cannot be reached or is in trouble: it may be asked again later."""
+    """Return whether the server cannot be reached or is in trouble: it may be asked again later."""
     return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
 
 
@@ -353,10 +298,10 @@ def _is_refusal(error: MlflowException) -> bool:
 
 
 def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
-    """As many values as MLflow takes at once."""
-    room = {"metrics": MAX_METRICS, "params": MAX_PARAMS, "tags": MAX_TAGS}
+    """Yield as many values as MLflow takes at once."""
+    room = dict(_MAX_VALUES)
     for number, record in enumerate(records):
-        if record.kind in KINDS_OF_VALUES:
+        if record.kind in room:
             room[record.kind] -= len(record.content["values"])
             if room[record.kind] < 0 and number > 0:  # one that is too large by itself the client splits
                 return

@@ -1,8 +1,8 @@
-"""What MLflow is to be told, on disk first.
+"""What a run tells MLflow, on disk first.
 
-A run appends each record to a file before anything else happens to it. Delivering it is somebody else's
-business and may take until long after the run; files to upload are hard-linked beside it, so that they can
-neither change nor vanish meanwhile.
+A run appends each record to a file before anything else happens to it. Delivery is left to another thread and
+may take until long after the run; files to upload are hard-linked beside it, so that they can neither change
+nor vanish meanwhile.
 
     run.json        tracking URI and run id: where everything goes
     records.jsonl   the records, in the order they were made
@@ -11,7 +11,6 @@ neither change nor vanish meanwhile.
 """
 
 import json
-import os
 import re
 import shutil
 import threading
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 from detr_dist.errors import DataError
 from detr_dist.redaction import redact, redact_value
+from detr_dist.storage import link_or_copy
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Record(NamedTuple):
 
 
 class Outbox:
-    """Appends records; thread-safe. A record that a crash cut in two was never made."""
+    """Appends records; thread-safe. A record of which a crash wrote only a part was never made."""
 
     def __init__(self, folder: Path, address: Address) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,16 +50,15 @@ class Outbox:
         self.folder = folder
         self._lock = threading.Lock()
         path = folder / "records.jsonl"
-        size = _whole_size(path)
-        with path.open("ab") as file:
-            file.truncate(size)
+        size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+        self._file = path.open("ab")
+        self._file.truncate(size)
         if any(position > size for position in _read_cursors(folder).values()):
             (folder / "delivered.json").unlink()  # a power cut has taken records, but not the cursors
-        self._file = path.open("ab")
         self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
 
     def append(self, kind: str, **content: Any) -> None:
-        """Note something of a kind that `delivery` knows. Costs some microseconds, whatever the server
+        """Note something of a kind that `delivery` knows; takes some microseconds, whatever the server
         does."""
         line = json.dumps({"kind": kind} | redact_value(content)).encode() + b"\n"
         with self._lock:
@@ -69,40 +68,40 @@ class Outbox:
     def append_folder(self, source: Path, artifact_path: str, *, last: str | None = None) -> None:
         """Note the files of a folder for upload below `artifact_path`, the one named `last` after all others.
 
-        One that still waits for the same place is given up for it: an outage must not fill the disk.
+        One that still waits for the same place is dropped: an outage must not fill the disk.
         """
         waiting = self._new_place()
         shutil.copytree(source, waiting, copy_function=link_or_copy)
         self.append("folder", name=waiting.name, artifact_path=artifact_path, last=last)
-        self._give_up(artifact_path)
+        self._drop(artifact_path)
         self._waiting[artifact_path] = waiting
+
+    def append_file(self, source: Path, artifact_path: str = "") -> None:
+        """Note a copy of a file, as it is now, for upload into the folder `artifact_path`."""
+        waiting = self._new_place()
+        waiting.mkdir(parents=True)
+        shutil.copyfile(source, waiting / source.name)
+        self.append("folder", name=waiting.name, artifact_path=artifact_path, last=None)
 
     def append_retention(self, parent: str, newest: int, keep: int) -> None:
         """Note that of `parent`/epoch_<N>, N up to `newest`, only the last `keep` stay."""
         self.append("retention", parent=parent, newest=newest, keep=keep)
         for artifact_path in outdated(self._waiting, parent, keep=keep, newest=newest):
-            self._give_up(artifact_path)
+            self._drop(artifact_path)
 
-    def _give_up(self, artifact_path: str) -> None:
-        """Drop the folder that waits for this place, unless it is being uploaded."""
+    def close(self) -> None:
+        self._file.close()
+
+    def _new_place(self) -> Path:
+        """Return where files can wait; never the place of an earlier record: a power cut may restore that."""
+        return self.folder / "files" / uuid.uuid4().hex
+
+    def _drop(self, artifact_path: str) -> None:
+        """Delete the folder that waits for this place, unless it is being uploaded."""
         waiting = self._waiting.pop(artifact_path, None)
         if waiting is not None and waiting.exists():
             with suppress(OSError):
                 shutil.rmtree(waiting.replace(waiting.with_suffix(".superseded")), ignore_errors=True)
-
-    def _new_place(self) -> Path:
-        """Where files wait; never the place of an earlier record, which a power cut may bring back."""
-        return self.folder / "files" / uuid.uuid4().hex
-
-    def append_file(self, source: Path) -> None:
-        """Note a copy of a file for upload beside the folders."""
-        waiting = self._new_place()
-        waiting.mkdir(parents=True)
-        shutil.copyfile(source, waiting / source.name)
-        self.append("folder", name=waiting.name, artifact_path="", last=None)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class OutboxReader:
@@ -116,40 +115,36 @@ class OutboxReader:
             raise DataError(
                 f"{folder}: holds nothing for MLflow (run.json cannot be read: {error})"
             ) from error
-        self._records_path = folder / "records.jsonl"
         self._cursors = _read_cursors(folder)
 
     def records(self, cursor: str, limit: int | None = None) -> Iterator[Record]:
-        """The records from a cursor on, up to byte `limit`."""
-        position = self._cursors.get(cursor, 0)
-        with self._records_path.open("rb") as file:
+        """Yield the records from a cursor on, up to byte `limit`."""
+        position = self.position(cursor)
+        with (self.folder / "records.jsonl").open("rb") as file:
             file.seek(position)
             for line in file:
-                end = position + len(line)
-                if not line.endswith(b"\n") or (limit is not None and end > limit):
+                position += len(line)
+                if not line.endswith(b"\n") or (limit is not None and position > limit):
                     return
                 content = json.loads(line)
-                yield Record(content.pop("kind"), content, end)
-                position = end
+                yield Record(content.pop("kind"), content, position)
 
     def position(self, cursor: str) -> int:
         return self._cursors.get(cursor, 0)
 
     def advance(self, cursor: str, position: int) -> None:
         """Note that everything before `position` is delivered."""
-        if position == self.position(cursor):
-            return
-        self._cursors[cursor] = position
-        _replace_text(self.folder / "delivered.json", json.dumps(self._cursors))
+        if position != self.position(cursor):
+            self._cursors[cursor] = position
+            _replace_text(self.folder / "delivered.json", json.dumps(self._cursors))
 
     def num_left(self, *cursors: str) -> int:
-        """Records that one of the cursors has not passed."""
-        first = min(cursors, key=self.position)
-        return sum(1 for _ in self.records(first))
+        """Return the number of records that one of the cursors has not passed."""
+        return sum(1 for _ in self.records(min(cursors, key=self.position)))
 
     @contextmanager
     def uploading(self, name: str) -> Iterator[Path | None]:
-        """The folder of that name, out of reach for what supersedes it; None if it is gone or was
+        """Yield the folder of that name, out of reach for what supersedes it; None if it is gone or was
         delivered."""
         waiting = self.folder / "files" / name
         taken = waiting.with_suffix(".uploading")
@@ -171,9 +166,9 @@ def with_credentials(uri: str, folder: Path) -> str:
 def outdated(
     artifact_paths: Iterable[str], parent: str, *, keep: int, newest: int | None = None
 ) -> list[str]:
-    """Of the `parent`/epoch_<N> among some artifact paths, N up to `newest`, all but the last `keep`.
+    """Return all but the last `keep` of the `parent`/epoch_<N> among some artifact paths, N up to `newest`.
 
-    What is newer is of a future that a run which went back has left: it will be written again.
+    A run that was resumed from an earlier epoch will write those after `newest` again.
     """
     pattern = re.compile(rf"{re.escape(parent)}/epoch_(\d+)")
     numbers = [int(match[1]) for match in map(pattern.fullmatch, artifact_paths) if match]
@@ -181,16 +176,8 @@ def outdated(
     return [f"{parent}/epoch_{number}" for number in past[:-keep]]
 
 
-def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """The same file under another name, as a hard link where the file system has them."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def _read_cursors(folder: Path) -> dict[str, int]:
-    """None after a power cut: then everything is gone through again, and the server knows what it has."""
+    """Return none after a power cut: then all records are delivered again, but for what the server has."""
     with suppress(OSError, ValueError):
         return dict(json.loads((folder / "delivered.json").read_text(encoding="utf-8")))
     return {}
@@ -200,23 +187,6 @@ def _replace_text(path: Path, text: str) -> None:
     """Write a file that its owner alone can read, complete or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # a crash may have left it, with other permissions
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with os.fdopen(os.open(partial, flags, 0o600), "w", encoding="utf-8") as file:
-        file.write(text)
+    partial.touch(mode=0o600, exist_ok=False)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _whole_size(path: Path) -> int:
-    """Bytes up to the end of the last whole line."""
-    if not path.exists():
-        return 0
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        while size:
-            chunk_start = max(0, size - 4096)
-            file.seek(chunk_start)
-            newline = file.read(size - chunk_start).rfind(b"\n")
-            if newline >= 0:
-                return chunk_start + newline + 1
-            size = chunk_start
-    return 0

@@ -1,15 +1,15 @@
 """A trained network as a folder that MLflow, transformers and our own commands can load."""
 
 import json
-import logging
+import uuid
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import mlflow.pytorch
-from mlflow import pyfunc
-from mlflow.models import Model
-from mlflow.models.model import MLMODEL_FILE_NAME
+import cloudpickle
+import torch
+import yaml
 from transformers import (
     ConditionalDetrImageProcessor,
     DeformableDetrImageProcessor,
@@ -21,7 +21,7 @@ from detr_dist.config import DataConfig
 from detr_dist.models.normalization import normalization_of
 from detr_dist.redaction import redact_value
 
-REQUIRED_PACKAGES = ("torch", "torchvision", "transformers", "timm")
+REQUIRED_PACKAGES = ("mlflow", "torch", "torchvision", "transformers", "timm")
 """What loading the model needs; this package is not among them."""
 
 _IMAGE_PROCESSORS = {"detr": DetrImageProcessor, "deformable_detr": DeformableDetrImageProcessor}
@@ -39,28 +39,39 @@ def write_model(
     It holds an MLflow PyTorch model (for `mlflow.pytorch.load_model`) and beside it `config.json`,
     `model.safetensors` and `preprocessor_config.json` (for `from_pretrained` and pipelines).
     """
-    # MLflow warns at each pickle. It keeps an ordinary module that can be trained on, and is for MLflow's
-    # users only: our own commands read the safetensors file.
-    logging.getLogger("mlflow.pytorch").setLevel(logging.ERROR)
-    model = Model()
-    mlflow.pytorch.save_model(
-        network,
-        str(folder),
-        mlflow_model=model,
-        serialization_format="pickle",
-        pip_requirements=[f"{package}=={version(package)}" for package in REQUIRED_PACKAGES],
-        metadata=redact_value(json.loads(json.dumps(metadata))),
-    )
-    # MLflow's wrapper, which would serve the model, wants one tensor as the output; a detector has several.
-    del model.flavors[pyfunc.FLAVOR_NAME]
-    model.save(str(folder / MLMODEL_FILE_NAME))
+    _write_for_mlflow(network, folder, redact_value(json.loads(json.dumps(metadata))))
     network.save_pretrained(folder)
     _image_processor(network, data).save_pretrained(folder)
 
 
+def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str, Any]) -> None:
+    """Write what `mlflow.pytorch.save_model` would, without MLflow, which not every run needs, and without
+    its offer to serve the model: its wrapper expects one tensor as the output, and a detector has several.
+
+    The pickle keeps an ordinary module that can be trained on. It is for MLflow's users only: our own
+    commands read the safetensors file.
+    """
+    (folder / "data").mkdir(parents=True)
+    torch.save(network, folder / "data" / "model.pth", pickle_module=cloudpickle)
+    (folder / "data" / "pickle_module_info.txt").write_text("mlflow.pytorch.pickle_module", encoding="utf-8")
+    requirements = [f"{package}=={version(package)}" for package in REQUIRED_PACKAGES]
+    (folder / "requirements.txt").write_text("\n".join(requirements), encoding="utf-8")
+    model = {
+        "flavors": {
+            "pytorch": {"code": None, "model_data": "data", "pytorch_version": str(torch.__version__)}
+        },
+        "metadata": metadata,
+        "mlflow_version": version("mlflow"),
+        "model_size_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        "model_uuid": uuid.uuid4().hex,
+        "utc_time_created": str(datetime.now(UTC).replace(tzinfo=None)),
+    }
+    (folder / "MLmodel").write_text(yaml.safe_dump(model), encoding="utf-8")
+
+
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
-    """The library's processor of this architecture (DAB-DETR is published with Conditional DETR's), which
-    does what we do."""
+    """Return the library's processor of this architecture, which does what we do; DAB-DETR is published with
+    Conditional DETR's."""
     normalization = normalization_of(network.config)
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(

@@ -1,10 +1,11 @@
-"""MLflow stores that several runs open, make or change at the same moment, as sweeps and job arrays do."""
+"""MLflow's stores: how they are opened, with time-outs, and made by several runs at once as sweeps do."""
 
+import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from filelock import FileLock
@@ -12,9 +13,18 @@ from filelock import Timeout as LockTimeout
 from mlflow import MlflowClient
 from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
+from mlflow.utils import request_utils
 
 from detr_dist.errors import UsageError
-from detr_dist.tracking.uris import artifact_location, database_path, is_file_store, local_path
+from detr_dist.text import one_line
+from detr_dist.tracking.uris import (
+    WHERE_SET,
+    artifact_location,
+    check_escapes,
+    client_uri,
+    is_file_store,
+    store_path,
+)
 
 # Making a database takes seconds. If the lock's holder hangs, continuing without the lock is the lesser evil.
 _LOCK_PATIENCE_S = 120.0
@@ -23,7 +33,81 @@ _LOCK_PATIENCE_S = 120.0
 _BUSY_PATIENCE_S = 60.0
 _LONGEST_PAUSE_S = 2.0
 
+_TIMEOUT_S = 20
+
+MAX_TAG_LENGTH = 5000
+"""Limit of MLflow's API."""
+
+_logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+
+def open_client(uri: str) -> MlflowClient:
+    """Return a client of the tracking store at `uri`, which is created if it is on this host.
+
+    Raises:
+        UsageError: the store cannot be used.
+    """
+    for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # the error itself is reported
+    check_escapes(uri)
+    path = store_path(uri)
+    if is_file_store(uri):
+        _allow_file_store(uri)
+    elif path is not None and not os.access(path.parent, os.W_OK):  # SQLAlchemy would try for minutes
+        raise UsageError(
+            f"tracking URI {uri}: no folder {path.parent} that can be written to; correct {WHERE_SET}"
+        )
+    try:
+        with patience(_TIMEOUT_S), locked_store(uri):
+            return MlflowClient(tracking_uri=client_uri(uri))
+    except Exception as error:  # each kind of store raises its own
+        raise UsageError(
+            f"tracking URI {uri}: cannot be used ({one_line(error)}); correct {WHERE_SET}, or train with "
+            "logging.mlflow=false"
+        ) from error
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
+
+
+def _allow_file_store(uri: str) -> None:
+    if "MLFLOW_ALLOW_FILE_STORE" not in os.environ:
+        os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+        _logger.info(
+            f"MLflow keeps file stores such as {uri} only with MLFLOW_ALLOW_FILE_STORE=true, set for this "
+            "run; set it for `mlflow ui` too, or use scripts/start_mlflow_ui.sh"
+        )
+
+
+def close_connections(client: MlflowClient) -> None:
+    """Close what MLflow keeps open for a next call. It has no public way, and where its inside has changed
+    they stay open until the process ends."""
+    with suppress(ImportError, AttributeError):
+        request_utils._cached_get_request_session.cache_clear()
+    with suppress(AttributeError):
+        client._tracking_client.store._dispose_engine()
+
+
+@contextmanager
+def patience(timeout_s: int) -> Iterator[None]:
+    """Have MLflow's HTTP requests fail after `timeout_s` seconds without another attempt; what the user has
+    set stays.
+
+    MLflow takes this from the environment only, which must not be changed while other threads may read it:
+    not from a background thread, nor while one trains.
+    """
+    names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+    mine = {name: value for name, value in names.items() if name not in os.environ}
+    os.environ.update(mine)
+    try:
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
 
 
 @contextmanager
@@ -32,29 +116,20 @@ def locked_store(uri: str) -> Iterator[None]:
 
     A lock file beside the store does it. Servers need none, and a file system that has no locks gets none.
     """
-    path = _lock_path(uri)
-    if path is None:
-        yield
-        return
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=_LOCK_PATIENCE_S)
-    except (LockTimeout, OSError, NotImplementedError):
-        yield
-        return
+    path = store_path(uri)
+    lock = FileLock(path.with_name(f"{path.name}.lock")) if path is not None else None
+    if lock is not None:
+        with suppress(LockTimeout, OSError, NotImplementedError):
+            lock.acquire(timeout=_LOCK_PATIENCE_S)
     try:
         yield
     finally:
-        lock.release()
-
-
-def _lock_path(uri: str) -> Path | None:
-    store = local_path(uri) if is_file_store(uri) else database_path(uri)
-    return store.absolute().with_name(f"{store.name}.lock") if store is not None else None
+        if lock is not None:
+            lock.release()
 
 
 def unless_busy(request: Callable[[], T]) -> T:
-    """What `request` returns, asked again for a minute while the database is busy with other runs.
+    """Return what `request` returns; repeat it for a minute while the database is busy with other runs.
 
     Raises:
         MlflowException: it is still busy then, or something else is wrong.
@@ -70,45 +145,47 @@ def unless_busy(request: Callable[[], T]) -> T:
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
+def unless_exists(create: Callable[[], object]) -> None:
+    """Call `create`, and accept that another run may have been faster."""
+    try:
+        unless_busy(create)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
 def find_or_make_experiment(client: MlflowClient, name: str) -> str:
-    """Return the id of the experiment of that name, which is made if there is none.
+    """Return the id of the experiment of that name, which is created if there is none.
 
     Raises:
-        UsageError: it was deleted; says how to bring it back.
+        UsageError: it was deleted; says how to restore it.
     """
-    experiment = _experiment(client, name)
+    experiment = unless_busy(lambda: client.get_experiment_by_name(name))
     if experiment is None:
+        location = artifact_location(client.tracking_uri)
         with locked_store(client.tracking_uri):
-            experiment = _experiment(client, name) or _make_experiment(client, name)
+            unless_exists(lambda: client.create_experiment(name, location))
+        experiment = unless_busy(lambda: client.get_experiment_by_name(name))
+        assert experiment is not None
     refuse_deleted(experiment)
     return str(experiment.experiment_id)
 
 
-def _experiment(client: MlflowClient, name: str) -> Experiment | None:
-    return unless_busy(lambda: client.get_experiment_by_name(name))
-
-
-def _make_experiment(client: MlflowClient, name: str) -> Experiment:
-    try:
-        experiment_id = unless_busy(
-            lambda: client.create_experiment(name, artifact_location(client.tracking_uri))
-        )
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-        # By a run elsewhere, which a lock on this disk does not stop.
-        made_meanwhile = _experiment(client, name)
-        if made_meanwhile is None:
-            raise
-        return made_meanwhile
-    return unless_busy(lambda: client.get_experiment(experiment_id))
-
-
 def refuse_deleted(experiment: Experiment) -> None:
-    """Raise UsageError, with the way to bring it back, if an experiment was deleted."""
+    """Raise UsageError, with the way to restore it, if an experiment was deleted."""
     if experiment.lifecycle_stage != "active":
         raise UsageError(
-            f"logging.mlflow_experiment_name {experiment.name}: this experiment was deleted; bring it back "
-            f"with `mlflow experiments restore --experiment-id {experiment.experiment_id}` (and "
+            f"logging.mlflow_experiment_name {experiment.name}: this experiment was deleted; restore it with "
+            f"`mlflow experiments restore --experiment-id {experiment.experiment_id}` (and "
             "MLFLOW_TRACKING_URI set to its store), or give another name"
         )
+
+
+def acceptable(text: str, limit: int = MAX_TAG_LENGTH) -> str:
+    """Return what MLflow's stores take of a text: its start, as UTF-8.
+
+    Python escapes what it cannot decode of file names and arguments in another locale; no server takes that.
+    """
+    with suppress(UnicodeEncodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return text.encode(errors="replace").decode()[:limit]

@@ -1,20 +1,23 @@
 """Delivers what a run could not, once it has ended."""
 
+import logging
 import time
 from pathlib import Path
 
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.storage import locked
 from detr_dist.text import one_line
-from detr_dist.tracking.delivery import Delivery, patience
-from detr_dist.tracking.mlflow import open_client, say
+from detr_dist.tracking.delivery import Delivery
 from detr_dist.tracking.outbox import OutboxReader
+from detr_dist.tracking.store import open_client, patience
 
 # Attempts at a server that does not answer, and the seconds between them.
-_ATTEMPTS, _PAUSE_S = 5, 2.0
+_MAX_ATTEMPTS, _PAUSE_S = 5, 2.0
 
 # A request that takes longer has failed; an upload includes what the server does with it.
 _TIMEOUT_S = 120
+
+_logger = logging.getLogger(__name__)
 
 
 def sync(output_dir: Path) -> None:
@@ -22,7 +25,7 @@ def sync(output_dir: Path) -> None:
 
     Raises:
         UsageError: there are none.
-        DataError: a run that is still going on delivers them.
+        DataError: a run that is still at work there delivers them.
         DetrDistError: MLflow cannot be reached for some; nothing is lost, and the others are delivered.
     """
     # What is newer goes over what is older.
@@ -34,29 +37,28 @@ def sync(output_dir: Path) -> None:
     with locked(output_dir), patience(_TIMEOUT_S):
         for folder in folders:
             try:
-                _deliver(folder)
+                _deliver_all(OutboxReader(folder))
             except DetrDistError as failure:
                 failures.append(str(failure))
     if failures:
         raise DetrDistError("\n".join(failures))
 
 
-def _deliver(folder: Path) -> None:
-    reader = OutboxReader(folder)
+def _deliver_all(reader: OutboxReader) -> None:
     uri, run_id = reader.address.tracking_uri, reader.address.run_id
-    delivery = Delivery(reader, open_client(uri), say)
+    delivery = Delivery(reader, open_client(uri))
     num_records = delivery.num_left
-    attempt = 0
+    num_failures = 0
     while delivery.num_left:
         try:
             delivery.work()
-            attempt = 0
+            num_failures = 0
         except Exception as error:  # each kind of store raises its own
-            attempt += 1
-            if attempt == _ATTEMPTS:
+            num_failures += 1
+            if num_failures == _MAX_ATTEMPTS:
                 raise DetrDistError(
-                    f"{folder}: {delivery.num_left} records are left, because MLflow at {uri} cannot be "
-                    f"reached ({one_line(error)}); nothing is lost, try again"
+                    f"{reader.folder}: {delivery.num_left} records are left, because MLflow at {uri} cannot "
+                    f"be reached ({one_line(error)}); nothing is lost, try again"
                 ) from error
             time.sleep(_PAUSE_S)
-    say(f"{folder}: {num_records} records delivered to MLflow run {run_id}")
+    _logger.info(f"{reader.folder}: {num_records} records delivered to MLflow run {run_id}")

@@ -17,7 +17,7 @@ from detr_dist.config import load_config
 from detr_dist.console import make_robust
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.redaction import redact
-from detr_dist.tracking.uris import client_uri, database_path, is_file_store, local_path
+from detr_dist.tracking.uris import client_uri, is_file_store, store_path
 
 _NUM_PORTS_TO_TRY = 100
 
@@ -53,22 +53,21 @@ def main() -> None:
 
 
 def find_tracking_uri(uri: str | None, config_path: Path | None) -> str:
-    """The store that was asked for, or else the one that is here.
+    """Return the store that was asked for, or else the one that is here.
 
     Raises:
         UsageError: there is none.
     """
-    asked_for = uri, "tracking URI"
+    source = "tracking URI"
     if uri is None and config_path is not None:
-        asked_for = load_config(config_path).logging.mlflow_tracking_uri, f"{config_path}: tracking URI"
+        uri, source = load_config(config_path).logging.mlflow_tracking_uri, f"{config_path}: tracking URI"
     elif uri is None:
-        asked_for = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
-    uri, source = asked_for
+        uri, source = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
     if uri:
         if not _is_there(uri):
             raise UsageError(
-                f"{source} {uri}: no runs of MLflow in {_place(uri)}; run this where you trained, or give "
-                "the tracking URI that the training printed"
+                f"{source} {uri}: no runs of MLflow in {store_path(uri)}; run this where you trained, or "
+                "give the tracking URI that the training printed"
             )
         return uri
     for uri in (_uri_of_this_project(), "sqlite:///mlflow.db", "file:./mlruns"):
@@ -88,23 +87,17 @@ def _uri_of_this_project() -> str | None:
         return None
 
 
-def _place(uri: str) -> Path | None:
-    """Database file or folder of a store that is kept on this machine; None for others."""
-    path = local_path(uri) if is_file_store(uri) else database_path(uri)
-    return path and path.absolute()
-
-
 def _is_there(uri: str) -> bool:
-    """Whether there is anything to show. A folder must hold an experiment: `mlruns` with artifacts alone
-    belongs to a database, and MLflow would make a second, empty store of it."""
-    path = _place(uri)
+    """Return whether there is anything to show. A folder must hold an experiment: `mlruns` with artifacts
+    alone belongs to a database, and MLflow would make a second, empty store of it."""
+    path = store_path(uri)
     if path is None:
         return True
-    return path.is_file() if database_path(uri) is not None else any(path.glob("*/meta.yaml"))
+    return any(path.glob("*/meta.yaml")) if is_file_store(uri) else path.is_file()
 
 
 def server_address(uri: str) -> str:
-    """Address of a tracking server that answers, without the password that `uri` may hold.
+    """Return the address of a tracking server that answers, without the password that `uri` may hold.
 
     Raises:
         DetrDistError: it does not answer.
@@ -128,7 +121,7 @@ def serve(uri: str, host: str, port: int, options: list[str]) -> None:
     free_port = find_free_port(host, port)
     if free_port != port != 0:
         print(f"port {port} is busy, taking {free_port}")
-    shown = _place(uri) or "the database"
+    shown = store_path(uri) or "the database"
     print(f"MLflow's pages of {shown}: open http://{host}:{free_port} (Ctrl-C ends them)", flush=True)
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.13 and later refuse folders without it
     # Jobs judge language models. Without them it starts sooner, and one person needs one worker.
@@ -140,10 +133,10 @@ def serve(uri: str, host: str, port: int, options: list[str]) -> None:
 
 
 def find_free_port(host: str, first: int) -> int:
-    """The first port from `first` on at which nothing listens.
+    """Return the first port from `first` on at which nothing listens.
 
     Raises:
-        UsageError: none is free, or `host` is no address of this machine.
+        UsageError: none is free, or `host` is no address of this host.
     """
     try:
         family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]

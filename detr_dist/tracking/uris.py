@@ -1,17 +1,17 @@
-"""What a tracking URI names: which kind of store, and where on this host.
+"""What a tracking URI, a run or an artifact is called, and where on this host it lies. Imports no MLflow.
 
 MLflow takes plain paths for URL-encoded ones and puts the current folder into `file:` URIs as it is: a folder
 with `%`, `#` or `?` in its name becomes another one. Hence absolute, encoded URIs wherever we choose.
 """
 
 import re
+import shlex
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from sqlalchemy import make_url
-
 from detr_dist.errors import UsageError
+from detr_dist.redaction import redact
 
 WHERE_SET = "--tracking-uri (of train: logging.mlflow_tracking_uri)"
 """What a message asks to correct when a tracking URI is wrong: it does not know which command asked."""
@@ -20,6 +20,16 @@ WHERE_SET = "--tracking-uri (of train: logging.mlflow_tracking_uri)"
 _NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
 
 _DATABASES = {"mssql", "mysql", "postgresql", "sqlite"}
+
+
+def is_run_id(text: str) -> bool:
+    """Return whether this can be the id of an MLflow run."""
+    return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def is_artifact_uri(text: str) -> bool:
+    """Return whether this names something in MLflow or in an artifact store, and not a local path."""
+    return re.match(r"[a-z0-9+.-]+:/", text) is not None
 
 
 def is_file_store(uri: str) -> bool:
@@ -44,9 +54,17 @@ def database_path(uri: str) -> Path | None:
     """Return the file of an SQLite database as SQLAlchemy finds it; None for other URIs."""
     if re.match(r"sqlite(\+\w+)?:///", uri) is None:
         return None
+    from sqlalchemy import make_url  # MLflow's, and slow to import
+
     url = make_url(uri)
     is_path = url.database not in (None, "", ":memory:") and "uri" not in url.query
     return Path(str(url.database)) if is_path else None
+
+
+def store_path(uri: str) -> Path | None:
+    """Return the absolute path of a store on this host, a database file or a folder; None for others."""
+    path = local_path(uri) if is_file_store(uri) else database_path(uri)
+    return path and path.absolute()
 
 
 def check_escapes(uri: str) -> None:
@@ -69,19 +87,20 @@ def check_escapes(uri: str) -> None:
 
 def absolute_uri(uri: str) -> str:
     """Return a URI of the same store for a process that works in another folder."""
-    if is_file_store(uri):
-        return _encoded(Path(str(local_path(uri))))
-    database = database_path(uri)
-    if database is None:
+    path = store_path(uri)
+    if path is None:
         return uri
-    database = database.absolute()
-    absolute = f"sqlite:///{database}{''.join(uri.partition('?')[1:])}"
-    if database_path(absolute) == database:
+    if is_file_store(uri):
+        return path.as_uri()
+    absolute = f"sqlite:///{path}{''.join(uri.partition('?')[1:])}"
+    if database_path(absolute) == path:
         return absolute
+    from sqlalchemy import make_url
+
     # MLflow would make the folder that `sqlite:///` names unescaped; where the driver is named it makes none.
-    url = make_url(uri).set(drivername="sqlite+pysqlite", database=str(database))
+    url = make_url(uri).set(drivername="sqlite+pysqlite", database=str(path))
     absolute = url.render_as_string(hide_password=False)
-    return absolute if database_path(absolute) == database else uri  # SQLAlchemy 2.0 knows no escapes
+    return absolute if database_path(absolute) == path else uri  # SQLAlchemy 2.0 knows no escapes
 
 
 def client_uri(uri: str) -> str:
@@ -96,12 +115,19 @@ def artifact_location(uri: str) -> str | None:
 
 def local_location(path: Path) -> str:
     """Return an absolute path that MLflow does not take for another: a `file:` URI where it would."""
-    return _encoded(path) if _is_misread(path) else str(path.absolute())
+    return path.absolute().as_uri() if _is_misread(path) else str(path.absolute())
 
 
 def _is_misread(path: Path) -> bool:
     return not set("%#?;").isdisjoint(str(path.absolute()))
 
 
-def _encoded(path: Path) -> str:
-    return path.absolute().as_uri()
+def way_to_see(uri: str) -> str:
+    """Return where the runs of a store can be seen, or with which command."""
+    shown = redact(uri)
+    if is_database(uri):
+        credentials = " with its credentials" if shown != uri else ""
+        return f"with: mlflow ui --backend-store-uri {shlex.quote(shown)}{credentials}"
+    if is_file_store(uri):
+        return f"with: MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    return f"at {shown}"

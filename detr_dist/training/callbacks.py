@@ -17,8 +17,8 @@ from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.detector import Detector
 from detr_dist.models.execution import num_compiled_graphs
 from detr_dist.storage import describe_disk_error
-from detr_dist.tracking.memory import DeviceMonitor
-from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.tracking.system_metrics import DeviceMonitor
+from detr_dist.tracking.tracker import Tracker, Trackers
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -41,7 +41,7 @@ class PlotWriter:
     What cannot be drawn or uploaded is one warning, and training continues.
     """
 
-    def __init__(self, data: CocoData, plots_dir: Path, tracker: MLflowTracker | None) -> None:
+    def __init__(self, data: CocoData, plots_dir: Path, tracker: Tracker | None) -> None:
         self._data = data
         self._plots_dir = plots_dir
         self._tracker = tracker
@@ -79,6 +79,7 @@ class RunCallbacks:
         groups: GroupStream,
         evaluator: Evaluator,
         progress: Progress | None,
+        trackers: Trackers,
         saver: Saver | None,
         plots: PlotWriter | None,
         facts: RunFacts,
@@ -89,6 +90,7 @@ class RunCallbacks:
         self._host = host
         self._groups = groups
         self._evaluator = evaluator
+        self._trackers = trackers
         # On the main process only; the last one only if it is wanted.
         self._progress, self._saver, self._plots = progress, saver, plots
         self._details: Details | None = None  # of the evaluation at this epoch's end
@@ -129,7 +131,7 @@ class RunCallbacks:
             scores = self._evaluator.evaluate(detector)
         self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
-        self._training.accelerator.log(state.metrics | {"val_seconds": took_s}, step=state.step)
+        self._trackers.log_metrics(state.metrics | {"val_seconds": took_s}, step=state.step)
         headlines = "  ".join(
             f"{name} {value:.4f}"
             for name, value in state.metrics.items()
@@ -221,12 +223,12 @@ class RunCallbacks:
             metrics["compiled_graphs"] = float(num_compiled_graphs())
         self._logged_at, self._logged_images, self._logged_waited_s = now, sum(images), max(waits)
         self._paused_s = 0.0
-        self._training.accelerator.log(metrics, step=state.step)
+        self._trackers.log_metrics(metrics, step=state.step)
         if self._progress is not None:
             self._progress.metrics(state.step, metrics)
 
     def _log_memory(self, state: TrainState) -> None:
-        self._training.accelerator.log(self._monitor.read(), step=state.step)
+        self._trackers.log_metrics(self._monitor.read(), step=state.step)
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and continue. What fails until then is raised

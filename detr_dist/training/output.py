@@ -23,6 +23,7 @@ _WRITTEN = {
     "checkpoints": r"\.?((epoch|step)_\d+|best|last)(\.partial|\.replaced|\.removed)?",
     "models": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "outbox": r"[0-9a-f]{32}",
+    "logs": r"train\.log",
     "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "stacks": r"rank_\d+\.txt|nccl_rank_\d+",
 }

@@ -1,6 +1,7 @@
 """Deletes old checkpoints and epoch models, on disk and in MLflow; `best`, `last` and the best model stay."""
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -18,18 +19,20 @@ from mlflow.exceptions import MlflowException
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.storage import locked, remove_folder
 from detr_dist.text import one_line
-from detr_dist.tracking.delivery import delete_artifacts, patience
-from detr_dist.tracking.download import fetch, is_run_id
-from detr_dist.tracking.mlflow import open_client, say
+from detr_dist.tracking.artifacts import delete_artifacts, fetch
 from detr_dist.tracking.outbox import OutboxReader, outdated
+from detr_dist.tracking.store import open_client, patience
+from detr_dist.tracking.uris import is_run_id
 from detr_dist.training.checkpoint import outdated_checkpoints
 
 _TIMEOUT_S = 60
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class _Find:
-    """A folder that may go."""
+    """A folder that may be deleted."""
 
     name: str
     num_bytes: int
@@ -39,7 +42,7 @@ class _Find:
 def prune(
     targets: Sequence[str], *, experiment: str | None, tracking_uri: str, keep_last: int, delete: bool
 ) -> None:
-    """Say what is older than the newest `keep_last` checkpoints and epoch models of each target (an output
+    """Report what is older than the newest `keep_last` checkpoints and epoch models of each target (an output
     folder with its MLflow run, or the id of a run) and of every run of `experiment`; with `delete` delete it.
 
     Raises:
@@ -65,13 +68,13 @@ def prune(
         # By name, as a run may be given as a folder, as an id and with its experiment.
         done, failures = _go_through(list({find.name: find for find in finds}.values()), delete=delete)
     total = f"{len(done)} folders, {sum(find.num_bytes for find in done) / 2**20:.1f} MiB"
-    say(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
+    _logger.info(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
     if failures:
         raise DetrDistError("\n".join(failures))
 
 
 def _go_through(finds: Iterable[_Find], *, delete: bool) -> tuple[list[_Find], list[str]]:
-    """Say what may go, and delete it if asked to; returns what that was, and what went wrong."""
+    """Report what may be deleted, and delete it if asked to; return what that was, and what failed."""
     done: list[_Find] = []
     failures: list[str] = []
     for find in finds:
@@ -81,7 +84,7 @@ def _go_through(finds: Iterable[_Find], *, delete: bool) -> tuple[list[_Find], l
         except Exception as error:  # each kind of store raises its own
             failures.append(f"{find.name} could not be deleted ({one_line(error)})")
             continue
-        say(f"{'deleted ' if delete else ''}{find.num_bytes / 2**20:10.1f} MiB  {find.name}")
+        _logger.info(f"{'deleted ' if delete else ''}{find.num_bytes / 2**20:10.1f} MiB  {find.name}")
         done.append(find)
     return done, failures
 
@@ -116,14 +119,16 @@ def _runs(tracking_uri: str, *, run_id: str | None = None, experiment: str | Non
         return runs
     except (MlflowException, OSError) as error:
         what = f"MLflow run {run_id}" if run_id is not None else f"--experiment {experiment}"
-        raise UsageError(f"{what} is not to be had from {tracking_uri} ({one_line(error)})") from error
+        raise UsageError(f"{what} is not available at {tracking_uri} ({one_line(error)})") from error
 
 
 def _in_ended_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator[_Find]:
-    """Of a run that is going on, only its own process knows what it still needs."""
+    """Yield the folders of runs that have ended: of others only their own process knows what it needs."""
     for run in runs:
         if run.info.status == "RUNNING":
-            say(f"passed over run {run.info.run_id}: it is running, or was killed: give its output folder")
+            _logger.info(
+                f"passed over run {run.info.run_id}: it is running, or was killed: give its output folder"
+            )
     yield from _in_runs([run for run in runs if run.info.status != "RUNNING"], tracking_uri, keep_last)
 
 
@@ -155,7 +160,7 @@ class _Saved(NamedTuple):
 
 
 def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
-    """The epochs that a run which went back has left: after them something of an earlier step was saved."""
+    """Return the epochs that a run left when it resumed from an earlier step, which was saved later."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = {
             path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
@@ -169,7 +174,7 @@ def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) 
 
 
 def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None:
-    """How far a run was when it saved a checkpoint or a model, and when that was; None if it does not say."""
+    """Return step and time of a checkpoint or model; None if it is incomplete."""
     try:
         if "/models/" in artifact_uri:
             model = yaml.safe_load(

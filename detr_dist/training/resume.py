@@ -12,7 +12,7 @@ from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
 from detr_dist.redaction import redact, redact_value
-from detr_dist.tracking.download import is_run_id
+from detr_dist.tracking.uris import is_run_id
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.state import RunFacts
 

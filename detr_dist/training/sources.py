@@ -10,7 +10,7 @@ from pathlib import Path
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import CheckpointError, DataError, UsageError
 from detr_dist.storage import finish_interrupted, locked
-from detr_dist.tracking.download import checkpoint_uris, download_folder, is_artifact_uri, is_run_id
+from detr_dist.tracking.uris import is_artifact_uri, is_run_id
 from detr_dist.training.checkpoint import (
     AVERAGE,
     NETWORK,
@@ -50,6 +50,8 @@ def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
     if re.fullmatch("models:/[^/@]+/?", reference) and not reference.startswith("models:/m-"):
         raise UsageError(f"{reference}: names no version; add one, e.g. /1, or an alias, e.g. @best")
     if is_artifact_uri(reference):
+        from detr_dist.tracking.artifacts import download_folder  # MLflow: only what lies there needs it
+
         into = Path(tempfile.mkdtemp(dir=scratch))
         folder = download_folder(re.sub("^(models:/[^/]+)/@", r"\1@", reference), tracking_uri, into)
     else:
@@ -110,6 +112,8 @@ class Sources:
         Raises:
             UsageError: there is no such folder, or it cannot be fetched.
         """
+        from detr_dist.tracking.artifacts import download_folder  # as above
+
         into = Path(tempfile.mkdtemp(dir=self._scratch.name))
         return download_folder(artifact_uri, self.tracking_uri, into)
 
@@ -182,6 +186,8 @@ class Sources:
         )
 
     def _newest_of_run(self, run_id: str) -> Checkpoint:
+        from detr_dist.tracking.artifacts import checkpoint_uris  # as above
+
         for uri in checkpoint_uris(run_id, self.tracking_uri, Path(self._scratch.name)):
             try:
                 return open_checkpoint(self.download(uri))

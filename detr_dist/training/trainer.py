@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
@@ -28,8 +29,9 @@ from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.redaction import redact
 from detr_dist.storage import check_writable, locked
-from detr_dist.tracking.mlflow import MLflowTracker, close_after_loss, run_status, way_to_see
-from detr_dist.tracking.tracker import run_params, tensorboard_tracker
+from detr_dist.tracking.params import run_params
+from detr_dist.tracking.tracker import TensorBoard, Trackers, tracked
+from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.callbacks import PlotWriter, RunCallbacks
 from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.deepspeed import zero_plugin
@@ -46,6 +48,9 @@ from detr_dist.training.signals import StopSignals, leave_note
 from detr_dist.training.state import TrainState
 from detr_dist.training.step_sync import StepSync
 from detr_dist.training.trial import try_largest_batch
+
+if TYPE_CHECKING:
+    from detr_dist.tracking.mlflow import MLflowTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -134,63 +139,63 @@ def _log_lines(lines: Iterator[str] | list[str]) -> None:
 
 def _run(setup: Setup) -> None:
     """Track the run, train, and write the results. Collective."""
-    host, tracker = setup.host, None
-    try:
-        with StopSignals(host.hurry) as signals, ExitStack() as held:
+    host, trackers, tracker = setup.host, Trackers(), None  # on the main process alone there are any
+    with StopSignals(host.hurry) as signals, ExitStack() as held:
+        with host.failing_together():
+            if host.is_main_process:
+                check_writable("--output-dir", setup.output_dir)
+                held.enter_context(locked(setup.output_dir))
+                tracker = open_run(setup, trackers)
+        with tracked(trackers), host.on_failure(trackers.close_after_loss):
             with host.failing_together():
                 if host.is_main_process:
-                    check_writable("--output-dir", setup.output_dir)
-                    held.enter_context(locked(setup.output_dir))
-                    tracker = open_run(setup)
-            with run_status(tracker), host.on_failure(partial(close_after_loss, tracker)):
-                with host.failing_together():
-                    if host.is_main_process:
-                        open_output(setup, tracker)
-                state = _train(setup, assemble(setup, signals), signals, tracker)
-                with host.failing_together():
-                    if host.is_main_process:
-                        _write_results(setup, state, tracker)
-    finally:
-        for each in setup.accelerator.trackers:
-            each.finish()
+                    open_output(setup, trackers, tracker)
+            state = _train(setup, assemble(setup, signals), signals, trackers, tracker)
+            with host.failing_together():
+                if host.is_main_process:
+                    _write_results(setup, state, tracker)
 
 
-def open_run(setup: Setup) -> MLflowTracker | None:
-    """Start the MLflow run, or continue it. Main process."""
+def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
+    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
     if not setup.config.logging.mlflow:
         return None
-    if setup.resumed is None:
-        return MLflowTracker(setup.config.logging)
-    saved = setup.resumed.facts
-    known_uri = saved.config.logging.mlflow_tracking_uri
-    return MLflowTracker(setup.config.logging, run_id=saved.mlflow_run_id, known_uri=known_uri)
+    from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
+
+    saved = setup.resumed.facts if setup.resumed is not None else None
+    tracker = MLflowTracker(
+        setup.config.logging,
+        run_id=saved.mlflow_run_id if saved is not None else None,
+        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+    )
+    trackers.add(tracker)
+    return tracker
 
 
-def open_output(setup: Setup, tracker: MLflowTracker | None) -> None:
+def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
     """Write the run's first files and open its trackers. Main process."""
     output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
         _bring_best(setup, resumed)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    trackers = setup.accelerator.trackers
     if tracker is not None:
         tracker.open(output_dir / "outbox")
-        trackers.append(tracker)
         if resumed is not None:
             tracker.note_resume(resumed.state.step, setup.changes)
         tracker.set_tags(
             {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
         )
         tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
-        tracker.log_file(output_dir / "config.yaml")
     if config.logging.tensorboard:
-        trackers.append(tensorboard_tracker(output_dir, first_step=resumed.state.step if resumed else 0))
+        first_step = resumed.state.step if resumed is not None else 0
+        trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
+    trackers.write_log(output_dir / "logs" / "train.log")
+    trackers.log_file(output_dir / "config.yaml")
     params = run_params(
         config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
     )
-    for each in trackers:
-        each.store_init_configuration(params)
+    trackers.log_params(params)
 
 
 def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
@@ -240,13 +245,19 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
 
 
 def _train(
-    setup: Setup, training: Training, signals: StopSignals, tracker: MLflowTracker | None
+    setup: Setup,
+    training: Training,
+    signals: StopSignals,
+    trackers: Trackers,
+    tracker: "MLflowTracker | None",
 ) -> TrainState:
     """Train to the end, or to a request to stop. Collective."""
     host = setup.host
     state = setup.resumed.state if setup.resumed is not None else TrainState()
     groups = training_data(setup, training, state)
-    callbacks = build_callbacks(setup, training, state, groups, signals=signals, tracker=tracker)
+    callbacks = build_callbacks(
+        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
+    )
     try:
         _try_largest_batch(setup, training, state, groups)
         with host.explained():
@@ -305,7 +316,8 @@ def build_callbacks(
     groups: GroupStream,
     *,
     signals: StopSignals,
-    tracker: MLflowTracker | None,
+    trackers: Trackers,
+    tracker: "MLflowTracker | None",
 ) -> RunCallbacks:
     """Return what logs, evaluates and saves around the loop; the main process logs how the run starts.
 
@@ -313,17 +325,18 @@ def build_callbacks(
     """
     config, accelerator, output_dir = setup.config, setup.accelerator, setup.output_dir
     progress = saver = plots = None
+    files = trackers if trackers.keeps_files else None
     if accelerator.is_main_process:
         _log_lines(describe_run(setup))
         _log_lines(_describe_start(setup, training, state))
         progress = Progress(first_step=state.step, total_steps=training.total_steps)
         if config.evaluation.pictures:
-            plots = PlotWriter(setup.val_data, output_dir / "pictures", tracker)
+            plots = PlotWriter(setup.val_data, output_dir / "pictures", files)
         saver = Saver(
             output_dir / "checkpoints",
             keep_last=config.checkpoint.keep_last,
-            tracker=tracker,
-            pack_model=ModelPacker(training.average.detector, config, output_dir, tracker).pack,
+            tracker=files,
+            pack_model=ModelPacker(training.average.detector, config, output_dir, files).pack,
         )
     evaluator = Evaluator(
         setup.val_data, config, accelerator, setup.host, stop_requested=lambda: signals.is_requested
@@ -336,13 +349,14 @@ def build_callbacks(
         groups=groups,
         evaluator=evaluator,
         progress=progress,
+        trackers=trackers,
         saver=saver,
         plots=plots,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
 
 
-def _write_results(setup: Setup, state: TrainState, tracker: MLflowTracker | None) -> None:
+def _write_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
     where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
     write_results(setup.output_dir, state.metrics, where)
     if tracker is not None:

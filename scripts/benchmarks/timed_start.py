@@ -45,7 +45,7 @@ PARTS = {
     "detr_dist.models.build._check_forward": "trying the network",
     "detr_dist.training.optim.build_optimizer": "optimizer",
     "accelerate.Accelerator.prepare": "optimizer",
-    "detr_dist.tracking.mlflow.open_client": "opening MLflow's store",
+    "detr_dist.tracking.store.open_client": "opening MLflow's store",
     "detr_dist.tracking.mlflow.MLflowTracker.__init__": "beginning the MLflow run",
     "detr_dist.tracking.mlflow.MLflowTracker.open": "opening the outbox",
     "torch.utils.data.DataLoader.__iter__": "starting loader processes",

@@ -32,7 +32,7 @@ def measure(folder: Path, steps: int) -> dict[str, list[float]]:
 
     def through_the_outbox() -> None:
         number = next(step)
-        tracker.log(dict.fromkeys(NAMES, number / 7), step=number)
+        tracker.log_metrics(dict.fromkeys(NAMES, number / 7), number)
 
     def directly() -> None:
         now, number = int(time.time() * 1000), next(step)
@@ -46,7 +46,7 @@ def measure(folder: Path, steps: int) -> dict[str, list[float]]:
     for number in range(LOGS_PER_ROUND):
         ways |= {f"outbox {number}": through_the_outbox, f"step {number}": training_step}
     seconds = take_turns(ways, rounds=steps // LOGS_PER_ROUND)
-    tracker.end("FINISHED")
+    tracker.close("FINISHED")
     through = [values for name, values in seconds.items() if name.startswith("outbox")]
     return {
         "through the outbox": list(itertools.chain.from_iterable(through)),

@@ -70,7 +70,7 @@ from detr_dist.distributed import (
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.normalization import IMAGENET
-from detr_dist.tracking.mlflow import run_status
+from detr_dist.tracking.tracker import Trackers, tracked
 from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import StepDone, Training, train_step
 from detr_dist.training.optim import build_optimizer
@@ -315,13 +315,16 @@ def lay_out(config: Config, places: Places, held: ExitStack) -> Workbench:
     val_data = load_coco(places.val_dir, classes=train_data.class_names)
     setup = set_up(config, train_data, val_data, accelerator, output_dir=places.output_dir)
     places.output_dir.mkdir()
-    tracker = open_run(setup)
-    held.enter_context(run_status(tracker))
-    open_output(setup, tracker)
+    trackers = Trackers()
+    tracker = open_run(setup, trackers)
+    held.enter_context(tracked(trackers))
+    open_output(setup, trackers, tracker)
     signals, state = StopSignals(), TrainState()
     training = assemble(setup, signals)
     groups = training_data(setup, training, state)
-    observer = build_callbacks(setup, training, state, groups, signals=signals, tracker=tracker)
+    observer = build_callbacks(
+        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
+    )
     held.callback(observer.close)
     held.callback(groups.close)
     return Workbench(setup, training, observer, groups, state, next(groups)[0])

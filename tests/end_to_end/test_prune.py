@@ -147,7 +147,7 @@ def test_what_cannot_be_deleted_is_said_and_the_rest_goes(workplace) -> None:
         ((), "nothing to prune"),
         (("no_such_folder",), "neither an existing folder nor an MLflow run id"),
         (("empty",), "holds neither checkpoints nor an outbox"),
-        (("0" * 32,), "is not to be had from"),
+        (("0" * 32,), "is not available at"),
         (("--experiment", "none"), "there is none of that name"),
     ],
 )

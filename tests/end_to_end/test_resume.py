@@ -385,7 +385,7 @@ def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_
 def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
     for resume, part in (
         ("nowhere", "--resume nowhere: not an existing folder"),
-        ("0" * 32, f"MLflow run {'0' * 32} is not to be had"),
+        ("0" * 32, f"MLflow run {'0' * 32} is not available"),
         (f"runs:/{'0' * 32}/checkpoints/last", "cannot be fetched from MLflow"),
     ):
         finished = workplace.train(tiny_data, "--resume", resume)

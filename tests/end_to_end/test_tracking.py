@@ -4,6 +4,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,9 @@ from pathlib import Path
 import mlflow
 import psutil
 import pytest
+import torch
 from mlflow import MlflowClient
+from transformers import AutoModelForObjectDetection
 
 STEPS = 120
 CHECKPOINTS_OFTEN = (
@@ -283,7 +287,7 @@ def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data:
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     resumed = workplace.start(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
     wait_until(lambda: len(noted_losses(workplace)) >= STEPS - 20, resumed, workplace)
-    assert f"run {run_id} goes on all the same" in workplace.log
+    assert f"run {run_id} continues all the same" in workplace.log
     with frozen(resumed):
         second = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "auto")
         server.start()
@@ -393,6 +397,46 @@ def test_mlflows_variables_decide_until_a_run_is_resumed(
     (line,) = [line for line in resumed.stdout.splitlines() if "MLFLOW_" in line]
     assert "logging.mlflow_tracking_uri" in line
     assert "MLFLOW_TRACKING_URI" in line
+
+
+WITHOUT_MLFLOW = """
+import sys
+sys.modules["mlflow"] = None  # whoever imports it fails
+from detr_dist.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data: Path) -> None:
+    arguments = (*workplace._training(tiny_data, "out"), "training.max_steps=1", "logging.mlflow=false")
+    finished = subprocess.run(
+        [sys.executable, "-c", WITHOUT_MLFLOW, *map(str, arguments)],
+        cwd=workplace.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert finished.returncode == 0, finished.stderr
+    out = workplace.folder / "out"
+    assert not (out / "outbox").exists()
+    assert "train.log" in {path.name for path in (out / "logs").iterdir()}
+    by_mlflow = mlflow.pytorch.load_model(str(out / "model"))
+    by_transformers = AutoModelForObjectDetection.from_pretrained(out / "model")
+    torch.testing.assert_close(
+        dict(by_mlflow.state_dict()), dict(by_transformers.state_dict()), rtol=0, atol=0
+    )
+
+
+def test_a_run_that_fails_leaves_its_log_with_the_traceback(workplace, tiny_data: Path) -> None:
+    failed = workplace.train(tiny_data, "training.learning_rate=1e30", "training.gradient_clip=0")
+    assert failed.returncode == 1, failed.stdout
+    run_id = tracked_run(workplace)
+    client = MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}")
+    log = Path(client.download_artifacts(run_id, "logs/train.log", str(workplace.folder))).read_text()
+    assert "Traceback" in log
+    assert client.get_run(run_id).data.tags["error"].splitlines()[0] in log
+    assert "Traceback" not in failed.stderr
 
 
 def test_long_class_names_take_no_metric_with_them(

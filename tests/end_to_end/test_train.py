@@ -134,7 +134,8 @@ def test_a_score_threshold_of_ones_own_holds_for_every_class(workplace, tiny_dat
 
 
 def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
-    assert artifacts(mlflow_run) == {"checkpoints", "config.yaml", "model", "models"}
+    assert artifacts(mlflow_run) == {"checkpoints", "config.yaml", "logs", "model", "models"}
+    assert artifacts(mlflow_run, "logs") == {"logs/train.log"}
     assert artifacts(mlflow_run, "models") == {"models/epoch_1", "models/epoch_2"}
     assert artifacts(mlflow_run, "checkpoints") == {
         "checkpoints/best", "checkpoints/epoch_1", "checkpoints/epoch_2", "checkpoints/last"
@@ -181,7 +182,7 @@ def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
     place, stdout = trained
     out = place.folder / "out"
     assert {path.name for path in out.iterdir()} == {
-        "checkpoints", "config.yaml", "model", "outbox", "results.json", "tensorboard"
+        "checkpoints", "config.yaml", "logs", "model", "outbox", "results.json", "tensorboard"
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     of_coco = {"map_50", "map_75", "map_small", "mar_1", "mar_10", "mar_100"}  # no box is larger

@@ -10,7 +10,8 @@ import os
 import sys
 from typing import Any
 
-import detr_dist.training.trainer  # noqa: F401  the import that is worth sharing
+import detr_dist.tracking.mlflow  # noqa: F401  imports that are worth sharing
+import detr_dist.training.trainer  # noqa: F401
 from detr_dist.cli import main as run_command
 
 

@@ -15,12 +15,12 @@ from mlflow import MlflowClient
 
 from detr_dist.config import LoggingConfig
 from detr_dist.errors import UsageError
-from detr_dist.tracking import mlflow as mlflow_module
-from detr_dist.tracking.download import fetch
-from detr_dist.tracking.mlflow import MLflowTracker, open_client, run_status, way_to_see
+from detr_dist.tracking.artifacts import fetch, register_artifact, upload_model
+from detr_dist.tracking.mlflow import MLflowTracker
 from detr_dist.tracking.outbox import OutboxReader
-from detr_dist.tracking.registry import register_artifact, upload_model
-from detr_dist.tracking.uris import absolute_uri
+from detr_dist.tracking.store import open_client
+from detr_dist.tracking.tracker import Trackers, tracked
+from detr_dist.tracking.uris import absolute_uri, way_to_see
 
 FOR_FILES = "MLFLOW_ALLOW_FILE_STORE=true mlflow ui --backend-store-uri"
 TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
@@ -48,26 +48,26 @@ def test_a_run_that_fails_before_its_outbox_is_open_does_not_try_for_minutes_to_
     tracker: MLflowTracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began_at = time.monotonic()
-    with pytest.raises(ZeroDivisionError), run_status(tracker):
+    trackers = Trackers()
+    trackers.add(tracker)
+    with pytest.raises(ZeroDivisionError), tracked(trackers):
         raise ZeroDivisionError
     assert time.monotonic() - began_at < 15  # MLflow's own seven retries pause for minutes
-    assert f"MLflow run {'0' * 32} could not be closed" in capsys.readouterr().out
+    assert "could not be closed" in capsys.readouterr().out
 
 
 def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
     tracker: MLflowTracker,
     port: socket.socket,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(mlflow_module, "_PATIENCE_AT_THE_END_S", 0.1)
     port.listen()
     tracker.open(tmp_path / "outbox")
-    tracker.log({"loss": 1.0}, step=1)
+    tracker.log_metrics({"loss": 1.0}, 1)
     connection, _ = port.accept()
     with connection:
-        tracker.end("FINISHED")
+        tracker.close("FINISHED", patience_s=0.1)
         assert os.environ[TIMEOUT] == "120"
     for each in threading.enumerate():
         if each.name == "mlflow-delivery":
@@ -148,7 +148,7 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
     tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=store))
     tracker.open(Path("outbox"))
     tracker.log_folder(Path("source"), "model")
-    tracker.end("FINISHED")
+    tracker.close("FINISHED")
 
     model = f"runs:/{tracker.run_id}/model"
     register_artifact(open_client(store), "players", tracker.run_id, "model")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from detr_dist.errors import DataError
-from detr_dist.tracking.outbox import Address, Outbox, OutboxReader, link_or_copy
+from detr_dist.storage import link_or_copy
+from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 
 ADDRESS = Address("http://127.0.0.1:5000", "0123abc")
 

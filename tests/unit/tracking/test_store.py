@@ -15,7 +15,7 @@ FOUR_RUNS_AT_ONCE = """
 import multiprocessing, sys
 from detr_dist.config import LoggingConfig
 from detr_dist.tracking.mlflow import MLflowTracker
-from detr_dist.tracking.registry import register_artifact
+from detr_dist.tracking.artifacts import register_artifact
 
 def run(uri):
     tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name="sweep"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from detr_dist.config import CheckpointConfig
 from detr_dist.distributed import HostGroup
 from detr_dist.models.detector import Detector
+from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import Training
 from detr_dist.training.saver import ModelCard, Saver
@@ -63,6 +64,7 @@ def observer(
         groups=None,
         evaluator=None,
         progress=None,
+        trackers=Trackers(),
         saver=Saver(tmp_path, keep_last=None, tracker=None, pack_model=pack),
         plots=None,
         facts=facts,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from detr_dist.tracking.memory import GIB, DeviceMonitor
+from detr_dist.tracking.system_metrics import GIB, DeviceMonitor
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 UUIDS = [f"{i}{i}{i}{i}0000-1111-2222-3333-444444444444" for i in range(8)]

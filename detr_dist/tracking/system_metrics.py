@@ -1,4 +1,4 @@
-"""Memory of a run's processes, machines and GPUs, and how busy the GPUs are."""
+"""Memory of a run's processes, hosts and GPUs, and how busy the GPUs are."""
 
 import re
 import socket
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 class DeviceMonitor:
-    """Reads what a run uses of its machines and GPUs.
+    """Reads what a run uses of its hosts and GPUs.
 
     Building and reading it are collective.
     """
@@ -40,19 +40,19 @@ class DeviceMonitor:
         """One line on what cannot be read, empty if everything can."""
 
     def read(self) -> dict[str, float]:
-        """Each metric's highest value over all processes, on the main process; empty elsewhere.
+        """Return each metric's highest value over all processes, on the main process; empty elsewhere.
 
         `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: in use
-        on a machine by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
+        on a host by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
         that torch had allocated and reserved since the last call; and, each with `/<host>/<index>`, what the
-        driver says of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
+        driver reports of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
 
         No name may be the folder of another: MLflow's file store keeps each metric in a file.
         """
         return _highest(self._host.gather_objects(self._read_own()))
 
     def close(self) -> None:
-        """Local."""
+        """Release the driver."""
         if self._gpu is not None:
             self._gpu.close()
 
@@ -74,7 +74,7 @@ class DeviceMonitor:
 class NvmlGpu:
     """The GPU of this process, as the NVIDIA driver's library NVML sees it.
 
-    NVML counts the GPUs of the machine, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
+    NVML counts the GPUs of the host, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
 
     Raises:
         pynvml.NVMLError: there is no driver, or it does not know the GPU.
@@ -90,7 +90,7 @@ class NvmlGpu:
             raise
 
     def read(self) -> dict[str, float]:
-        """What the driver tells now. It may not know a value, or have lost the GPU: that is left out."""
+        """Return what the driver reports now, without what it does not know or has of a lost GPU."""
         found: dict[str, float] = {}
         with suppress(pynvml.NVMLError):
             # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does.
@@ -127,7 +127,8 @@ class GpuName:
 
 
 def _find(uuid: str) -> tuple[Any, str]:
-    """NVML's handle and index of a GPU, or of a MIG instance: `<GPU>.<device>`, as `nvidia-smi -L` counts."""
+    """Return NVML's handle and index of a GPU or MIG instance: that is `<GPU>.<device>`, as `nvidia-smi -L`
+    counts."""
     try:
         gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
         return gpu, str(pynvml.nvmlDeviceGetIndex(gpu))

@@ -1,0 +1,49 @@
+"""The params of a run: every configuration key that is set, and what became of those that data decide."""
+
+import json
+import platform
+from typing import Any
+
+from detr_dist.config import Config
+from detr_dist.data.coco import CocoData
+from detr_dist.data.loading import num_loader_processes
+from detr_dist.models.detector import Detector
+from detr_dist.redaction import redact_value
+
+_UNPREFIXED = {"data", "model", "training"}
+"""Sections whose keys are params by themselves. Those of the others have the section before them."""
+
+
+def config_params(config: Config) -> dict[str, Any]:
+    """Return all settings without credentials, by the names that MLflow shows; mappings as JSON."""
+    return {
+        key if section in _UNPREFIXED else f"{section}_{key}": json.dumps(value)
+        if isinstance(value, dict)
+        else value
+        for section, settings in config.model_dump(mode="json").items()
+        for key, value in settings.items()
+    }
+
+
+def run_params(
+    config: Config, detector: Detector, train: CocoData, val: CocoData, num_processes: int
+) -> dict[str, Any]:
+    """Return the params of a run; what is unset is left out."""
+    training, backbone, network_config = config.training, config.model.backbone, detector.network.config
+    params = config_params(config) | {
+        "backbone": backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"),
+        "num_classes": len(train.class_names),
+        "class_names": ", ".join(train.class_names),
+        "hidden_dim": network_config.hidden_size,
+        "num_encoder_layers": network_config.encoder_layers,
+        "num_decoder_layers": network_config.decoder_layers,
+        "num_queries": detector.num_queries,
+        "dropout": network_config.dropout,
+        "train_samples": len(train),
+        "val_samples": len(val),
+        "num_workers": num_loader_processes(config.data.num_workers),
+        "num_processes": num_processes,
+        "global_batch_size": training.batch_size * num_processes * training.gradient_accumulation_steps,
+        "python_version": platform.python_version(),
+    }
+    return {name: redact_value(value) for name, value in params.items() if value is not None}

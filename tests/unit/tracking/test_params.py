@@ -1,0 +1,43 @@
+"""No setting is missing from a run's params, and each keeps the name of the guide."""
+
+from detr_dist.config import Config, LoggingConfig
+from detr_dist.tracking.params import config_params
+
+OPTIONAL = {
+    ("model", "pretrained"): "facebook/detr-resnet-50",
+    ("model", "num_classes"): 2,
+    ("model", "hidden_dim"): 64,
+    ("model", "num_encoder_layers"): 1,
+    ("model", "num_decoder_layers"): 2,
+    ("model", "num_queries"): 9,
+    ("model", "dropout"): 0.1,
+    ("training", "max_steps"): 7,
+    ("checkpoint", "every_steps"): 5,
+    ("checkpoint", "keep_last"): 3,
+    ("logging", "mlflow_run_name"): "baseline",
+    ("logging", "register_model_as"): "players",
+}
+"""What is unset by default. A setting that joins them must be added here."""
+
+
+def test_every_configuration_key_that_exists_is_a_param_of_its_own() -> None:
+    sections = Config().model_dump()
+    for (section, key), value in OPTIONAL.items():
+        assert sections[section][key] is None
+        sections[section][key] = value
+    params = config_params(Config.model_validate(sections))
+    keys = [(section, key) for section, settings in sections.items() for key in settings]
+    assert len(params) == len(keys)
+    for section, key in keys:
+        name = key if section in ("data", "model", "training") else f"{section}_{key}"
+        assert params[name] is not None, name
+
+
+def test_settings_that_are_mappings_are_one_text_and_hold_no_credentials() -> None:
+    config = Config(
+        model={"config_overrides": {"encoder_ffn_dim": 32, "hf_token": "s3cret"}},
+        logging=LoggingConfig(mlflow_tracking_uri="http://bob:s3cret@host:5000"),
+    )
+    params = config_params(config)
+    assert params["config_overrides"] == '{"encoder_ffn_dim": 32, "hf_token": "***"}'
+    assert params["logging_mlflow_tracking_uri"] == "http://host:5000"

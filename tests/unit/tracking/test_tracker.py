@@ -1,0 +1,132 @@
+"""Trackers that are not MLflow's, and what becomes of the log of a run."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from detr_dist.errors import StopRequested, TrainingError
+from detr_dist.tracking.tracker import PATIENCE_S, Status, TensorBoard, Tracker, Trackers, tracked
+
+_logger = logging.getLogger("detr_dist.tests")
+
+
+class Notebook(Tracker):
+    """As a stranger would write one, who wants no files but the log."""
+
+    def __init__(self) -> None:
+        self.params: dict[str, Any] = {}
+        self.metrics: list[tuple[int, dict[str, float]]] = []
+        self.files: dict[str, str] = {}
+        self.ends: list[tuple[str, str | None]] = []
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self.params |= params
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.metrics.append((step, dict(metrics)))
+
+    def log_file(self, path: Path, artifact_path: str = "") -> None:
+        self.files[f"{artifact_path}/{path.name}"] = path.read_text()
+
+    def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
+        self.ends.append((status, error))
+
+
+@pytest.fixture
+def notebook() -> Notebook:
+    return Notebook()
+
+
+@pytest.fixture
+def trackers(notebook: Notebook, tmp_path: Path) -> Trackers:
+    trackers = Trackers()
+    trackers.add(notebook)
+    trackers.write_log(tmp_path / "logs" / "train.log")
+    return trackers
+
+
+def log_of(notebook: Notebook) -> str:
+    return notebook.files["logs/train.log"]
+
+
+def test_what_is_logged_comes_to_every_tracker(
+    trackers: Trackers, notebook: Notebook, tmp_path: Path
+) -> None:
+    trackers.add(TensorBoard(tmp_path / "tensorboard"))
+    with tracked(trackers):
+        trackers.log_params({"seed": 1})
+        trackers.log_metrics({"train_loss": 0.5}, 3)
+        trackers.log_folder(tmp_path, "model")
+        trackers.keep_newest("models", 1, 1)
+    assert notebook.params == {"seed": 1}
+    assert notebook.metrics == [(3, {"train_loss": 0.5})]
+    assert notebook.ends == [("FINISHED", None)]
+    assert not trackers.keeps_files
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(3, 0.5)]
+
+
+def test_a_resumed_run_hides_what_tensorboard_has_of_later_steps(tmp_path: Path) -> None:
+    for first_step, steps, value in ((0, range(1, 6), 1.0), (3, range(4, 6), 2.0)):
+        board = TensorBoard(tmp_path, first_step=first_step)
+        for step in steps:
+            board.log_metrics({"train_loss": value}, step)
+        board.close("FINISHED")
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train_loss")
+    assert [(event.step, event.value) for event in events] == [
+        (1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0), (5, 2.0)
+    ]  # fmt: skip
+
+
+def test_the_log_of_a_run_is_an_artifact_and_ends_with_the_run(
+    trackers: Trackers, notebook: Notebook
+) -> None:
+    with tracked(trackers):
+        _logger.info("step 1")
+        _logger.warning("an image cannot be read at http://bob:s3cret@host")
+    _logger.info("of another run")
+    first, second = log_of(notebook).splitlines()
+    assert first.endswith(" step 1")
+    assert second.endswith(" warning: an image cannot be read at http://host")
+
+
+def test_a_resumed_run_appends_to_its_log(trackers: Trackers, notebook: Notebook, tmp_path: Path) -> None:
+    with tracked(trackers):
+        _logger.info("first")
+    resumed = Trackers()
+    resumed.add(notebook)
+    resumed.write_log(tmp_path / "logs" / "train.log")
+    with tracked(resumed):
+        _logger.info("second")
+    assert [line.split()[-1] for line in log_of(notebook).splitlines()] == ["first", "second"]
+
+
+def test_the_log_of_a_run_that_fails_has_the_traceback_that_the_console_lacks(
+    trackers: Trackers, notebook: Notebook, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(TrainingError), tracked(trackers):
+        raise TrainingError("the loss is NaN")
+    assert notebook.ends == [("FAILED", "TrainingError: the loss is NaN")]
+    assert " error: TrainingError: the loss is NaN\nTraceback" in log_of(notebook)
+    assert "NaN" not in capsys.readouterr().out
+
+
+def test_the_log_of_a_run_that_was_asked_to_stop_says_so(trackers: Trackers, notebook: Notebook) -> None:
+    with pytest.raises(StopRequested), tracked(trackers):
+        raise StopRequested("SIGTERM: saved at step 5")
+    assert notebook.ends == [("KILLED", None)]
+    (line,) = log_of(notebook).splitlines()
+    assert line.endswith(" SIGTERM: saved at step 5")
+
+
+def test_of_two_threads_that_close_a_run_the_first_one_decides(
+    trackers: Trackers, notebook: Notebook
+) -> None:
+    with tracked(trackers):
+        trackers.close_after_loss("process 1 is lost")
+    assert notebook.ends == [("FAILED", "process 1 is lost")]
+    assert "error: process 1 is lost" in log_of(notebook)
