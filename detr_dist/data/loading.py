@@ -81,9 +81,9 @@ def check_room(need: Need) -> None:
     if room is None:
         return
     total, free = room
-    if total < _num_local_processes() * need.at_least:
+    if total < num_local_processes() * need.at_least:
         raise LoaderError(f"shared memory is too small: {_describe_room(need)}")
-    if free < _num_local_processes() * need.at_most:
+    if free < num_local_processes() * need.at_most:
         _logger.warning(f"shared memory may run out: {_describe_room(need)}")
 
 
@@ -276,10 +276,10 @@ def _num_cores() -> int:
     """Return the number of CPU cores for each process of the run on this host, at least 1."""
     is_known = hasattr(os, "sched_getaffinity")  # not on macOS
     on_host = len(os.sched_getaffinity(0)) if is_known else os.cpu_count() or 1
-    return max(1, on_host // _num_local_processes())
+    return max(1, on_host // num_local_processes())
 
 
-def _num_local_processes() -> int:
+def num_local_processes() -> int:
     """Return the number of processes of the run on this host, as the launcher set it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -297,7 +297,7 @@ def _describe_room(need: Need) -> str:
     """Return in words how large /dev/shm is, what is needed, and how to get it."""
     room = _room()
     size = f"has {_mib(room[0])}, {_mib(room[1])} of them free" if room is not None else "is missing"
-    needed = _num_local_processes() * need.at_most
+    needed = num_local_processes() * need.at_most
     enough_gib = max(1, math.ceil(1.25 * needed / 2**30))  # others use it as well
     return (
         f"{SHARED_MEMORY} {size}, and the loaders need up to {_mib(needed)}; enlarge it (docker run "

@@ -1,4 +1,4 @@
-"""The output folder of a run: what an earlier one left there, and what this one leaves."""
+"""The output folder and the tracked run: what an earlier run left there, and what this one writes."""
 
 import itertools
 import json
@@ -9,12 +9,22 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detr_dist.config import load_config
 from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
+from detr_dist.tracking.params import run_params
+from detr_dist.tracking.tracker import TensorBoard, Trackers
+from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
+from detr_dist.training.setup import Setup
+from detr_dist.training.state import TrainState
+
+if TYPE_CHECKING:
+    from detr_dist.tracking.mlflow import MLflowTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -130,3 +140,71 @@ def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[st
         _logger.info(f"{name:<24} {value:.4f}")
     results = {"metrics": metrics, **where}
     write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
+    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
+    if not setup.config.logging.mlflow:
+        return None
+    from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
+
+    saved = setup.resumed.facts if setup.resumed is not None else None
+    tracker = MLflowTracker(
+        setup.config.logging,
+        run_id=saved.mlflow_run_id if saved is not None else None,
+        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+    )
+    trackers.add(tracker)
+    return tracker
+
+
+def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
+    """Write the run's first files and open its trackers. Main process."""
+    output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
+    make_room(output_dir, resumed)
+    if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
+        _bring_best_of(setup, resumed)
+    (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    if tracker is not None:
+        tracker.open(output_dir / "outbox")
+        if resumed is not None:
+            tracker.note_resume(resumed.state.step, setup.changes)
+        tracker.set_tags(
+            {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
+        )
+        tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
+    if config.logging.tensorboard:
+        first_step = resumed.state.step if resumed is not None else 0
+        trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
+    trackers.write_log(output_dir / "logs" / "train.log")
+    trackers.log_file(output_dir / "config.yaml")
+    params = run_params(
+        config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
+    )
+    trackers.log_params(params)
+
+
+def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
+    """Copy the best model so far, which is beside the resumed checkpoint or in MLflow."""
+    try:
+        best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
+        is_here = best.exists() and model.exists()
+        if not is_here and setup.config.logging.mlflow and resumed.facts.mlflow_run_id is not None:
+            of_run = f"runs:/{resumed.facts.mlflow_run_id}"
+            best = setup.sources.download(f"{of_run}/checkpoints/best")
+            model = setup.sources.download(f"{of_run}/model")
+        bring_best(setup.output_dir, resumed, best, model)
+    except (CheckpointError, UsageError, OSError) as error:
+        _logger.warning(f"the best model so far could not be copied ({error})")
+
+
+def leave_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
+    """Log and write the last evaluation, register the model, and log where the run is. Main process."""
+    where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
+    write_results(setup.output_dir, state.metrics, where)
+    if tracker is not None:
+        if setup.config.logging.register_model_as is not None:
+            tracker.register_model(setup.config.logging.register_model_as)
+        experiment = setup.config.logging.mlflow_experiment_name
+        _logger.info(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
+        _logger.info(f"see it {way_to_see(tracker.uri)}")

@@ -22,23 +22,19 @@ from detr_dist.distributed import (
     resolve_precision,
     set_numerics,
 )
-from detr_dist.errors import CheckpointError, DataError, StopRequested, UsageError
+from detr_dist.errors import DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.models.architectures import num_queries_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.redaction import redact
 from detr_dist.storage import check_writable, locked
-from detr_dist.tracking.params import run_params
-from detr_dist.tracking.tracker import TensorBoard, Trackers, tracked
-from detr_dist.tracking.uris import way_to_see
+from detr_dist.tracking.tracker import Trackers, tracked
 from detr_dist.training.callbacks import PlotWriter, RunCallbacks
-from detr_dist.training.checkpoint import Checkpoint
 from detr_dist.training.deepspeed import zero_plugin
 from detr_dist.training.groups import GroupStream, canvas_rule
 from detr_dist.training.loop import Training, fit
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.output import bring_best, check_output, make_room, write_results
+from detr_dist.training.output import check_output, leave_results, open_output, open_run
 from detr_dist.training.progress import Progress
 from detr_dist.training.report import describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
@@ -153,63 +149,7 @@ def _run(setup: Setup) -> None:
             state = _train(setup, assemble(setup, signals), signals, trackers, tracker)
             with host.failing_together():
                 if host.is_main_process:
-                    _write_results(setup, state, tracker)
-
-
-def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
-    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
-    if not setup.config.logging.mlflow:
-        return None
-    from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
-
-    saved = setup.resumed.facts if setup.resumed is not None else None
-    tracker = MLflowTracker(
-        setup.config.logging,
-        run_id=saved.mlflow_run_id if saved is not None else None,
-        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
-    )
-    trackers.add(tracker)
-    return tracker
-
-
-def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
-    """Write the run's first files and open its trackers. Main process."""
-    output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
-    make_room(output_dir, resumed)
-    if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
-        _bring_best(setup, resumed)
-    (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    if tracker is not None:
-        tracker.open(output_dir / "outbox")
-        if resumed is not None:
-            tracker.note_resume(resumed.state.step, setup.changes)
-        tracker.set_tags(
-            {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
-        )
-        tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
-    if config.logging.tensorboard:
-        first_step = resumed.state.step if resumed is not None else 0
-        trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
-    trackers.write_log(output_dir / "logs" / "train.log")
-    trackers.log_file(output_dir / "config.yaml")
-    params = run_params(
-        config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
-    )
-    trackers.log_params(params)
-
-
-def _bring_best(setup: Setup, resumed: Checkpoint) -> None:
-    """Copy the best model so far, which is beside the resumed checkpoint or in MLflow."""
-    try:
-        best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
-        is_here = best.exists() and model.exists()
-        if not is_here and setup.config.logging.mlflow and resumed.facts.mlflow_run_id is not None:
-            of_run = f"runs:/{resumed.facts.mlflow_run_id}"
-            best = setup.sources.download(f"{of_run}/checkpoints/best")
-            model = setup.sources.download(f"{of_run}/model")
-        bring_best(setup.output_dir, resumed, best, model)
-    except (CheckpointError, UsageError, OSError) as error:
-        _logger.warning(f"the best model so far could not be copied ({error})")
+                    leave_results(setup, state, tracker)
 
 
 def assemble(setup: Setup, signals: StopSignals) -> Training:
@@ -354,17 +294,6 @@ def build_callbacks(
         plots=plots,
         facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
     )
-
-
-def _write_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
-    where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
-    write_results(setup.output_dir, state.metrics, where)
-    if tracker is not None:
-        if setup.config.logging.register_model_as is not None:
-            tracker.register_model(setup.config.logging.register_model_as)
-        experiment = setup.config.logging.mlflow_experiment_name
-        _logger.info(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
-        _logger.info(f"see it {way_to_see(tracker.uri)}")
 
 
 def _describe_start(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:

@@ -74,10 +74,11 @@ from detr_dist.tracking.tracker import Trackers, tracked
 from detr_dist.training.callbacks import RunCallbacks
 from detr_dist.training.loop import StepDone, Training, train_step
 from detr_dist.training.optim import build_optimizer
+from detr_dist.training.output import open_output, open_run
 from detr_dist.training.setup import Setup, set_up
 from detr_dist.training.signals import StopSignals
 from detr_dist.training.state import TrainState
-from detr_dist.training.trainer import assemble, build_callbacks, open_output, open_run, training_data
+from detr_dist.training.trainer import assemble, build_callbacks, training_data
 
 REPOSITORY = Path(__file__).parents[2]
 BARE, CRITERION, LIBRARY = "bare network", "with our criterion", "the library's loss"

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from detr_dist.data.shared_memory import num_local_processes
+from detr_dist.data.loading import num_local_processes
 from detr_dist.distributed import group_of_processes
 from detr_dist.environment import (
     check_environment,

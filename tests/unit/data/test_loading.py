@@ -152,7 +152,8 @@ def test_a_failure_is_told_before_its_batch_is_due(data) -> None:
 
 def test_failures_that_nobody_has_read_yet_do_not_fill_the_pipe(data) -> None:
     failures = multiprocessing.SimpleQueue()
-    batches = _Batches(Faulty(data, raising(ValueError("gone"))), failures)
+    need = shared_memory_need(settings(1), data, train=True)
+    batches = _Batches(Faulty(data, raising(ValueError("gone"))), need, failures)
     assert [type(batches[[(0, 1)]]) for _ in range(3)] == [LoaderError] * 3
     assert "gone" in str(failures.get())
     assert failures.empty()

@@ -7,7 +7,6 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from detr_dist.training.observer import PlotWriter
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -26,6 +25,7 @@ from detr_dist.evaluation.plots import (
     write_plots,
 )
 from detr_dist.evaluation.thresholds import operating_points, pooled
+from detr_dist.training.callbacks import PlotWriter
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]

@@ -9,12 +9,11 @@ from transformers import DetrImageProcessor
 
 from detr_dist.config import DataConfig, ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.inference.trained import open_model
+from detr_dist.inference.model import load_model
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector, plain_network
 from detr_dist.models.normalization import IMAGENET
 from detr_dist.tracking.packaging import write_model
-from detr_dist.training.sources import FoundModel
 
 CLASS_NAMES = ["player", "ball"]
 HALVES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}
@@ -54,7 +53,7 @@ def test_fine_tuning_and_its_checkpoints_and_models_normalize_as_the_first_model
     write_model(plain, model, data=DataConfig(), metadata={})
     written = json.loads((model / "preprocessor_config.json").read_text())
     assert {name: written[name] for name in HALVES} == HALVES
-    opened = open_model("model", FoundModel(str(model)))
+    opened = load_model(str(model), "sqlite:///none.db")
     assert constants(opened.detector(opened.settings([]))) == expected
 
 
