@@ -6,117 +6,41 @@ Accelerate's own YAML says how to distribute; nothing here repeats it. This modu
 
 import difflib
 import json
-import os
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
     ValidationError,
-    model_serializer,
     model_validator,
 )
 
+from detr_dist.config_text import parse_value, read_yaml, set_key, split_override
+from detr_dist.config_types import (
+    Augmentation,
+    Count,
+    CountOrAuto,
+    CountOrZero,
+    EnvironmentDefault,
+    Mapping,
+    Positive,
+    PositiveOrZero,
+    Probability,
+    Section,
+    ShareOrAuto,
+    SwitchOrPath,
+    Weights,
+    no_bool,
+    precision_name,
+)
 from detr_dist.errors import UsageError
-from detr_dist.redaction import redact_value
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 """MLflow's own default."""
-
-
-def _no_bool(value: Any) -> Any:
-    """YAML reads a bare `true` as a boolean, which Python would count as the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
-    return value
-
-
-def _precision_name(value: Any) -> Any:
-    """YAML reads a bare `no` as false."""
-    return "no" if value is False else value
-
-
-def _switch_or_path(value: Any) -> Any:
-    """One complaint instead of pydantic's two, one for each kind that it could have been."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, bool | str) or value == "":
-        raise ValueError("true, false or the path of a file is wanted")
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _share_or_auto(value: Any) -> Any:
-    """One complaint instead of pydantic's two, one for each kind that it could have been."""
-    try:
-        is_share = value == "auto" or (not isinstance(value, bool) and 0 <= float(value) <= 1)
-    except (TypeError, ValueError):
-        is_share = False
-    if not is_share:
-        raise ValueError("a number from 0 to 1 or auto is wanted")
-    return value
-
-
-def _count_or_auto(value: Any) -> Any:
-    """One complaint instead of pydantic's two, as above."""
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError("a whole number from 0 or auto is wanted")
-    return value
-
-
-def _empty_mapping(value: Any) -> Any:
-    """YAML reads a key with nothing below it as null."""
-    return {} if value is None else value
-
-
-@dataclass(frozen=True)
-class EnvironmentDefault:
-    """Default of a setting that an environment variable of MLflow decides; an empty one counts as unset."""
-
-    variable: str
-    otherwise: str | None
-
-    def __call__(self) -> Any:
-        return self.value or self.otherwise
-
-    @property
-    def value(self) -> str | None:
-        return os.environ.get(self.variable) or None
-
-
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-PositiveOrZero = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
-Augmentation = Literal["none", "light", "detr"]
-CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
-SwitchOrPath = Annotated[bool | str, BeforeValidator(_switch_or_path)]
-ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
-Mapping = Annotated[dict[str, Any], BeforeValidator(_empty_mapping)]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values never change after loading."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-    @model_serializer(mode="wrap")
-    def _serialise(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-        """As JSON, which is written, a section holds no credentials."""
-        values = handler(self)
-        return redact_value(values) if info.mode == "json" else values
 
 
 class DataConfig(Section):
@@ -199,7 +123,7 @@ class TrainingConfig(Section):
     """Largest L2 norm of all gradients together; 0 does not clip."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per process and optimizer step."""
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(_precision_name)] = (
+    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(precision_name)] = (
         "auto"
     )
     """Autocast precision of the network; the loss is always computed in float32. `auto`: the one that
@@ -219,7 +143,7 @@ class TrainingConfig(Section):
     shows at once. Changes no result."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last memory order."""
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)] = 42
+    seed: Annotated[int, BeforeValidator(no_bool), Field(ge=0, lt=2**32)] = 42
     """Decides initial weights, order of samples, augmentation and dropout."""
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
     """After the warm-up: `step` divides by 10 after two thirds of all steps, `cosine` falls to 0, `constant`
@@ -234,7 +158,7 @@ class TrainingConfig(Section):
 
 
 class LossConfig(Section):
-    weights: dict[str, PositiveOrZero] = {}
+    weights: Weights = {}
     """Weight of each part of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a part that is left out has the weight
     of its architecture's paper."""
 
@@ -337,7 +261,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         UsageError: naming every problem at once, one line each, with the nearest valid key for an unknown
         one.
     """
-    tree, texts = _read_yaml(path) if path is not None else ({}, {})
+    tree, texts = read_yaml(path) if path is not None else ({}, {})
     return _resolve(tree, texts, overrides, source=f"{path}: " if path is not None else "")
 
 
@@ -362,10 +286,10 @@ def ignored_variables(config: Config) -> Iterator[str]:
 
 def _resolve(tree: dict[str, Any], texts: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
     for override in overrides:
-        keys, value_text = _split_override(override)
-        value, text = _parse_value(override, value_text)
-        _set(tree, keys, value)
-        _set(texts, keys, text)
+        keys, value_text = split_override(override)
+        value, text = parse_value(override, value_text)
+        set_key(tree, keys, value)
+        set_key(texts, keys, text)
     tree = {name: {} if section is None else section for name, section in tree.items()}
     _take_texts(tree, texts)
     for key in FROM_ENVIRONMENT:
@@ -391,102 +315,6 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
             known = FROM_ENVIRONMENT.get(name)
             default = known.otherwise if known is not None else field.default
             yield f"{section_name}.{name}", json.dumps(default), field.description or ""
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's content, and the same with every scalar as it is written."""
-    try:
-        tree, texts = _parse_yaml(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
-    except yaml.reader.ReaderError as error:
-        raise UsageError(f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
-    except _RepeatedKeyError as error:
-        raise UsageError(f"--config {path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}, {}
-    if not isinstance(tree, dict):
-        raise UsageError(
-            f"--config {path}: sections such as `training:` are wanted, found a {type(tree).__name__}"
-        )
-    return tree, texts
-
-
-_MERGE = "tag:yaml.org,2002:merge"
-
-
-class _RepeatedKeyError(yaml.YAMLError):
-    """A mapping has a key twice. YAML forbids it, and the parser would keep the last one in silence."""
-
-
-class _Loader(yaml.SafeLoader):
-    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[Any, int] = {}
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
-                name, line = self.construct_object(key), key.start_mark.line + 1
-                if name in lines:
-                    raise _RepeatedKeyError(
-                        f"line {line}: the key {key.value!r} is there already in line {lines[name]}; "
-                        "make them one"
-                    )
-                lines[name] = line
-        return node
-
-
-_Loader.yaml_implicit_resolvers = {  # no setting is a date
-    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-
-
-def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
-    """What a YAML text holds, and the same with every scalar as it is written.
-
-    Bytes are UTF-8 or UTF-16 with a byte-order mark.
-
-    Raises:
-        yaml.YAMLError, ValueError: it is no YAML, or has a key twice.
-    """
-    return yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
-
-
-def _split_override(override: str) -> tuple[list[str], str]:
-    """The keys, two or more, and the value."""
-    # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
-    override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
-    keys_text, equals, value_text = override.partition("=")
-    keys = keys_text.split(".")
-    if not equals or len(keys) < 2 or not all(keys):
-        raise UsageError(f"{override!r} is not of the form section.key=value, e.g. training.batch_size=8")
-    return keys, value_text
-
-
-def _parse_value(override: str, value_text: str) -> tuple[Any, Any]:
-    if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # the name of a file, and no comment
-        return value_text, value_text
-    try:
-        return _parse_yaml(value_text)
-    except _RepeatedKeyError as error:
-        raise UsageError(f"{override!r}: {error}") from None
-    except (yaml.YAMLError, ValueError):
-        raise UsageError(
-            f"{override!r}: the value is not valid YAML; quote it if it holds special characters"
-        ) from None
-
-
-def _set(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set one key. A dotted path may go deeper than section.key, into a mapping such as
-    model.config_overrides."""
-    node = tree
-    for key in keys[:-1]:
-        if not isinstance(node.get(key), dict):
-            node[key] = {}
-        node = node[key]
-    node[keys[-1]] = value
 
 
 def _describe(problem: Any) -> str:

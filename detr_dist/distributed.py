@@ -8,13 +8,11 @@ import importlib
 import importlib.util
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,8 +20,16 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.config import Config, TrainingConfig
-from detr_dist.environment import check_environment, is_cpu_fallback, seconds_from_environment, uses_cpu
+from detr_dist.config import TrainingConfig
+from detr_dist.environment import (
+    check_environment,
+    is_cpu_fallback,
+    keep_flight_records,
+    keep_segments_expandable,
+    seconds_from_environment,
+    uses_cpu,
+    uses_deepspeed,
+)
 from detr_dist.errors import DetrDistError, StopRequested, TrainingError, UsageError, as_one_line
 from detr_dist.rendezvous import Rendezvous
 
@@ -43,9 +49,6 @@ PATIENT_LIMIT_S = 3600.0
 """Limit where one process may take its time while the others wait: to download, score or save."""
 
 _COLLECTIVE_LIMIT = "DETR_DIST_COLLECTIVE_LIMIT_S"
-
-# The first is torch's name; the others it still reads.
-_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
 _rendezvous: Rendezvous | None = None  # of the process group, of which there is one as well
 
@@ -98,62 +101,11 @@ def build_accelerator(
     return accelerator
 
 
-def set_numerics(settings: TrainingConfig) -> None:
-    """Let torch compute float32 and choose algorithms as the configuration says. Call it before CUDA starts:
-    cuBLAS reads its environment only then."""
-    # The flags of old: with those that are to replace them, torch.compile fails, which still reads these.
-    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
-    torch.backends.cudnn.allow_tf32 = settings.tf32
-    if settings.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
-
-
 def allow_for_compiling(settings: TrainingConfig) -> None:
     """Let collectives wait for processes that compile, unless the environment sets their limit. Call it
     before the processes form their group."""
     if settings.compile_model:
         os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
-
-
-def resolve_precision(config: Config, host: "HostGroup") -> Config:
-    """Return the configuration with a precision in the place of `auto`: that of the launcher, if it was given
-    one, else bf16 if the GPUs of all processes compute it natively, else no.
-
-    Collective. Warns where bf16 is asked of a GPU that only emulates it.
-    """
-    on_gpu = not uses_cpu() and torch.cuda.is_available()
-    is_native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    all_native = all(native for (native,) in host.gather_rows([is_native]))
-    precision: str = config.training.mixed_precision
-    if precision == "auto":
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
-        default = "bf16" if all_native else "no"
-        precision = launched if launched in ("bf16", "fp16") else default
-    if precision == "bf16" and on_gpu and not all_native and host.process_index == 0:
-        _logger.warning(
-            "training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; set fp16 or no"
-        )
-    training = config.training.model_copy(update={"mixed_precision": precision})
-    return config.model_copy(update={"training": training})
-
-
-def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` was told to train with DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-
-
-def _keep_segments_expandable() -> None:
-    """Have torch grow its pieces of GPU memory, unless the user has set its allocator: images of many sizes
-    would leave gaps between them. Counts where nothing has been allocated yet."""
-    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
-        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
-
-
-def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
-    """The precision, already resolved, in which a network computes; its weights are float32."""
-    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def _place() -> dict[str, Any]:
@@ -186,7 +138,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     """
     global _rendezvous
     check_environment()
-    _keep_segments_expandable()
+    keep_segments_expandable()
     if uses_cpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
@@ -197,7 +149,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
     rendezvous = Rendezvous.of_environment(stacks_dir)
     rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 60.0))
     if stacks_dir is not None:
-        _keep_flight_records(stacks_dir)
+        keep_flight_records(stacks_dir)
     # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a main
     # thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
     timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
@@ -227,17 +179,6 @@ def collective_limit_s() -> float:
     return seconds_from_environment(_COLLECTIVE_LIMIT, COLLECTIVE_LIMIT_S)
 
 
-def _keep_flight_records(stacks_dir: Path) -> None:
-    """Have NCCL write its last collectives beside the stacks when one of them times out."""
-    prefix = str(stacks_dir.absolute() / "nccl_rank_")
-    for name, value in {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": prefix,
-    }.items():
-        os.environ.setdefault(name, value)
-
-
 def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
     """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
@@ -259,22 +200,6 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
         )
 
 
-@dataclass(frozen=True)
-class _Outcome(Generic[T]):
-    result: T | None = None
-    error: DetrDistError | None = None
-
-
-def _attempt(action: Callable[[], T]) -> _Outcome[T]:
-    """What an action gives or raises, as something that can travel to other processes."""
-    try:
-        return _Outcome(result=action())
-    except DetrDistError as error:
-        return _Outcome(error=error)
-    except Exception as error:  # anything else would leave the other processes waiting
-        return _Outcome(error=DetrDistError(as_one_line(error)))
-
-
 class HostGroup:
     """Exchanges small host values between the processes of a run; with one process it costs nothing.
 
@@ -285,7 +210,7 @@ class HostGroup:
         self.num_processes = processes.num_processes
         self.process_index = processes.process_index
         self.local_process_index = processes.local_process_index
-        self._rendezvous = _rendezvous
+        self._rendezvous = _rendezvous or Rendezvous(0, 1, None)
         self._group: Any = None
         self._patient_group: Any = None
         if self.num_processes > 1:
@@ -296,23 +221,20 @@ class HostGroup:
 
     def note(self, **position: Any) -> None:
         """Record where this process is (`step`, `image_ids`), should it hang or lose another one. Local."""
-        if self._rendezvous is not None:
-            self._rendezvous.note(**position)
+        self._rendezvous.note(**position)
 
     def pause_watch(self) -> None:
         """Allow this process any time until its next `note`. Local."""
-        if self._rendezvous is not None:
-            self._rendezvous.pause_watch()
+        self._rendezvous.pause_watch()
 
     def hurry(self) -> None:
         """Allow this process 20 more seconds for its step. Local."""
-        if self._rendezvous is not None:
-            self._rendezvous.hurry()
+        self._rendezvous.hurry()
 
     def on_failure(self, action: Callable[[str], None]) -> AbstractContextManager[None]:
         """While entered, `action` is called with the reason before this process ends because it is stuck.
         Local."""
-        return self._rendezvous.on_failure(action) if self._rendezvous is not None else nullcontext()
+        return self._rendezvous.on_failure(action)
 
     @contextmanager
     def explained(self, *, is_collective: bool = False) -> Iterator[None]:
@@ -324,7 +246,7 @@ class HostGroup:
         try:
             yield
         except RuntimeError as error:
-            if self._rendezvous is None or self.num_processes == 1:
+            if self._rendezvous.size == 1:
                 raise
             is_lost_contact = is_collective or isinstance(error, dist.DistError)
             line = self._rendezvous.explain(error, is_lost_contact=is_lost_contact)
@@ -391,14 +313,12 @@ class HostGroup:
 
         Returns the result of one's own machine, which must be picklable.
         """
-        outcome = _attempt(action) if self.local_process_index == 0 else _Outcome[T]()
-        self._wait_for_others()
-        outcomes = self.all_gather_objects(outcome)
-        for each in outcomes:
-            if each.error is not None:
-                raise each.error
-        own: _Outcome[T] = outcomes[self.process_index - self.local_process_index]
-        return cast(T, own.result)
+        result: T | None = None
+        with self.failing_together():
+            if self.local_process_index == 0:
+                result = action()
+        results = self.all_gather_objects(result)
+        return cast(T, results[self.process_index - self.local_process_index])
 
     def _wait_for_others(self) -> None:
         """For as long as it takes them."""

@@ -3,6 +3,8 @@
 import math
 import os
 import socket
+import sys
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,8 @@ _LAUNCHED_BY_MPI = (
 )
 _FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
 _YES, _NO = {"1", "on", "t", "true", "y", "yes"}, {"0", "f", "false", "n", "no", "off"}
+# The first is torch's name; the others it still reads.
+_ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _WAY_OUT = "unset it if it is left over, or start with accelerate launch"
 
 
@@ -100,6 +104,29 @@ def check_environment() -> None:
                     f"{name} is {values[name]} in the environment, as under mpirun or srun, which cannot "
                     "start a run of several processes; unset it, or start with accelerate launch"
                 )
+
+
+def keep_segments_expandable() -> None:
+    """Have torch grow its pieces of GPU memory, unless the user has set its allocator: images of many sizes
+    would leave gaps between them. Counts where nothing has been allocated yet."""
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
+        os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
+def keep_flight_records(stacks_dir: Path) -> None:
+    """Have NCCL write its last collectives beside the stacks when one of them times out."""
+    prefix = str(stacks_dir.absolute() / "nccl_rank_")
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": prefix,
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def uses_deepspeed() -> bool:
+    """Return whether `accelerate launch` was told to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def uses_cpu() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.config import Augmentation
+from detr_dist.config_types import Augmentation
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
 
 # The published recipe in its own pixels, where a whole image has 800 on its shorter side.

@@ -19,10 +19,11 @@ from detr_dist.data.dataset import Batch, CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, check_room, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
-from detr_dist.distributed import HostGroup, autocast, build_accelerator, set_numerics
+from detr_dist.distributed import HostGroup, build_accelerator
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
+from detr_dist.numerics import autocast, set_numerics
 
 
 @dataclass(frozen=True)

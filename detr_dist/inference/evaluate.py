@@ -11,12 +11,13 @@ import numpy as np
 
 from detr_dist import __version__
 from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.distributed import HostGroup, group_of_processes, resolve_precision
+from detr_dist.distributed import HostGroup, group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import coco_results, start_inference
 from detr_dist.evaluation.evaluator import Evaluator, Scores
 from detr_dist.inference.model import keys_of, load_model, tracking_uri_for, warn_of_no_effect
+from detr_dist.numerics import resolve_precision
 from detr_dist.redaction import redact
 from detr_dist.storage import check_new, check_writable, write_text
 from detr_dist.text import printable

@@ -18,7 +18,7 @@ from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, read_unannotated
 from detr_dist.data.images import decode_rgb
 from detr_dist.data.layout import decoded_name, find_images
-from detr_dist.distributed import HostGroup, group_of_processes, resolve_precision
+from detr_dist.distributed import HostGroup, group_of_processes
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
 from detr_dist.evaluation.detections import (
     DetectionRecords,
@@ -29,6 +29,7 @@ from detr_dist.evaluation.detections import (
 )
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
 from detr_dist.inference.model import TrainedModel, keys_of, load_model, tracking_uri_for, warn_of_no_effect
+from detr_dist.numerics import resolve_precision
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 

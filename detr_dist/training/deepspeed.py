@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from detr_dist.config import TrainingConfig
-from detr_dist.distributed import uses_deepspeed
+from detr_dist.environment import uses_deepspeed
 from detr_dist.errors import UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector

@@ -24,16 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from detr_dist.config import load_config
 from detr_dist.data.dataset import Batch, Sample, collate
 from detr_dist.data.sampling import StepPlan
-from detr_dist.distributed import (
-    HostGroup,
-    build_accelerator,
-    group_of_processes,
-    resolve_precision,
-    set_numerics,
-)
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.numerics import resolve_precision, set_numerics
 from detr_dist.training.loop import Training, train_step
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.signals import StopSignals

@@ -14,7 +14,7 @@ PACKAGE = Path(detr_dist.__file__).parent
 REPOSITORY = Path(__file__).parents[2]
 
 # A room is a folder or a module directly under detr_dist. It may import itself and the rooms named here.
-BASE = {"boxes", "config", "errors", "redaction", "storage", "text"}
+BASE = {"boxes", "config", "config_types", "errors", "redaction", "storage", "text"}
 MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
     "cli": BASE
@@ -29,16 +29,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "training",
     },
     "inference": BASE
-    | {"data", "distributed", "environment", "evaluation", "models", "tracking", "training"},
-    "training": BASE | {"data", "distributed", "evaluation", "models", "tracking"},
-    "evaluation": BASE | {"data", "distributed", "models"},
+    | {"data", "distributed", "environment", "evaluation", "models", "numerics", "tracking", "training"},
+    "training": BASE | {"data", "distributed", "environment", "evaluation", "models", "numerics", "tracking"},
+    "evaluation": BASE | {"data", "distributed", "models", "numerics"},
     "tracking": BASE | {"console", "data", "distributed", "models"},
     "models": BASE,
     "data": BASE,
     "distributed": {"config", "environment", "errors", "rendezvous", "text"},
+    "numerics": {"config", "distributed", "environment"},
     "environment": {"errors"},
     "rendezvous": {"environment", "errors"},
-    "config": {"errors", "redaction"},
+    "config": {"config_text", "config_types", "errors", "redaction"},
+    "config_text": {"errors"},
+    "config_types": {"redaction"},
     "boxes": set(),
     "console": {"redaction"},
     "errors": {"redaction", "text"},

@@ -8,15 +8,9 @@ import torch
 from accelerate import PartialState
 
 from detr_dist.config import Config, TrainingConfig, load_config
-from detr_dist.distributed import (
-    HostGroup,
-    allow_for_compiling,
-    build_accelerator,
-    collective_limit_s,
-    resolve_precision,
-    set_numerics,
-)
+from detr_dist.distributed import HostGroup, allow_for_compiling, build_accelerator, collective_limit_s
 from detr_dist.errors import UsageError
+from detr_dist.numerics import resolve_precision, set_numerics
 
 
 @pytest.fixture

@@ -1,0 +1,106 @@
+"""YAML files and `section.key=value` overrides, as trees of values and of texts as they were written."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detr_dist.errors import UsageError
+
+
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The file's content, and the same with every scalar as it is written."""
+    try:
+        tree, texts = _parse_yaml(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
+    except yaml.reader.ReaderError as error:
+        raise UsageError(f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+    except _RepeatedKeyError as error:
+        raise UsageError(f"--config {path}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
+        raise UsageError(
+            f"--config {path}: sections such as `training:` are wanted, found a {type(tree).__name__}"
+        )
+    return tree, texts
+
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping has a key twice. YAML forbids it, and the parser would keep the last one in silence."""
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                name, line = self.construct_object(key), key.start_mark.line + 1
+                if name in lines:
+                    raise _RepeatedKeyError(
+                        f"line {line}: the key {key.value!r} is there already in line {lines[name]}; "
+                        "make them one"
+                    )
+                lines[name] = line
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {  # no setting is a date
+    first: [each for each in resolvers if each[0] != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
+    """What a YAML text holds, and the same with every scalar as it is written.
+
+    Bytes are UTF-8 or UTF-16 with a byte-order mark.
+
+    Raises:
+        yaml.YAMLError, ValueError: it is no YAML, or has a key twice.
+    """
+    return yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
+
+
+def split_override(override: str) -> tuple[list[str], str]:
+    """The keys, two or more, and the value."""
+    # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
+    override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    keys_text, equals, value_text = override.partition("=")
+    keys = keys_text.split(".")
+    if not equals or len(keys) < 2 or not all(keys):
+        raise UsageError(f"{override!r} is not of the form section.key=value, e.g. training.batch_size=8")
+    return keys, value_text
+
+
+def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
+    if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # the name of a file, and no comment
+        return value_text, value_text
+    try:
+        return _parse_yaml(value_text)
+    except _RepeatedKeyError as error:
+        raise UsageError(f"{override!r}: {error}") from None
+    except (yaml.YAMLError, ValueError):
+        raise UsageError(
+            f"{override!r}: the value is not valid YAML; quote it if it holds special characters"
+        ) from None
+
+
+def set_key(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Set one key. A dotted path may go deeper than section.key, into a mapping such as
+    model.config_overrides."""
+    node = tree
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    node[keys[-1]] = value

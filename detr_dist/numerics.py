@@ -1,0 +1,51 @@
+"""How exactly a run computes: TF32, deterministic algorithms, autocast."""
+
+import logging
+import os
+
+import torch
+
+from detr_dist.config import Config, TrainingConfig
+from detr_dist.distributed import HostGroup
+from detr_dist.environment import uses_cpu
+
+_logger = logging.getLogger(__name__)
+
+
+def set_numerics(settings: TrainingConfig) -> None:
+    """Let torch compute float32 and choose algorithms as the configuration says. Call it before CUDA starts:
+    cuBLAS reads its environment only then."""
+    # The flags of old: with those that are to replace them, torch.compile fails, which still reads these.
+    torch.backends.cuda.matmul.allow_tf32 = settings.tf32
+    torch.backends.cudnn.allow_tf32 = settings.tf32
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
+
+
+def resolve_precision(config: Config, host: HostGroup) -> Config:
+    """Return the configuration with a precision in the place of `auto`: that of the launcher, if it was given
+    one, else bf16 if the GPUs of all processes compute it natively, else no.
+
+    Collective. Warns where bf16 is asked of a GPU that only emulates it.
+    """
+    on_gpu = not uses_cpu() and torch.cuda.is_available()
+    is_native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    all_native = all(native for (native,) in host.gather_rows([is_native]))
+    precision: str = config.training.mixed_precision
+    if precision == "auto":
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+        default = "bf16" if all_native else "no"
+        precision = launched if launched in ("bf16", "fp16") else default
+    if precision == "bf16" and on_gpu and not all_native and host.process_index == 0:
+        _logger.warning(
+            "training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; set fp16 or no"
+        )
+    training = config.training.model_copy(update={"mixed_precision": precision})
+    return config.model_copy(update={"training": training})
+
+
+def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
+    """The precision, already resolved, in which a network computes; its weights are float32."""
+    dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
