@@ -2,7 +2,6 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,8 @@ import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
 from detr_dist.console import configure_logging, make_robust
-from detr_dist.errors import DetrDistError, StopRequested, UsageError, as_one_line, report_error
+from detr_dist.errors import UsageError
+from detr_dist.exit_codes import exiting_with_code, refuse_empty
 from detr_dist.redaction import redacted_output
 
 app = typer.Typer(
@@ -327,52 +327,21 @@ def _run(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Plots are files. Under the backend that a notebook hands on, matplotlib may not even be importable.
     os.environ["MPLBACKEND"] = "agg"
-    try:
-        _refuse_empty(arguments)
-        # Typer makes an exit code, which it returns, of Ctrl-C.
-        if app(arguments, prog_name="detr-dist", standalone_mode=False) == 130:
-            raise KeyboardInterrupt
-    except typer.TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        if message:  # without any argument the help has been printed already
+    with exiting_with_code(show_traceback="--debug" in arguments):
+        refuse_empty(arguments)
+        try:
+            # Typer makes an exit code, which it returns, of Ctrl-C.
+            if app(arguments, prog_name="detr-dist", standalone_mode=False) == 130:
+                raise KeyboardInterrupt
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        except typer.TyperException as error:
+            message = error.format_message() if hasattr(error, "format_message") else str(error)
+            if not message:  # without any argument the help has been printed already
+                raise SystemExit(2) from None
             known = [
                 each.callback.__name__.replace("_", "-") for each in app.registered_commands if each.callback
             ]
             command = [name for name in arguments[:1] if name in known]
-            _fail(f"{message.rstrip('.')}; see {' '.join(['detr-dist', *command, '--help'])}", exit_code=2)
-        raise SystemExit(2) from None
-    except StopRequested as request:
-        if os.environ.get("RANK", "0") == "0":
-            print(request, file=sys.stderr, flush=True)
-        raise SystemExit(request.exit_code) from None
-    except DetrDistError as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        _fail(str(error), exit_code=error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", exit_code=130)
-    except Exception as error:
-        if "--debug" in arguments:
-            traceback.print_exc()
-        _fail(
-            f"{as_one_line(error)} (a bug, or a machine's trouble: --debug shows where)",
-            exit_code=1,
-        )
-
-
-def _refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse an empty path, name or id: as a path it would be the current folder.
-
-    Raises:
-        UsageError: naming the option.
-    """
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        option, equals, value = argument.partition("=")
-        if not argument.strip() or (option.startswith("-") and equals and not value.strip()):
-            name = option if equals else before if before.startswith("-") else "an argument"
-            raise UsageError(f"{name} is empty; give a value (is a shell variable unset?)")
-
-
-def _fail(message: str, *, exit_code: int) -> None:
-    report_error(message)
-    raise SystemExit(exit_code)
+            see = " ".join(["detr-dist", *command, "--help"])
+            raise UsageError(f"{message.rstrip('.')}; see {see}") from None

@@ -101,7 +101,7 @@ class ModelConfig(Section):
     own."""
     dropout: Probability | None = None
     """Dropout in the transformer; unset: the architecture's or the pretrained model's own."""
-    config_overrides: Mapping = {}
+    config_overrides: Mapping = Field({})
     """Further options of the architecture's transformers configuration, by their names there."""
 
 
@@ -158,7 +158,7 @@ class TrainingConfig(Section):
 
 
 class LossConfig(Section):
-    weights: Weights = {}
+    weights: Weights = Field({})
     """Weight of each part of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a part that is left out has the weight
     of its architecture's paper."""
 
