@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +10,9 @@ from posixpath import normpath
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
 
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
@@ -145,16 +145,12 @@ def _rows_of_files(data: CocoData, missing: frozenset[str]) -> dict[str, list[in
 
 
 def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Summary]]:
-    num_threads = os.cpu_count() or 1
-    with (
-        ThreadPoolExecutor(num_threads) as threads,
-        tqdm(total=len(names), desc=split, unit="image", disable=not sys.stderr.isatty()) as bar,
-    ):
-        for start in range(0, len(names), IMAGES_AT_A_TIME):
+    console = Console(stderr=True)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        starts = range(0, len(names), IMAGES_AT_A_TIME)
+        for start in track(starts, split, console=console, disable=not console.is_terminal):
             some = names[start : start + IMAGES_AT_A_TIME]
-            for name, image in zip(some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True):
-                yield name, image
-                bar.update()
+            yield from zip(some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True)
 
 
 def _look_at(path: Path) -> _Summary:

@@ -1,17 +1,17 @@
 """What a detector finds in the images of a data set: the pass over the images, and detections as columns."""
 
-import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import rich
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from rich.progress import track
 from torch import Tensor
-from tqdm import tqdm
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
@@ -136,10 +136,9 @@ class ImagePass:
     def run(self, detector: Detector) -> Generator[Predicted]:
         """Yield the predictions of a detector in evaluation mode by batch, with a bar on a terminal."""
         planned_batches: Iterable[EvaluationBatch] = self._batches
-        if self._accelerator.is_main_process and sys.stderr.isatty():  # even a hidden bar starts a thread
-            planned_batches = tqdm(
-                self._batches, desc="images", unit="batch", leave=False, dynamic_ncols=True
-            )
+        console = rich.get_console()
+        if self._accelerator.is_main_process and console.is_terminal:  # even a hidden bar starts a thread
+            planned_batches = track(self._batches, "batches of images", console=console, transient=True)
         with closing(iter(self._loader)) as batches:
             for planned, batch in zip(planned_batches, batches, strict=True):
                 on_device = batch.to(self._accelerator.device)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-from rich.console import Console
+import rich
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
@@ -23,7 +23,7 @@ class Progress:
         self._began_at = time.monotonic()
         self._last_line_at = float("-inf")
         self._bar: RichProgress | None = None
-        console = Console()
+        console = rich.get_console()
         if console.is_terminal:  # log messages appear above the bar
             columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, TextColumn("{task.description}"), console=console)
