@@ -102,7 +102,7 @@ def test_every_accelerate_config_is_trained_with() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NUM_PROCESSES)
-def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says(
+def test_each_accelerate_config_trains_with_its_number_of_processes(
     workplace, tiny_data: Path, name: str
 ) -> None:
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"

@@ -202,7 +202,7 @@ def test_several_detections_in_a_crowd_count_neither_way(new_scene) -> None:
     assert points.confusion.tolist() == [[1, 0], [0, 0]]
 
 
-def test_without_detections_everything_is_zero_and_there_is_no_best_threshold(new_scene) -> None:
+def test_without_detections_all_metrics_are_zero_and_no_threshold_is_best(new_scene) -> None:
     scene = new_scene(1, ["player", "ball"], [(0, 0, BOX, False)], [])
     zeros = dict.fromkeys(
         ("precision", "recall", "f1", "player_precision", "player_recall", "player_f1"), 0.0
