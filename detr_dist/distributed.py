@@ -62,8 +62,8 @@ def build_accelerator(
     Collective: forms the process group.
 
     Raises:
-        UsageError: Accelerate's own settings contradict ours, the precision cannot be had on this device, or
-            another number of processes came up than was asked for.
+        UsageError: Accelerate's own settings contradict ours, the precision is not available on this device,
+            or another number of processes came up than was asked for.
     """
     _check_launch_settings(mixed_precision, gradient_accumulation_steps)
     use_cpu = uses_cpu()
@@ -87,7 +87,7 @@ def build_accelerator(
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise UsageError(
-            f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: "
+            f"{wanted} processes were launched, but each counts {accelerator.num_processes}: "
             "they would train separately; start with one of accelerate_configs/*.yaml "
             "(multi_cpu.yaml without GPUs)"
         )
@@ -139,7 +139,7 @@ def resolve_precision(config: Config, host: "HostGroup") -> Config:
 
 
 def uses_deepspeed() -> bool:
-    """Whether `accelerate launch` was told to train with DeepSpeed."""
+    """Whether `accelerate launch` was configured to train with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
@@ -386,10 +386,10 @@ class HostGroup:
             raise failures[0]
 
     def once_per_machine(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process of each machine; what it raises on any is raised on every
+        """Run `action` on the first process of each node; what it raises on any is raised on every
         process.
 
-        Returns the result of one's own machine, which must be picklable.
+        Returns the result of one's own node, which must be picklable.
         """
         outcome = _attempt(action) if self.local_process_index == 0 else _Outcome[T]()
         self._wait_for_others()

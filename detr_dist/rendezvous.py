@@ -270,7 +270,7 @@ class StallWatch:
         self._thread.start()
 
     def progress(self) -> None:
-        """Start to count anew."""
+        """Restart the count."""
         self._quiet_s, self._is_paused = 0.0, False
 
     def pause(self) -> None:

@@ -121,7 +121,7 @@ def steps(workplace) -> list[int]:
 def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted) -> None:
     place, job = uninterrupted
     assert job.state == "COMPLETED", job.everything
-    assert "4 processes (world size 4) on 1 machine, DDP over gloo" in job.node_log(0)
+    assert "4 processes (world size 4) on 1 node, DDP over gloo" in job.node_log(0)
     assert "node 1 of 2" in job.node_log(1)
     assert job.statuses == ["RUNNING", "FINISHED"]
     assert steps(place) == list(range(1, NUM_STEPS + 1))
