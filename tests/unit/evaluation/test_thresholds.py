@@ -252,10 +252,10 @@ def test_the_documents_example_is_right(new_scene) -> None:
     ]
     points = operating_points(*new_scene(2, names, boxes, detections), "auto")
     for name, point in zip(names, points.classes, strict=True):
-        expected = [row for row in rows_under("Best thresholds") if row[0] == name]
+        rows = [row for row in rows_under("Best thresholds") if row[0] == name]
         curve = point.curve
         for row, *figures in zip(
-            expected, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
+            rows, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
         ):
             assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in figures]
             assert ("**" in row[1]) == (figures[0] == point.threshold)
