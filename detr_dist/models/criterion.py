@@ -83,7 +83,7 @@ class SetCriterion:
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1 and appendix A.2
     (softmax); Zhu et al., "Deformable DETR", 2021, and Lin et al., "Focal Loss for Dense Object Detection",
-    2017 (sigmoid). Departure: the denominators are those of the whole optimizer step instead of one
+    2017 (sigmoid). Departure: the denominators are those of the optimizer step instead of one
     micro-batch of one process.
     """
 
