@@ -56,7 +56,7 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on with a run, exactly: `auto` (the newest whole checkpoint in the output folder, or a "
+            help="Resume a run exactly: `auto` (the newest intact checkpoint in the output folder, or a "
             "new run if there is none), a checkpoint's folder, an MLflow run id, or an artifact URI such as "
             "runs:/RUN_ID/checkpoints/last."
         ),
@@ -84,7 +84,7 @@ def train(
     scripts/train_detr.py` and the same options.
 
     SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 make it save and exit with 75 after the current step; `--resume auto`
-    goes on from there. A second Ctrl-C ends it at once.
+    continues from there. A second Ctrl-C ends it at once.
     """
     settings = load_config(config, overrides or ())
     from detr_dist.training.trainer import train as run_training
@@ -131,16 +131,16 @@ def check_data(
             help="YAML file with the settings; data.shortest_edge, data.longest_edge and model.* count."
         ),
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Open no picture.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Open no image.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON document and nothing else.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Say what is wrong or odd in a data set before a night is lost on it.
+    """Report what is wrong or unusual in a data set before training on it.
 
     Finds images that are missing, cannot be decoded, or are of another size than the JSON says; records,
-    boxes, ids and classes that training would refuse, repair or leave out; and pictures that are in two
+    boxes, ids and classes that training would refuse, repair or leave out; and images that are in two
     splits or look alike there. Shows how many boxes each class has by size after the configured resize.
 
     Exits with 1 if there is any error, and with 0 if there are only warnings. `train` does by itself what
@@ -160,17 +160,19 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(help="Write all detections as COCO results, for pycocotools' loadRes.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the metrics as JSON.")] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(help="Folder to draw curves, confusions and the images with the worst errors into."),
+        typer.Option(
+            help="Folder to draw curves, the confusion matrix and the images with the worst errors into."
+        ),
     ] = None,
     model_thresholds: Annotated[
         bool,
         typer.Option(
             "--model-thresholds",
             help="Precision, recall and F1 at the thresholds that training found, which the model brings, "
-            "instead of the best ones for this data: what it will do on data it has not seen.",
+            "instead of the best ones for this data: what it will do on new data.",
         ),
     ] = False,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
@@ -181,7 +183,7 @@ def evaluate(
 
     The settings are those that it was trained by; `section.key=value` overrides them, e.g.
     `training.batch_size=16`. One process by itself, several with `accelerate launch --config_file
-    accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the figures are the same.
+    accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the metrics are the same.
     docs/evaluation.md says what they mean.
     """
     from detr_dist.inference.evaluate import evaluate_model
@@ -201,8 +203,8 @@ def evaluate(
 @app.command()
 def predict(
     model: Model,
-    source: Annotated[Path, typer.Option("--input", help="A picture, or a folder of them.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder for the drawn pictures and predictions.json.")],
+    source: Annotated[Path, typer.Option("--input", help="An image, or a folder of them.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder for the drawn images and predictions.json.")],
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -216,11 +218,11 @@ def predict(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Find objects in pictures: boxes drawn into copies of them, and all as COCO results.
+    """Find objects in images: boxes drawn into copies of them, and all as COCO results.
 
-    In `predictions.json` an image_id counts the pictures from 1 in the order of their names, which stand
+    In `predictions.json` an image_id counts the images from 1 in the order of their names, which stand
     beside it, and a category_id the model's classes from 0. Boxes are [x, y, width, height] in pixels of the
-    picture as it is stored: an EXIF rotation is not applied, as in training. The settings are those that the
+    image as it is stored: an EXIF rotation is not applied, as in training. The settings are those that the
     model was trained by; `section.key=value` overrides them, e.g. `training.batch_size=16`.
     """
     from detr_dist.inference.predict import predict_images
@@ -299,7 +301,7 @@ def prune(
     """Delete old checkpoints and epoch models, in output folders and in MLflow.
 
     The checkpoints `best` and `last` and the best model always stay. `checkpoint.keep_last` in the
-    configuration does the same while a run goes on.
+    configuration does the same during a run.
     """
     from detr_dist.training.prune import prune as run_prune
 

@@ -61,8 +61,8 @@ class DataConfig(Section):
     padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
     canvas_multiple: Count = 32
     """Round the height and width to which a step's images are padded up to multiples of so many pixels: a
-    GPU plans its work anew for each new size. 1 does not round. Without the augmentation `detr` images of one
-    size stay unpadded."""
+    GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr` images of
+    one size stay unpadded."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
@@ -80,8 +80,8 @@ class ModelConfig(Section):
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
     `model_type`)."""
     pretrained: str | None = None
-    """Hub id or folder of a whole detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is made
-    anew."""
+    """Hub id or folder of a complete detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is
+    replaced."""
     pretrained_backbone: SwitchOrPath = True
     """Start the backbone from timm's ImageNet weights, downloaded once; or from the file at this path, a timm
     state dict (.safetensors or .pth), where there is no internet. `pretrained` has a backbone of its own."""
@@ -112,7 +112,7 @@ class TrainingConfig(Section):
     """Passes over the training images."""
     max_steps: Count | None = None
     """End after this many optimizer steps, if that comes before `num_epochs`; the learning-rate schedule
-    still spans `num_epochs`, so that a run that was cut short and resumed is the whole run."""
+    still spans `num_epochs`, so that a run that was cut short and resumed equals the uninterrupted one."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of everything but the backbone."""
     learning_rate_backbone: PositiveOrZero = 1e-5
@@ -170,7 +170,7 @@ class EvaluationConfig(Section):
     """Least score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each class
     the one with the best F1."""
     pictures: bool = True
-    """Draw curves, confusions and the images with the worst errors at every evaluation, into
+    """Draw curves, the confusion matrix and the images with the worst errors at every evaluation, into
     OUTPUT_DIR/pictures and MLflow."""
 
 

@@ -65,8 +65,8 @@ def build_accelerator(
     Collective: forms the process group.
 
     Raises:
-        UsageError: Accelerate's own settings contradict ours, the precision cannot be had on this device, or
-            another number of processes came up than was asked for.
+        UsageError: Accelerate's own settings contradict ours, the precision is not available on this device,
+            or another number of processes came up than was asked for.
     """
     _check_launch_settings(mixed_precision, gradient_accumulation_steps)
     use_cpu = uses_cpu()
@@ -90,7 +90,7 @@ def build_accelerator(
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != wanted:
         raise UsageError(
-            f"{wanted} processes were launched, but each believes in {accelerator.num_processes}: "
+            f"{wanted} processes were launched, but each counts {accelerator.num_processes}: "
             "they would train separately; start with one of accelerate_configs/*.yaml "
             "(multi_cpu.yaml without GPUs)"
         )
@@ -308,10 +308,10 @@ class HostGroup:
             raise failures[0]
 
     def once_per_machine(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process of each machine; what it raises on any is raised on every
+        """Run `action` on the first process of each node; what it raises on any is raised on every
         process.
 
-        Returns the result of one's own machine, which must be picklable.
+        Returns the result of one's own node, which must be picklable.
         """
         result: T | None = None
         with self.failing_together():

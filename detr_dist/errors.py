@@ -28,15 +28,15 @@ class DataError(DetrDistError):
 
 
 class LoaderError(DetrDistError):
-    """Images cannot be loaded: the cause is the machine or a bug, and not the data set."""
+    """Images cannot be loaded: the cause is the host or a bug, not the data set."""
 
 
 class TrainingError(DetrDistError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 class CheckpointError(DetrDistError):
-    """A checkpoint is not whole, or holds what it must not."""
+    """A checkpoint is corrupt, or holds what it must not."""
 
 
 class StopRequested(DetrDistError):

@@ -257,7 +257,7 @@ class StallWatch:
     """A thread that acts when the process makes no progress.
 
     Where the main thread waits for a GPU that hangs, no time-out and no signal handler reaches it.
-    Seconds in which the whole process was stopped (a paused container, a laptop asleep) do not count.
+    Seconds in which the process was stopped (a paused container, a laptop asleep) do not count.
     """
 
     def __init__(self, limit_s: float, on_stall: Callable[[float], None]) -> None:
@@ -270,7 +270,7 @@ class StallWatch:
         self._thread.start()
 
     def progress(self) -> None:
-        """Start to count anew."""
+        """Restart the count."""
         self._quiet_s, self._is_paused = 0.0, False
 
     def pause(self) -> None:

@@ -1,4 +1,4 @@
-"""Folders and files that are complete or absent, whenever the machine stops; the lock on an output folder."""
+"""Folders and files that are complete or absent, whenever the host stops; the lock on an output folder."""
 
 import errno
 import fcntl

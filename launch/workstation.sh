@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on this machine, with one process for each GPU that can be seen, or one on the CPU.
+# Train on this machine, with one process for each visible GPU, or one on the CPU.
 #   bash launch/workstation.sh [--processes N] --config C --train-dir D --val-dir D --output-dir O [section.key=value ...]
 # --processes N: so many GPUs, or so many processes on the CPU where there is no GPU. The rest goes to detr-dist train.
 set -euo pipefail
@@ -34,7 +34,7 @@ if [[ "$gpus" == 0 ]]; then
   processes="${processes:-1}"
   kind=cpu
 elif [[ "${processes:=$gpus}" -gt "$gpus" ]]; then
-  echo "error: --processes $processes: only $gpus GPUs can be seen; give fewer, or look at CUDA_VISIBLE_DEVICES" >&2
+  echo "error: --processes $processes: only $gpus GPUs are visible; give fewer, or look at CUDA_VISIBLE_DEVICES" >&2
   exit 2
 else
   kind=gpu

@@ -20,7 +20,7 @@ else
   echo "Generating scenes into $data"
   rm -rf "$data.part"
   detr-dist make-data "$data.part" --num-train 512 --num-val 128 --seed 0
-  mv "$data.part" "$data" # whole or not at all
+  mv "$data.part" "$data" # complete or not at all
 fi
 
 echo "[3/3] Training and evaluation"

@@ -182,7 +182,7 @@ class Faults:
 class Section:
     """One list of the JSON, read column by column; `sound` marks the records that have broken no rule yet.
 
-    A whole column is converted at once; only when that fails is each value looked at. A wrong value's place
+    A column is converted at once; only when that fails is each value looked at. A wrong value's place
     in its column holds a filler.
     """
 

@@ -78,7 +78,7 @@ class _Summary:
 
 
 class ImageCheck:
-    """Looks at the images of one split after the other, and remembers about a kilobyte of each."""
+    """Checks the images of one split after the other, and keeps about a kilobyte of each."""
 
     def __init__(self) -> None:
         self._files: dict[bytes, str] = {}  # a file of each content

@@ -75,7 +75,7 @@ def find_images(source: Path) -> FoundImages:
                 left_out.append(_relative(path, source))
         for name in files:
             path = Path(parent, name)
-            # A broken link is not skipped in silence, and reading a pipe would wait.
+            # A broken link is not skipped silently, and reading a pipe would wait.
             is_taken = _is_image(path) and (path.is_file() or not path.exists())
             (names if is_taken else left_out).append(_relative(path, source))
     if not names:

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config_types import Augmentation
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
 
-# The published recipe in its own pixels, where a whole image has 800 on its shorter side.
+# The published recipe in its own pixels, where a full image has 800 on its shorter side.
 DETR_EDGE = 800
 DETR_RESIZE_EDGES = tuple(range(480, DETR_EDGE + 1, 32))
 DETR_CROP_RESIZE_EDGES = (400, 500, 600)

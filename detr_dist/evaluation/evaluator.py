@@ -148,7 +148,7 @@ class Evaluator:
         return _Part(DetectionRecords.concatenate(parts), sums)
 
     def _counts(self, num_queries: int) -> StepCounts:
-        """Return what the losses of the whole data set are divided by. An image with more boxes than queries
+        """Return what the losses of the data set are divided by. An image with more boxes than queries
         has as many matched as queries."""
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))

@@ -75,7 +75,7 @@ def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Make and draw figures within it: their look depends on nobody's settings. It is global meanwhile."""
+    """Apply our matplotlib settings while entered, whatever the user's own. They are global meanwhile."""
     with matplotlib.style.context(["default", STYLE]):
         yield
 

@@ -103,7 +103,7 @@ def loss_settings_of(network_config: PreTrainedConfig, architecture: Architectur
 
 def num_queries_of(config: ModelConfig) -> int | None:
     """Most objects that the configured model can find in an image, without building it; None where only the
-    pretrained model knows, and it cannot be had."""
+    pretrained model knows, and it is not available."""
     if config.num_queries is not None:
         return config.num_queries
     if config.pretrained is None:

@@ -1,4 +1,4 @@
-"""Weights of a backbone from a file that is at hand, for machines that reach no hub."""
+"""Weights of a backbone from a file that is at hand, for hosts that reach no hub."""
 
 import pickle
 import re
@@ -73,7 +73,7 @@ def _refusal(path: Path, reason: str, remedy: str) -> UsageError:
 
 
 def _is_counter(name: str) -> bool:
-    """Whether it counts the batches that batch norm has seen, which no forward pass uses."""
+    """Whether it counts the batches of batch norm, which no forward pass uses."""
     return name.endswith("num_batches_tracked")
 
 

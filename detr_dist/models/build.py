@@ -179,7 +179,7 @@ def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[s
 def _pretrained_network(
     config: ModelConfig, architecture: Architecture, labels: dict[str, Any]
 ) -> PreTrainedModel:
-    """Weights of a whole detector; the class head is made anew unless it stands for the same classes."""
+    """Load a complete detector's weights; the class head is replaced unless it is for the same classes."""
     source = cast(str, config.pretrained)
     try:
         network_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -264,7 +264,7 @@ def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> Non
     except Exception as error:  # timm and the hub raise many kinds, from name look-up to a broken download
         reason = one_line(error)
         raise UsageError(
-            f"the pretrained weights of backbone {config.backbone} cannot be had ({reason}); "
+            f"the pretrained weights of backbone {config.backbone} are not available ({reason}); "
             "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
         ) from error
     unwrapped_body(network).load_state_dict(source.state_dict())

@@ -64,7 +64,7 @@ class Matched:
 
 
 class Losses(NamedTuple):
-    """One micro-batch's share: summed over the micro-batches and processes of a step, the published loss."""
+    """One micro-batch's part: summed over the micro-batches and processes of a step, the published loss."""
 
     total: Tensor
     """Weighted sum over all terms and decoder layers, with gradient."""
@@ -75,7 +75,7 @@ class Losses(NamedTuple):
 
 
 class SetCriterion:
-    """Matches predictions with targets and gives the share of the loss that this micro-batch contributes.
+    """Matches predictions with targets and gives the part of the loss that this micro-batch contributes.
 
     Holds no tensors, runs no collective, and waits for the device once (in the matcher). Maths is in float32
     whatever the autocast. A micro-batch without any box still gives every prediction a gradient (zero for the
@@ -83,7 +83,7 @@ class SetCriterion:
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1 and appendix A.2
     (softmax); Zhu et al., "Deformable DETR", 2021, and Lin et al., "Focal Loss for Dense Object Detection",
-    2017 (sigmoid). Departure: the denominators are those of the whole optimizer step instead of one
+    2017 (sigmoid). Departure: the denominators are those of the optimizer step instead of one
     micro-batch of one process.
     """
 

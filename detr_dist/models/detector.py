@@ -72,7 +72,7 @@ class Detector(nn.Module):
         in pixels; `is_padded` False if all of them are H x W.
 
         Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
-        [L, B, Q, 4], cxcywh as shares of the image's own size; L decoder layers, the last one is the
+        [L, B, Q, 4], cxcywh as fractions of the image's own size; L decoder layers, the last one is the
         prediction, which is the library's.
         """
         height, width = images.shape[-2:]

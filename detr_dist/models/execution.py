@@ -63,7 +63,7 @@ def check_compiler(device_type: str) -> None:
 
 
 def num_compiled_graphs() -> int:
-    """By this process so far: what goes on growing costs more time than compiling saves."""
+    """Return this process's so far: a number that keeps growing costs more time than compiling saves."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])

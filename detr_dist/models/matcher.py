@@ -51,7 +51,7 @@ class Matches(NamedTuple):
     image: Tensor
     query: Tensor
     target: Tensor
-    """Position in the targets of the whole batch, 0 to T - 1."""
+    """Position in the targets of the batch, 0 to T - 1."""
     finite: bool
     """Whether every logit and every box coordinate of the predictions was finite."""
 

@@ -57,10 +57,10 @@ class DeviceMonitor:
             self._gpu.close()
 
     def _read_own(self) -> dict[str, float]:
-        machine = psutil.virtual_memory()
+        host = psutil.virtual_memory()
         metrics = {
             "memory_ram_gb": _resident_bytes() / GIB,
-            f"memory_machine_gb/{self._machine}": (machine.total - machine.available) / GIB,
+            f"memory_machine_gb/{self._machine}": (host.total - host.available) / GIB,
         }
         if self._device.type == "cuda":
             metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
@@ -142,9 +142,9 @@ def _notice(names: Sequence[GpuName]) -> str:
     without = [name for name in names if name.trouble]
     if not without:
         return ""
-    machines = ", ".join(sorted({name.machine for name in without}))
+    hosts = ", ".join(sorted({name.machine for name in without}))
     reasons = "; ".join(sorted({name.trouble for name in without}))
-    return f"no GPU metrics from the NVIDIA driver on {machines}: {reasons}"
+    return f"no GPU metrics from the NVIDIA driver on {hosts}: {reasons}"
 
 
 def _highest(readings: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 PATIENCE_S = 20.0
 
-# The launcher kills what is left of a run some 30 s after it has lost a process.
+# The launcher kills the other processes of a run some 30 s after it has lost a process.
 PATIENCE_AFTER_LOSS_S = 6.0
 
 _STOPPED = (KeyboardInterrupt, StopRequested)

@@ -123,7 +123,7 @@ def _is_misread(path: Path) -> bool:
 
 
 def way_to_see(uri: str) -> str:
-    """Return where the runs of a store can be seen, or with which command."""
+    """Return where the runs of a store can be viewed, or with which command."""
     shown = redact(uri)
     if is_database(uri):
         credentials = " with its credentials" if shown != uri else ""

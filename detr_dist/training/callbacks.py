@@ -199,8 +199,8 @@ class RunCallbacks:
 
     def _log_losses(self, state: TrainState, done: StepDone) -> None:
         """Log the step's losses, summed over all processes. Waits for the device."""
-        shares = torch.stack([*done.losses.values()])
-        sums = self._training.accelerator.reduce(shares, reduction="sum").tolist()
+        parts = torch.stack([*done.losses.values()])
+        sums = self._training.accelerator.reduce(parts, reduction="sum").tolist()
         seen = self._host.gather_rows(
             [self._groups.num_images, self._groups.num_unreadable, self._groups.waited_s]
         )

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder from which training goes on, and which shows whether it is whole.
+"""A checkpoint: a folder from which training resumes, and which shows whether it is intact.
 
     model.safetensors   the network's weights
     ema.safetensors     their moving average, where there is one
@@ -49,7 +49,7 @@ _STATE, _FACTS = TypeAdapter(TrainState), TypeAdapter(RunFacts)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a checkpoint holds, copied to the host: training may go on while it is written."""
+    """Everything that a checkpoint holds, copied to the host: training may continue while it is written."""
 
     network: dict[str, Tensor]
     average: dict[str, Tensor] | None
@@ -70,8 +70,8 @@ def take_snapshot(
     facts: RunFacts,
     memory: OptimizerMemory | None = None,
 ) -> Snapshot:
-    """Copy the run as it stands; `memory` is the optimizer's, where it has not all of it itself. Waits for
-    the device."""
+    """Copy the run as it stands; `memory` is the optimizer state, where the optimizer has only a part. Waits
+    for the device."""
     scaler = training.accelerator.scaler
     average = training.average
     return Snapshot(
@@ -106,7 +106,7 @@ def _to_host(tree: Any) -> Any:
 
 
 def write_checkpoint(checkpoints_dir: Path, names: Sequence[str], snapshot: Snapshot) -> None:
-    """Write a snapshot under each of `names`; whatever happens, each of them is whole or as it was.
+    """Write a snapshot under each of `names`; whatever happens, each of them is complete or as it was.
 
     Raises:
         OSError: the disk is full, gone or read-only.
@@ -132,7 +132,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was whole when it was opened.
+    """A checkpoint that was intact when it was opened.
 
     Raises:
         CheckpointError: from every method, naming the file, when its content is not what belongs there.
@@ -178,7 +178,7 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint, whole or not."""
+    """Whether a folder looks like a checkpoint, intact or not."""
     return (folder / STATE).exists() or (folder / MANIFEST).exists()
 
 
@@ -249,7 +249,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or "not JSON"
-        raise CheckpointError(f"{path}: {reason}; its checkpoint is not whole") from None
+        raise CheckpointError(f"{path}: {reason}; its checkpoint is corrupt") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object; its checkpoint is not whole")
+        raise CheckpointError(f"{path}: not a JSON object; its checkpoint is corrupt")
     return content

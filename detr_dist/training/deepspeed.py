@@ -1,8 +1,9 @@
-"""ZeRO: DeepSpeed spreads optimizer, gradients and weights over the processes. Here they become whole again
-where that is needed.
+"""ZeRO: DeepSpeed spreads optimizer, gradients and weights over the processes. Here they are gathered where
+that is needed.
 
-A checkpoint of a ZeRO run is like every other: whole, of plain tensors, and good for any number of processes
-and any stage. DeepSpeed's own format, which can run code when it is loaded, is never written or read.
+A checkpoint of a ZeRO run is like every other: complete, of plain tensors, and good for any number of
+processes and any stage. DeepSpeed's own format, which can run code when it is loaded, is never written or
+read.
 """
 
 import copy
@@ -26,18 +27,18 @@ from detr_dist.models.detector import Detector
 from detr_dist.training.strategy import OptimizerMemory, Replicated
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""What AdamW remembers of a parameter, beside the number of steps."""
+"""AdamW's state of a parameter, beside the number of steps."""
 
 BUCKET_ELEMENTS = 10_000_000
-"""Float32 numbers in one message, and kept whole at a time under ZeRO-3. DeepSpeed's own sizes suit language
-models: a buffer of 2 GB for gradients would be more than ZeRO saves of a DETR."""
+"""Float32 numbers in one message, and kept gathered at a time under ZeRO-3. DeepSpeed's own sizes suit
+language models: a buffer of 2 GB for gradients would be more than ZeRO saves of a DETR."""
 
 OURS_ALONE = ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler")
 """Sections of DeepSpeed's configuration that say what our configuration says."""
 
 
 def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin | None:
-    """What DeepSpeed is told: stage and offloading as the launcher says, the rest as our configuration does.
+    """Return DeepSpeed's settings: stage and offloading from the launcher, the rest from our configuration.
     None without DeepSpeed.
 
     Raises:
@@ -49,26 +50,26 @@ def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin
         plugin = DeepSpeedPlugin(zero3_init_flag=False)
     except (ValueError, OSError) as error:
         raise UsageError(f"DeepSpeed's settings cannot be used: {' '.join(str(error).split())}") from None
-    told = plugin.deepspeed_config
+    given = plugin.deepspeed_config
     _check_feasible(plugin, settings)
-    _check_agreement(told, settings, num_processes)
-    told["train_micro_batch_size_per_gpu"] = settings.batch_size
-    told["train_batch_size"] = settings.batch_size * settings.gradient_accumulation_steps * num_processes
-    told["gradient_accumulation_steps"] = settings.gradient_accumulation_steps
-    told["gradient_clipping"] = settings.gradient_clip
+    _check_agreement(given, settings, num_processes)
+    given["train_micro_batch_size_per_gpu"] = settings.batch_size
+    given["train_batch_size"] = settings.batch_size * settings.gradient_accumulation_steps * num_processes
+    given["gradient_accumulation_steps"] = settings.gradient_accumulation_steps
+    given["gradient_clipping"] = settings.gradient_clip
     for name in OURS_ALONE:
-        told.pop(name, None)
+        given.pop(name, None)
     # When offloading it would have its own AdamW, compiled on the spot; torch's steps on the CPU as well.
-    told["zero_force_ds_cpu_optimizer"] = False
+    given["zero_force_ds_cpu_optimizer"] = False
     if settings.mixed_precision == "bf16":
         # As with DDP: weights, their gradients and sums over processes stay float32.
-        told["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+        given["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     sizes = ["reduce_bucket_size", "allgather_bucket_size"]
     if plugin.zero_stage == 3:
         sizes += ["stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"]
     # Accelerate would work out an "auto" from the width of a language model.
-    chosen = {name: value for name, value in told["zero_optimization"].items() if value != "auto"}
-    told["zero_optimization"] = dict.fromkeys(sizes, BUCKET_ELEMENTS) | chosen
+    chosen = {name: value for name, value in given["zero_optimization"].items() if value != "auto"}
+    given["zero_optimization"] = dict.fromkeys(sizes, BUCKET_ELEMENTS) | chosen
     return plugin
 
 
@@ -89,25 +90,25 @@ def _check_feasible(plugin: DeepSpeedPlugin, settings: TrainingConfig) -> None:
         )
 
 
-def _check_agreement(told: dict[str, Any], settings: TrainingConfig, num_processes: int) -> None:
-    """Accelerate fills in "auto" where nothing is said, and 1 for the accumulation."""
+def _check_agreement(given: dict[str, Any], settings: TrainingConfig, num_processes: int) -> None:
+    """Accelerate fills in "auto" where nothing is set, and 1 for the accumulation."""
     per_step = settings.batch_size * settings.gradient_accumulation_steps * num_processes
     pairs = {
         "gradient_clipping": ("training.gradient_clip", settings.gradient_clip),
         "train_micro_batch_size_per_gpu": ("training.batch_size", settings.batch_size),
         "train_batch_size": ("training.batch_size x accumulation x processes", per_step),
     }
-    if told.get("gradient_accumulation_steps") != 1:
+    if given.get("gradient_accumulation_steps") != 1:
         ours = settings.gradient_accumulation_steps
         pairs["gradient_accumulation_steps"] = ("training.gradient_accumulation_steps", ours)
     for name, (key, value) in pairs.items():
-        if told.get(name, "auto") not in ("auto", value):
+        if given.get(name, "auto") not in ("auto", value):
             raise UsageError(
-                f"{name} is {told[name]} for DeepSpeed, but {key} is {value}; make them agree or take it out "
-                "of DeepSpeed's settings"
+                f"{name} is {given[name]} for DeepSpeed, but {key} is {value}; make them agree or take it "
+                "out of DeepSpeed's settings"
             )
     for name in OURS_ALONE:
-        section = told.get(name)
+        section = given.get(name)
         is_off = isinstance(section, dict) and str(section.get("enabled")).lower() in ("false", "auto")
         if section is not None and not is_off:
             raise UsageError(
@@ -136,7 +137,7 @@ class Zero(Replicated):
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
         self._detector, self._is_main_process = detector, accelerator.is_main_process
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        memory = dict(optimizer.state)  # whole, and DeepSpeed would not find it
+        memory = dict(optimizer.state)  # complete, and DeepSpeed would not find it
         optimizer.state.clear()
         # DeepSpeed calls by its old name what torch has renamed.
         warnings.filterwarnings("ignore", "`torch.distributed.*_tensor` is deprecated", FutureWarning)
@@ -157,11 +158,11 @@ class Zero(Replicated):
         return cast(Optimizer, self._sharded.optimizer)
 
     def _scatter(self, memory: dict[Tensor, dict[str, Tensor]]) -> None:
-        """Give the optimizer of each process its part of what a whole one remembers; in a new run that is
-        nothing.
+        """Give the optimizer of each process its part of the complete optimizer state; in a new run that
+        is empty.
 
-        Left to themselves they begin to remember in the first step. That is too late to fill in anything, and
-        stages 1 and 2 then lose sight of the memory of all parameter groups but the first.
+        By default DeepSpeed creates the state in the first step. That is too late to fill in anything, and
+        stages 1 and 2 then lose the state of all parameter groups but the first.
         """
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -178,13 +179,13 @@ class Zero(Replicated):
             self._sharded._lazy_init_hp_params_optimizer_state()
         for parameter, of_parameter in memory.items():
             for name in MOMENTS:
-                if self.zero_stage == 3:  # the call for whole tensors fails where the parts are not equal
+                if self.zero_stage == 3:  # the call for full tensors fails where the parts are not equal
                     safe_set_local_optimizer_state(parameter, _own_part(parameter, of_parameter[name]), name)
                 else:
                     safe_set_full_optimizer_state(parameter, of_parameter[name], name)
 
     def _gather(self) -> OptimizerMemory:
-        """On the main process what a whole optimizer would remember, on the host. One tensor after the other,
+        """Return the complete optimizer state, on the host of the main process. One tensor after the other,
         so that the device needs room for one."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -199,9 +200,9 @@ class Zero(Replicated):
 
 
 class GatheringAverage(WeightAverage):
-    """The average under ZeRO-3. A whole detector of its own even where there is nothing to average (then on
-    the host, while it is not used): in one that is taken apart all processes must compute at the same time,
-    and an evaluation has not the same number of batches on each."""
+    """The average under ZeRO-3. A complete detector of its own even where there is nothing to average (then
+    on the host, while it is not used): in a sharded one all processes must compute at the same time, and an
+    evaluation has not the same number of batches on each."""
 
     def __init__(self, trained: Detector, decay: float) -> None:
         super().__init__(trained, decay)

@@ -28,7 +28,7 @@ class GroupStream:
     """All groups of this process from one optimizer step to another, across epochs, without a stop between
     them.
 
-    Counts what was waited for and seen since the counts were last taken.
+    Counts waits and images since the counts were last taken.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from detr_dist.training.strategy import Replicated
 
 class StepDone(NamedTuple):
     losses: dict[str, Tensor]
-    """This process's share of each loss that is logged, on the device."""
+    """This process's part of each loss that is logged, on the device."""
     learning_rate: float
     """What the parameters outside the backbone learned with."""
 
@@ -97,7 +97,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     """
     accelerator = training.accelerator
     learning_rate = float(training.scheduler.get_last_lr()[0])
-    shares: list[Tensor] = []
+    parts: list[Tensor] = []
     for index, micro_batch in enumerate(agreed.group, accelerator.process_index * len(agreed.group)):
         # Dropout is a function of seed, step and place in the step, so that a resumed run needs no generator
         # state, and two processes drop what one that accumulates twice would.
@@ -110,14 +110,14 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )
             training.step_sync.report(finite=losses.finite)
-            # The losses are shares of a sum; DDP and accumulation are about to take means of their gradients.
+            # The losses are parts of a sum; DDP and accumulation are about to take means of their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:
                 accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)
             training.optimizer.step()
             training.optimizer.zero_grad()
-            shares.append(torch.stack([*losses.logged.values()]))
+            parts.append(torch.stack([*losses.logged.values()]))
     if not accelerator.optimizer_step_was_skipped:
         training.scheduler.step()
         training.average.update(step)
-    return StepDone(dict(zip(losses.logged, torch.stack(shares).sum(0), strict=True)), learning_rate)
+    return StepDone(dict(zip(losses.logged, torch.stack(parts).sum(0), strict=True)), learning_rate)

@@ -83,7 +83,7 @@ def _is_resolved(config_path: Path) -> bool:
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
-    """Set aside, within the output folder, what does not belong to the run that is about to go on.
+    """Set aside, within the output folder, what does not belong to the run that is about to start.
 
     For a new run, or one whose checkpoint comes from elsewhere, that is everything but the outbox of the same
     run; otherwise the checkpoints that are newer than the resumed one, or do not tell.
@@ -99,7 +99,7 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
         leaving = [path for path in checkpoints if claimed_age(path) > resumed.age]
         if checkpoints_dir / "best" in leaving and (output_dir / "model").exists():
             leaving.append(output_dir / "model")  # made of the same weights
-        what = f"checkpoints that are newer than step {resumed.state.step}, or not whole"
+        what = f"checkpoints that are newer than step {resumed.state.step}, or corrupt"
     if leaving:
         aside = _unused(output_dir / "earlier_runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
         for path in leaving:
@@ -122,7 +122,7 @@ def bring_best(output_dir: Path, resumed: Checkpoint, best: Path, model: Path) -
     """Copy the best checkpoint and model so far into an output folder that lacks them, if these are they.
 
     Raises:
-        CheckpointError: the best checkpoint is not whole, or is of another step.
+        CheckpointError: the best checkpoint is corrupt, or is of another step.
     """
     checkpoint = open_checkpoint(best)
     if checkpoint.state.step != resumed.state.best_step:

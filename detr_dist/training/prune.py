@@ -127,7 +127,7 @@ def _in_ended_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> It
     for run in runs:
         if run.info.status == "RUNNING":
             _logger.info(
-                f"passed over run {run.info.run_id}: it is running, or was killed: give its output folder"
+                f"skipped run {run.info.run_id}: it is running, or was killed: give its output folder"
             )
     yield from _in_runs([run for run in runs if run.info.status != "RUNNING"], tracking_uri, keep_last)
 

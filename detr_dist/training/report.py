@@ -45,8 +45,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
     settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
     if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
         yield (
-            "warning: --train-dir and --val-dir are the same data: the validation figures will say nothing "
-            "of other images"
+            "warning: --train-dir and --val-dir are the same data: the validation metrics will say nothing "
+            "about other images"
         )
     for split in (train_data, val_data):
         yield from split.notices
@@ -58,16 +58,16 @@ def _describe_data(setup: Setup) -> Iterator[str]:
 
 
 def _describe_processes(setup: Setup) -> Iterator[str]:
-    """One line for all and, where there are several, one for each machine."""
+    """One line for all and, where there are several, one for each node."""
     places, precision = setup.places, f"precision {setup.config.training.mixed_precision}"
     if len(places) == 1:
         yield f"1 process on {places[0].host} ({places[0].device}), {precision}"
         return
-    num_machines = len(setup.host_names)
+    num_nodes = len(setup.host_names)
     strategy = f"ZeRO-{setup.strategy.zero_stage}" if setup.strategy.zero_stage else "DDP"
     yield (
-        f"{len(places)} processes (world size {len(places)}) on {num_machines} "
-        f"machine{'s' * (num_machines > 1)}, {strategy} over {dist.get_backend()}, {precision}"
+        f"{len(places)} processes (world size {len(places)}) on {num_nodes} "
+        f"node{'s' * (num_nodes > 1)}, {strategy} over {dist.get_backend()}, {precision}"
     )
     by_host = sorted(enumerate(places), key=lambda entry: (entry[1].host, entry[0]))
     for host, entries in groupby(by_host, key=lambda entry: entry[1].host):
@@ -76,7 +76,7 @@ def _describe_processes(setup: Setup) -> Iterator[str]:
 
 
 def _describe_sizes(setup: Setup) -> str:
-    """AdamW remembers two values for each one that learns; a model is kept twice, for MLflow and for
+    """Return sizes. AdamW has two moments for each trained value; a model is saved twice, for MLflow and for
     transformers."""
     network = setup.detector.network
     weights = _num_bytes(network.state_dict().values())

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what may have changed since, and putting everything back in its place."""
+"""Resuming from a checkpoint: what may have changed since, and putting everything back in its place."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -152,8 +152,8 @@ def _load(checkpoint: Checkpoint, detector: Detector, weights: dict[str, torch.T
 
 
 def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: GradScaler | None) -> int:
-    """Put back what the optimizer remembers of each parameter, and the loss scale; the optimizer's options
-    come from the configuration.
+    """Restore the optimizer state of each parameter, and the loss scale; the optimizer's options come from
+    the configuration.
 
     Returns how many steps the learning-rate schedule has behind it.
     """

@@ -41,7 +41,7 @@ def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
 
     Raises:
         UsageError: there is no such thing.
-        CheckpointError: the checkpoint is not whole.
+        CheckpointError: the checkpoint is corrupt.
     """
     if is_run_id(reference):
         reference = f"runs:/{reference}"
@@ -88,7 +88,7 @@ def _weights_of(checkpoint: Checkpoint, scratch: Path) -> FoundModel:
 class Sources:
     """Finds checkpoints and weights, for all processes of a run. Collective, but for `download`.
 
-    What is in MLflow is downloaded by one process of each machine, into a folder that `close` removes, or
+    What is in MLflow is downloaded by one process of each node, into a folder that `close` removes, or
     else the end of that process.
     """
 
@@ -122,7 +122,7 @@ class Sources:
 
         Raises:
             UsageError: there is no such thing.
-            CheckpointError: the one that was named is not whole.
+            CheckpointError: the one that was named is corrupt.
         """
         if self._may_clear_up:
             with self._host.failing_together():
@@ -133,7 +133,7 @@ class Sources:
         if any(state != states[0] for state in states):
             steps = ", ".join("none" if state is None else f"step {state.step}" for state in states)
             raise DataError(
-                f"--resume {resume}: the machines find different checkpoints (by process: {steps}); put "
+                f"--resume {resume}: the nodes find different checkpoints (by process: {steps}); put "
                 "--output-dir on a disk that all of them share"
             )
         if found is None and self._host.is_main_process:
@@ -146,7 +146,7 @@ class Sources:
 
         Raises:
             UsageError: there is no such thing.
-            CheckpointError: the checkpoint that was named is not whole.
+            CheckpointError: the checkpoint that was named is corrupt.
         """
         return self._host.once_per_machine(
             lambda: find_model(init_from, self.tracking_uri, Path(self._scratch.name)).location
@@ -174,7 +174,7 @@ class Sources:
                 return open_checkpoint(folder)
             newest = newest_checkpoint(folder / "checkpoints")
             if newest is None:
-                raise UsageError(f"--resume {folder}: holds no whole checkpoint; give the folder of one")
+                raise UsageError(f"--resume {folder}: holds no intact checkpoint; give the folder of one")
             return newest
         if is_run_id(resume):
             return self._newest_of_run(resume)
@@ -194,5 +194,5 @@ class Sources:
             except CheckpointError as error:
                 _logger.warning(f"skipped {uri}, which is corrupt: {error}")
         raise UsageError(
-            f"--resume {run_id}: MLflow run {run_id} has no whole checkpoint; it cannot be resumed"
+            f"--resume {run_id}: MLflow run {run_id} has no intact checkpoint; it cannot be resumed"
         )

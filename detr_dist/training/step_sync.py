@@ -126,10 +126,10 @@ class StepSync:
                 )
                 if problem is not None
             ]
-            told = "; ".join(
+            reports = "; ".join(
                 f"process {process} ({host}): {problem.text}" for process, host, problem in found
             )
             advice = next((problem.advice for *_, problem in found if problem.advice), "")
-            error = TrainingError(f"stopped at step {step}: {told}{advice}")
+            error = TrainingError(f"stopped at step {step}: {reports}{advice}")
             raise error from (self._problem.cause if self._problem is not None else None)
         return columns

@@ -15,7 +15,7 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
 
 OptimizerMemory = dict[int, dict[str, Any]]
-"""What an optimizer remembers of each parameter, by the parameter's place in its groups."""
+"""The optimizer state of each parameter, by the parameter's place in its groups."""
 
 
 class Replicated:
@@ -29,7 +29,7 @@ class Replicated:
     def prepare(
         self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """What trains: the detector, wrapped, and its optimizer with all that it remembers. Collective."""
+        """Return what trains: the wrapped detector, and its optimizer with its state. Collective."""
         model, prepared = accelerator.prepare(detector, optimizer)
         if isinstance(model, DistributedDataParallel):
             # Buffers need not be sent in each forward pass: most are constants, and the statistics of batch
@@ -41,7 +41,7 @@ class Replicated:
 
     @contextmanager
     def whole(self) -> Iterator[OptimizerMemory | None]:
-        """Meanwhile the main process has all weights in the detector. Gives it what the optimizer remembers,
+        """Meanwhile the main process has all weights in the detector. Yields it the optimizer state,
         unless the optimizer itself has all of it. Collective."""
         yield None
 
@@ -49,7 +49,7 @@ class Replicated:
 def _settle_order_of_sums(model: DistributedDataParallel, device: torch.device) -> None:
     """Run forward and backward once, and forget the gradients. Collective.
 
-    DDP arranges the gradients anew by the first backward of a process, and where a gradient lies decides in
+    DDP rearranges the gradients by the first backward of a process, and where a gradient lies decides in
     which order more than two processes sum it: a run that is resumed would round its first step in another
     way than one that was not interrupted.
     """

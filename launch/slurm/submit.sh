@@ -8,7 +8,7 @@
 #   bash launch/slurm/submit.sh --nodes 2 --ntasks-per-node 2 --cpus-per-task 4 -- ...
 #
 # Paths start at the current folder, which all nodes must see, as they must the repository and the output folder.
-# The job goes on by itself after a warning or the loss of a node; submitted again, so does a run that has ended.
+# The job continues by itself after a warning or the loss of a node; submitted again, so does a run that has ended.
 # What is particular to a cluster is in site.env, see site.env.example. docs/slurm.md says more.
 set -euo pipefail
 
@@ -34,7 +34,7 @@ while (($#)) && [[ "$1" != -- ]]; do
 done
 (($# > 1)) || fail "no options of detr-dist train: they come after --, see $0 --help"
 shift
-command -v sbatch >/dev/null || fail "there is no sbatch here: submit from a machine of the cluster"
+command -v sbatch >/dev/null || fail "there is no sbatch here: submit from a node of the cluster"
 
 export DETR_DIST_LAUNCH_DIR="$launch_dir"
 exec sbatch "${sbatch_options[@]}" "$launch_dir/train.sbatch" "$@"

@@ -1,4 +1,4 @@
-"""How long training waits for a checkpoint, against how long the whole save takes.
+"""How long training waits for a checkpoint, against how long the complete save takes.
 
     python scripts/benchmarks/checkpoint.py [--folder DIR] [--rounds 5] [--ema] [--device cuda]
         [--json FILE]

@@ -4,7 +4,7 @@
         [--json FILE]
 
 Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory
-is its own growth. Ours is all that follows the network: records of all batches put together, COCO's figures,
+is its own growth. Ours is all that follows the network: records of all batches put together, COCO's metrics,
 precision, recall, F1, thresholds and confusions. pycocotools reads its results, evaluates, accumulates and
 summarises.
 """

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What detr_dist does on one NVIDIA GPU, in ten minutes: a line for each step, PASS, FAIL or SKIP, with its figures.
+# What detr_dist does on one NVIDIA GPU, in ten minutes: a line for each step, PASS, FAIL or SKIP, with its metrics.
 #   [TOTAL_S=540] [STEPS="bf16 boxes"] [PYTHON=python3] bash scripts/benchmarks/gpu_check.sh [REPOSITORY] [OUT_FOLDER]
 # Needs what setup.cfg names; no internet, no weights. The most valuable steps come first, as what TOTAL_S seconds do not
 # suffice for is skipped. OUT_FOLDER gets summary.txt, figures.json and a log of each step. Ends with 1 if a step failed.

@@ -41,7 +41,7 @@ DEFORMABLE = [
     "model.model_architecture=deformable_detr",
     "model.num_queries=300",
 ]
-SMALL = [  # a network and pictures for the CPU, and for runs that only compare losses
+SMALL = [  # a network and images for the CPU, and for runs that only compare losses
     "data.shortest_edge=64",
     "data.longest_edge=96",
     "model.backbone={model_type: resnet, layer_type: basic, embedding_size: 16, "
@@ -66,7 +66,7 @@ MOST_PIXELS_APART = 0.3  # of boxes in half precision, of 1333, on average
 
 
 def write_all_data(check: Check) -> None:
-    """Write pictures for the network and scenes for whole runs."""
+    """Write images for the network and scenes for complete runs."""
     for name in ("photos", "long", "scenes"):
         shutil.rmtree(check.out / name, ignore_errors=True)
     make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)

@@ -6,7 +6,7 @@ Seconds are those of one processor, so that a busy machine counts less. Ours aug
 example (examples/pytorch/object-detection there) opens with Pillow, flips and changes brightness and contrast
 with albumentations if that is installed (nothing if not: it is then faster than it would be), and lets
 DetrImageProcessor resize, normalise and pad; both run in a loader process. Pillow has two speeds, and chance
-decides which: the C library may ask the system for new memory for every picture, or keep what it has. Each
+decides which: the C library may ask the system for new memory for every image, or keep what it has. Each
 row of Pillow's fixes that, in its own process.
 """
 
@@ -55,7 +55,7 @@ KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_":
 
 
 class ExampleDataset(Dataset[tuple[NDArray[np.uint8], dict[str, Any]]]):
-    """Pictures and COCO annotations as the example's transform leaves them."""
+    """Images and COCO annotations as the example's transform leaves them."""
 
     def __init__(self, data: CocoData) -> None:
         self.data = data
@@ -120,7 +120,7 @@ class LoaderProcess:
 
 
 def num_bytes(batch: Batch | dict[str, Any]) -> int:
-    """Of a batch's pictures, as they go to the device."""
+    """Of a batch's images, as they go to the device."""
     tensors: list[Tensor] = (
         [batch["pixel_values"], batch["pixel_mask"]] if isinstance(batch, dict) else [batch.images]
     )
@@ -195,7 +195,7 @@ def write_photos(folder: Path, size_hw: tuple[int, int]) -> list[Path]:
 
 
 def write_data(folder: Path, paths: list[Path]) -> CocoData:
-    """A data set of these pictures with eight boxes in each."""
+    """A data set of these images with eight boxes in each."""
     boxes = [(i, [40 * j, 30 * j, 90, 60]) for i in range(len(paths)) for j in range(8)]
     annotations = [
         {"id": n, "image_id": i, "category_id": 1, "bbox": box} for n, (i, box) in enumerate(boxes, start=1)
@@ -207,7 +207,7 @@ def write_data(folder: Path, paths: list[Path]) -> CocoData:
 
 
 def reduced_ways(data: CocoData, paths: list[Path], edges: tuple[int, int]) -> dict[str, Callable[[], float]]:
-    """Decoding and resizing the whole picture, and at a reduced scale, where that is done."""
+    """Decoding and resizing at full scale, and at a reduced scale, where that is done."""
     needed_hw = resized_hw(*data.size_hw(0), *edges)
     if decode_reduced(paths[0], data.size_hw(0), needed_hw) is None:
         return {}
@@ -236,7 +236,7 @@ def processor_seconds(action: Callable[[Path], object], paths: list[Path]) -> fl
 
 
 def pillow_process(children: ExitStack, paths: list[Path], memory: dict[str, str]) -> Callable[[], float]:
-    """A way to decode the pictures in a process of its own."""
+    """A way to decode the images in a process of its own."""
     command = [sys.executable, "-c", PILLOW_LOOP, *map(str, paths)]
     child = children.enter_context(
         subprocess.Popen(

@@ -5,7 +5,7 @@ many different canvases there are, with and without `data.canvas_multiple`.
         [--json FILE]
 
 Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each with `light`
-and `detr`. The padded share and the canvases are of an epoch of 8,000 images; the time is forward and
+and `detr`. The padded fraction and the canvases are of an epoch of 8,000 images; the time is forward and
 backward of a ResNet-18's convolutions on some of the exact canvases, at the edges that are asked for.
 """
 
@@ -32,7 +32,7 @@ from detr_dist.training.groups import canvas_rule
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
 TIMED_EVERY = 40
-"""Steps: those of a whole epoch would take minutes."""
+"""Steps: a complete epoch would take minutes."""
 SETS: dict[str, tuple[Augmentation, bool]] = {
     "footage, light": ("light", False),
     "footage, detr": ("detr", False),

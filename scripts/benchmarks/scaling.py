@@ -15,8 +15,8 @@ Predicted: the seconds of a step of n processes, g = 8 of them in a node, m = n 
                   + 2 (m-1)/m x bytes / between + 2 (m-1) x latency
     exposed(n)    = max(all_reduce(n) x last, all_reduce(n) - backward x (1 - last))
 
-where `last` is the share of DDP's last bucket (25 MiB at most), which only goes out when the backward pass is
-over. On the CPU nothing hides: the all-reduce needs the core that computes. The measured step of several
+where `last` is the fraction of DDP's last bucket (25 MiB at most), which only goes out when the backward pass
+is over. On the CPU nothing hides: the all-reduce needs the core that computes. The measured step of several
 processes stands beside the predicted one; step(1) is then that of the slowest of processes which work at the
 same time and wait for nobody: they share memory and, on a busy machine, cores. What is not given is measured.
 """
@@ -157,7 +157,7 @@ def parse_options() -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "quickstart.yaml")
-    parser.add_argument("--edge", type=int, default=128, help="of the pictures, in pixels")
+    parser.add_argument("--edge", type=int, default=128, help="of the images, in pixels")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--step-ms", type=float, help="of one process")
     parser.add_argument("--backward-ms", type=float, help="the part of it that can hide an all-reduce")

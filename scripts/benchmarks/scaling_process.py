@@ -2,7 +2,7 @@
 
     accelerate launch --config_file FILE scripts/benchmarks/scaling_process.py OUT.json CONFIG EDGE ROUNDS
 
-The step is the package's own, on one batch of square pictures that is ready in memory. In turns with it goes
+The step is the package's own, on one batch of square images that is ready in memory. In turns with it goes
 the same step without other processes: they are at work as well, but nobody waits for anybody.
 """
 

@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 def command_line(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the program's own docstring, with the option that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the figures here, too")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the metrics here, too")
     return parser
 
 
@@ -108,7 +108,7 @@ def peak_memory_mib(device: torch.device | str) -> float:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Where and with what a figure was measured."""
+    """Where and with what the metrics were measured."""
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",

@@ -4,7 +4,7 @@
 
 Without a configuration: the quickstart's on the CPU; on a GPU configs/training.yaml, compiled, in bf16, with
 8 images a step. Nothing is downloaded: random weights stand for ImageNet's.
-Without data: the quickstart's scenes on the CPU; pictures of 1280x720, so 750x1333 for the network, on a GPU.
+Without data: the quickstart's scenes on the CPU; images of 1280x720, so 750x1333 for the network, on a GPU.
 With your own of both it shows your own bottleneck.
 
 The rows, each holding all of those above it but the library's:
@@ -17,7 +17,7 @@ The rows, each holding all of those above it but the library's:
     whole command          `detr-dist train` in a process of its own, waiting for data included
 
 Each is measured in blocks of some steps, at whose ends alone the device is waited for. On the CPU the loader
-processes have cores of their own, as they have beside a GPU: the rest computes. Pictures are repeated to one
+processes have cores of their own, as they have beside a GPU: the rest computes. Images are repeated to one
 long epoch, and the learning rate stays next to nothing, so that only steps are measured. "of the bare" is the
 median of the ratios of each round.
 """
@@ -366,7 +366,7 @@ def measure_logging(bench: Workbench, num_steps: int) -> float:
 
 def whole_command(bench: Workbench, places: Places, rounds: int) -> tuple[dict[str, list[float]], float]:
     """Seconds of a step of the whole command and of the bare network's before and after it; and the
-    command's share of waiting."""
+    command's fraction of waiting."""
     num_steps = 4 * BLOCK_STEPS
 
     def bare_s() -> float:
@@ -385,8 +385,8 @@ def whole_command(bench: Workbench, places: Places, rounds: int) -> tuple[dict[s
 
 
 def run_command(config: Config, places: Places, name: str) -> tuple[float, float]:
-    """Seconds of a step, between two moments that MLflow knows of a real run after its warm-up; and the share
-    of them in which it waited for data."""
+    """Seconds of a step, between two moments that MLflow knows of a real run after its warm-up; and the
+    fraction of them in which it waited for data."""
     output_dir = places.output_dir.parent / name
     num_steps = STEPS_TO_WARM_UP + 90
     config_path = output_dir.with_suffix(".yaml")

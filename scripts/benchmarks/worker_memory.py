@@ -1,6 +1,6 @@
 """Resident memory of loader processes that read the targets of a large annotation file, and of their parent.
 
-Writes a COCO JSON (no pictures), reads it, and goes over an epoch of its targets in forked loader processes.
+Writes a COCO JSON (no images), reads it, and goes over an epoch of its targets in forked loader processes.
 Data in Python objects would grow there: to count a reference is to write to the object's page, so to copy it.
 The goal is that no process is more than 100 MB above its parent after the epoch.
 
@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from detr_dist.data.coco import CocoData, load_coco
 
 NUM_CLASSES, GOAL_MB = 80, 100
-KINDS = ("rss", "pss", "uss")  # resident, with its share of what is shared, its own alone
+KINDS = ("rss", "pss", "uss")  # resident, with its part of what is shared, its own alone
 
 
 class Targets(Dataset[tuple[int, float]]):
-    """What a training sample reads of the annotations, without the picture."""
+    """What a training sample reads of the annotations, without the image."""
 
     def __init__(self, data: CocoData) -> None:
         self.data = data

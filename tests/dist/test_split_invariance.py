@@ -50,7 +50,7 @@ def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace,
 
 
 @pytest.mark.dist
-def test_another_family_trains_in_two_processes_with_bf16_and_channels_last(workplace, tiny_data: Path) -> None:
+def test_deformable_detr_trains_in_two_processes_bf16_channels_last(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
         tiny_data,
         "model.model_architecture=deformable_detr",

@@ -11,7 +11,7 @@ SCRIPT = Path(__file__).with_name("check_what_is_left.py")
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("store", ["server", "database"])
-def test_two_processes_leave_no_thread_file_or_socket_and_only_the_first_talks_to_mlflow(
+def test_two_processes_clean_up_and_only_rank_0_connects_to_mlflow(
     workplace, mlflow_server, tiny_data: Path, store: str
 ) -> None:
     uri, asked = "sqlite:///mlflow.db", f"database {workplace.folder / 'mlflow.db'}"

@@ -88,7 +88,7 @@ def last(runs, output: str) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ZERO)
-def test_a_stage_of_zero_trains_evaluates_and_averages_as_ddp_and_one_process_do(runs, name: str) -> None:
+def test_each_zero_stage_gives_the_results_of_ddp_and_of_one_process(runs, name: str) -> None:
     for other in ("ddp", "one"):
         for figure in FIGURES:
             # Sums in another order, and convolutions over other batch sizes: float32 rounding, nothing more.
@@ -106,7 +106,7 @@ def test_a_stage_of_zero_trains_evaluates_and_averages_as_ddp_and_one_process_do
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ZERO)
-def test_the_model_of_a_zero_run_loads_from_mlflow_and_is_the_whole_trained_one(
+def test_the_mlflow_model_of_a_zero_run_has_all_trained_weights(
     runs, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(runs.folder)
@@ -122,7 +122,7 @@ def test_the_model_of_a_zero_run_loads_from_mlflow_and_is_the_whole_trained_one(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3"])
-def test_a_zero_run_that_goes_on_is_bit_for_bit_the_one_that_was_not_interrupted(
+def test_a_resumed_zero_run_equals_the_uninterrupted_run_bit_for_bit(
     runs, tiny_data: Path, name: str
 ) -> None:
     output = f"{name}_resumed"
@@ -187,7 +187,7 @@ def test_a_run_may_change_its_number_of_processes_and_its_stage(
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_without_an_average_stage_3_evaluates_and_saves_the_trained_weights(
+def test_without_ema_stage_3_evaluates_and_saves_the_trained_weights(
     runs, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16, with batch norm that is trained, in a family whose layers share weights."""

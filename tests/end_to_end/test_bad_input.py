@@ -121,9 +121,7 @@ def test_all_wrong_settings_are_reported_together(workplace, data, capsys) -> No
     assert len(lines) == 3
 
 
-def test_a_box_partly_outside_is_clipped_and_one_without_extent_dropped_and_both_are_said(
-    workplace, data
-) -> None:
+def test_boxes_outside_are_clipped_and_empty_ones_dropped_with_a_warning(workplace, data) -> None:
     def spoil(document: Document) -> None:
         document["annotations"][0]["bbox"] = [-5, 2, 20, 20]
         document["annotations"][1]["bbox"] = [300, 300, 10, 10]
@@ -159,7 +157,7 @@ def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data
         assert f"[process {process}] error: {stopped}" in finished.stderr
 
 
-def test_what_a_loader_process_raises_ends_the_run_with_one_line_and_as_failed(workplace, data) -> None:
+def test_an_error_in_a_loader_process_fails_the_run_with_one_line(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
         path.write_bytes(b"not a picture")
     finished = workplace.train(data, "data.num_workers=2")

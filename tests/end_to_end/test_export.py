@@ -125,7 +125,7 @@ def test_the_model_of_a_run_is_exported_registered_and_loads_everywhere(trained,
 
 
 @pytest.mark.parametrize("tracking_uri", ["sqlite:///mlflow.db", "file:./store"])
-def test_a_checkpoint_is_exported_with_its_averaged_weights_and_registered_with_files_of_its_own(
+def test_a_checkpoint_is_exported_with_averaged_weights_and_registered(
     tracking_uri: str, trained, run_id, at_home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow

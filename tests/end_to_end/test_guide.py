@@ -113,7 +113,7 @@ def followed(
         mlflow.set_tracking_uri(None)
 
 
-def test_params_are_those_that_were_asked_for_and_those_that_the_guide_names(followed: Followed) -> None:
+def test_the_logged_params_are_the_required_and_documented_ones(followed: Followed) -> None:
     logged = set(followed.client.get_run(followed.run_id).data.params)
     named = names_in_table("Parameters")
     assert logged >= PARAMS
@@ -125,7 +125,7 @@ def test_params_are_those_that_were_asked_for_and_those_that_the_guide_names(fol
     assert logged <= named
 
 
-def test_metrics_are_those_that_were_asked_for_and_those_that_the_guide_names(followed: Followed) -> None:
+def test_the_logged_metrics_are_the_required_and_documented_ones(followed: Followed) -> None:
     logged = set(followed.client.get_run(followed.run_id).data.metrics)
     named = names_in_table("Metrics")
     assert logged >= METRICS
@@ -141,7 +141,7 @@ def test_metrics_are_those_that_were_asked_for_and_those_that_the_guide_names(fo
     }  # fmt: skip
 
 
-def test_artifacts_are_those_that_were_asked_for_and_those_that_the_guide_names(followed: Followed) -> None:
+def test_the_logged_artifacts_are_the_required_and_documented_ones(followed: Followed) -> None:
     def children(path: str | None = None) -> set[str]:
         return {item.path for item in followed.client.list_artifacts(followed.run_id, path)}
 

@@ -40,7 +40,7 @@ def predict(
     return json.loads((place.folder / output / "predictions.json").read_text()), finished
 
 
-def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_named(trained) -> None:
+def test_all_images_of_a_folder_are_drawn_and_unreadable_ones_are_named(trained) -> None:
     results, finished = predict(trained, "found", "--input", "pictures", "--threshold", "0")
     drawn = {
         str(path.relative_to(trained.folder / "found")) for path in (trained.folder / "found").rglob("*.*")
@@ -65,9 +65,7 @@ def test_all_pictures_of_a_folder_are_drawn_and_those_that_cannot_be_read_are_na
             assert not np.array_equal(np.asarray(copy), np.asarray(source))
 
 
-def test_no_picture_is_passed_over_in_silence_and_no_copy_takes_anothers_name(
-    trained, easy_data: Path
-) -> None:
+def test_no_image_is_skipped_silently_and_no_copy_overwrites_another(trained, easy_data: Path) -> None:
     source = trained.folder / "formats"
     (source / "more").mkdir(parents=True)
     (trained.folder / "elsewhere").mkdir()

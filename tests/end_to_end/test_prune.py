@@ -75,9 +75,7 @@ def test_what_is_left_after_it_loads_and_goes_on(place, tiny_data: Path) -> None
     assert "at step 40" in resumed.stdout
 
 
-def test_of_a_run_that_went_back_the_epochs_that_it_has_left_go_and_its_own_newest_stay(
-    workplace, tiny_data: Path
-) -> None:
+def test_prune_of_a_rewound_run_deletes_abandoned_epochs_and_keeps_newest(workplace, tiny_data: Path) -> None:
     overrides = ("training.num_epochs=4", "checkpoint.every_epochs=1", "logging.log_every_steps=10")
     first = workplace.train(tiny_data, *overrides)
     assert first.returncode == 0, first.stderr

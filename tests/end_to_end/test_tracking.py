@@ -109,7 +109,7 @@ def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_goes_on_while_the_server_is_away_and_the_server_gets_everything_once(
+def test_a_run_continues_in_an_outage_and_the_server_gets_everything_once(
     workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
@@ -130,7 +130,7 @@ def test_a_run_goes_on_while_the_server_is_away_and_the_server_gets_everything_o
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and_the_rest_by_a_resume(
+def test_sync_delivers_what_a_killed_run_queued_and_a_resume_adds_the_rest(
     workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
@@ -173,9 +173,7 @@ def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_sync_and
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_what_a_run_left_that_was_killed_during_an_outage_is_brought_by_a_resume_from_a_copy_elsewhere(
-    workplace, server, tiny_data: Path
-) -> None:
+def test_a_resume_from_a_copy_delivers_what_the_killed_run_queued(workplace, server, tiny_data: Path) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id, num_before = tracked_run(workplace), len(noted_losses(workplace))
     copy = workplace.folder / "copy"
@@ -258,7 +256,7 @@ def failing_server(port: int) -> Iterator[list[object]]:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("in_trouble", [silent_server, failing_server])
-def test_a_server_in_trouble_holds_up_neither_training_nor_its_end_for_ever(
+def test_a_failing_server_blocks_neither_training_nor_its_end(
     workplace, server, tiny_data: Path, in_trouble
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data, "checkpoint.keep_last=2")

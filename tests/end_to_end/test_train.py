@@ -211,9 +211,7 @@ def test_a_second_run_into_the_same_folder_sets_the_first_aside(workplace, tiny_
     assert (earlier / "results.json").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_all_processes_with_step_process_and_images(
-    workplace, tiny_data: Path
-) -> None:
+def test_a_non_finite_loss_stops_all_processes_and_names_step_and_images(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
         tiny_data,
         "training.learning_rate=1e30",

@@ -191,9 +191,7 @@ def middle_of(element) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_person_sees_val_map_of_two_runs_compares_them_and_finds_their_checkpoints_and_models(
-    two_runs, ui: str, chromium
-) -> None:
+def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs, ui: str, chromium) -> None:
     page = chromium
     val_map = {name: two_runs.history("val_map", name)[-1][1] for name in LEARNING_RATES}
     assert len({0.0, *val_map.values()}) == 3, "values that cannot be told apart show nothing"
@@ -291,7 +289,7 @@ def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tin
     ],
     ids=["nothing here", "no database", "no folder", "no server"],
 )
-def test_where_there_is_nothing_to_show_one_line_says_so_and_nothing_is_made(
+def test_with_nothing_to_show_one_error_line_appears_and_nothing_is_made(
     tmp_path: Path, arguments: tuple[str, ...], added: dict[str, str], complaint: str
 ) -> None:
     finished = run_script(tmp_path, *arguments, **added)

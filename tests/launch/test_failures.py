@@ -189,7 +189,7 @@ def test_a_process_that_hangs_is_named_and_ends_itself(nodes: Nodes, tmp_path: P
     assert "gather_rows" in nodes.stacks(1 - hung)
 
 
-def test_gpus_that_are_not_there_stop_all_processes_before_anything_is_loaded(nodes: Nodes) -> None:
+def test_missing_gpus_stop_all_processes_before_anything_is_loaded(nodes: Nodes) -> None:
     for node in (0, 1):
         nodes.start(node, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="998,999")
     assert nodes.codes() == [2, 2]

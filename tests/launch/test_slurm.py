@@ -121,14 +121,14 @@ def steps(workplace) -> list[int]:
 def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted) -> None:
     place, job = uninterrupted
     assert job.state == "COMPLETED", job.everything
-    assert "4 processes (world size 4) on 1 machine, DDP over gloo" in job.node_log(0)
+    assert "4 processes (world size 4) on 1 node, DDP over gloo" in job.node_log(0)
     assert "node 1 of 2" in job.node_log(1)
     assert job.statuses == ["RUNNING", "FINISHED"]
     assert steps(place) == list(range(1, NUM_STEPS + 1))
     assert not list(place.folder.glob("*.stopped"))
 
 
-def test_a_job_that_is_warned_is_queued_again_and_ends_as_if_it_had_not_been(
+def test_a_warned_job_is_requeued_and_ends_with_the_uninterrupted_result(
     workplace, submit, slurm, uninterrupted
 ) -> None:
     job = submit(workplace)
@@ -228,9 +228,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tupl
     return jobs
 
 
-def test_the_settings_of_a_site_count_and_another_run_is_resumed_until_the_job_has_saved(
-    slurm, stand_ins
-) -> None:
+def test_site_settings_apply_and_resume_is_used_until_the_job_has_saved(slurm, stand_ins) -> None:
     folder, job_id = stand_ins[THREE_STARTS]
     assert slurm.wait_for_end(job_id, 240)["JobState"] == "COMPLETED", slurm.logs()
     for node in (0, 1):
@@ -247,7 +245,7 @@ def test_the_settings_of_a_site_count_and_another_run_is_resumed_until_the_job_h
     assert {path.suffix for path in folder.glob("mine-*")} == {".out"}, "nothing else is left"
 
 
-def test_a_job_that_never_saves_anything_newer_is_not_queued_again_for_ever(slurm, stand_ins) -> None:
+def test_a_job_that_never_saves_a_newer_checkpoint_stops_being_requeued(slurm, stand_ins) -> None:
     folder, job_id = stand_ins[NEVER_SAVES]
     assert slurm.wait_for_end(job_id, 240)["JobState"] == "FAILED", slurm.logs()
     assert slurm.job(job_id)["Restarts"] == "2"
@@ -273,9 +271,7 @@ def test_a_warning_that_comes_while_a_node_is_prepared_is_survived(tmp_path: Pat
     assert printed.splitlines()[-1] == "launched"
 
 
-def test_the_job_script_alone_works_in_the_folder_of_a_repository_and_says_so_elsewhere(
-    tmp_path: Path, slurm
-) -> None:
+def test_the_job_script_alone_works_only_in_a_repository_folder(tmp_path: Path, slurm) -> None:
     (tmp_path / "python").write_text("#!/usr/bin/env bash\ntrue\n")
     (tmp_path / "python").chmod(0o755)
     environment = {"PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}

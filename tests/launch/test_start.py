@@ -67,7 +67,7 @@ def test_the_sizes_that_are_said_are_those_of_the_files(workplace, tiny_data: Pa
 def test_several_processes_are_listed_by_machine(workplace, tiny_data: Path) -> None:
     finished = workplace.run("train", *options(workplace, tiny_data), "--dry-run", num_processes=2)
     assert finished.returncode == 0, finished.stderr
-    assert "2 processes (world size 2) on 1 machine, DDP over gloo, precision no" in finished.stdout
+    assert "2 processes (world size 2) on 1 node, DDP over gloo, precision no" in finished.stdout
     assert f"  {socket.gethostname()}: rank 0 on cpu, 1 on cpu\n" in finished.stdout
     assert "batch 4 x 2 processes x accumulation 1 = 8 images a step" in finished.stdout
 
@@ -102,7 +102,7 @@ def test_every_accelerate_config_is_trained_with() -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NUM_PROCESSES)
-def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says(
+def test_each_accelerate_config_trains_with_its_number_of_processes(
     workplace, tiny_data: Path, name: str
 ) -> None:
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
@@ -129,7 +129,7 @@ def test_an_accelerate_config_trains_ten_steps_with_as_many_processes_as_it_says
         printed += machine.communicate(timeout=100)[0]
         assert machine.returncode == 0, printed[-2000:]
     assert f"{NUM_PROCESSES[name]} process" in printed
-    assert ("(world size 2) on 1 machine, DDP" in printed) == (NUM_PROCESSES[name] == 2)
+    assert ("(world size 2) on 1 node, DDP" in printed) == (NUM_PROCESSES[name] == 2)
     assert " 10 steps in all" in printed
     assert (workplace.folder / "out" / "results.json").exists()
     if name.endswith("cpu"):

@@ -85,9 +85,7 @@ def after_kills(operation: str, parent: Path, before: dict[str, dict[str, str]])
 
 
 @pytest.mark.parametrize("operation", ["replace", "link"])
-def test_a_folder_whose_replacement_is_killed_at_any_moment_is_the_old_or_the_new_one(
-    operation: str, tmp_path: Path
-) -> None:
+def test_a_folder_replacement_killed_at_any_moment_leaves_old_or_new(operation: str, tmp_path: Path) -> None:
     before = {"folder": OLD, "new": NEW}
     outcomes = [content_of(folder) for folder in after_kills(operation, tmp_path, before)]
     num_old = outcomes.count(OLD)
@@ -163,7 +161,7 @@ def fail_on_the_way(folder: Path, error: type[BaseException]) -> None:
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("before", [OLD, None])
-def test_an_exception_leaves_the_folder_as_it_was_and_no_trace_of_the_new_one(
+def test_an_exception_leaves_the_old_folder_and_removes_the_new_one(
     error: type[BaseException], before: dict[str, str] | None, tmp_path: Path
 ) -> None:
     folder = tmp_path / "folder"
@@ -175,7 +173,7 @@ def test_an_exception_leaves_the_folder_as_it_was_and_no_trace_of_the_new_one(
     assert hidden(tmp_path) == []
 
 
-def test_an_exception_does_not_lose_the_folder_that_a_kill_left_without_its_name(tmp_path: Path) -> None:
+def test_an_exception_keeps_the_folder_that_a_kill_left_unrenamed(tmp_path: Path) -> None:
     write(tmp_path / ".folder.replaced", OLD)
     write(tmp_path / ".folder.partial", NEW)
     with pytest.raises(KeyboardInterrupt):
@@ -196,7 +194,7 @@ def test_who_may_read_the_folder_may_read_its_files(mask: int, mode: int, tmp_pa
         assert (tmp_path / "folder" / path).stat().st_mode & 0o777 == mode
 
 
-def test_a_linked_folder_has_the_same_files_and_keeps_them_when_the_first_goes(tmp_path: Path) -> None:
+def test_a_linked_folder_keeps_its_files_when_the_source_is_removed(tmp_path: Path) -> None:
     source, folder = tmp_path / "source", tmp_path / "folder"
     write(source, NEW)
     write(folder, OLD)

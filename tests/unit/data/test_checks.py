@@ -369,7 +369,7 @@ def test_one_file_in_two_entries_is_no_duplicate_picture(document: Document, wri
     assert kinds(check(write_coco(document), open_images=True)) == {"file_listed_twice": 1}
 
 
-def test_pictures_that_are_not_listed_are_found_in_all_folders_of_the_listed(
+def test_unlisted_images_are_found_in_all_folders_of_listed_images(
     document: Document, write_coco: WriteCoco
 ) -> None:
     document["images"][0]["file_name"] = "night/7.jpg"

@@ -163,7 +163,7 @@ def test_an_image_of_another_size_than_annotated_counts_as_unreadable(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
-def test_decoding_at_a_reduced_scale_changes_no_box_and_hardly_a_pixel_and_crops_not_at_all(
+def test_reduced_scale_decoding_keeps_boxes_and_crops_and_most_pixels(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for image in document["images"]:

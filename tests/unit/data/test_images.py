@@ -158,7 +158,7 @@ def test_sixteen_bits_are_rounded_alike_in_every_format(tmp_path: Path) -> None:
         ("of_8_or_of_16.tif", LEVELS.astype(np.int32), "I"),
     ],
 )
-def test_values_that_define_no_white_are_unreadable_and_their_mode_is_named(
+def test_pixels_without_a_defined_white_are_an_error_that_names_the_mode(
     tmp_path: Path, name: str, pixels: np.ndarray, mode: str
 ) -> None:
     Image.fromarray(pixels).save(tmp_path / name)
@@ -262,7 +262,7 @@ def photograph(height: int, width: int) -> Image.Image:
         ((2000, 10), None),
     ],
 )
-def test_a_large_jpeg_is_decoded_at_the_smallest_scale_that_leaves_what_is_needed(
+def test_a_large_jpeg_is_decoded_at_the_smallest_sufficient_scale(
     tmp_path: Path, needed_hw: tuple[int, int], expected_hw: tuple[int, int] | None
 ) -> None:
     photograph(801, 1203).save(tmp_path / "a.jpg", quality=90)
@@ -296,7 +296,7 @@ def test_after_the_resize_a_reduced_picture_is_nearly_the_whole_one(
         assert float((one - other).mean().abs()) < 0.5, "neither is brighter"
 
 
-def test_what_is_no_whole_colour_jpeg_of_the_annotated_size_is_left_to_the_usual_way(tmp_path: Path) -> None:
+def test_only_intact_colour_jpegs_of_annotated_size_are_decoded_reduced(tmp_path: Path) -> None:
     picture = photograph(400, 600)
     others = {"grey.jpg": "L", "cmyk.jpg": "CMYK", "a.png": "RGB", "a.webp": "RGB"}
     for name, mode in others.items():

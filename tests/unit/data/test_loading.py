@@ -178,7 +178,7 @@ def test_a_loader_that_hangs_does_not_keep_the_run_from_ending(loader) -> None:
     assert children() <= before
 
 
-def test_shared_memory_that_runs_out_is_named_with_its_size_and_the_way_out(loader, monkeypatch) -> None:
+def test_exhausted_shared_memory_is_an_error_with_its_size_and_a_remedy(loader, monkeypatch) -> None:
     monkeypatch.setattr(dataset, "_black", raising_always)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 * MIB, 64 * MIB, 0))
     message = str(failure_of(loader(lambda: None, 1)))
@@ -217,9 +217,7 @@ def test_shared_memory_is_compared_with_what_all_processes_need(
     assert capsys.readouterr().out.startswith("warning") == (outcome == "warning")
 
 
-def test_without_loader_processes_or_shared_memory_there_is_nothing_to_compare(
-    data, monkeypatch, tmp_path, capsys
-) -> None:
+def test_shared_memory_is_unchecked_without_loader_processes(data, monkeypatch, tmp_path, capsys) -> None:
     loading.check_room(shared_memory_need(settings(0), data, train=True))
     monkeypatch.setattr(loading, "SHARED_MEMORY", tmp_path / "none")
     loading.check_room(loading.Need(2**50, 2**50))

@@ -79,7 +79,7 @@ def size_of(key: SampleKey) -> tuple[int, int]:
     return SHAPES[random_numbers(Purpose.AUGMENT, 0, *key).integers(3)]
 
 
-def test_an_epoch_sees_the_same_samples_grouped_or_not_and_all_but_a_few_steps_are_of_one_shape() -> None:
+def test_grouping_keeps_the_samples_and_gives_most_steps_one_shape() -> None:
     plan = StepPlan(1000, 6, 1, 1)
     for epoch in range(3):
         sampler = MicroBatchSampler(plan, 5, 0, epoch * 166, 166, size_of)
@@ -142,7 +142,7 @@ def test_footage_needs_few_canvases_that_pad_little_more() -> None:
         (CanvasRule(100, keep_one_size=False), (500, 900), (500, 700)),
     ],
 )
-def test_a_canvas_is_rounded_up_and_images_of_one_size_can_stay_as_they_are(
+def test_a_canvas_is_rounded_up_unless_all_images_have_one_size(
     rule: CanvasRule, mixed: tuple[int, int], of_one_size: tuple[int, int]
 ) -> None:
     assert rule.canvas_hw((400, 700), (480, 853)) == mixed

@@ -152,7 +152,7 @@ def test_tiny_and_thin_pictures_without_boxes_pass(
         assert labels.shape == (0,)
 
 
-def test_the_same_generator_gives_the_same_sample_and_global_randomness_is_left_alone() -> None:
+def test_a_generator_determines_the_sample_without_global_randomness() -> None:
     transform = DetectionTransform("detr", 160, 300)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     one, other, third = (

@@ -98,7 +98,7 @@ def test_lines_and_letters_grow_with_the_picture() -> None:
     assert 0.9 < small / large < 1.1  # pixels are whole, letters have hinting
 
 
-def test_a_caption_that_is_too_long_is_shortened_and_one_without_any_room_left_out() -> None:
+def test_a_long_caption_is_shortened_and_omitted_where_it_does_not_fit() -> None:
     assert drawn(blank(80, 60), (20.0, 40, 40, 60), "a very long caption " * 5)[:38].any()
     without = drawn(blank(8, 8), (2.0, 2, 5, 5), "")
     assert torch.equal(drawn(blank(8, 8), (2.0, 2, 5, 5), "caption"), without)

@@ -97,7 +97,7 @@ def test_the_loss_is_the_sum_over_images_that_are_not_padded(
         assert metrics[name] == pytest.approx(expected, rel=1e-5), name  # float32 in another order
 
 
-def test_an_image_with_more_boxes_than_queries_counts_as_many_as_can_be_matched(data: CocoData) -> None:
+def test_an_image_counts_at_most_as_many_boxes_as_there_are_queries(data: CocoData) -> None:
     settings = config(num_queries=2)
     detector = new_detector(settings, data)
     torch.nn.init.zeros_(detector.network.class_labels_classifier.weight)

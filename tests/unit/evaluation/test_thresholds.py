@@ -202,7 +202,7 @@ def test_several_detections_in_a_crowd_count_neither_way(new_scene) -> None:
     assert points.confusion.tolist() == [[1, 0], [0, 0]]
 
 
-def test_without_detections_everything_is_zero_and_there_is_no_best_threshold(new_scene) -> None:
+def test_without_detections_all_metrics_are_zero_and_no_threshold_is_best(new_scene) -> None:
     scene = new_scene(1, ["player", "ball"], [(0, 0, BOX, False)], [])
     zeros = dict.fromkeys(
         ("precision", "recall", "f1", "player_precision", "player_recall", "player_f1"), 0.0
@@ -252,15 +252,15 @@ def test_the_documents_example_is_right(new_scene) -> None:
     ]
     points = operating_points(*new_scene(2, names, boxes, detections), "auto")
     for name, point in zip(names, points.classes, strict=True):
-        told = [row for row in rows_under("Best thresholds") if row[0] == name]
+        rows = [row for row in rows_under("Best thresholds") if row[0] == name]
         curve = point.curve
         for row, *figures in zip(
-            told, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
+            rows, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
         ):
             assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in figures]
             assert ("**" in row[1]) == (figures[0] == point.threshold)
     metrics = points.metrics(names)
-    for name, *values in rows_under("Figures"):
+    for name, *values in rows_under("Metrics"):
         prefix = "" if name == "all" else f"{name}_"
         keys = [f"{prefix}{figure}" for figure in ("precision", "recall", "f1")]
         assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name

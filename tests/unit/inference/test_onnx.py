@@ -31,7 +31,7 @@ def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
+def test_onnxruntime_predicts_as_torch_does_at_untraced_sizes(
     tiny_network, variant: str, tmp_path: Path
 ) -> None:
     architecture, overrides = VARIANTS[variant]
@@ -53,7 +53,7 @@ def test_onnxruntime_predicts_what_torch_does_at_sizes_that_were_never_traced(
         assert torch.allclose(torch.from_numpy(found[1]), expected.pred_boxes, atol=1e-5)
 
 
-def test_without_what_makes_the_trace_follow_the_image_the_comparison_refuses_the_file(
+def test_a_trace_that_fixes_the_image_size_is_refused_by_the_comparison(
     tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.inference.onnx.DeformableDetrMultiscaleDeformableAttention", ())

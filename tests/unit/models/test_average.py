@@ -50,7 +50,7 @@ def test_without_a_decay_it_is_the_trained_detector_itself(detector: Detector) -
     assert all(parameter.requires_grad for parameter in detector.parameters())
 
 
-def test_each_update_takes_in_the_share_that_the_warm_up_and_the_decay_leave(detector: Detector) -> None:
+def test_each_update_weights_the_new_value_by_warm_up_and_decay(detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.6)
     expected = {name: tensor.double() for name, tensor in copied(detector).items()}
     decays = [1 - 2 ** (-2 / 3), 1 - 3 ** (-2 / 3), 0.6, 0.6]  # from the third on the warm-up allows more

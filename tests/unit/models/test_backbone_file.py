@@ -274,7 +274,7 @@ def test_activations_inside_batch_norm_are_kept_as_timm_has_them(frozen: bool, t
         torch.testing.assert_close(plain(pixel_values=pixel_values).pred_boxes, boxes, rtol=0, atol=1e-5)
 
 
-def test_a_network_that_was_trained_without_its_activations_stays_as_it_was(tmp_path: Path) -> None:
+def test_a_network_trained_without_its_activations_loads_unchanged(tmp_path: Path) -> None:
     backbone = {"model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [3]}
     old = plain_network(built("", backbone=backbone, pretrained_backbone=False))
     del old.config.timm_batch_norm

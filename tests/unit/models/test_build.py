@@ -81,9 +81,7 @@ def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
         assert (w.cost_bbox, w.cost_giou, w.weights["bbox"], w.weights["giou"]) == (5, 2, 5, 2)
 
 
-def test_a_saved_detector_is_fine_tuned_with_a_new_class_head_and_frozen_batch_norm(
-    tiny_detector, tmp_path
-) -> None:
+def test_fine_tuning_a_saved_detector_replaces_the_head_and_freezes_norms(tiny_detector, tmp_path) -> None:
     trained = tiny_detector("conditional_detr")
     plain_network(trained).save_pretrained(tmp_path / "trained")
     config = ModelConfig(model_architecture="conditional_detr", pretrained=str(tmp_path / "trained"))
@@ -108,7 +106,7 @@ def test_a_pretrained_detector_of_another_kind_is_refused(tiny_detector, tmp_pat
         build_detector(ModelConfig(pretrained=str(tmp_path / "trained"), num_queries=50), CLASS_NAMES)
 
 
-def test_weights_that_cannot_be_had_are_answered_with_the_setting_that_goes_without(monkeypatch) -> None:
+def test_unavailable_weights_are_an_error_that_names_the_setting_to_change(monkeypatch) -> None:
     create_model = timm.create_model
 
     def offline(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
@@ -129,9 +127,7 @@ def test_sigmoid_heads_begin_with_one_in_classes_plus_one(
     assert 0.25 < float(logits.detach().sigmoid().mean()) < 0.42  # 1/3 and random weights
 
 
-def test_fine_tuning_on_the_same_classes_keeps_their_head_and_on_others_makes_it_anew(
-    tiny_detector, tmp_path
-) -> None:
+def test_fine_tuning_keeps_the_head_for_the_same_classes_or_replaces_it(tiny_detector, tmp_path) -> None:
     trained = tiny_detector("detr")
     torch.nn.init.constant_(trained.network.class_labels_classifier.weight, 7.0)
     plain_network(trained).save_pretrained(tmp_path / "trained")

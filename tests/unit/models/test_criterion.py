@@ -319,7 +319,7 @@ def test_shapes_that_disagree_are_refused(kind: ClassKind) -> None:
         replace(given, num_boxes=[25]).loss(settings(kind))
 
 
-def test_a_configured_weight_replaces_the_architectures_and_an_unknown_one_is_an_error() -> None:
+def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
     given = problem("softmax", MIXED)
     plain, heavier = (given.loss(each) for each in (settings("softmax"), reweighted("softmax", giou=7.0)))
     once = given.loss(reweighted("softmax", ce=0.0, bbox=0.0, giou=1.0)).total

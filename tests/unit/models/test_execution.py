@@ -41,7 +41,7 @@ def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True
 @pytest.mark.parametrize(
     ("architecture", "frugal"), [("detr", False), ("detr", True), ("deformable_detr", False)]
 )
-def test_what_is_compiled_learns_the_same_is_whole_and_soon_compiled_for_any_size(
+def test_compiled_code_learns_the_same_without_graph_breaks_at_any_size(
     tiny_detector, architecture: str, frugal: bool
 ) -> None:
     plain = tiny_detector(architecture, dropout=0.0, num_decoder_layers=2).train()

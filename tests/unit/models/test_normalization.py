@@ -32,7 +32,7 @@ def constants(detector: Detector) -> tuple[list[float], list[float]]:
     return (detector.mean.flatten() / 255).tolist(), (detector.std.flatten() / 255).tolist()
 
 
-def test_fine_tuning_and_its_checkpoints_and_models_normalize_as_the_first_model(
+def test_fine_tuned_checkpoints_and_models_keep_the_first_normalization(
     published: Path, tmp_path: Path
 ) -> None:
     expected = (HALVES["image_mean"], HALVES["image_std"])

@@ -188,7 +188,7 @@ def test_records_that_a_power_cut_took_do_not_take_those_after_them(sender: Send
 
 
 @pytest.mark.parametrize("applies", [True, False])
-def test_a_batch_whose_answer_got_lost_is_not_logged_twice_and_one_that_did_not_arrive_is_not_lost(
+def test_a_batch_with_a_lost_answer_is_logged_once_and_a_lost_one_resent(
     sender: Sender, applies: bool
 ) -> None:
     client = Away(sender.client.tracking_uri, num_times=0, applies=applies)
@@ -220,7 +220,7 @@ def test_steps_that_a_resumed_run_does_again_are_logged_once(sender: Sender) -> 
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 9)]
 
 
-def test_steps_that_a_resumed_run_does_again_are_logged_once_though_all_were_held_up(sender: Sender) -> None:
+def test_delayed_steps_that_a_resumed_run_repeats_are_logged_once(sender: Sender) -> None:
     for step in (*range(1, 6), *range(4, 9)):
         sender.log(step, loss=step / 10)
     sender.deliver()
@@ -369,7 +369,7 @@ def test_a_folder_comes_when_the_values_before_it_are_there(
     assert (best / "inner" / "b").read_text() == "inner/b"
 
 
-def test_an_upload_that_fails_leaves_the_last_file_and_the_status_for_later(
+def test_a_failed_upload_delays_the_last_file_and_the_status(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     sender.outbox.append_folder(new_folder("a_manifest", "b", "c"), "checkpoints/last", last="a_manifest")
@@ -416,7 +416,7 @@ def test_the_status_comes_after_everything_before_it(
     assert delivery.num_left == 0
 
 
-def test_a_run_that_goes_on_is_running_until_it_ends_again_and_keeps_only_its_last_error(
+def test_a_resumed_run_is_running_until_it_ends_and_keeps_its_last_error(
     sender: Sender,
 ) -> None:
     sender.outbox.append("status", status="FAILED", error="the first")
@@ -440,7 +440,7 @@ def test_a_run_that_goes_on_is_running_until_it_ends_again_and_keeps_only_its_la
     assert sender.run.data.tags["error"] == "the third"
 
 
-def test_of_the_folders_of_epochs_only_the_newest_stay_and_others_are_not_touched(
+def test_retention_keeps_the_newest_epoch_folders_and_all_other_folders(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     for name in ("epoch_2", "epoch_9", "epoch_10", "epoch_12", "best"):

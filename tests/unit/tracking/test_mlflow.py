@@ -44,7 +44,7 @@ def tracker(port: socket.socket) -> MLflowTracker:
     return MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri), run_id="0" * 32, known_uri=uri)
 
 
-def test_a_run_that_fails_before_its_outbox_is_open_does_not_try_for_minutes_to_say_so(
+def test_a_run_that_fails_before_its_outbox_opens_ends_within_seconds(
     tracker: MLflowTracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     began_at = time.monotonic()
@@ -56,7 +56,7 @@ def test_a_run_that_fails_before_its_outbox_is_open_does_not_try_for_minutes_to_
     assert "could not be closed" in capsys.readouterr().out
 
 
-def test_the_time_outs_of_a_request_that_outlives_the_run_are_left_as_they_are(
+def test_a_request_that_outlives_the_run_keeps_its_time_outs(
     tracker: MLflowTracker,
     port: socket.socket,
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
         ("uc:http://host", "uc:http://host", "at uc:http://host"),
     ],
 )
-def test_what_is_no_path_is_the_same_store_from_every_folder_and_each_kind_is_seen_in_its_own_way(
+def test_a_uri_names_one_store_from_every_folder_and_how_to_view_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, absolute: str, way: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

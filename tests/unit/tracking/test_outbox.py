@@ -158,7 +158,7 @@ def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "b").samefile(tmp_path / "a")
 
 
-def test_a_newer_folder_for_the_same_place_takes_the_room_of_one_that_waits(
+def test_a_newer_folder_replaces_a_waiting_one_for_the_same_place(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "checkpoints/last")

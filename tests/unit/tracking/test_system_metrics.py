@@ -173,7 +173,7 @@ def test_a_mig_instance_has_a_number_of_its_own_and_no_utilisation(start: Start)
     assert process.monitor.notice == ""
 
 
-def test_all_gpus_of_all_machines_are_there_and_the_highest_of_what_each_process_has(start: Start) -> None:
+def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Start) -> None:
     first, second = (Driver(*(Gpu(UUIDS[i + j], used_gib=i + j) for j in (0, 1))) for i in (0, 2))
     others = [
         start(second, machine="node2", visible="1,0", allocated_gib=3),
@@ -287,7 +287,7 @@ def test_the_memory_of_a_process_includes_that_of_the_processes_it_started() -> 
     assert together - alone > 0.125
 
 
-def test_an_mlflow_file_store_takes_every_metric_of_a_machine_with_any_name(
+def test_an_mlflow_file_store_accepts_every_metric_for_any_host_name(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The narrowest of the stores: a metric is a file there, so no name may be another's folder."""

@@ -105,7 +105,7 @@ def test_a_resumed_run_appends_to_its_log(trackers: Trackers, notebook: Notebook
     assert [line.split()[-1] for line in log_of(notebook).splitlines()] == ["first", "second"]
 
 
-def test_the_log_of_a_run_that_fails_has_the_traceback_that_the_console_lacks(
+def test_the_log_of_a_failed_run_has_the_traceback_unlike_the_console(
     trackers: Trackers, notebook: Notebook, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(TrainingError), tracked(trackers):

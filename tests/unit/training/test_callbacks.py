@@ -73,7 +73,7 @@ def observer(
     observer.close()
 
 
-def test_an_epoch_of_which_only_the_model_is_due_copies_the_model_and_not_the_optimizer(
+def test_an_epoch_that_saves_only_the_model_does_not_copy_the_optimizer(
     observer: RunCallbacks,
     training: Training,
     optimizer: CountingOptimizer,

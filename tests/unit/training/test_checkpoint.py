@@ -218,7 +218,7 @@ def test_a_run_from_before_shapes_were_grouped_did_not_group_them(
         compare_with_saved(open_checkpoint(checkpoint).facts, facts)
 
 
-def test_a_run_from_before_canvases_were_rounded_continues_without_rounding(
+def test_a_run_older_than_canvas_rounding_continues_without_rounding(
     checkpoint: Path, rewrite: Rewrite, facts: RunFacts
 ) -> None:
     state = json.loads((checkpoint / STATE).read_text())
@@ -300,7 +300,7 @@ def test_brackets_without_end_are_no_state(checkpoint: Path, rewrite: Rewrite) -
         open_checkpoint(checkpoint)
 
 
-def test_a_structure_that_brings_code_of_its_own_is_refused_without_a_question(
+def test_a_structure_with_custom_code_is_refused_without_a_prompt(
     facts: RunFacts, checkpoint: Path, rewrite: Rewrite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(f"asked: {prompt}"))
@@ -312,7 +312,7 @@ def test_a_structure_that_brings_code_of_its_own_is_refused_without_a_question(
         build_detector(facts.config.model, facts.class_names, structure=opened.folder)
 
 
-def test_the_newest_checkpoint_is_of_the_last_step_and_rather_with_its_epoch_closed(
+def test_the_newest_checkpoint_has_the_last_step_then_a_closed_epoch(
     snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     for name, step, closed_step in (

@@ -20,7 +20,7 @@ def learning_rates(total_steps: int, **settings: object) -> list[float]:
     return rates
 
 
-def test_the_backbone_learns_at_its_own_rate_and_norms_and_biases_do_not_decay(detector: Detector) -> None:
+def test_the_backbone_has_its_own_rate_and_norms_and_biases_do_not_decay(detector: Detector) -> None:
     optimizer = build_optimizer(detector, TrainingConfig(weight_decay=0.1))
     settings = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
     backbone = {id(p) for p in detector.backbone_parameters()}

@@ -157,7 +157,7 @@ def test_any_trace_of_a_run_makes_the_folder_one_of_runs(trace: str, tmp_path: P
     check_output(tmp_path)
 
 
-def test_a_run_that_goes_on_keeps_all_but_newer_checkpoints_and_old_results(
+def test_a_resumed_run_sets_aside_newer_checkpoints_and_old_results(
     output_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "step_20"))
@@ -188,18 +188,14 @@ def test_what_does_not_say_its_age_is_set_aside_as_not_whole(output_dir: Path) -
     assert names_in(set_aside(output_dir) / "checkpoints") == {"last", "epoch_9"}
 
 
-def test_a_run_that_goes_on_from_elsewhere_takes_the_place_of_what_was_there(
-    output_dir: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumed_from_elsewhere_sets_the_old_run_aside(output_dir: Path, tmp_path: Path) -> None:
     elsewhere = Path(shutil.copytree(output_dir / "checkpoints" / "last", tmp_path / "other" / "last"))
     make_room(output_dir, open_checkpoint(elsewhere))
     assert names_in(output_dir) == OTHERS | {"earlier_runs"}
     assert names_in(set_aside(output_dir)) == RUN
 
 
-def test_of_the_outboxes_that_of_the_same_run_stays_though_it_goes_on_from_elsewhere(
-    output_dir: Path, tmp_path: Path
-) -> None:
+def test_a_run_resumed_from_elsewhere_keeps_only_its_own_outbox(output_dir: Path, tmp_path: Path) -> None:
     elsewhere = Path(shutil.copytree(output_dir / "checkpoints" / "last", tmp_path / "other" / "last"))
     resumed = open_checkpoint(elsewhere)
     run_id, of_another = str(resumed.facts.mlflow_run_id), "f" * 32

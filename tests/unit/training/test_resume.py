@@ -102,7 +102,7 @@ def saved_by_torch(content: object) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_resumed_run_stays_in_its_store_unless_it_is_set_or_was_found_in_another(
+def test_a_resumed_run_keeps_its_store_unless_set_or_found_in_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = ("logging.mlflow_tracking_uri=http://own", "logging.mlflow_experiment_name=own")
@@ -212,7 +212,7 @@ def test_other_data_make_it_another_run(others: dict[str, object], part: str) ->
     assert part in refusal(run(), run(**others))
 
 
-def test_another_number_of_processes_is_taken_if_the_global_batch_is_the_same() -> None:
+def test_another_number_of_processes_is_accepted_for_the_same_global_batch() -> None:
     saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)
     now = run("training.batch_size=2", "training.gradient_accumulation_steps=1", num_processes=4)
     assert compare_with_saved(saved, now) == [
@@ -237,7 +237,7 @@ def test_another_stage_of_zero_is_taken() -> None:
     assert compare_with_saved(run(), run(zero_stage=3)) == ["ZeRO stage 0 -> 3"]
 
 
-def test_another_global_batch_is_refused_with_the_accumulation_that_would_keep_it() -> None:
+def test_another_global_batch_is_refused_and_the_fix_is_suggested() -> None:
     saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=2)
     now = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)
     message = refusal(saved, now)

@@ -66,7 +66,7 @@ def full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_only_the_newest_numbered_checkpoints_are_kept_and_what_has_a_name_stays(
+def test_only_the_newest_numbered_and_all_named_checkpoints_are_kept(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     for name in ("epoch_final", "my_epoch_1", "step_"):
@@ -160,7 +160,7 @@ def test_a_full_disk_is_one_warning_and_the_next_checkpoint_is_written(
     assert messages == [warning]
 
 
-def test_an_old_checkpoint_that_cannot_be_deleted_does_not_spoil_the_new_one(
+def test_an_old_checkpoint_that_cannot_be_deleted_is_only_a_warning(
     new_saver: NewSaver, snapshot_at: SnapshotAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(folder: Path) -> None:
@@ -217,7 +217,7 @@ def test_an_upload_that_fails_is_a_warning_only(
     assert open_checkpoint(tmp_path / "last").state.step == 1
 
 
-def test_whole_checkpoints_are_uploaded_in_their_order_and_a_lone_last_under_another_name_before(
+def test_checkpoints_are_uploaded_in_order_and_a_lone_last_as_a_copy_first(
     new_saver: NewSaver, snapshot_at: SnapshotAt
 ) -> None:
     uploaded: list[tuple[str, int, str]] = []
@@ -238,7 +238,7 @@ def test_whole_checkpoints_are_uploaded_in_their_order_and_a_lone_last_under_ano
     ]
 
 
-def test_a_save_goes_on_behind_the_training_and_the_next_waits_for_it_before_it_copies(
+def test_a_save_runs_in_the_background_and_the_next_one_waits_for_it(
     new_saver: NewSaver, snapshot_at: SnapshotAt
 ) -> None:
     events: list[str] = []
@@ -263,7 +263,7 @@ def test_a_save_goes_on_behind_the_training_and_the_next_waits_for_it_before_it_
     assert events == ["copied", "uploaded", "copied", "uploaded"]
 
 
-def test_a_model_is_packed_from_the_averaged_weights_before_its_checkpoint_is_there(
+def test_a_model_is_packed_from_averaged_weights_before_its_checkpoint(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     snapshot, packed = snapshot_at(1), []
@@ -278,7 +278,7 @@ def test_a_model_is_packed_from_the_averaged_weights_before_its_checkpoint_is_th
     assert packed == [(True, BEST, set()), (True, BEST, {"epoch_1"})]
 
 
-def test_a_model_that_cannot_be_packed_is_a_warning_and_only_for_the_best_one_a_failure_at_the_end(
+def test_a_failed_model_packing_is_a_warning_but_an_error_for_the_best(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     saver = new_saver(pack_model=full_disk)

@@ -29,7 +29,7 @@ def test_a_model_folder_is_found_where_it_is() -> None:
     assert find("model").checkpoint is None
 
 
-def test_of_a_checkpoint_the_averaged_weights_are_taken_and_its_state_is_known(checkpoint: Path) -> None:
+def test_a_checkpoint_yields_its_averaged_weights_and_its_state(checkpoint: Path) -> None:
     found = find(str(checkpoint))
     assert found.checkpoint is not None
     assert found.checkpoint.state.step == 10

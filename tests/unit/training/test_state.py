@@ -8,7 +8,7 @@ from detr_dist.training.loop import Training
 from detr_dist.training.state import TrainState
 
 
-def test_the_best_evaluation_is_remembered_with_its_step_and_those_since_are_counted() -> None:
+def test_the_best_evaluation_is_kept_and_later_ones_are_counted() -> None:
     state = TrainState()
     told = []
     for step, val_map in ((10, 0.0), (20, 0.3), (30, 0.3), (40, 0.1), (50, 0.31), (60, 0.2)):

@@ -33,7 +33,7 @@ def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -
     )
 
 
-def test_the_watch_on_progress_sees_a_gpu_that_hangs_at_the_end_of_an_epoch() -> None:
+def test_the_progress_watchdog_detects_a_gpu_hang_at_the_end_of_an_epoch() -> None:
     calls = []
 
     class Host(HostGroup):
