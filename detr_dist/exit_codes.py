@@ -25,7 +25,7 @@ def exiting_with_code(*, show_traceback: bool) -> Iterator[None]:
         is_ours = isinstance(error, DetrDistError)
         if show_traceback:
             traceback.print_exc()
-        bug = "" if is_ours else " (a bug, or a machine's trouble: --debug shows where)"
+        bug = "" if is_ours else " (a bug, or a problem of this host: --debug shows where)"
         report_error(str(error) if is_ours else f"{as_one_line(error)}{bug}")
         raise SystemExit(error.exit_code if isinstance(error, DetrDistError) else 1) from None
 
