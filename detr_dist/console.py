@@ -4,9 +4,11 @@ import io
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from detr_dist.progress_bar import print_line
 from detr_dist.redaction import redact
 
 _PACKAGE = logging.getLogger("detr_dist")
@@ -38,7 +40,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StandardOutput(logging.Handler):
-    """Prints on `sys.stdout` as it is at that time: a progress bar may have replaced it."""
+    """Prints on `sys.stdout` as it is at that time. A record with `is_on_screen` is there already."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +48,8 @@ class _StandardOutput(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            print(self.format(record), flush=True)
+            if not getattr(record, "is_on_screen", False):
+                print_line(self.format(record))
         except Exception:
             self.handleError(record)
 
@@ -58,7 +61,8 @@ class _LogFile(logging.FileHandler):
 
     def close(self) -> None:
         _PACKAGE.removeHandler(self)
-        super().close()
+        with suppress(OSError):  # of a full disk, once more
+            super().close()
 
 
 def make_robust() -> None:

@@ -303,7 +303,7 @@ class HostGroup:
         own = failure if is_ours else DetrDistError(as_one_line(cast(Exception, failure)))
         failures = [each for each in self.all_gather_objects(own) if each is not None]
         if failure is not None:
-            raise failure
+            raise failure if own is failure else cast(Exception, own) from failure
         if failures:
             raise failures[0]
 

@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 from typing import Any
 
+from detr_dist.redaction import redact
+
 MAX_NAMES = 4
 """How many names a message lists before it counts the rest."""
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """Return what an error or any other object says, on one line of at most `limit` characters."""
-    return shorten(" ".join(str(text).split()), limit)
+    """Return what an error says, on one line of at most `limit` characters and without credentials."""
+    return shorten(redact(" ".join(str(text).split())), limit)  # a cut could hide a password from redaction
 
 
 def shorten(text: str, limit: int) -> str:

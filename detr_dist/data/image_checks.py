@@ -4,14 +4,13 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from posixpath import normpath
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import track
 from torchvision.transforms.v2 import functional as F
 
 from detr_dist.data.coco import CocoData
@@ -19,6 +18,7 @@ from detr_dist.data.columns import Finding, Level, found
 from detr_dist.data.images import UnreadableImageError, decode_rgb, open_image
 from detr_dist.data.layout import decoded_name
 from detr_dist.data.records import RULES
+from detr_dist.progress_bar import ProgressBar
 
 IMAGES_AT_A_TIME = 256
 """Handed to the threads together, so that a million images wait in no queue."""
@@ -145,12 +145,12 @@ def _rows_of_files(data: CocoData, missing: frozenset[str]) -> dict[str, list[in
 
 
 def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Summary]]:
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        starts = range(0, len(names), IMAGES_AT_A_TIME)
-        for start in track(starts, split, console=console, disable=not console.is_terminal):
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, closing(ProgressBar(split, len(names))) as bar:
+        for start in range(0, len(names), IMAGES_AT_A_TIME):
             some = names[start : start + IMAGES_AT_A_TIME]
-            yield from zip(some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True)
+            for name, image in zip(some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True):
+                yield name, image
+                bar.advance()
 
 
 def _look_at(path: Path) -> _Summary:

@@ -1,16 +1,14 @@
 """What a detector finds in the images of a data set: the pass over the images, and detections as columns."""
 
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import rich
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from rich.progress import track
 from torch import Tensor
 
 from detr_dist.config import Config
@@ -24,6 +22,7 @@ from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
 from detr_dist.numerics import autocast, set_numerics
+from detr_dist.progress_bar import ProgressBar
 
 
 @dataclass(frozen=True)
@@ -135,12 +134,11 @@ class ImagePass:
     @torch.no_grad()
     def run(self, detector: Detector) -> Generator[Predicted]:
         """Yield the predictions of a detector in evaluation mode by batch, with a bar on a terminal."""
-        planned_batches: Iterable[EvaluationBatch] = self._batches
-        console = rich.get_console()
-        if self._accelerator.is_main_process and console.is_terminal:  # even a hidden bar starts a thread
-            planned_batches = track(self._batches, "batches of images", console=console, transient=True)
-        with closing(iter(self._loader)) as batches:
-            for planned, batch in zip(planned_batches, batches, strict=True):
+        with closing(iter(self._loader)) as batches, ExitStack() as held:
+            bar: ProgressBar | None = None
+            if self._accelerator.is_main_process:
+                bar = held.enter_context(closing(ProgressBar("batches of images", len(self._batches))))
+            for planned, batch in zip(self._batches, batches, strict=True):
                 on_device = batch.to(self._accelerator.device)
                 outputs = self._forward(detector, on_device, planned)
                 sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
@@ -155,6 +153,8 @@ class ImagePass:
                     labels=detections.labels.cpu().numpy()[readable].reshape(-1),
                 )
                 yield Predicted(planned.indices, on_device, outputs, records, unreadable)
+                if bar is not None:
+                    bar.advance()
 
     def _forward(self, detector: Detector, batch: Batch, planned: EvaluationBatch) -> dict[str, Tensor]:
         # The detector does not bring its own precision. What was compiled for training would round otherwise

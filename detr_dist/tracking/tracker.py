@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -125,8 +125,9 @@ class Trackers(Tracker):
         if not self._closing.acquire(blocking=False):
             return
         self._close_log(error)
-        for each in self._trackers:
-            each.close(status, error, patience_s=patience_s)
+        with ExitStack() as closing_all:  # each of them, whatever another one raises
+            for each in reversed(self._trackers):
+                closing_all.callback(each.close, status, error, patience_s=patience_s)
 
     def close_after_loss(self, reason: str) -> None:
         """Close within seconds, because the main thread waits for a process that is lost."""

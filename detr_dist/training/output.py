@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detr_dist.config import load_config
+import yaml
+
+from detr_dist.config import describe_keys, load_config
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
@@ -33,11 +35,18 @@ _WRITTEN = {
     "checkpoints": r"\.?((epoch|step)_\d+|best|last)(\.partial|\.replaced|\.removed)?",
     "models": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "outbox": r"[0-9a-f]{32}",
-    "logs": r"train\.log",
+    "logs": r"train(_from_step_\d+)?\.log",
     "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "stacks": r"rank_\d+\.txt|nccl_rank_\d+",
 }
 """What a run writes, by folder: names to match. All else in an output folder is its user's."""
+
+
+_LATER_KEYS = {
+    *("data.canvas_multiple", "loss.weights", "training.tf32", "training.deterministic"),
+    "training.try_largest_batch",
+}
+"""Settings that the first version did not write."""
 
 
 def check_output(output_dir: Path) -> None:
@@ -75,11 +84,14 @@ def _holds_run(output_dir: Path) -> bool:
 
 
 def _is_resolved(config_path: Path) -> bool:
-    """Whether the file holds every setting: only a run writes them all."""
+    """Whether the file holds every setting, if not those of a later version: only a run writes them all."""
     try:
-        return load_config(config_path).to_yaml() == config_path.read_text(encoding="utf-8")
-    except (UsageError, ValueError, OSError):
+        load_config(config_path)
+        tree = yaml.safe_load(config_path.read_bytes())
+    except (UsageError, yaml.YAMLError, ValueError, OSError):
         return False
+    there = {f"{section}.{key}" for section, values in tree.items() for key in values or ()}
+    return {key for key, _, _ in describe_keys()} - there <= _LATER_KEYS
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
@@ -176,12 +188,20 @@ def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None
     if config.logging.tensorboard:
         first_step = resumed.state.step if resumed is not None else 0
         trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
-    trackers.write_log(output_dir / "logs" / "train.log")
+    trackers.write_log(_log_path(output_dir, resumed))
     trackers.log_file(output_dir / "config.yaml")
     params = run_params(
         config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
     )
     trackers.log_params(params)
+
+
+def _log_path(output_dir: Path, resumed: Checkpoint | None) -> Path:
+    """Return where to log. A run that is resumed without its earlier log must not replace it in MLflow."""
+    path = output_dir / "logs" / "train.log"
+    if resumed is None or path.exists():
+        return path
+    return path.with_name(f"train_from_step_{resumed.state.step}.log")
 
 
 def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:

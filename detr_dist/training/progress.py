@@ -5,9 +5,7 @@ import time
 from collections.abc import Mapping
 from datetime import timedelta
 
-import rich
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from detr_dist.progress_bar import ProgressBar
 
 # In a log file, more frequent lines say nothing new.
 _SECONDS_BETWEEN_LINES = 2.0
@@ -22,18 +20,11 @@ class Progress:
         self._first_step, self._total_steps = first_step, total_steps
         self._began_at = time.monotonic()
         self._last_line_at = float("-inf")
-        self._bar: RichProgress | None = None
-        console = rich.get_console()
-        if console.is_terminal:  # log messages appear above the bar
-            columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = RichProgress(*columns, TextColumn("{task.description}"), console=console)
-            self._task = self._bar.add_task("", total=total_steps, completed=first_step)
-            self._bar.start()
+        self._bar = ProgressBar("step", total_steps, completed=first_step)
 
     def step(self) -> None:
         """Count one optimizer step."""
-        if self._bar is not None:
-            self._bar.advance(self._task)
+        self._bar.advance()
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show the values that were logged at a step."""
@@ -46,16 +37,15 @@ class Progress:
             f"{metrics['train_images_per_s']:.1f} images/s",
             f"data wait {metrics['train_data_wait_share']:.0%}",
         ]
+        self._bar.describe(", ".join(parts))
         now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, description=", ".join(parts))
-        elif step == self._total_steps or now - self._last_line_at >= _SECONDS_BETWEEN_LINES:
+        if step == self._total_steps or now - self._last_line_at >= _SECONDS_BETWEEN_LINES:
             left_s = (now - self._began_at) / (step - self._first_step) * (self._total_steps - step)
             parts.append(f"time left {timedelta(seconds=round(left_s))}")
-            _logger.info(f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  {'  '.join(parts)}")
+            line = f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  {'  '.join(parts)}"
+            _logger.info(line, extra={"is_on_screen": self._bar.is_shown})
             self._last_line_at = now
 
     def close(self) -> None:
-        """End the bar."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Remove the bar."""
+        self._bar.close()

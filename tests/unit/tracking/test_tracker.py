@@ -130,3 +130,14 @@ def test_of_two_threads_that_close_a_run_the_first_one_decides(
         trackers.close_after_loss("process 1 is lost")
     assert notebook.ends == [("FAILED", "process 1 is lost")]
     assert "error: process 1 is lost" in log_of(notebook)
+
+
+def test_a_tracker_that_cannot_be_closed_keeps_no_other_open(
+    trackers: Trackers, notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Notebook()
+    monkeypatch.setattr(broken, "close", lambda *_, **__: 1 / 0)
+    trackers.add(broken)
+    with pytest.raises(ZeroDivisionError):
+        trackers.close("FINISHED")
+    assert notebook.ends == [("FINISHED", None)]

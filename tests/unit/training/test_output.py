@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness.commands import REPOSITORY
 
 from detr_dist.config import Config
 from detr_dist.errors import CheckpointError, UsageError
@@ -266,3 +267,13 @@ def test_the_results_are_printed_and_left_with_where_the_run_is(
     results = json.loads((tmp_path / "results.json").read_text())
     assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc"}
     assert capsys.readouterr().out.split() == ["val_map", "0.1235"]
+
+
+def test_an_output_folder_of_the_first_version_is_one_of_runs(tmp_path: Path) -> None:
+    written = REPOSITORY / "tests" / "data" / "version_0_1" / "out" / "config.yaml"
+    (tmp_path / "config.yaml").write_bytes(written.read_bytes())
+    (tmp_path / "tensorboard").mkdir()
+    check_output(tmp_path)
+    (tmp_path / "config.yaml").write_text("training: {seed: 1}")
+    with pytest.raises(UsageError):
+        check_output(tmp_path)
