@@ -147,7 +147,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
             importlib.import_module("deepspeed")
     limit_s = collective_limit_s()
     rendezvous = Rendezvous.of_environment(stacks_dir)
-    rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 60.0))
+    rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
     if stacks_dir is not None:
         keep_flight_records(stacks_dir)
     # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a main

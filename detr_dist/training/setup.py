@@ -114,19 +114,7 @@ def set_up(
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
     )
-    facts = RunFacts(
-        config=config,
-        class_names=list(train_data.class_names),
-        num_train_images=len(train_data),
-        num_processes=accelerator.num_processes,
-        zero_stage=strategy.zero_stage,
-        global_batch_size=plan.global_batch_size,
-        init_from=init_from if resumed is None else resumed.facts.init_from,
-        mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
-        data_sha256=train_data.fingerprint(),
-        val_data_sha256=val_data.fingerprint(),
-        versions=_versions(),
-    )
+    facts = _facts_of(config, train_data, val_data, plan, init_from, resumed, strategy.zero_stage)
     changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
@@ -145,6 +133,30 @@ def set_up(
         changes=changes,
         detector=_build_network(facts, train_data, sources, resumed),
         places=host.all_gather_objects(_place(accelerator.device)),
+    )
+
+
+def _facts_of(
+    config: Config,
+    train_data: CocoData,
+    val_data: CocoData,
+    plan: StepPlan,
+    init_from: str | None,
+    resumed: Checkpoint | None,
+    zero_stage: int,
+) -> RunFacts:
+    return RunFacts(
+        config=config,
+        class_names=list(train_data.class_names),
+        num_train_images=len(train_data),
+        num_processes=plan.num_processes,
+        zero_stage=zero_stage,
+        global_batch_size=plan.global_batch_size,
+        init_from=init_from if resumed is None else resumed.facts.init_from,
+        mlflow_run_id=resumed.facts.mlflow_run_id if resumed is not None else None,
+        data_sha256=train_data.fingerprint(),
+        val_data_sha256=val_data.fingerprint(),
+        versions=_versions(),
     )
 
 

@@ -78,11 +78,9 @@ def train(
         with host.failing_together():
             if host.is_main_process:
                 check_output(output_dir)
-        config = resolve_precision(config, host)
-        if dry_run:
-            with host.failing_together():
-                if host.is_main_process:
+                if dry_run:
                     _check_data(config, train_dir, val_dir)
+        config = resolve_precision(config, host)
         train_data = load_coco(train_dir)
         val_data = load_coco(val_dir, classes=train_data.class_names)
         accelerator = build_accelerator(
