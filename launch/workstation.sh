@@ -12,7 +12,7 @@ fi
 processes=""
 case "${1:-}" in
   "" | -h | --help)
-    sed -n 's/^# \{0,1\}//p' "${BASH_SOURCE[0]}" | tail -n +2
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
     exit 0
     ;;
   --processes)

@@ -182,4 +182,4 @@ def test_the_workstation_script_starts_as_many_processes_as_asked_for(workplace,
 def test_the_workstation_script_says_how_it_is_used(workplace, arguments, code: int, part: str) -> None:
     finished = workstation(workplace, *arguments)
     assert (finished.returncode, finished.stderr) == (code, part)
-    assert ("one process for each GPU" in finished.stdout) == (code == 0)
+    assert ("--processes N" in finished.stdout) == (code == 0)
