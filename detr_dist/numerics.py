@@ -37,7 +37,7 @@ def resolve_precision(config: Config, host: HostGroup) -> Config:
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
         default = "bf16" if all_native else "no"
         precision = launched if launched in ("bf16", "fp16") else default
-    if precision == "bf16" and on_gpu and not all_native and host.process_index == 0:
+    if precision == "bf16" and on_gpu and not all_native and host.is_main_process:
         _logger.warning(
             "training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; set fp16 or no"
         )

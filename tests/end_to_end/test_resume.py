@@ -248,9 +248,7 @@ def saved_step(checkpoints_dir: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in checkpoints_dir.glob("step_*")), default=0)
 
 
-def test_a_disk_that_is_full_is_said_and_spoils_nothing(
-    workplace, tiny_data: Path, messages: list[str]
-) -> None:
+def test_a_full_disk_is_reported_and_damages_nothing(workplace, tiny_data: Path, messages: list[str]) -> None:
     disk = workplace.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk], check=False)

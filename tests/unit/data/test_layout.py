@@ -1,4 +1,4 @@
-"""Images are found whatever Pillow calls their format, once each, and what is left out is known."""
+"""Images are found whatever Pillow calls their format, once each, and the skipped files are known."""
 
 import os
 import struct
