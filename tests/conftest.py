@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -120,6 +122,17 @@ def messages() -> Iterator[list[str]]:
     logging.getLogger("detr_dist").addHandler(collector)
     yield collector.messages
     logging.getLogger("detr_dist").removeHandler(collector)
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored() -> Iterator[None]:
+    """As one test found it, for the next: MLflow writes its tracking URI into the environment."""
+    before = dict(os.environ)
+    yield
+    if "mlflow" in sys.modules:
+        sys.modules["mlflow"].set_tracking_uri(None)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)

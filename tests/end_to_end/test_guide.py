@@ -169,7 +169,7 @@ def test_every_command_and_every_snippet_runs(followed: Followed) -> None:
     snippets = "\n".join(blocks("python"))
     if followed.uri.startswith("sqlite"):  # where MLflow looks by itself: nothing is set
         finished = subprocess.run(
-            [sys.executable, "-c", snippets], capture_output=True, text=True, check=False, timeout=100
+            [sys.executable, "-c", snippets], capture_output=True, text=True, check=False, timeout=300
         )
         assert finished.returncode == 0, finished.stderr
         assert followed.run_id in finished.stdout

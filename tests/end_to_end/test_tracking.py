@@ -413,7 +413,7 @@ def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data:
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     out = workplace.folder / "out"

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 HOST = socket.gethostname()
-PATIENCE_S = 90.0
+PATIENCE_S = 300.0  # a limit on hangs, not a promise of speed: a shared CI host may be slow
 LONG = ("training.num_epochs=100000", "evaluation.every_epochs=100000", "checkpoint.every_epochs=100000")
 LIMITS = {"DETR_DIST_FORM_LIMIT_S": "8", "DETR_DIST_COLLECTIVE_LIMIT_S": "6"}
 

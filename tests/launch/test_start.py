@@ -126,7 +126,7 @@ def test_each_accelerate_config_trains_with_its_number_of_processes(
         )
     printed = ""
     for machine in machines:
-        printed += machine.communicate(timeout=100)[0]
+        printed += machine.communicate(timeout=300)[0]
         assert machine.returncode == 0, printed[-2000:]
     assert f"{NUM_PROCESSES[name]} process" in printed
     assert ("(world size 2) on 1 node, DDP" in printed) == (NUM_PROCESSES[name] == 2)
@@ -153,7 +153,7 @@ def workstation(place, *arguments: str | Path, **variables: str):
         env=environment() | own | variables,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
 

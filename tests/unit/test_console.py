@@ -50,7 +50,7 @@ def test_a_report_on_a_console_of_another_encoding_is_complete(tmp_path: Path) -
         ],
         env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "0"},
         capture_output=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert finished.stderr == b""

@@ -38,7 +38,7 @@ def test_four_runs_that_start_at_once_share_a_new_store(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     uris = [f"sqlite:///{tmp_path / 'mlflow.db'}", (tmp_path / "mlruns").as_uri()]
     command = [sys.executable, "-c", FOUR_RUNS_AT_ONCE, *uris]
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100)
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert finished.returncode == 0, finished.stderr
     for uri in uris:
         client = MlflowClient(uri)

@@ -28,7 +28,7 @@ with StopSignals() as signals:
 
 def interrupt_twice(pause_s: float) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", TWO_INTERRUPTS, str(pause_s)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -105,7 +105,7 @@ def test_a_later_signal_of_another_kind_ends_nothing() -> None:
         "os.kill(os.getpid(), signal.SIGINT)", "os.kill(os.getpid(), signal.SIGTERM)"
     )
     command = [sys.executable, "-c", script, "0.7"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert (process.returncode, process.stdout) == (0, "SIGTERM\ngoes on\n")
 
 
