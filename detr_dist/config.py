@@ -26,7 +26,9 @@ from detr_dist.config_types import (
     CountOrAuto,
     CountOrZero,
     EnvironmentDefault,
+    Family,
     Mapping,
+    Names,
     Positive,
     PositiveOrZero,
     Probability,
@@ -55,7 +57,8 @@ class DataConfig(Section):
     """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize."""
+    multi-scale resize. Or a list, applied in this order: one of these, and transforms of your own by
+    registered name, `package.module.Name` or `file.py:Name`."""
     group_by_shape: bool = True
     """Make each optimizer step of images that are of like height and width once augmented: all of a step are
     padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
@@ -74,8 +77,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    model_architecture: Literal["detr", "conditional_detr", "deformable_detr", "dab_detr"] = "detr"
-    """Member of the DETR family."""
+    model_architecture: Family = "detr"
+    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, or a family that you registered."""
     backbone: str | dict[str, Any] = "resnet50"
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
     `model_type`)."""
@@ -155,6 +158,11 @@ class TrainingConfig(Section):
     average."""
     early_stopping_patience: CountOrZero = 0
     """End after so many evaluations in a row without a better `val_map`; 0 never does."""
+    extensions: Names = Field([])
+    """Your own modules, by dotted name or as `file.py`, that every process imports before it trains: they
+    register transforms, parts of the loss, and families."""
+    callbacks: Names = Field([])
+    """Your own `Callback` classes, as `package.module.Name` or `file.py:Name`."""
 
 
 class LossConfig(Section):
@@ -206,6 +214,9 @@ class LoggingConfig(Section):
     """Log losses and learning rate every so many optimizer steps."""
     memory_every_steps: Count = 50
     """Log memory use every so many optimizer steps."""
+    trackers: Names = Field([])
+    """Your own `Tracker` classes, as `package.module.Name` or `file.py:Name`, beside MLflow and
+    TensorBoard."""
     register_model_as: Annotated[str, Field(pattern=r"^[^/:']+$")] | None = None
     """Name in MLflow's registry under which the best model becomes a new version at the end, with the alias
     `best`."""
@@ -219,6 +230,17 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # when asked for: the environment decides
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
+        """Return `load_config(path, overrides)`: the YAML file's settings, changed by
+        `section.key=value`.
+
+        Raises:
+            UsageError: naming every problem at once.
+        """
+        config = load_config(None if path is None else Path(path), overrides)
+        return cls.model_validate(config.model_dump())
 
     def to_yaml(self) -> str:
         """The resolved configuration without credentials, loadable by `load_config`."""
@@ -296,7 +318,9 @@ def _resolve(tree: dict[str, Any], texts: dict[str, Any], overrides: Sequence[st
         if isinstance(tree.get("logging"), dict) and tree["logging"].get(key) is None:
             tree["logging"].pop(key, None)
     try:
-        return Config.model_validate(tree)
+        training = tree.get("training")
+        extensions = training.get("extensions") if isinstance(training, dict) else None
+        return Config.model_validate(tree, context={"only_known_names": not extensions})
     except ValidationError as error:
         raise UsageError("\n".join(source + _describe(problem) for problem in error.errors())) from None
 

@@ -1,19 +1,24 @@
 """Types of configuration values, which refuse what YAML reads as something else, and of sections."""
 
+import difflib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     SerializationInfo,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     model_serializer,
 )
 
+from detr_dist.extensions import FAMILIES, LOSSES, TRANSFORMS, Registry, is_path
 from detr_dist.redaction import redact_value
 
 
@@ -56,6 +61,38 @@ def _count_or_auto(value: Any) -> Any:
     return value
 
 
+def _name_or_names(value: Any) -> Any:
+    """One complaint instead of pydantic's two, as above; YAML reads a bare `none` as text, `null` as None."""
+    if not isinstance(value, str) and not (isinstance(value, list) and all(map(_is_name, value))):
+        raise ValueError("a name or a list of names is wanted")
+    return value
+
+
+def _names(value: Any) -> Any:
+    """A single name stands for a list of one; a key with nothing after it for none."""
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
+    """Refuse names that are not registered, where no extension may still register them."""
+
+    def check(value: Any, info: ValidationInfo) -> Any:
+        names = [value] if isinstance(value, str) else list(value)
+        known = registry.names
+        unknown = [name for name in names if name not in known and not is_path(name)]
+        if unknown and (info.context or {}).get("only_known_names"):
+            nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
+            raise ValueError(f"there is no {registry.kind} {unknown[0]!r}; {hint}")
+        return value
+
+    return check
+
+
 def _empty_mapping(value: Any) -> Any:
     """YAML reads a key with nothing below it as null."""
     return {} if value is None else value
@@ -81,12 +118,16 @@ CountOrZero = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
-Augmentation = Literal["none", "light", "detr"]
+Augmentation = Annotated[str | list[str], BeforeValidator(_name_or_names), AfterValidator(_known(TRANSFORMS))]
+Family = Annotated[str, AfterValidator(_known(FAMILIES))]
+Names = Annotated[list[str], BeforeValidator(_names)]
 CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
 SwitchOrPath = Annotated[bool | str, BeforeValidator(_switch_or_path)]
 ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
 Mapping = Annotated[dict[str, Any], BeforeValidator(_empty_mapping)]
-Weights = Annotated[dict[str, PositiveOrZero], BeforeValidator(_empty_mapping)]
+Weights = Annotated[
+    dict[str, PositiveOrZero], BeforeValidator(_empty_mapping), AfterValidator(_known(LOSSES))
+]
 
 
 class Section(BaseModel):

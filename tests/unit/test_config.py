@@ -51,7 +51,7 @@ def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None
         ("data.num_workers=-1", "a whole number from 0 or auto is wanted, got -1$"),
         ("data.num_workers=all", "a whole number from 0 or auto is wanted, got 'all'$"),
         ("data.num_workers=true", "a whole number from 0 or auto is wanted, got True$"),
-        ("model.model_architecture=yolo", "'dab_detr'"),
+        ("model.model_architecture=yolo", "dab_detr"),
     ],
 )
 def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint: str) -> None:
