@@ -50,8 +50,8 @@ def check_backbone(network_config: PreTrainedConfig) -> None:
 
     if not timm.is_model(config.backbone):
         raise UsageError(
-            f"timm has no model {config.backbone!r} for its backbone; one of your own is registered with "
-            "timm by a module that is imported before, in training by training.extensions"
+            f"its backbone {config.backbone!r} is not registered with timm; one of your own is by importing "
+            "its module first, in training by training.extensions"
         )
 
 

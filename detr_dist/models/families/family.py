@@ -82,7 +82,8 @@ class Family:
     """Names of the modules that compute in float32 whatever the autocast: whatever classes, boxes and
     reference points come from."""
     masks_attention: bool = True
-    """Whether attention leaves out padding; where it samples points instead, padding counts as zeros."""
+    """Whether attention takes a mask [B, 1, 1, S] of what is no padding, made without a question to the
+    device; else the network is left to make what it needs."""
     prepare: Callable[[PreTrainedModel], None] = _nothing
     """Called once with the network, for hooks that its training needs."""
     rows: Callable[..., dict[str, Tensor]] = decoder_rows
@@ -160,8 +161,8 @@ def family_of(network_config: PreTrainedConfig) -> Family:
             return family
     if name is not None:
         raise UsageError(
-            f"is of the family {name!r}, which is not known here: first import the module that registers it, "
-            "the one in training.extensions of its training"
+            f"is of the family {name!r}, which is not registered; first import the module that registers it, "
+            "the one that its training named in training.extensions"
         )
     known = sorted({family.model_type for family in families})
     raise UsageError(f"is a {model_type}, none of {', '.join(known)}")
