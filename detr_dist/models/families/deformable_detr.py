@@ -30,7 +30,7 @@ FAMILY = Family(
     loss_kind="sigmoid",
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
-    masks_attention=False,
+    masks_attention=False,  # it samples points, and padding counts as zeros
     prepare=keep_features_in_float32,
 )
 register_family(FAMILY)
