@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from detr_dist.config import Config
     from detr_dist.errors import DetrDistError
     from detr_dist.extensions import register_loss, register_transform
+    from detr_dist.models.families import register_family
 
 _MODULES = {
     "Config": "config",
     "DetrDistError": "errors",
+    "register_family": "models.families",
     "register_loss": "extensions",
     "register_transform": "extensions",
 }
@@ -23,6 +25,7 @@ _MODULES = {
 __all__ = [
     "Config",
     "DetrDistError",
+    "register_family",
     "register_loss",
     "register_transform",
 ]

@@ -147,7 +147,7 @@ def check_data(
     takes no time.
     """
     from detr_dist.data.checks import check_data as run_check
-    from detr_dist.models.architectures import num_queries_of
+    from detr_dist.models.families import num_queries_of
 
     if not run_check(targets, config, num_queries_of=num_queries_of, open_images=not quick, as_json=as_json):
         raise SystemExit(1)

@@ -23,25 +23,29 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, *, built_in: Iterable[str] = ()) -> None:
         """Reserve the names `built_in` for the package itself."""
         self.kind = kind
-        self._built_in = tuple(built_in)
+        self.built_in = tuple(built_in)
         self._objects: dict[str, T] = {}
+        self._origins: dict[str, tuple[str, str]] = {}
 
     @property
     def names(self) -> list[str]:
         """Return all names, the package's own first."""
-        return [*self._built_in, *(name for name in self._objects if name not in self._built_in)]
+        return [*self.built_in, *(name for name in self._objects if name not in self.built_in)]
 
-    def add(self, name: str, value: T) -> None:
+    def add(self, name: str, value: T, *, origin: tuple[str, str] | None = None) -> None:
         """Register `value`. The same definition, executed again as in a notebook, replaces the earlier one.
+
+        Args:
+            origin: Module and name of the definition, for a value that does not know them.
 
         Raises:
             UsageError: another definition has that name.
         """
-        known = self._objects.get(name)
-        is_foreign = name in self._built_in and not _origin(value)[0].startswith("detr_dist.")
-        if is_foreign or (known is not None and _origin(known) != _origin(value)):
+        origin = origin or _origin(value)
+        is_foreign = name in self.built_in and not origin[0].startswith("detr_dist.")
+        if is_foreign or self._origins.get(name, origin) != origin:
             raise UsageError(f"the {self.kind} {name!r} exists already; register yours under another name")
-        self._objects[name] = value
+        self._objects[name], self._origins[name] = value, origin
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers a class or function."""

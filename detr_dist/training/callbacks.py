@@ -15,7 +15,7 @@ from detr_dist.errors import TrainingError
 from detr_dist.evaluation.evaluator import Details, Evaluator
 from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import num_compiled_graphs
+from detr_dist.models.optimizations import num_compiled_graphs
 from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.system_metrics import DeviceMonitor
 from detr_dist.tracking.tracker import Tracker, Trackers

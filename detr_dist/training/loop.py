@@ -109,7 +109,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             losses = training.criterion(
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )
-            training.step_sync.report(finite=losses.finite)
+            training.step_sync.report(finite=losses.finite, broken_terms=losses.broken_terms)
             # The losses are parts of a sum; DDP and accumulation are about to take means of their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:

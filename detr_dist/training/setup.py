@@ -17,7 +17,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import check_compiler, compile_regions, recompute_activations
+from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.tracking.outbox import with_credentials
 from detr_dist.training.checkpoint import Checkpoint

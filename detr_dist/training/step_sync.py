@@ -1,7 +1,7 @@
 """What all processes must know of each other at an optimizer step: one exchange of a few host numbers."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,10 +53,15 @@ class StepSync:
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
-    def report(self, *, finite: bool) -> None:
-        """Note whether a micro-batch of the current step had finite predictions. Local."""
+    def report(self, *, finite: bool, broken_terms: Sequence[str] = ()) -> None:
+        """Note whether a micro-batch of the current step had finite predictions, and if not, which terms of
+        the loss had been NaN or Inf before. Local."""
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
+            if broken_terms:
+                text = (
+                    f"the term {', '.join(broken_terms)} of the loss was NaN or Inf in this epoch or before"
+                )
             self._problem = _Problem(text, _NOT_FINITE)
 
     def report_failure(self, error: Exception) -> None:

@@ -17,9 +17,10 @@ from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, allow_for_compiling, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
 from detr_dist.evaluation.evaluator import Evaluator
-from detr_dist.models.architectures import num_queries_of
+from detr_dist.extensions import import_extensions
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
+from detr_dist.models.families import num_queries_of
 from detr_dist.numerics import resolve_precision, set_numerics
 from detr_dist.storage import check_writable, locked
 from detr_dist.tracking.tracker import Trackers, tracked
@@ -76,6 +77,7 @@ def train(
     with group_of_processes(stacks_dir=output_dir / "stacks") as processes:
         host = HostGroup(processes)
         with host.failing_together():
+            import_extensions(config.training.extensions)
             if host.is_main_process:
                 check_output(output_dir)
                 if dry_run:

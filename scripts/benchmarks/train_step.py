@@ -62,7 +62,7 @@ from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
-from detr_dist.models.normalization import IMAGENET
+from detr_dist.models.detector import IMAGENET
 from detr_dist.numerics import autocast, resolve_precision, set_numerics
 from detr_dist.tracking.tracker import Trackers, tracked
 from detr_dist.training.callbacks import RunCallbacks

@@ -16,7 +16,7 @@ from detr_dist.data.checks import Report, check_splits
 from detr_dist.data.coco import load_coco
 from detr_dist.data.transforms import resized_hw
 from detr_dist.errors import DataError
-from detr_dist.models.architectures import num_queries_of
+from detr_dist.models.families import num_queries_of
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]
