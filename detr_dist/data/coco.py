@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.columns import Finding, found, read_document
-from detr_dist.data.images import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import find_annotations, folded
+from detr_dist.data.images import UnreadableImageError, folded, read_size_hw
 from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
 from detr_dist.text import list_names
@@ -113,6 +112,34 @@ class CocoData:
             ],
             "categories": [{"id": index, "name": name} for index, name in enumerate(self.class_names)],
         }
+
+
+def find_annotations(folder: str | Path) -> tuple[Path, Path]:
+    """Return the COCO JSON of a data folder and the folder that its `file_name` entries start from.
+
+    Either one `*.json` of any name lies beside the images, usually `_annotations.coco.json` or
+    `annotations.json`, or the folder holds COCO's own `annotations/` with one JSON, and `images/`.
+
+    Raises:
+        DataError: there is no such folder, or it holds no JSON or several.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder}: {problem}; name a folder that holds images and their COCO JSON")
+    beside, apart = _json_files(folder), _json_files(folder / "annotations")
+    if beside:
+        return _only(beside, folder), folder
+    if not apart:
+        raise DataError(
+            f"{folder}: no JSON file; put the COCO annotations beside the images as _annotations.coco.json "
+            "or annotations.json, or use the sub-folders annotations/ and images/"
+        )
+    if not (folder / "images").is_dir():
+        raise DataError(
+            f"{folder}: has annotations/ but no images/ beside it; put the images in {folder / 'images'}"
+        )
+    return _only(apart, folder / "annotations"), folder / "images"
 
 
 def load_coco(
@@ -238,3 +265,17 @@ def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[
     if (num_boxes == 0).any():
         notices.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
     return notices
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """Return all but hidden files: macOS leaves `._name.json` beside files that it copied."""
+    return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith("."))
+
+
+def _only(json_paths: list[Path], folder: Path) -> Path:
+    if len(json_paths) > 1:
+        raise DataError(
+            f"{folder}: {len(json_paths)} JSON files, so it is not clear which holds the annotations: "
+            f"{list_names(p.name for p in json_paths)}; keep one there and move the others away"
+        )
+    return json_paths[0]

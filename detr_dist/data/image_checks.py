@@ -15,8 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
-from detr_dist.data.images import UnreadableImageError, decode_rgb, open_image
-from detr_dist.data.layout import decoded_name
+from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
 from detr_dist.data.records import RULES
 from detr_dist.progress_bar import ProgressBar
 

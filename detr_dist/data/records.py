@@ -13,8 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.columns import Faults, Finding, Floats, Integers, Mask, Section, found
-from detr_dist.data.images import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import difference_in_name, encoded_name, missing_images, path_of
+from detr_dist.data.images import (
+    UnreadableImageError,
+    difference_in_name,
+    encoded_name,
+    missing_images,
+    path_of,
+    read_size_hw,
+)
 
 MIN_BOX_EXTENT_PX = 1e-3
 """A box this narrow or flat has no extent: far under a pixel, still over float32's rounding at 4000 px."""

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import find_annotations, load_coco
 from detr_dist.data.columns import Finding, read_document
-from detr_dist.data.layout import find_annotations
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
 
