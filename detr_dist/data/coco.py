@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,9 +46,13 @@ class CocoData:
         return len(self.class_names)
 
     @property
+    def num_boxes(self) -> NDArray[np.int64]:
+        """Count the boxes of each image that training sees, so without crowds, shape [N]."""
+        return np.bincount(self.image_rows[~self.iscrowd], minlength=len(self))
+
+    @property
     def max_boxes_per_image(self) -> int:
-        """Count the boxes that training sees."""
-        return int(np.bincount(self.image_rows[~self.iscrowd]).max(initial=0))
+        return int(self.num_boxes.max(initial=0))
 
     @property
     def image_rows(self) -> NDArray[np.int64]:
@@ -84,34 +87,6 @@ class CocoData:
         for column in (self.file_names, self.sizes_hw, *boxes):
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
-
-    def to_coco_dict(self) -> dict[str, Any]:
-        """Return the ground truth in COCO's form, with class indices as category ids; boxes are clipped.
-
-        Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation
-        ranks detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no
-        match", and a JSON may repeat an id.
-        """
-        ranks = self.image_ranks
-        columns = (
-            ranks[self.image_rows].tolist(),
-            self.box_classes.tolist(),
-            self.boxes_xywh_px.tolist(),
-            self.areas.tolist(),
-            self.iscrowd.astype(int).tolist(),
-        )
-        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-        return {
-            "images": [
-                {"id": rank, "height": height, "width": width}
-                for rank, (height, width) in zip(ranks.tolist(), self.sizes_hw.tolist(), strict=True)
-            ],
-            "annotations": [
-                dict(zip(keys, row, strict=True))
-                for row in zip(range(1, len(self.areas) + 1), *columns, strict=True)
-            ],
-            "categories": [{"id": index, "name": name} for index, name in enumerate(self.class_names)],
-        }
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
@@ -217,23 +192,16 @@ def read_unannotated(
             readable.append(name)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    data = CocoData(
-        annotations_path=folder,
-        images_dir=folder,
-        class_names=tuple(class_names),
-        category_ids=tuple(range(len(class_names))),
-        notices=[],
-        image_ids=np.arange(1, 1 + len(readable)),
-        sizes_hw=np.array(sizes_hw, dtype=np.int64).reshape(-1, 2),
-        file_names=np.array([os.fsencode(name) for name in readable], dtype=np.bytes_),
-        box_offsets=np.zeros(len(readable) + 1, dtype=np.int64),
-        boxes_xywh_px=np.zeros((0, 4)),
-        box_classes=np.zeros(0, dtype=np.int64),
-        iscrowd=np.zeros(0, dtype=np.bool_),
-        areas=np.zeros(0),
-        annotation_ids=np.zeros(0, dtype=np.int64),
-    )
-    return data, unreadable
+    document = {
+        "images": [
+            {"id": id_, "file_name": name, "height": height, "width": width}
+            for id_, (name, (height, width)) in enumerate(zip(readable, sizes_hw, strict=True), start=1)
+        ],
+        "annotations": [],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(class_names)],
+    }
+    records = check_records(document, folder, check_files=False)
+    return to_columns(records, folder, folder, class_names), unreadable
 
 
 def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:
