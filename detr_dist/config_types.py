@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from detr_dist.extensions import FAMILIES, LOSSES, TRANSFORMS, Registry, is_path
+from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry, is_path
 from detr_dist.redaction import redact_value
 
 
@@ -65,6 +65,13 @@ def _name_or_names(value: Any) -> Any:
     """One complaint instead of pydantic's two, as above; YAML reads a bare `none` as text, `null` as None."""
     if not isinstance(value, str) and not (isinstance(value, list) and all(map(_is_name, value))):
         raise ValueError("a name or a list of names is wanted")
+    return value
+
+
+def _recipe_first(value: Any) -> Any:
+    """Transforms change what the recipe has cropped and resized."""
+    if isinstance(value, list) and any(name in RECIPES for name in value[1:]):
+        raise ValueError(f"of {', '.join(RECIPES)} there is one at most, and it comes first")
     return value
 
 
@@ -118,7 +125,12 @@ CountOrZero = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
 Positive = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
-Augmentation = Annotated[str | list[str], BeforeValidator(_name_or_names), AfterValidator(_known(TRANSFORMS))]
+Augmentation = Annotated[
+    str | list[str],
+    BeforeValidator(_name_or_names),
+    AfterValidator(_known(TRANSFORMS)),
+    AfterValidator(_recipe_first),
+]
 Family = Annotated[str, AfterValidator(_known(FAMILIES))]
 Names = Annotated[list[str], BeforeValidator(_names)]
 CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]

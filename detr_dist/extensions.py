@@ -138,7 +138,10 @@ def _import(name: str) -> ModuleType:
     return module
 
 
-TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=("none", "light", "detr"))
+RECIPES = ("none", "light", "detr")
+"""Augmentations that decide the size of an image before it is decoded; one at most."""
+
+TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"))
 LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
 FAMILIES: Registry[Any] = Registry(
     "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_dist.config import ignored_variables
-from detr_dist.data.box_checks import CheckSettings, check_boxes
+from detr_dist.data.checks import CheckSettings, check_boxes
 from detr_dist.models.backbone import keeps_timm_norms
 from detr_dist.training.setup import Setup
 

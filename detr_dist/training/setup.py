@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from detr_dist import __version__
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import training_dataset
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
@@ -110,6 +111,7 @@ def set_up(
     if resumed is not None:
         config = _config_of_resumed(config, resumed, str(resume), init_from, output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
+    training_dataset(train_data, config)  # a transform that cannot be used is an error at once
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
