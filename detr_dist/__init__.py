@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from detr_dist.config import Config
     from detr_dist.errors import DetrDistError
     from detr_dist.extensions import register_loss, register_transform
+    from detr_dist.tracking.tracker import Tracker
 
 _MODULES = {
     "Config": "config",
     "DetrDistError": "errors",
+    "Tracker": "tracking.tracker",
     "register_loss": "extensions",
     "register_transform": "extensions",
 }
@@ -23,6 +25,7 @@ _MODULES = {
 __all__ = [
     "Config",
     "DetrDistError",
+    "Tracker",
     "register_loss",
     "register_transform",
 ]
