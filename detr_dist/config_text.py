@@ -98,9 +98,9 @@ def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
 def set_key(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     """Set one key. A dotted path may go deeper than section.key, into a mapping such as
     model.config_overrides."""
-    node = tree
-    for key in keys[:-1]:
-        if not isinstance(node.get(key), dict):
-            node[key] = {}
-        node = node[key]
-    node[keys[-1]] = value
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value
