@@ -273,7 +273,7 @@ def sync(
     debug: Debug = False,
 ) -> None:
     """Deliver to MLflow what a run could not, because the server was away."""
-    from detr_dist.tracking.sync import sync as deliver
+    from detr_dist.tracking.delivery import sync as deliver
 
     deliver(output_dir)
 

@@ -15,12 +15,13 @@ from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError
 from detr_dist.redaction import redact, redact_value
 from detr_dist.text import one_line
-from detr_dist.tracking.delivery import Delivery, DeliveryThread, is_away
+from detr_dist.tracking.delivery import Delivery, DeliveryThread
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.store import (
     acceptable,
     close_connections,
     find_or_make_experiment,
+    is_away,
     open_client,
     patience,
     refuse_deleted,
