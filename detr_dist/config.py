@@ -231,7 +231,7 @@ class Config(Section):
         return load_config(None if path is None else Path(path), overrides)
 
     def to_yaml(self) -> str:
-        """The resolved configuration without credentials, loadable by `load_config`."""
+        """Return the resolved configuration without credentials, as YAML that `load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -275,7 +275,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """The same configuration with `section.key=value` overrides.
+    """Return the same configuration with `section.key=value` overrides.
 
     Raises:
         UsageError: as `load_config`.
@@ -284,7 +284,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def ignored_variables(config: Config) -> Iterator[str]:
-    """A line for each environment variable that does not count, as the setting has another value."""
+    """Yield a line for each environment variable that is ignored, as the setting has another value."""
     for key, default in FROM_ENVIRONMENT.items():
         if default.value not in (None, getattr(config.logging, key)):
             yield (
@@ -320,7 +320,7 @@ def _take_texts(tree: dict[str, Any], texts: dict[str, Any]) -> None:
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every configuration key with its default and its meaning, for `--help`."""
+    """Yield every configuration key with its default and its meaning, for `--help`."""
     for section_name, section in _SECTIONS.items():
         for name, field in section.model_fields.items():
             known = FROM_ENVIRONMENT.get(name)
@@ -329,7 +329,7 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
 
 
 def _describe(problem: Any) -> str:
-    """One line for one of pydantic's errors: the key as the user writes it, what is wrong, what to do."""
+    """Return a line on one of pydantic's errors: the key as the user writes it, and what is wanted."""
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(location)
