@@ -13,20 +13,20 @@ _MIN_AREA = 1e-12
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """The corners of boxes [..., 4] that are given by centre and size."""
+    """Return the corners of boxes [..., 4] that are given by centre and size."""
     center, size = boxes[..., :2], boxes[..., 2:]
     half = 0.5 * size
     return cat((center - half, center + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """The centre and size of boxes [..., 4] that are given by their corners."""
+    """Return the centre and size of boxes [..., 4] that are given by their corners."""
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     return cat((0.5 * (top_left + bottom_right), bottom_right - top_left), dim=-1)
 
 
 def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
-    """Generalised IoU in [-1, 1] of boxes [..., 4] with boxes [..., 4], element by element with broadcasting.
+    """Return the generalised IoU in [-1, 1] of boxes [..., 4], element by element with broadcasting.
 
     All pairs of two sets: `giou(a[..., :, None, :], b[..., None, :, :])`. Boxes without extent give finite
     values and finite gradients. Large inputs are fastest when each coordinate is contiguous in memory, that

@@ -273,7 +273,7 @@ def sync(
     debug: Debug = False,
 ) -> None:
     """Deliver to MLflow what a run could not, because the server was away."""
-    from detr_dist.tracking.sync import sync as deliver
+    from detr_dist.tracking.delivery import sync as deliver
 
     deliver(output_dir)
 
@@ -290,9 +290,7 @@ def prune(
     keep_last: Annotated[
         int, typer.Option(min=1, help="Newest checkpoints, and newest epoch models, to keep of each run.")
     ] = 1,
-    tracking_uri: Annotated[
-        str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where run ids and the experiment are.")
-    ] = DEFAULT_TRACKING_URI,
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     delete: Annotated[
         bool, typer.Option("--delete", help="Delete; without it only say what could go.")
     ] = False,
@@ -341,9 +339,6 @@ def _run(argv: Sequence[str] | None) -> None:
             message = error.format_message() if hasattr(error, "format_message") else str(error)
             if not message:  # without any argument the help has been printed already
                 raise SystemExit(2) from None
-            known = [
-                each.callback.__name__.replace("_", "-") for each in app.registered_commands if each.callback
-            ]
-            command = [name for name in arguments[:1] if name in known]
-            see = " ".join(["detr-dist", *command, "--help"])
-            raise UsageError(f"{message.rstrip('.')}; see {see}") from None
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "detr-dist"
+            raise UsageError(f"{message.rstrip('.')}; see {command} --help") from None

@@ -12,12 +12,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, ValidationError, model_validator
 
 from detr_dist.config_text import parse_value, read_yaml, set_key, split_override
 from detr_dist.config_types import (
@@ -31,18 +26,17 @@ from detr_dist.config_types import (
     Names,
     Positive,
     PositiveOrZero,
+    Precision,
     Probability,
     Section,
+    Seed,
     ShareOrAuto,
     SwitchOrPath,
     Weights,
-    no_bool,
-    precision_name,
 )
 from detr_dist.errors import UsageError
 
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-"""MLflow's own default."""
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # MLflow's own default
 
 
 class DataConfig(Section):
@@ -71,9 +65,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
         if self.longest_edge < self.shortest_edge:
-            raise ValueError(
-                f"longest_edge {self.longest_edge} is less than shortest_edge {self.shortest_edge}"
-            )
+            raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
         return self
 
 
@@ -127,9 +119,7 @@ class TrainingConfig(Section):
     """Largest L2 norm of all gradients together; 0 does not clip."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per process and optimizer step."""
-    mixed_precision: Annotated[Literal["auto", "no", "fp16", "bf16"], BeforeValidator(precision_name)] = (
-        "auto"
-    )
+    mixed_precision: Precision = "auto"
     """Autocast precision of the network; the loss is always computed in float32. `auto`: the one that
     accelerate launch was given, else bf16 where the GPU computes it natively, else no."""
     tf32: bool = True
@@ -147,7 +137,7 @@ class TrainingConfig(Section):
     shows at once. Changes no result."""
     channels_last: bool = False
     """Keep images and convolution weights in channels-last memory order."""
-    seed: Annotated[int, BeforeValidator(no_bool), Field(ge=0, lt=2**32)] = 42
+    seed: Seed = 42
     """Decides initial weights, order of samples, augmentation and dropout."""
     lr_schedule: Literal["step", "cosine", "constant"] = "step"
     """After the warm-up: `step` divides by 10 after two thirds of all steps, `cosine` falls to 0, `constant`
@@ -232,19 +222,17 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = Field(default_factory=LoggingConfig)  # when asked for: the environment decides
 
-    @classmethod
-    def load(cls, path: str | Path | None = None, overrides: Sequence[str] = ()) -> Self:
-        """Return `load_config(path, overrides)`: the YAML file's settings, changed by
-        `section.key=value`.
+    @staticmethod
+    def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
+        """Return the settings of a YAML file, or the defaults, changed by `section.key=value`.
 
         Raises:
             UsageError: naming every problem at once.
         """
-        config = load_config(None if path is None else Path(path), overrides)
-        return cls.model_validate(config.model_dump())
+        return load_config(None if path is None else Path(path), overrides)
 
     def to_yaml(self) -> str:
-        """The resolved configuration without credentials, loadable by `load_config`."""
+        """Return the resolved configuration without credentials, as YAML that `load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
@@ -269,12 +257,11 @@ def _takes_text(annotation: Any) -> bool:
 
 
 _TEXTS = [
-    (section, key)
-    for section, fields in _SECTIONS.items()
-    for key, field in fields.model_fields.items()
+    (name, key)
+    for name, section in _SECTIONS.items()
+    for key, field in section.model_fields.items()
     if _takes_text(field.annotation)
 ]
-"""Settings that are any text."""
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -289,7 +276,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """The same configuration with `section.key=value` overrides.
+    """Return the same configuration with `section.key=value` overrides.
 
     Raises:
         UsageError: as `load_config`.
@@ -298,7 +285,7 @@ def override_config(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def ignored_variables(config: Config) -> Iterator[str]:
-    """A line for each environment variable that does not count, as the setting has another value."""
+    """Yield a line for each environment variable that is ignored, as the setting has another value."""
     for key, default in FROM_ENVIRONMENT.items():
         if default.value not in (None, getattr(config.logging, key)):
             yield (
@@ -334,7 +321,7 @@ def _take_texts(tree: dict[str, Any], texts: dict[str, Any]) -> None:
 
 
 def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every configuration key with its default and its meaning, for `--help`."""
+    """Yield every configuration key with its default and its meaning, for `--help`."""
     for section_name, section in _SECTIONS.items():
         for name, field in section.model_fields.items():
             known = FROM_ENVIRONMENT.get(name)
@@ -343,7 +330,7 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
 
 
 def _describe(problem: Any) -> str:
-    """One line for one of pydantic's errors: the key as the user writes it, what is wrong, what to do."""
+    """Return a line on one of pydantic's errors: the key as the user writes it, and what is wanted."""
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(location)
@@ -355,14 +342,10 @@ def _describe(problem: Any) -> str:
 
 
 def _describe_unknown(location: list[str]) -> str:
-    if len(location) == 1:
-        known = list(_SECTIONS)
-        every_key = [key for key, _, _ in describe_keys() if key.endswith("." + location[0])]
-        nearest = every_key or difflib.get_close_matches(location[0], known, n=1, cutoff=0.4)
-    else:
-        known = list(_SECTIONS[location[0]].model_fields)
-        elsewhere = [key for key, _, _ in describe_keys() if key.endswith("." + location[1])]
-        close = difflib.get_close_matches(location[1], known, n=1, cutoff=0.4)
-        nearest = elsewhere or [f"{location[0]}.{name}" for name in close]
+    *section, key = location
+    known = list(_SECTIONS[section[0]].model_fields if section else _SECTIONS)
+    elsewhere = [each for each, _, _ in describe_keys() if each.endswith(f".{key}")]
+    close = [".".join([*section, name]) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.4)]
+    nearest = elsewhere or close
     hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(known)}"
     return f"{'.'.join(location)}: unknown configuration key; {hint}"

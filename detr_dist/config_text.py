@@ -11,7 +11,7 @@ from detr_dist.errors import UsageError
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The file's content, and the same with every scalar as it is written."""
+    """Return the file's content, and the same with every scalar as it is written."""
     try:
         tree, texts = _parse_yaml(path.read_bytes())
     except OSError as error:
@@ -61,7 +61,7 @@ _Loader.yaml_implicit_resolvers = {  # no setting is a date
 
 
 def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
-    """What a YAML text holds, and the same with every scalar as it is written.
+    """Return what a YAML text holds, and the same with every scalar as it is written.
 
     Bytes are UTF-8 or UTF-16 with a byte-order mark.
 
@@ -72,7 +72,7 @@ def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
 
 
 def split_override(override: str) -> tuple[list[str], str]:
-    """The keys, two or more, and the value."""
+    """Return the keys, two or more, and the value."""
     # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
     override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     keys_text, equals, value_text = override.partition("=")
@@ -83,6 +83,7 @@ def split_override(override: str) -> tuple[list[str], str]:
 
 
 def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
+    """Return the value of an override, and the same with every scalar as it is written."""
     if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # the name of a file, and no comment
         return value_text, value_text
     try:
@@ -98,9 +99,9 @@ def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
 def set_key(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     """Set one key. A dotted path may go deeper than section.key, into a mapping such as
     model.config_overrides."""
-    node = tree
-    for key in keys[:-1]:
-        if not isinstance(node.get(key), dict):
-            node[key] = {}
-        node = node[key]
-    node[keys[-1]] = value
+    *parents, last = keys
+    for key in parents:
+        if not isinstance(tree.get(key), dict):
+            tree[key] = {}
+        tree = tree[key]
+    tree[last] = value

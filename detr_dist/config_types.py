@@ -22,50 +22,32 @@ from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry
 from detr_dist.redaction import redact_value
 
 
-def no_bool(value: Any) -> Any:
-    """YAML reads a bare `true` as a boolean, which Python would count as the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("a number is wanted, not true or false")
-    return value
+def _wanted(what: str, accepts: Callable[[Any], bool]) -> BeforeValidator:
+    """Refuse other values with one complaint; pydantic has one for each kind that it could have been."""
+
+    def check(value: Any) -> Any:
+        if not accepts(value):
+            raise ValueError(f"{what} is wanted")
+        return value
+
+    return BeforeValidator(check)
 
 
-def precision_name(value: Any) -> Any:
-    """YAML reads a bare `no` as false."""
-    return "no" if value is False else value
-
-
-def _switch_or_path(value: Any) -> Any:
-    """One complaint instead of pydantic's two, one for each kind that it could have been."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, bool | str) or value == "":
-        raise ValueError("true, false or the path of a file is wanted")
-    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
-
-
-def _share_or_auto(value: Any) -> Any:
-    """One complaint instead of pydantic's two, one for each kind that it could have been."""
+def _is_fraction(value: Any) -> bool:
     try:
-        is_share = value == "auto" or (not isinstance(value, bool) and 0 <= float(value) <= 1)
+        return not isinstance(value, bool) and 0 <= float(value) <= 1
     except (TypeError, ValueError):
-        is_share = False
-    if not is_share:
-        raise ValueError("a number from 0 to 1 or auto is wanted")
-    return value
+        return False
 
 
-def _count_or_auto(value: Any) -> Any:
-    """One complaint instead of pydantic's two, as above."""
-    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise ValueError("a whole number from 0 or auto is wanted")
-    return value
+def _is_name_or_names(value: Any) -> bool:
+    return all(isinstance(each, str) and each for each in (value if isinstance(value, list) else [value]))
 
 
-def _name_or_names(value: Any) -> Any:
-    """One complaint instead of pydantic's two, as above; YAML reads a bare `none` as text, `null` as None."""
-    if not isinstance(value, str) and not (isinstance(value, list) and all(map(_is_name, value))):
-        raise ValueError("a name or a list of names is wanted")
-    return value
+def _switch(value: Any) -> Any:
+    """Take the path that an object stands for, and a switch that was quoted."""
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _recipe_first(value: Any) -> Any:
@@ -73,15 +55,6 @@ def _recipe_first(value: Any) -> Any:
     if isinstance(value, list) and any(name in RECIPES for name in value[1:]):
         raise ValueError(f"of {', '.join(RECIPES)} there is one at most, and it comes first")
     return value
-
-
-def _names(value: Any) -> Any:
-    """A single name stands for a list of one; a key with nothing after it for none."""
-    return [] if value is None else [value] if isinstance(value, str) else value
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
 
 
 def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
@@ -100,11 +73,6 @@ def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
     return check
 
 
-def _empty_mapping(value: Any) -> Any:
-    """YAML reads a key with nothing below it as null."""
-    return {} if value is None else value
-
-
 @dataclass(frozen=True)
 class EnvironmentDefault:
     """Default of a setting that an environment variable of MLflow decides; an empty one counts as unset."""
@@ -120,26 +88,51 @@ class EnvironmentDefault:
         return os.environ.get(self.variable) or None
 
 
-Count = Annotated[int, BeforeValidator(no_bool), Field(ge=1)]
-CountOrZero = Annotated[int, BeforeValidator(no_bool), Field(ge=0)]
-Positive = Annotated[float, BeforeValidator(no_bool), Field(gt=0, allow_inf_nan=False)]
-PositiveOrZero = Annotated[float, BeforeValidator(no_bool), Field(ge=0, allow_inf_nan=False)]
-Probability = Annotated[float, BeforeValidator(no_bool), Field(ge=0, lt=1)]
+# YAML reads a bare `true` as a boolean, which Python would count as the number 1.
+_NO_BOOL = _wanted("a number, not true or false,", lambda value: not isinstance(value, bool))
+
+# YAML reads a key with nothing below it as null.
+_EMPTY_MAPPING = BeforeValidator(lambda value: {} if value is None else value)
+
+Count = Annotated[int, _NO_BOOL, Field(ge=1)]
+CountOrZero = Annotated[int, _NO_BOOL, Field(ge=0)]
+Positive = Annotated[float, _NO_BOOL, Field(gt=0, allow_inf_nan=False)]
+PositiveOrZero = Annotated[float, _NO_BOOL, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, _NO_BOOL, Field(ge=0, lt=1)]
+Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
+CountOrAuto = Annotated[
+    Literal["auto"] | int,
+    _wanted(
+        "a whole number from 0 or auto", lambda value: value == "auto" or (type(value) is int and value >= 0)
+    ),
+]
+ShareOrAuto = Annotated[
+    Literal["auto"] | float,
+    _wanted("a number from 0 to 1 or auto", lambda value: value == "auto" or _is_fraction(value)),
+]
+SwitchOrPath = Annotated[
+    bool | str,
+    _wanted("true, false or the path of a file", lambda value: isinstance(value, bool | str) and value != ""),
+    BeforeValidator(_switch),
+]
+# YAML reads a bare `no` as false.
+Precision = Annotated[
+    Literal["auto", "no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)
+]
 Augmentation = Annotated[
     str | list[str],
-    BeforeValidator(_name_or_names),
+    _wanted("a name or a list of names", _is_name_or_names),
     AfterValidator(_known(TRANSFORMS)),
     AfterValidator(_recipe_first),
 ]
 Family = Annotated[str, AfterValidator(_known(FAMILIES))]
-Names = Annotated[list[str], BeforeValidator(_names)]
-CountOrAuto = Annotated[Literal["auto"] | int, BeforeValidator(_count_or_auto)]
-SwitchOrPath = Annotated[bool | str, BeforeValidator(_switch_or_path)]
-ShareOrAuto = Annotated[Literal["auto"] | float, BeforeValidator(_share_or_auto)]
-Mapping = Annotated[dict[str, Any], BeforeValidator(_empty_mapping)]
-Weights = Annotated[
-    dict[str, PositiveOrZero], BeforeValidator(_empty_mapping), AfterValidator(_known(LOSSES))
+# A single name stands for a list of one; a key with nothing after it for none.
+Names = Annotated[
+    list[str],
+    BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
 ]
+Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
+Weights = Annotated[dict[str, PositiveOrZero], _EMPTY_MAPPING, AfterValidator(_known(LOSSES))]
 
 
 class Section(BaseModel):

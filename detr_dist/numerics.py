@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 def set_numerics(settings: TrainingConfig) -> None:
     """Let torch compute float32 and choose algorithms as the configuration says. Call it before CUDA starts:
     cuBLAS reads its environment only then."""
-    # The flags of old: with those that are to replace them, torch.compile fails, which still reads these.
+    # torch.compile still reads these older flags, and fails with those that are to replace them.
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     if settings.deterministic:
@@ -46,6 +46,6 @@ def resolve_precision(config: Config, host: HostGroup) -> Config:
 
 
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
-    """The precision, already resolved, in which a network computes; its weights are float32."""
+    """Return the context in which a network computes with a resolved precision; its weights are float32."""
     dtype = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[mixed_precision]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

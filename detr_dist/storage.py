@@ -53,11 +53,16 @@ def link_folder(source: Path, folder: Path) -> None:
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Give a file another name, as a hard link where the file system can; else copy it."""
+    """Give a file another name, as a hard link where the file system can, or else copy it; what has that name
+    is replaced, and never written into."""
+    partial = _partial(Path(target))
+    partial.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, partial)
     except OSError:
-        shutil.copyfile(source, target)
+        shutil.copyfile(source, partial)
+    partial.replace(target)
+    partial.unlink(missing_ok=True)  # renaming does nothing where both are the same file already
 
 
 def remove_folder(folder: Path) -> None:
@@ -120,10 +125,13 @@ def check_new(option: str, folder: Path) -> None:
         raise UsageError(f"{option} {folder}: already exists; delete it or choose another")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of UTF-8 text; until it is complete on disk, the old one stays."""
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file of UTF-8 text; until it is complete on disk, the old one stays. The umask narrows
+    `mode`."""
     partial = _partial(path)
     try:
+        partial.unlink(missing_ok=True)  # a kill may have left it, with another mode
+        partial.touch(mode)
         partial.write_text(text, encoding="utf-8")
         _flush_entry(partial)
         partial.replace(path)

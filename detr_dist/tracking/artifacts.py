@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.utils.uri import append_to_uri_path
 
 from detr_dist.errors import UsageError
@@ -110,11 +111,10 @@ def delete_artifacts(client: MlflowClient, run_id: str, artifact_path: str) -> N
 
 def _version_of(reference: str, client: MlflowClient) -> tuple[str, str] | None:
     """Return name and version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` means; None for others."""
-    if match := re.fullmatch("models:/([^/@]+)/?@([^/]+)", reference):
-        return match[1], str(client.get_model_version_by_alias(match[1], match[2]).version)
-    if match := re.fullmatch(r"models:/([^/@]+)/(\d+)/?", reference):
-        return match[1], match[2]
-    return None
+    if re.fullmatch("models:/[^/@]+[/@]{1,2}[^/@]+/?", reference) is None:
+        return None
+    name, version = get_model_name_and_version(client, reference.rstrip("/").replace("/@", "@"))
+    return str(name), str(version)
 
 
 def _location_of(reference: str, client: MlflowClient) -> str:

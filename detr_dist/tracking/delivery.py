@@ -1,6 +1,6 @@
-"""Delivers the records of an outbox to MLflow, each once, through outages of the server."""
+"""Delivers the records of an outbox to MLflow, each once, through outages of the server: while a run tracks
+there, or after it has ended."""
 
-import errno
 import json
 import logging
 import math
@@ -15,11 +15,12 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from detr_dist.storage import link_or_copy
+from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.storage import link_or_copy, locked
 from detr_dist.text import one_line, shorten
 from detr_dist.tracking.artifacts import delete_artifacts, register_artifact
 from detr_dist.tracking.outbox import OutboxReader, Record, outdated
-from detr_dist.tracking.store import acceptable, patience
+from detr_dist.tracking.store import acceptable, is_away, is_refusal, open_client, patience
 from detr_dist.tracking.uris import local_path
 
 # Limits of MLflow's API.
@@ -32,11 +33,11 @@ _VALUES, _FOLDERS = "values", "folders"
 # What a server may refuse for good, for want of a right or a method, and must not keep back the rest.
 _DISPENSABLE = {"dataset", "registration", "retention"}
 
-# The server has understood, and would say the same again.
-_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
+
+# Attempts of `sync` at a server that does not answer, and the seconds between them.
+_MAX_ATTEMPTS, _PAUSE_S = 5, 2.0
 
 # Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
 _TIMEOUT_S = 120
@@ -92,7 +93,7 @@ class Delivery:
         try:
             self._log(records)
         except MlflowException as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             self._log_what_is_accepted(records, error)
         self._reader.advance(_VALUES, records[-1].end)
@@ -137,27 +138,27 @@ class Delivery:
             for name, value in record.content["values"].items()
         ]
         is_deleted = self._client.get_run(self._run_id).info.lifecycle_stage != "active"
-        refused = values if is_deleted else self._log_halves(values)
-        names = dict.fromkeys(name for record in refused for name in record.content["values"])
+        refused = values if is_deleted else self._log_by_halves(values)
+        names = {name: None for record in refused for name in record.content["values"]}
         new = [name for name in names if name not in self._refused]
         self._refused.update(new)
         if new:
             listed = shorten(", ".join(map(repr, new)), 2000)
             _logger.warning(f"MLflow refuses {listed} ({one_line(refusal)}); all else is logged")
 
-    def _log_halves(self, values: list[Record]) -> list[Record]:
+    def _log_by_halves(self, values: list[Record]) -> list[Record]:
         """Log values of which one or more are refused; return those."""
-        refused: list[Record] = []
-        middle = (len(values) + 1) // 2
-        for half in filter(None, (values[:middle], values[middle:])):
-            self._logged_until = None  # what was logged before the refusal is there
-            try:
-                self._log(half)
-            except MlflowException as error:
-                if not _is_refusal(error):
-                    raise
-                refused += self._log_halves(half) if len(half) > 1 else half
-        return refused
+        self._logged_until = None  # what was logged before the refusal is there
+        try:
+            self._log(values)
+            return []
+        except MlflowException as error:
+            if not is_refusal(error):
+                raise
+        middle = len(values) // 2
+        if middle == 0:
+            return values
+        return self._log_by_halves(values[:middle]) + self._log_by_halves(values[middle:])
 
     def _deliver_other(self) -> bool:
         """Deliver the next record that is no value, once all values before it are there."""
@@ -186,7 +187,8 @@ class Delivery:
             for path in sorted(paths, key=lambda path: (path.name == last, path)):
                 target = Path(artifact_path) / path.relative_to(folder)
                 if store is not None:
-                    _link_over(path, store / target)
+                    (store / target).parent.mkdir(parents=True, exist_ok=True)
+                    link_or_copy(path, store / target)
                 else:
                     into = str(target.parent) if target.parent != Path() else None
                     self._client.log_artifact(self._run_id, str(path), into)
@@ -277,24 +279,60 @@ class DeliveryThread:
 
     def _report(self, error: Exception | None) -> None:
         """Report that the server is away and that it is back, once each."""
-        if error is not None and not self._is_away:
+        if self._is_away == (error is not None):
+            return
+        self._is_away = error is not None
+        if self._is_away:
             _logger.warning(
                 f"MLflow cannot be reached ({one_line(error)}); training continues, and what is logged is "
                 "kept and delivered later"
             )
-        elif error is None and self._is_away:
+        else:
             _logger.info("MLflow can be reached again")
-        self._is_away = error is not None
 
 
-def is_away(error: Exception) -> bool:
-    """Return whether the server cannot be reached or is in trouble: it may be asked again later."""
-    return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
+def sync(output_dir: Path) -> None:
+    """Deliver what is left in the outboxes of an output folder, those of its earlier runs as well.
+
+    Raises:
+        UsageError: there are none.
+        DataError: a run that is still at work there delivers them.
+        DetrDistError: MLflow cannot be reached for some; nothing is lost, and the others are delivered.
+    """
+    # What is newer goes over what is older.
+    patterns = ("earlier_runs/*/outbox/*/run.json", "outbox/*/run.json")
+    folders = [path.parent for pattern in patterns for path in sorted(output_dir.glob(pattern))]
+    if not folders:
+        raise UsageError(f"{output_dir}: has no outbox; give the --output-dir of a run that MLflow tracks")
+    failures = []
+    with locked(output_dir), patience(_TIMEOUT_S):
+        for folder in folders:
+            try:
+                _deliver_all(OutboxReader(folder))
+            except DetrDistError as failure:
+                failures.append(str(failure))
+    if failures:
+        raise DetrDistError("\n".join(failures))
 
 
-def _is_refusal(error: MlflowException) -> bool:
-    is_too_long = isinstance(error.__context__, OSError) and error.__context__.errno == errno.ENAMETOOLONG
-    return is_too_long or error.error_code in _REFUSALS  # a file store makes file names of names
+def _deliver_all(reader: OutboxReader) -> None:
+    uri, run_id = reader.address.tracking_uri, reader.address.run_id
+    delivery = Delivery(reader, open_client(uri))
+    num_records = delivery.num_left
+    num_failures = 0
+    while delivery.num_left:
+        try:
+            delivery.work()
+            num_failures = 0
+        except Exception as error:  # each kind of store raises its own
+            num_failures += 1
+            if num_failures == _MAX_ATTEMPTS:
+                raise DetrDistError(
+                    f"{reader.folder}: {delivery.num_left} records are left, because MLflow at {uri} cannot "
+                    f"be reached ({one_line(error)}); nothing is lost, try again"
+                ) from error
+            time.sleep(_PAUSE_S)
+    _logger.info(f"{reader.folder}: {num_records} records delivered to MLflow run {run_id}")
 
 
 def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
@@ -306,12 +344,3 @@ def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
             if room[record.kind] < 0 and number > 0:  # one that is too large by itself the client splits
                 return
         yield record
-
-
-def _link_over(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)
-    link_or_copy(source, partial)
-    partial.replace(target)
-    partial.unlink(missing_ok=True)  # renaming does nothing where both are the same file already

@@ -15,18 +15,19 @@ from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError
 from detr_dist.redaction import redact, redact_value
 from detr_dist.text import one_line
-from detr_dist.tracking.delivery import Delivery, DeliveryThread, is_away
+from detr_dist.tracking.delivery import Delivery, DeliveryThread
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.store import (
     acceptable,
     close_connections,
     find_or_make_experiment,
+    is_away,
     open_client,
     patience,
     refuse_deleted,
     unless_busy,
 )
-from detr_dist.tracking.tracker import PATIENCE_S, Status, Tracker
+from detr_dist.tracking.tracker import PATIENCE_S, OwnTracker, Status
 from detr_dist.tracking.uris import absolute_uri, local_location
 
 # Seconds that a request may take before it counts as failed, where nothing is uploaded.
@@ -35,7 +36,7 @@ _TIMEOUT_S = 20
 _logger = logging.getLogger(__name__)
 
 
-class MLflowTracker(Tracker):
+class MLflowTracker(OwnTracker):
     """One MLflow run. What is logged goes to an outbox on disk, and from there to MLflow in the background.
 
     `open` it before anything is logged. A new run needs its server; one that is resumed where it was tracked
@@ -44,8 +45,6 @@ class MLflowTracker(Tracker):
     Raises:
         UsageError: the tracking URI cannot be used.
     """
-
-    keeps_files = True
 
     def __init__(
         self, config: LoggingConfig, *, run_id: str | None = None, known_uri: str | None = None

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from detr_dist.errors import DataError
 from detr_dist.redaction import redact, redact_value
-from detr_dist.storage import link_or_copy
+from detr_dist.storage import link_or_copy, write_text
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class Outbox:
 
     def __init__(self, folder: Path, address: Address) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_text(folder / "run.json", json.dumps(asdict(address), indent=2))  # may hold a password
+        # For its owner alone: it may hold a password.
+        write_text(folder / "run.json", json.dumps(asdict(address), indent=2), mode=0o600)
         self.folder = folder
         self._lock = threading.Lock()
         path = folder / "records.jsonl"
         size = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
         self._file = path.open("ab")
         self._file.truncate(size)
-        if any(position > size for position in _read_cursors(folder).values()):
+        if max(_read_cursors(folder).values(), default=0) > size:
             (folder / "delivered.json").unlink()  # a power cut has taken records, but not the cursors
         self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
 
@@ -136,7 +137,7 @@ class OutboxReader:
         """Note that everything before `position` is delivered."""
         if position != self.position(cursor):
             self._cursors[cursor] = position
-            _replace_text(self.folder / "delivered.json", json.dumps(self._cursors))
+            write_text(self.folder / "delivered.json", json.dumps(self._cursors))
 
     def num_left(self, *cursors: str) -> int:
         """Return the number of records that one of the cursors has not passed."""
@@ -181,12 +182,3 @@ def _read_cursors(folder: Path) -> dict[str, int]:
     with suppress(OSError, ValueError):
         return dict(json.loads((folder / "delivered.json").read_text(encoding="utf-8")))
     return {}
-
-
-def _replace_text(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read, complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # a crash may have left it, with other permissions
-    partial.touch(mode=0o600, exist_ok=False)
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -15,14 +15,19 @@ _UNPREFIXED = {"data", "model", "training"}
 
 
 def config_params(config: Config) -> dict[str, Any]:
-    """Return all settings without credentials, by the names that MLflow shows; mappings as JSON."""
+    """Return all settings without credentials, by the names that MLflow shows."""
     return {
-        key if section in _UNPREFIXED else f"{section}_{key}": json.dumps(value)
-        if isinstance(value, dict)
-        else value
+        key if section in _UNPREFIXED else f"{section}_{key}": _as_param(value)
         for section, settings in config.model_dump(mode="json").items()
         for key, value in settings.items()
     }
+
+
+def _as_param(value: Any) -> Any:
+    """Return a mapping as JSON, a list as its names, an empty one as unset."""
+    if isinstance(value, dict):
+        return json.dumps(value)
+    return (", ".join(value) or None) if isinstance(value, list) else value
 
 
 def run_params(

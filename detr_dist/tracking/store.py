@@ -1,11 +1,12 @@
 """MLflow's stores: how they are opened, with time-outs, and made by several runs at once as sweeps do."""
 
+import errno
 import logging
 import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TypeVar
 
 from filelock import FileLock
@@ -117,15 +118,24 @@ def locked_store(uri: str) -> Iterator[None]:
     A lock file beside the store does it. Servers need none, and a file system that has no locks gets none.
     """
     path = store_path(uri)
-    lock = FileLock(path.with_name(f"{path.name}.lock")) if path is not None else None
-    if lock is not None:
-        with suppress(LockTimeout, OSError, NotImplementedError):
-            lock.acquire(timeout=_LOCK_PATIENCE_S)
-    try:
+    with ExitStack() as held:
+        if path is not None:
+            lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=_LOCK_PATIENCE_S)
+            with suppress(LockTimeout, OSError, NotImplementedError):
+                held.enter_context(lock)
         yield
-    finally:
-        if lock is not None:
-            lock.release()
+
+
+def is_away(error: Exception) -> bool:
+    """Return whether the server cannot be reached or is in trouble: it may be asked again later."""
+    return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
+
+
+def is_refusal(error: MlflowException) -> bool:
+    """Return whether the server has understood, and would answer the same again."""
+    is_too_long = isinstance(error.__context__, OSError) and error.__context__.errno == errno.ENAMETOOLONG
+    # A file store makes file names of names.
+    return is_too_long or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def unless_busy(request: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
 import re
 import socket
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,95 +14,6 @@ import torch
 from detr_dist.distributed import HostGroup
 
 GIB = 2**30
-
-
-class DeviceMonitor:
-    """Reads what a run uses of its hosts and GPUs.
-
-    Building and reading it are collective.
-    """
-
-    def __init__(self, device: torch.device, host: HostGroup) -> None:
-        self._device = device
-        self._host = host
-        self._machine = re.sub(r"[^\w.-]+", "_", socket.gethostname(), flags=re.ASCII)
-        self._gpu: NvmlGpu | None = None
-        own = GpuName(self._machine, trouble="no CUDA device in use")
-        if device.type == "cuda":
-            try:
-                self._gpu = NvmlGpu(device)
-                own = GpuName(self._machine, index=self._gpu.index, uuid=self._gpu.uuid)
-            except pynvml.NVMLError as error:
-                own = GpuName(self._machine, trouble=str(error))
-        names = host.all_gather_objects(own)
-        self._gpu_name = own.among(names)
-        self.notice = _notice(names)
-        """One line on what cannot be read, empty if everything can."""
-
-    def read(self) -> dict[str, float]:
-        """Return each metric's highest value over all processes, on the main process; empty elsewhere.
-
-        `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: in use
-        on a host by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
-        that torch had allocated and reserved since the last call; and, each with `/<host>/<index>`, what the
-        driver reports of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
-
-        No name may be the folder of another: MLflow's file store keeps each metric in a file.
-        """
-        return _highest(self._host.gather_objects(self._read_own()))
-
-    def close(self) -> None:
-        """Release the driver."""
-        if self._gpu is not None:
-            self._gpu.close()
-
-    def _read_own(self) -> dict[str, float]:
-        host = psutil.virtual_memory()
-        metrics = {
-            "memory_ram_gb": _resident_bytes() / GIB,
-            f"memory_machine_gb/{self._machine}": (host.total - host.available) / GIB,
-        }
-        if self._device.type == "cuda":
-            metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
-            metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self._device) / GIB
-            torch.cuda.reset_peak_memory_stats(self._device)
-        if self._gpu is not None:
-            metrics |= {f"{name}/{self._gpu_name}": value for name, value in self._gpu.read().items()}
-        return metrics
-
-
-class NvmlGpu:
-    """The GPU of this process, as the NVIDIA driver's library NVML sees it.
-
-    NVML counts the GPUs of the host, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
-
-    Raises:
-        pynvml.NVMLError: there is no driver, or it does not know the GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        pynvml.nvmlInit()
-        try:
-            self.uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle, self.index = _find(self.uuid)
-        except pynvml.NVMLError:
-            self.close()
-            raise
-
-    def read(self) -> dict[str, float]:
-        """Return what the driver reports now, without what it does not know or has of a lost GPU."""
-        found: dict[str, float] = {}
-        with suppress(pynvml.NVMLError):
-            # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does.
-            memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle, version=pynvml.nvmlMemory_v2)
-            found["memory_gpu_used_gb"] = memory.used / GIB
-        with suppress(pynvml.NVMLError):
-            found["utilization_gpu_percent"] = float(pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
-        return found
-
-    def close(self) -> None:
-        with suppress(pynvml.NVMLError):
-            pynvml.nvmlShutdown()
 
 
 @dataclass(frozen=True)
@@ -126,6 +37,85 @@ class GpuName:
         return f"{self.machine}/{self.index}" + (f"-{self.uuid[:8]}" if is_ambiguous else "")
 
 
+class DeviceMonitor:
+    """Reads what a run uses of its hosts and GPUs.
+
+    Building and reading it are collective.
+    """
+
+    def __init__(self, device: torch.device, host: HostGroup) -> None:
+        self._device = device
+        self._host = host
+        self._machine = re.sub(r"[^\w.-]+", "_", socket.gethostname(), flags=re.ASCII)
+        self._driver = ExitStack()
+        self._gpu: Any = None  # NVML's handle
+        own = self._open_driver()
+        names = host.all_gather_objects(own)
+        self._gpu_name = own.among(names)
+        self.notice = _notice(names)
+        """One line on what cannot be read, empty if everything can."""
+
+    def read(self) -> dict[str, float]:
+        """Return each metric's highest value over all processes, on the main process; empty elsewhere.
+
+        `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: in use
+        on a host by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
+        that torch had allocated and reserved since the last call; and, each with `/<host>/<index>`, what the
+        driver reports of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
+
+        No name may be the folder of another: MLflow's file store keeps each metric in a file.
+        """
+        readings = self._host.gather_objects(self._read_own())
+        names = {name for reading in readings for name in reading}
+        return {name: max(reading[name] for reading in readings if name in reading) for name in sorted(names)}
+
+    def close(self) -> None:
+        """Release the driver."""
+        self._driver.close()
+
+    def _open_driver(self) -> GpuName:
+        """Find the GPU of this process in NVML, the library of NVIDIA's driver.
+
+        NVML counts the GPUs of the host, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
+        """
+        if self._device.type != "cuda":
+            return GpuName(self._machine, trouble="no CUDA device in use")
+        try:
+            pynvml.nvmlInit()
+            self._driver.callback(_release_driver)
+            uuid = str(torch.cuda.get_device_properties(self._device).uuid)
+            self._gpu, index = _find(uuid)
+        except pynvml.NVMLError as error:  # there is no driver, or it does not know the GPU
+            self.close()
+            return GpuName(self._machine, trouble=str(error))
+        return GpuName(self._machine, index, uuid)
+
+    def _read_own(self) -> dict[str, float]:
+        host = psutil.virtual_memory()
+        metrics = {
+            "memory_ram_gb": _resident_bytes() / GIB,
+            f"memory_machine_gb/{self._machine}": (host.total - host.available) / GIB,
+        }
+        if self._device.type == "cuda":
+            metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
+            metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self._device) / GIB
+            torch.cuda.reset_peak_memory_stats(self._device)
+        if self._gpu is not None:  # without what the driver does not know, or has of a lost GPU
+            with suppress(pynvml.NVMLError):
+                # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does.
+                memory = pynvml.nvmlDeviceGetMemoryInfo(self._gpu, version=pynvml.nvmlMemory_v2)
+                metrics[f"memory_gpu_used_gb/{self._gpu_name}"] = memory.used / GIB
+            with suppress(pynvml.NVMLError):
+                rates = pynvml.nvmlDeviceGetUtilizationRates(self._gpu)
+                metrics[f"utilization_gpu_percent/{self._gpu_name}"] = float(rates.gpu)
+        return metrics
+
+
+def _release_driver() -> None:
+    with suppress(pynvml.NVMLError):
+        pynvml.nvmlShutdown()
+
+
 def _find(uuid: str) -> tuple[Any, str]:
     """Return NVML's handle and index of a GPU or MIG instance: that is `<GPU>.<device>`, as `nvidia-smi -L`
     counts."""
@@ -145,14 +135,6 @@ def _notice(names: Sequence[GpuName]) -> str:
     hosts = ", ".join(sorted({name.machine for name in without}))
     reasons = "; ".join(sorted({name.trouble for name in without}))
     return f"no GPU metrics from the NVIDIA driver on {hosts}: {reasons}"
-
-
-def _highest(readings: Sequence[dict[str, float]]) -> dict[str, float]:
-    highest: dict[str, float] = {}
-    for reading in readings:
-        for name, value in reading.items():
-            highest[name] = max(value, highest.get(name, value))
-    return highest
 
 
 def _resident_bytes() -> int:

@@ -1,15 +1,16 @@
-"""What a run is tracked with: the protocol of a tracker, TensorBoard as one, and several as one."""
+"""What a run is tracked with: the tracker that users subclass, TensorBoard as one, and several as one."""
 
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from detr_dist.console import log_to_file
-from detr_dist.errors import StopRequested, as_one_line
+from detr_dist.errors import StopRequested, UsageError, as_one_line
+from detr_dist.extensions import load_object
 from detr_dist.text import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -20,45 +21,56 @@ PATIENCE_S = 20.0
 # The launcher kills the other processes of a run some 30 s after it has lost a process.
 PATIENCE_AFTER_LOSS_S = 6.0
 
-_STOPPED = (KeyboardInterrupt, StopRequested)
-
 _logger = logging.getLogger(__name__)
 
 
-class Tracker(Protocol):
-    """Where a run is tracked. A subclass that keeps no files needs none of their methods.
+class Tracker:
+    """Base class of what records a run elsewhere. Override the methods you need; none has to call `super`.
 
-    Called on the main process only, by training and by the thread that saves; no call but `close` may wait
-    for a server.
+    They are called on the main process only. Training waits for them, so do slow work in a thread of your
+    own. The first exception of a tracker is a warning, and training continues.
     """
 
-    keeps_files: bool = False
-    """Whether files are kept: then the model of every epoch is written."""
-
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log what the run was started with. A resumed run logs it again."""
+        """Record the settings: at the start, and again when the run is resumed."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Log values of one moment; `step` counts optimizer steps. A resumed run may repeat steps."""
+        """Record values after optimizer step `step`: losses, memory, and after an evaluation `val_...`.
 
-    def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
-        """Keep the files of `folder` below `artifact_path`; with `last` that file after all others. The files
-        must not change any more; the folder may be deleted."""
-        return
+        A run that is resumed may repeat steps.
+        """
 
     def log_file(self, path: Path, artifact_path: str = "") -> None:
-        """Keep a small file, as it is now, in the folder `artifact_path`."""
-        return
+        """Keep a small file in the folder `artifact_path`: `config.yaml` at the start, at the end the log.
+
+        It may change after the call.
+        """
+
+    def log_folder(self, folder: Path, artifact_path: str) -> None:
+        """Keep the files of `folder` as `artifact_path`: `checkpoints/...`, `model`, `pictures/...`.
+
+        Called when one has been written, mostly from the thread that saves. The folder may be deleted after
+        the call. Models and checkpoints are prepared for trackers only if one overrides this method.
+        """
+
+    def close(self, status: Status, error: str | None = None) -> None:
+        """End the record, once: FINISHED, FAILED with the error, or KILLED if the run was asked to stop."""
+
+
+class OwnTracker(Tracker):
+    """A tracker of this package: its exceptions are raised. No call but `close` may wait for a server."""
+
+    def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
+        """Keep the files of `folder`, the one named `last` after all others: they do not change any more."""
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
         """Of the folders `parent`/epoch_<N> up to N = `newest`, delete all but the last `keep`."""
-        return
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
-        """Note what became of the run: KILLED was asked to stop. Wait `patience_s` seconds at most."""
+        """End the record as `Tracker.close` does; wait `patience_s` seconds at most."""
 
 
-class TensorBoard(Tracker):
+class TensorBoard(OwnTracker):
     """Writes event files; what earlier files hold after `first_step` is hidden."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
@@ -79,17 +91,27 @@ class TensorBoard(Tracker):
         self._writer.close()
 
 
-class Trackers(Tracker):
+class Trackers:
     """All trackers of a run as one; without any, nothing is tracked."""
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
+        self._failed: set[str] = set()  # classes of users' trackers, of which a warning was given
         self._log: logging.Handler | None = None
         self._log_path = Path()
         self._closing = threading.Lock()
 
-    def add(self, tracker: Tracker) -> None:
-        self._trackers.append(tracker)
+    def add(self, *trackers: str | Tracker) -> None:
+        """Add trackers, or users' classes of which each makes one, by path as in `logging.trackers`.
+
+        Raises:
+            UsageError: a class cannot be imported, makes nothing without arguments, or is no `Tracker`.
+        """
+        for each in trackers:
+            tracker = _make(each) if isinstance(each, str) else each
+            if not isinstance(tracker, Tracker):
+                raise UsageError(f"logging.trackers: {each} is no tracker; derive it from detr_dist.Tracker")
+            self._trackers.append(tracker)
 
     def write_log(self, path: Path) -> None:
         """Append the package's messages to `path` until `close`, which makes that file an artifact in
@@ -97,51 +119,80 @@ class Trackers(Tracker):
         self._log, self._log_path = log_to_file(path), path
 
     @property
-    def keeps_files(self) -> bool:  # type: ignore[override]
-        return any(each.keeps_files for each in self._trackers)
+    def keeps_files(self) -> bool:
+        """Return whether a tracker takes folders: then checkpoints and models are handed to it."""
+        ignoring = (Tracker.log_folder, OwnTracker.log_folder)
+        return any(type(each).log_folder not in ignoring for each in self._trackers)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        for each in self._trackers:
-            each.log_params(params)
+        self._tell_all(lambda each: each.log_params(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        for each in self._trackers:
-            each.log_metrics(metrics, step)
-
-    def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
-        for each in self._trackers:
-            each.log_folder(folder, artifact_path, last=last)
+        self._tell_all(lambda each: each.log_metrics(metrics, step))
 
     def log_file(self, path: Path, artifact_path: str = "") -> None:
-        for each in self._trackers:
-            each.log_file(path, artifact_path)
+        self._tell_all(lambda each: each.log_file(path, artifact_path))
+
+    def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
+        """Hand over the files of `folder`, which do not change any more, the one named `last` at the end."""
+
+        def hand_over(each: Tracker) -> None:
+            with_last = {"last": last} if isinstance(each, OwnTracker) else {}
+            each.log_folder(folder, artifact_path, **with_last)
+
+        self._tell_all(hand_over)
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
         for each in self._trackers:
-            each.keep_newest(parent, newest, keep)
+            if isinstance(each, OwnTracker):
+                each.keep_newest(parent, newest, keep)
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """Close all trackers. Only the first call has an effect: it may come from another thread."""
         if not self._closing.acquire(blocking=False):
             return
         self._close_log(error)
+
+        def close(each: Tracker) -> None:
+            if isinstance(each, OwnTracker):
+                each.close(status, error, patience_s=patience_s)
+            else:
+                each.close(status, error)
+
         with ExitStack() as closing_all:  # each of them, whatever another one raises
             for each in reversed(self._trackers):
-                closing_all.callback(each.close, status, error, patience_s=patience_s)
+                closing_all.callback(self._tell, each, close)
 
     def close_after_loss(self, reason: str) -> None:
         """Close within seconds, because the main thread waits for a process that is lost."""
         self.close("FAILED", reason, patience_s=PATIENCE_AFTER_LOSS_S)
 
+    def _tell_all(self, call: Callable[[Tracker], None]) -> None:
+        for each in self._trackers:
+            self._tell(each, call)
+
+    def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
+        """Call `call` with a tracker; an exception of a user's is one warning."""
+        try:
+            call(tracker)
+        except Exception as error:
+            name = type(tracker).__name__
+            if isinstance(tracker, OwnTracker):
+                raise
+            if name not in self._failed:
+                self._failed.add(name)
+                _logger.warning(
+                    f"the tracker {name} failed ({as_one_line(error)}); training continues and does not "
+                    "repeat this"
+                )
+
     def _close_log(self, error: str | None) -> None:
         if self._log is None:
             return
         cause = sys.exc_info()  # of the run's end, if that is an exception
-        if (
-            error is not None or cause[1] is not None
-        ):  # into the file alone: commands report errors themselves
-            level = logging.ERROR if error is not None else logging.INFO
-            reason = as_one_line(cause[1]) if error is None and cause[1] is not None else error
+        reason = as_one_line(cause[1]) if error is None and cause[1] is not None else error
+        if reason is not None:  # into the file alone: commands report errors themselves
+            level = logging.INFO if error is None else logging.ERROR
             traceback = cause if error is not None and cause[1] is not None else None
             self._log.handle(_logger.makeRecord(__name__, level, __file__, 0, reason, (), traceback))
         self._log.close()
@@ -151,6 +202,21 @@ class Trackers(Tracker):
             _logger.warning(f"{self._log_path}: not uploaded ({one_line(trouble)})")
 
 
+def _make(path: str) -> Any:
+    """Return an object of the class at `path`, made without arguments.
+
+    Raises:
+        UsageError: there is no such class, or it needs arguments or raises.
+    """
+    tracker_class = load_object(path, "logging.trackers")
+    try:
+        return tracker_class()
+    except Exception as error:  # of any kind: it is the user's code
+        raise UsageError(
+            f"logging.trackers: {path}() failed ({as_one_line(error)}); it is called without arguments"
+        ) from error
+
+
 @contextmanager
 def tracked(trackers: Trackers) -> Iterator[None]:
     """Close the trackers of a run with what became of it."""
@@ -158,7 +224,7 @@ def tracked(trackers: Trackers) -> Iterator[None]:
         yield
     except BaseException as error:
         try:
-            if isinstance(error, _STOPPED):
+            if isinstance(error, KeyboardInterrupt | StopRequested):
                 trackers.close("KILLED")
             else:
                 trackers.close("FAILED", f"{type(error).__name__}: {error}")

@@ -18,7 +18,7 @@ from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import num_compiled_graphs
 from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.system_metrics import DeviceMonitor
-from detr_dist.tracking.tracker import Tracker, Trackers
+from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training
@@ -41,7 +41,7 @@ class PlotWriter:
     What cannot be drawn or uploaded is one warning, and training continues.
     """
 
-    def __init__(self, data: CocoData, plots_dir: Path, tracker: Tracker | None) -> None:
+    def __init__(self, data: CocoData, plots_dir: Path, tracker: Trackers | None) -> None:
         self._data = data
         self._plots_dir = plots_dir
         self._tracker = tracker

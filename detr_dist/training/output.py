@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,7 @@ from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
 from detr_dist.tracking.params import run_params
-from detr_dist.tracking.tracker import TensorBoard, Trackers
+from detr_dist.tracking.tracker import TensorBoard, Tracker, Trackers
 from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
 from detr_dist.training.setup import Setup
@@ -154,8 +154,9 @@ def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[st
     write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def open_run(setup: Setup, trackers: Trackers) -> "MLflowTracker | None":
-    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
+def open_run(setup: Setup, trackers: Trackers, added: Sequence[Tracker] = ()) -> "MLflowTracker | None":
+    """Start the MLflow run, or resume it, and add it to the trackers, with the user's. Main process."""
+    trackers.add(*setup.config.logging.trackers, *added)
     if not setup.config.logging.mlflow:
         return None
     from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without

@@ -16,7 +16,7 @@ from detr_dist.errors import TrainingError
 from detr_dist.models.detector import Detector, load_plain_weights, plain_network
 from detr_dist.storage import describe_disk_error, finish_interrupted, new_folder, remove_folder
 from detr_dist.tracking.packaging import write_model
-from detr_dist.tracking.tracker import Tracker
+from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ class ModelCard:
 class ModelPacker:
     """Packs the model of every epoch for MLflow, and the best one into the output folder as well."""
 
-    def __init__(self, detector: Detector, config: Config, output_dir: Path, tracker: Tracker | None) -> None:
+    def __init__(
+        self, detector: Detector, config: Config, output_dir: Path, tracker: Trackers | None
+    ) -> None:
         self._network = plain_network(detector)  # a second one on the host, to put each epoch's weights into
         self._config = config
         self._output_dir = output_dir
@@ -94,7 +96,7 @@ class Saver:
         checkpoints_dir: Path,
         *,
         keep_last: int | None,
-        tracker: Tracker | None,
+        tracker: Trackers | None,
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None],
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
@@ -187,7 +189,7 @@ class Saver:
                     f"{folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
                 )
 
-    def _upload(self, tracker: Tracker, names: Sequence[str]) -> None:
+    def _upload(self, tracker: Trackers, names: Sequence[str]) -> None:
         """All but step_<N>, of which there may be thousands."""
         names = [name for name in names if not name.startswith("step_")]
         if names == ["last"]:  # an upload that is cut short must not damage the only copy

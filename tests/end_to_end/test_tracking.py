@@ -405,8 +405,42 @@ main(sys.argv[1:])
 """
 
 
+USERS_TRACKERS = """
+import json
+from pathlib import Path
+import detr_dist as dd
+
+class Sheet(dd.Tracker):
+    def __init__(self):
+        self.rows = []
+
+    def log_params(self, params):
+        self.rows.append(["params", params["batch_size"], params["logging_trackers"]])
+
+    def log_metrics(self, metrics, step):
+        self.rows.append(["metrics", step, sorted(metrics)])
+
+    def log_file(self, path, artifact_path=""):
+        self.rows.append(["file", f"{artifact_path}/{path.name}", path.stat().st_size > 0])
+
+    def log_folder(self, folder, artifact_path):
+        self.rows.append(["folder", artifact_path, len(list(folder.iterdir())) > 0])
+
+    def close(self, status, error=None):
+        Path("sheet.json").write_text(json.dumps([*self.rows, ["close", status, error]]))
+
+class Broken(dd.Tracker):
+    def log_metrics(self, metrics, step):
+        raise ConnectionError("the service is away")
+"""
+
+
 def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data: Path) -> None:
-    arguments = (*workplace._training(tiny_data, "out"), "training.max_steps=1", "logging.mlflow=false")
+    (workplace.folder / "sheets.py").write_text(USERS_TRACKERS)
+    trackers = "logging.trackers=[sheets.py:Sheet, sheets.Broken]"
+    arguments = (
+        *workplace._training(tiny_data, "out"), "training.max_steps=1", "logging.mlflow=false", trackers
+    )  # fmt: skip
     finished = subprocess.run(
         [sys.executable, "-c", WITHOUT_MLFLOW, *map(str, arguments)],
         cwd=workplace.folder,
@@ -418,6 +452,16 @@ def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data:
     assert finished.returncode == 0, finished.stderr
     out = workplace.folder / "out"
     assert not (out / "outbox").exists()
+    (warning,) = [line for line in finished.stdout.splitlines() if "Broken" in line and "warning" in line]
+    assert "the service is away" in warning
+    rows = json.loads((workplace.folder / "sheet.json").read_text())
+    assert rows[0] == ["file", "/config.yaml", True]
+    assert ["params", 4, "sheets.py:Sheet, sheets.Broken"] in rows
+    metrics = {name for kind, step, names in rows if kind == "metrics" and step == 1 for name in names}
+    assert {"train_loss", "val_map", "memory_ram_gb"} <= metrics
+    assert ["folder", "checkpoints/last", True] in rows
+    assert ["folder", "model", True] in rows
+    assert rows[-2:] == [["file", "logs/train.log", True], ["close", "FINISHED", None]]
     assert "train.log" in {path.name for path in (out / "logs").iterdir()}
     by_mlflow = mlflow.pytorch.load_model(str(out / "model"))
     by_transformers = AutoModelForObjectDetection.from_pretrained(out / "model")

@@ -12,9 +12,12 @@ OPTIONAL = {
     ("model", "num_queries"): 9,
     ("model", "dropout"): 0.1,
     ("training", "max_steps"): 7,
+    ("training", "extensions"): ["ours.py", "football.losses"],
+    ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,
     ("checkpoint", "keep_last"): 3,
     ("logging", "mlflow_run_name"): "baseline",
+    ("logging", "trackers"): ["ours.py:Sheet"],
     ("logging", "register_model_as"): "players",
 }
 """What is unset by default. A setting that joins them must be added here."""
@@ -23,7 +26,7 @@ OPTIONAL = {
 def test_every_configuration_key_that_exists_is_a_param_of_its_own() -> None:
     sections = Config().model_dump()
     for (section, key), value in OPTIONAL.items():
-        assert sections[section][key] is None
+        assert sections[section][key] in (None, [])
         sections[section][key] = value
     params = config_params(Config.model_validate(sections))
     keys = [(section, key) for section, settings in sections.items() for key in settings]
@@ -31,6 +34,14 @@ def test_every_configuration_key_that_exists_is_a_param_of_its_own() -> None:
     for section, key in keys:
         name = key if section in ("data", "model", "training") else f"{section}_{key}"
         assert params[name] is not None, name
+    assert params["extensions"] == "ours.py, football.losses"
+
+
+def test_what_is_unset_and_an_empty_list_are_none() -> None:
+    params = config_params(Config())
+    for section, key in OPTIONAL:
+        assert params[key if section in ("model", "training") else f"{section}_{key}"] is None
+    assert params["augmentation"] == "detr"
 
 
 def test_settings_that_are_mappings_are_one_text_and_hold_no_credentials() -> None:

@@ -1,15 +1,17 @@
 """Trackers that are not MLflow's, and what becomes of the log of a run."""
 
+import errno
 import logging
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from detr_dist.errors import StopRequested, TrainingError
-from detr_dist.tracking.tracker import PATIENCE_S, Status, TensorBoard, Tracker, Trackers, tracked
+from detr_dist.errors import StopRequested, TrainingError, UsageError
+from detr_dist.tracking.tracker import OwnTracker, Status, TensorBoard, Tracker, Trackers, tracked
 
 _logger = logging.getLogger("detr_dist.tests")
 
@@ -32,13 +34,22 @@ class Notebook(Tracker):
     def log_file(self, path: Path, artifact_path: str = "") -> None:
         self.files[f"{artifact_path}/{path.name}"] = path.read_text()
 
-    def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
+    def close(self, status: Status, error: str | None = None) -> None:
         self.ends.append((status, error))
 
 
 @pytest.fixture
 def notebook() -> Notebook:
     return Notebook()
+
+
+@pytest.fixture
+def forget_modules() -> Iterator[None]:
+    """Forget what a test imports from its own folder."""
+    known = set(sys.modules)
+    yield
+    for name in set(sys.modules) - known:
+        del sys.modules[name]
 
 
 @pytest.fixture
@@ -132,12 +143,87 @@ def test_of_two_threads_that_close_a_run_the_first_one_decides(
     assert "error: process 1 is lost" in log_of(notebook)
 
 
-def test_a_tracker_that_cannot_be_closed_keeps_no_other_open(
-    trackers: Trackers, notebook: Notebook, monkeypatch: pytest.MonkeyPatch
+class FullDisk(OwnTracker):
+    """Whatever it is told needs room that is not there."""
+
+    def _fail(self, *_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    log_metrics = log_folder = close = _fail
+
+
+class Broken(Tracker):
+    """Whatever it is told raises."""
+
+    def _fail(self, *_: Any, **__: Any) -> None:
+        raise KeyError("api_key")
+
+    log_params = log_metrics = log_file = log_folder = close = _fail
+
+
+def test_a_tracker_of_ours_that_fails_is_an_error_and_keeps_no_other_open(
+    trackers: Trackers, notebook: Notebook
 ) -> None:
-    broken = Notebook()
-    monkeypatch.setattr(broken, "close", lambda *_, **__: 1 / 0)
-    trackers.add(broken)
-    with pytest.raises(ZeroDivisionError):
+    trackers.add(FullDisk())
+    with pytest.raises(OSError, match="No space"):
+        trackers.log_metrics({"train_loss": 0.5}, 3)
+    with pytest.raises(OSError, match="No space"):
         trackers.close("FINISHED")
     assert notebook.ends == [("FINISHED", None)]
+
+
+def test_a_users_tracker_that_fails_is_one_warning(
+    trackers: Trackers, notebook: Notebook, tmp_path: Path, messages: list[str]
+) -> None:
+    broken = Trackers()
+    broken.add(Broken(), notebook)
+    with tracked(broken):
+        broken.log_params({"seed": 1})
+        broken.log_metrics({"train_loss": 0.5}, 3)
+        broken.log_folder(tmp_path, "model", last="weights")
+    assert notebook.metrics == [(3, {"train_loss": 0.5})]
+    assert notebook.ends == [("FINISHED", None)]
+    (warning,) = messages
+    assert "Broken" in warning
+    assert "KeyError: 'api_key'" in warning
+
+
+IN_A_FILE = """
+from pathlib import Path
+import detr_dist as dd
+
+class Folders(dd.Tracker):
+    def log_folder(self, folder: Path, artifact_path: str) -> None:
+        Path("kept").write_text(artifact_path)
+
+class Demanding(Folders):
+    def __init__(self, url: str) -> None: ...
+
+class NoTracker: ...
+"""
+
+
+def test_a_tracker_is_named_by_file_and_class_and_gets_folders_if_it_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "our_trackers.py").write_text(IN_A_FILE)
+    trackers = Trackers()
+    trackers.add(Notebook())
+    assert not trackers.keeps_files
+    trackers.add("our_trackers.py:Folders")
+    assert trackers.keeps_files
+    trackers.log_folder(tmp_path, "model", last="weights")
+    assert (tmp_path / "kept").read_text() == "model"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("Demanding", "url"), ("NoTracker", r"detr_dist\.Tracker"), ("Absent", "Absent")]
+)
+def test_a_class_that_makes_no_tracker_is_named_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None, name: str, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "our_trackers.py").write_text(IN_A_FILE)
+    with pytest.raises(UsageError, match=rf"logging\.trackers: .*{name}.*{reason}"):
+        Trackers().add(f"our_trackers.py:{name}")
