@@ -17,10 +17,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.config import TrainingConfig
 from detr_dist.environment import (
     check_environment,
     is_cpu_fallback,
@@ -101,13 +101,6 @@ def build_accelerator(
     return accelerator
 
 
-def allow_for_compiling(settings: TrainingConfig) -> None:
-    """Let collectives wait for processes that compile, unless the environment sets their limit. Call it
-    before the processes form their group."""
-    if settings.compile_model:
-        os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
-
-
 def _place() -> dict[str, Any]:
     """Where the processes compute, in Accelerate's words.
 
@@ -126,52 +119,76 @@ def _place() -> dict[str, Any]:
 
 
 @contextmanager
-def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]:
+def group_of_processes(
+    stacks_dir: Path | None = None, *, may_compile: bool = False
+) -> Iterator[PartialState]:
     """Join the processes that were launched together, until the block ends.
 
     Collective. An Accelerator that is built meanwhile joins the same group. When one of the processes is
-    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it.
+    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it. Afterwards
+    the environment and Accelerate's state are as before: the same process may do so again.
+
+    Args:
+        stacks_dir: Folder for what helps to find out why a process hangs.
+        may_compile: Whether a collective may have to wait for processes that compile.
 
     Raises:
         UsageError: there are too few GPUs.
         TrainingError: another process did not come, or was lost.
     """
     global _rendezvous
-    check_environment()
-    keep_segments_expandable()
-    if uses_cpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
-        # transformers imports it when it first saves a model; what it then keeps would outlive the group.
-        with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
-            importlib.import_module("deepspeed")
-    limit_s = collective_limit_s()
-    rendezvous = Rendezvous.of_environment(stacks_dir)
-    rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
-    if stacks_dir is not None:
-        keep_flight_records(stacks_dir)
-    # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a main
-    # thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
-    timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
-    state = PartialState(**_place(), timeout=timeout)
-    if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
-        _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
-    is_intact = False
-    _rendezvous = rendezvous
+    with _environment_restored():
+        check_environment()
+        keep_segments_expandable()
+        if uses_cpu():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
+            # transformers imports it when it first saves a model; what it then keeps would outlive the group.
+            with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
+                importlib.import_module("deepspeed")
+        if may_compile:
+            os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
+        limit_s = collective_limit_s()
+        rendezvous = Rendezvous.of_environment(stacks_dir)
+        rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
+        if stacks_dir is not None:
+            keep_flight_records(stacks_dir)
+        # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a
+        # main thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
+        timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
+        state = PartialState(**_place(), timeout=timeout)
+        if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
+            _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
+        is_intact = rendezvous.size == 1
+        _rendezvous = rendezvous
+        try:
+            with rendezvous.watched(limit_s * 6 / 5):
+                yield state
+            is_intact = True
+        except StopRequested:
+            is_intact = True
+            raise
+        except BaseException as error:
+            rendezvous.report(error)
+            raise
+        finally:
+            _rendezvous = None
+            if is_intact:  # a group that has lost a process could wait for it for minutes
+                state.destroy_process_group()
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Leave the environment variables as they were: torch, Accelerate and MLflow are told much by them."""
+    before = dict(os.environ)
     try:
-        with rendezvous.watched(limit_s * 6 / 5):
-            yield state
-        is_intact = True
-    except StopRequested:
-        is_intact = True
-        raise
-    except BaseException as error:
-        rendezvous.report(error)
-        raise
+        yield
     finally:
-        _rendezvous = None
-        if is_intact:  # a group that has lost a process could wait for it for minutes
-            state.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def collective_limit_s() -> float:
