@@ -74,7 +74,7 @@ def train(
     """
     folders = Path(train_dir), Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
-        signals = StopSignals(setup.host.hurry)
+        signals = StopSignals(setup.host.rendezvous.watch.hurry)
         is_main_thread = threading.current_thread() is threading.main_thread()
         with signals if handle_signals and is_main_thread else nullcontext():
             return _run(setup, signals, callbacks, trackers)
@@ -185,7 +185,8 @@ def _run(
                 held.enter_context(locked(setup.output_dir))
                 open_run(setup, opened)
         try:
-            with tracked(opened), host.on_failure(opened.close_after_loss):
+            host.rendezvous.before_exit = opened.close_after_loss
+            with tracked(opened):
                 with host.failing_together():
                     if host.is_main_process:
                         open_output(setup, opened, others)
