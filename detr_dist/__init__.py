@@ -40,8 +40,8 @@ _MODULES = {
 __all__ = [
     "Callback",
     "Config",
-    "DetrDistError",
     "Detections",
+    "DetrDistError",
     "Family",
     "Tracker",
     "evaluate",

@@ -98,6 +98,22 @@ def load_object(path: str, key: str) -> Any:
         raise UsageError(f"{key}: {path} cannot be imported: {as_one_line(error)}") from error
 
 
+def instantiate(path: str, key: str) -> Any:
+    """Return an object of the class at `path`, made without arguments.
+
+    Raises:
+        UsageError: there is no such class, or it needs arguments or raises; the configuration's `key` is
+            named.
+    """
+    factory = load_object(path, key)
+    try:
+        return factory()
+    except Exception as error:  # of any kind: it is the user's code
+        raise UsageError(
+            f"{key}: {path}() failed ({as_one_line(error)}); it is called without arguments"
+        ) from error
+
+
 def import_extensions(names: Iterable[str]) -> None:
     """Import modules by dotted name, or `.py` files by path; once each.
 

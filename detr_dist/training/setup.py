@@ -21,8 +21,7 @@ from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.tracking.outbox import with_credentials
-from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.deepspeed import strategy_for
+from detr_dist.training.checkpoint import Checkpoint, RunFacts
 from detr_dist.training.resume import (
     compare_with_saved,
     has_other_validation,
@@ -31,8 +30,7 @@ from detr_dist.training.resume import (
     with_saved_canvas,
 )
 from detr_dist.training.sources import Sources
-from detr_dist.training.state import RunFacts
-from detr_dist.training.strategy import Replicated
+from detr_dist.training.strategy import Replicated, strategy_for
 
 
 @dataclass(frozen=True)

@@ -79,13 +79,13 @@ class StepSync:
             StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
-        self._host.note(step=step)
+        self._host.rendezvous.note(step=step)
         try:
             group = next(groups)
         except Exception as error:  # anything else would leave the other processes waiting
             self.report_failure(error)
         image_ids = [image_id for batch in group for image_id in batch.image_ids]
-        self._host.note(step=step, image_ids=image_ids)
+        self._host.rendezvous.note(step=step, image_ids=image_ids)
         sizes_hw = [size for batch in group for size in batch.sizes_hw.tolist()] or [[0, 0]]
         heights, widths = zip(*sizes_hw, strict=True)
         stops, boxes, images, lows, highs, narrows, wides = self._exchange(
@@ -115,7 +115,8 @@ class StepSync:
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._problem = self._problem or _Problem("the weights are not finite", _NOT_FINITE)
         self._exchange(step)
-        self._host.pause_watch()  # not before: a GPU that hangs does so where the host first waits for it
+        # Not before: a GPU that hangs does so where the host first waits for it.
+        self._host.rendezvous.watch.pause()
 
     def _exchange(self, step: int, *values: float) -> list[tuple[float, ...]]:
         """The values of all processes, column by column, unless one of them has a problem."""
