@@ -16,6 +16,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.evaluator import Details, Scores
+from detr_dist.extensions import instantiate
 from detr_dist.models.detector import Detector
 from detr_dist.tracking.tracker import Tracker
 from detr_dist.training.callback import (
@@ -25,7 +26,6 @@ from detr_dist.training.callback import (
     EndEvent,
     EvaluationEvent,
     StepEvent,
-    make_instances,
 )
 from detr_dist.training.checkpoint import RunFacts
 from detr_dist.training.loop import StepDone, Training, TrainState
@@ -238,7 +238,7 @@ def test_a_class_in_the_place_of_a_callback_is_refused() -> None:
 def test_callbacks_of_the_configuration_are_made_without_arguments(tmp_path: Path) -> None:
     path = tmp_path / "own_callbacks.py"
     path.write_text("class Fine: ...\nclass NeedsOne:\n    def __init__(self, value): ...\n")
-    (made,) = make_instances([f"{path}:Fine"], "training.callbacks")
+    made = instantiate(f"{path}:Fine", "training.callbacks")
     assert type(made).__name__ == "Fine"
     with pytest.raises(UsageError, match=r"training\.callbacks: .*NeedsOne\(\) failed: TypeError"):
-        make_instances([f"{path}:NeedsOne"], "training.callbacks")
+        instantiate(f"{path}:NeedsOne", "training.callbacks")
