@@ -26,7 +26,16 @@ BASE = {
     "text",
 }
 MAY_IMPORT: dict[str, set[str]] = {
-    "__init__": {"config", "errors", "extensions", "inference", "training", "tracking", "models"},
+    "__init__": {
+        "config",
+        "errors",
+        "evaluation",
+        "extensions",
+        "inference",
+        "training",
+        "tracking",
+        "models",
+    },
     "__main__": {"cli"},
     "cli": BASE
     | {
