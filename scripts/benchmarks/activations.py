@@ -2,7 +2,7 @@
 
     python scripts/benchmarks/activations.py [--size-hw 800 1333] [section.key=value ...]
 
-Trains a ResNet-50 with frozen batch norm and first stage, as from ImageNet weights, in float32 and bf16,
+Uses a ResNet-50 with frozen batch norm and first stage, as from ImageNet weights, in float32 and bf16,
 with and without `training.gradient_checkpointing`. Counts what autograd keeps for a second image, on CUDA
 tensors with a shape but no content. No GPU is needed, and the count is exact for the assumed kernels
 (memory-efficient attention). Temporary memory of allocator, gradients and kernels comes on top, as do the

@@ -27,10 +27,7 @@ import detr_dist.training.trainer  # noqa: F401
 from detr_dist.cli import main as run_command
 
 EXACT = ["training.mixed_precision=no", "training.tf32=false"]
-NO_CHANCE = [
-    "model.dropout=0",
-    "data.augmentation=none",
-]  # no randomness, so that different processes see the same images
+NO_CHANCE = ["model.dropout=0", "data.augmentation=none"]  # all processes see the same images
 LOSSES_APART = 1e-4  # relative, between one process and two in float32: another order of sums, over ten steps
 
 

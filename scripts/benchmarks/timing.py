@@ -94,9 +94,8 @@ def reset_peak_memory(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # Linux: resets the peak to the current size
+        # Linux: resets the peak to the current size.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_mib(device: torch.device | str) -> float:
