@@ -119,8 +119,8 @@ class Workbench:
         self.mask = torch.zeros(self.images[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(self.mask, self.batch.sizes_hw.tolist(), strict=True):
             mask[:height, :width] = True
-        # Without gradients, because these would compile the regions again. Two rows call the network directly,
-        # which keeps the attention mask of the last call.
+        # Two rows bypass the detector; their network keeps the attention masking of this call. Without
+        # gradients, which would compile the regions again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             for detector in (self.setup.detector, self.library):
                 detector(self.images, self.sizes_hw, self.is_padded)
