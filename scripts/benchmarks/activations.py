@@ -1,12 +1,12 @@
-"""Memory that each image's activations take between forward and backward pass, of every architecture.
+"""Count the memory of each image's activations between forward and backward pass, for every architecture.
 
     python scripts/benchmarks/activations.py [--size-hw 800 1333] [section.key=value ...]
 
-A ResNet-50 whose batch norm and first stage do not learn, as from ImageNet's weights, in training, in float32
-and bf16, with and without `training.gradient_checkpointing`. Counts what autograd keeps of a second image, on
-CUDA tensors that have a shape and no content: exact for the kernels that are assumed (memory-efficient
-attention), and no GPU is needed. What allocator, gradients and kernels take for a moment comes on top, and
-what is inside a layer or stage while it is computed again.
+Uses a ResNet-50 with frozen batch norm and first stage, as from ImageNet weights, in float32 and bf16,
+with and without `training.gradient_checkpointing`. Counts what autograd keeps for a second image, on CUDA
+tensors with a shape but no content. No GPU is needed, and the count is exact for the assumed kernels
+(memory-efficient attention). Temporary memory of allocator, gradients and kernels comes on top, as do the
+activations inside a layer or stage while it is recomputed.
 """
 
 import tempfile
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def move_to_fake_gpu(detector: nn.Module) -> None:
-    """Replace all weights by ones without content; layers that share theirs still do."""
+    """Replace all weights by tensors without content, and keep shared weights shared."""
     moved: dict[int, Tensor] = {}
     for module in detector.modules():
         for tensors in (module._parameters, module._buffers):
@@ -70,8 +70,8 @@ def move_to_fake_gpu(detector: nn.Module) -> None:
 
 @contextmanager
 def efficient_attention() -> Iterator[None]:
-    """Let attention be the kernel that a GPU takes: without one torch would choose that which keeps all
-    weights of attention."""
+    """Use the attention kernel of a GPU. Without a GPU torch would choose one that keeps all attention
+    weights."""
 
     def attend(
         query: Tensor,
@@ -99,10 +99,10 @@ def kept_mib(detector: Detector, num_images: int, size_hw: list[int], precision:
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other takes its address
+        kept[storage._cdata] = storage  # kept alive, so that its address is not reused
         return tensor
 
-    # torch.autocast would turn itself off where there is no GPU.
+    # torch.autocast turns itself off without a GPU.
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     torch.set_autocast_enabled("cuda", precision == "bf16")
     try:

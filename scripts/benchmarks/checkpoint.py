@@ -1,11 +1,11 @@
-"""How long training waits for a checkpoint, against how long the complete save takes.
+"""Compare the time that training waits for a checkpoint with the time of the complete save.
 
     python scripts/benchmarks/checkpoint.py [--folder DIR] [--rounds 5] [--ema] [--device cuda]
         [--json FILE]
 
-Saves a DETR with a ResNet-50 and the state of its optimizer, as a run does: copied to the host while training
-waits, then written, flushed to disk and hashed in the background. The goal is that training waits at most a
-third.
+Saves a DETR with a ResNet-50 and its optimizer state as a run does: training waits for the copy to the
+host, then the copy is written, flushed to disk and hashed in the background. Goal: training waits at most a
+third of the time.
 """
 
 import statistics
@@ -38,7 +38,7 @@ GOAL = 1 / 3
 
 
 def build_training(device: str, *, ema_decay: float) -> tuple[Training, Detector, RunFacts]:
-    """A run after its first step: every parameter has its optimizer state."""
+    """Return a run after its first step, in which every parameter has optimizer state."""
     config = Config(
         model=ModelConfig(pretrained_backbone=False), training=TrainingConfig(ema_decay=ema_decay)
     )
@@ -82,7 +82,7 @@ def build_training(device: str, *, ema_decay: float) -> tuple[Training, Detector
 def measure(
     folder: Path, rounds: int, training: Training, detector: Detector, facts: RunFacts
 ) -> dict[str, float]:
-    """Medians over the rounds, after one that does not count."""
+    """Return medians over the rounds, after one warm-up round."""
     saver = Saver(
         folder, keep_last=2, tracker=None, pack_model=lambda weights, card: None, callbacks=Callbacks()
     )
@@ -108,7 +108,7 @@ def measure(
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--folder", type=Path, help="where to write; a temporary folder if left out")
+    parser.add_argument("--folder", type=Path, help="folder to write to (default: a temporary folder)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--ema", action="store_true", help="save a moving average of the weights as well")
     parser.add_argument("--device", default="cpu")

@@ -1,8 +1,8 @@
-"""Time of our criterion, forward and backward, beside that of the transformers library.
+"""Compare forward and backward time of our criterion with that of the transformers library.
 
     python scripts/benchmarks/criterion.py [--device cuda] [--threads 2] [--json FILE]
 
-Both take turns in one process. The goal is a quarter of the library's time.
+Both alternate in one process. Goal: a quarter of the library's time.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ NUM_IMAGES, NUM_LAYERS, NUM_QUERIES, NUM_BOXES, NUM_CLASSES = 8, 6, 100, 20, 91
 
 
 def settings_for(kind: ClassKind) -> LossSettings:
-    """The published weights of the family; the library's total counts the class loss once in both."""
+    """Return the published weights of the family; the library's total counts the class loss once in both."""
     return LossSettings(
         kind=kind,
         cost_class=1.0 if kind == "softmax" else 2.0,
@@ -36,7 +36,7 @@ def settings_for(kind: ClassKind) -> LossSettings:
 
 
 def random_problem(kind: ClassKind, device: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Predictions with gradient, labels and boxes of one batch, the same at every call."""
+    """Return predictions with gradients, labels and boxes of one batch, the same at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*shape: int) -> Tensor:
@@ -85,7 +85,7 @@ def library_loss(settings: LossSettings, outputs: dict[str, Tensor], labels: Ten
 
 
 def compare(kind: ClassKind, device: str, rounds: int) -> dict[str, Any]:
-    """Median times of both criteria, forward and backward, and how far their losses lie apart."""
+    """Return median times of both criteria, forward and backward, and the difference of their losses."""
     settings = settings_for(kind)
     outputs, labels, boxes = random_problem(kind, device)
     losses: dict[str, Tensor] = {}

@@ -1,12 +1,12 @@
-"""Time and memory of scoring predictions, beside pycocotools on the same ones.
+"""Compare time and memory of scoring predictions with pycocotools on the same predictions.
 
     python scripts/benchmarks/evaluation.py [--images 5000] [--detections 100] [--classes 80]
         [--json FILE]
 
-Each measurement is a process of its own, forked from one that holds the data, so that the peak of its memory
-is its own growth. Ours is all that follows the network: records of all batches put together, COCO's metrics,
-precision, recall, F1, thresholds and confusions. pycocotools reads its results, evaluates, accumulates and
-summarises.
+Each measurement runs in its own process, forked from one that holds the data, so that its peak memory is
+its own growth. Ours is everything after the network: concatenating the records of all batches, COCO
+metrics, precision, recall, F1, thresholds and the confusion matrix. pycocotools reads its results,
+evaluates, accumulates and summarises.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ BATCH = 8
 
 
 def scene(num_images: int, num_detections: int, num_classes: int) -> tuple[CocoData, list[DetectionRecords]]:
-    """COCO-like truth and detections, a third of them on a box, in batches as they come from a network."""
+    """Return COCO-like annotations and batches of detections, a third of which lie on a box."""
     rng = np.random.default_rng(0)
     num_boxes = num_images * BOXES_OF_IMAGE
     corners = rng.uniform(0, 500, (num_boxes, 2))
@@ -107,7 +107,7 @@ def reference(truth: COCO, results: list[dict[str, Any]]) -> float:
 
 
 def measured(function: Callable[[], float]) -> dict[str, float]:
-    """Seconds, growth of the peak memory in MiB, and the result, in a process of its own."""
+    """Return seconds, growth of the peak memory in MiB, and the result, measured in a new process."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(function, sender))
@@ -129,9 +129,9 @@ def _measure(function: Callable[[], float], sender: Connection) -> None:
 def main() -> None:
     parser = command_line(__doc__)
     parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--detections", type=int, default=100, help="of each image")
+    parser.add_argument("--detections", type=int, default=100, help="per image")
     parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each, alternating")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating measurements of each")
     args = parser.parse_args()
     data, batches = scene(args.images, args.detections, args.classes)
     records = DetectionRecords.concatenate(batches)
@@ -144,7 +144,7 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
     for result, category_id in zip(results, records.labels.tolist(), strict=True):
-        result["category_id"] = category_id  # as the truth counts them
+        result["category_id"] = category_id  # ids of the annotations
     del records
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "pycocotools": []}
     for _ in range(args.rounds):

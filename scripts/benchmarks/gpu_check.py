@@ -1,4 +1,4 @@
-"""The steps of gpu_check.sh: each in a process of its own with a time limit, the most valuable first.
+"""Run the steps of gpu_check.sh, each in its own process with a time limit, the most valuable first.
 
 Every process is forked from this one, which has imported what they need and never touches the GPU.
 """
@@ -25,12 +25,12 @@ import torch
 from gpu_check_findings import Check, Findings, Skipped, read_findings
 from timing import LIBRARIES
 
-LEAST_S = 10  # what is left must suffice for something
+LEAST_S = 10  # a step with less time is not worth starting
 NO_GPU, SKIPPED = 3, 4  # exit codes of a step's process
 
 
 def environment(check: Check) -> None:
-    """Report versions, and the GPU with what torch sets for it."""
+    """Report versions, the GPU, and torch's settings for it."""
     check.figures(python=platform.python_version(), **{library: version(library) for library in LIBRARIES})
     if check.on_gpu:
         gpu = torch.cuda.get_device_properties(0)
@@ -40,7 +40,7 @@ def environment(check: Check) -> None:
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the result."""
+    """A step, which is one line of the result."""
 
     name: str
     limit_s: int
@@ -82,21 +82,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for logs and results")
-    parser.add_argument("--seconds", type=float, default=540, help="for all steps together")
-    parser.add_argument("--steps", default="", help="only these, separated by spaces")
+    parser.add_argument("--seconds", type=float, default=540, help="time limit of all steps together")
+    parser.add_argument("--steps", default="", help="run only these steps, separated by spaces")
     options = parser.parse_args()
     wanted = options.steps.split() or [step.name for step in STEPS]
     unknown = set(wanted) - {step.name for step in STEPS}
     if unknown:
         parser.error(
-            f"there are no steps {', '.join(sorted(unknown))}; {', '.join(s.name for s in STEPS)} are"
+            f"unknown steps: {', '.join(sorted(unknown))}; choose from {', '.join(s.name for s in STEPS)}"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     raise SystemExit(run_all([step for step in STEPS if step.name in wanted], options))
 
 
 def run_all(steps: list[Step], options: argparse.Namespace) -> int:
-    """Print a line for each step and write them all down. Returns 1 if one failed, else 0."""
+    """Print and write a line for each step. Return 1 if one failed, else 0."""
     ends_at = time.monotonic() + options.seconds
     context, on_gpu = find_gpu(options.out)
     found: dict[str, dict[str, Any]] = {}
@@ -121,7 +121,7 @@ def run_all(steps: list[Step], options: argparse.Namespace) -> int:
 
 
 def find_gpu(out: Path) -> tuple[Any, bool]:
-    """Return how to start processes that can use the GPU, and whether there is one."""
+    """Return a multiprocessing context whose processes can use the GPU, and whether there is a GPU."""
     for method in ("fork", "spawn"):
         context = multiprocessing.get_context(method)
         process = context.Process(target=touch_gpu, args=(out / "gpu.log",))
@@ -129,7 +129,7 @@ def find_gpu(out: Path) -> tuple[Any, bool]:
         process.join()
         if process.exitcode in (0, NO_GPU):
             return context, process.exitcode == 0
-    raise SystemExit(f"torch finds a GPU and cannot use it: {last_line(out / 'gpu.log')}")
+    raise SystemExit(f"torch finds a GPU but cannot use it: {last_line(out / 'gpu.log')}")
 
 
 def touch_gpu(log_path: Path) -> None:
@@ -140,7 +140,7 @@ def touch_gpu(log_path: Path) -> None:
 
 
 def run_step(context: Any, step: Step, check: Check, limit_s: float) -> tuple[str, str]:
-    """Return PASS, FAIL or SKIP, and what there is to say."""
+    """Return PASS, FAIL or SKIP, and a description."""
     check.path.unlink(missing_ok=True)
     log_path = check.out / f"{step.name}.log"
     process = context.Process(target=run_in_process, args=(step, check, log_path))
@@ -176,7 +176,7 @@ def run_in_process(step: Step, check: Check, log_path: Path) -> None:
 
 
 def redirect_output(log_path: Path) -> None:
-    """Send all that this process and its children print to a new file."""
+    """Redirect the output of this process and its children to a new file."""
     descriptor = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

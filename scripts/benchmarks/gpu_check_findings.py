@@ -1,4 +1,4 @@
-"""What a step of gpu_check.py has to work with, and where it writes what it found."""
+"""The inputs of a step of gpu_check.py, and its results on disk."""
 
 import json
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import Any, NoReturn
 
 
 class Skipped(Exception):
-    """A step cannot be run here, for the reason given."""
+    """A step cannot run on this host, for the given reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One step. What it reports is on disk at once, so that a crash or a time limit loses none of it."""
+    """A step. Its results are written at once, so that a crash or a time limit loses none of them."""
 
     name: str
     repository: Path
@@ -21,28 +21,28 @@ class Check:
 
     @property
     def path(self) -> Path:
-        """Of what the step reports, one JSON object a line."""
+        """Return the path of the results, one JSON object per line."""
         return self.out / f"{self.name}.jsonl"
 
     def sized(self, on_gpu: int, on_cpu: int) -> int:
-        """Return the one for this device."""
+        """Return the size for this device."""
         return on_gpu if self.on_gpu else on_cpu
 
     def figures(self, **values: Any) -> None:
-        """Report measured values by their names."""
+        """Report measured values by name."""
         self._write(values)
 
     def expect(self, is_so: bool, failure: str) -> None:
-        """Report that the step failed, with the reason, unless it `is_so`. The step continues."""
+        """Report a failure with its reason unless `is_so`. The step continues."""
         if not is_so:
             self._write({"failed": failure})
 
     def expect_on_gpu(self, is_so: bool, failure: str) -> None:
-        """The same for speed, which proves nothing at the reduced size of the CPU."""
+        """Report a failure on a GPU only: speed proves nothing at the reduced size of the CPU."""
         self.expect(is_so or not self.on_gpu, failure)
 
     def needs_gpu(self, reason: str) -> None:
-        """Skip the rest of the step where there is no GPU."""
+        """Skip the rest of the step without a GPU."""
         if not self.on_gpu:
             self.skip(f"no GPU: {reason}")
 
@@ -50,7 +50,7 @@ class Check:
         raise Skipped(reason)
 
     def figures_of(self, step: str) -> dict[str, Any]:
-        """Return what an earlier step measured; empty if it was not run."""
+        """Return the values of an earlier step, or an empty mapping if it did not run."""
         return read_findings(self.out / f"{step}.jsonl").figures
 
     def _write(self, values: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a step has reported so far."""
+    """The results of a step so far."""
 
     figures: dict[str, Any]
     failures: list[str]

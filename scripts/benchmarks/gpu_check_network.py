@@ -1,7 +1,7 @@
-"""Steps of gpu_check.py that take the network in hand: its speed, its memory, its precision, its waits.
+"""Steps of gpu_check.py that measure the network: speed, memory, precision and host-device synchronisations.
 
-On a GPU it is the network that configs/training.yaml trains, with random weights in place of ImageNet's; on
-the CPU a tiny one, for which speed proves nothing.
+On a GPU it is the network of configs/training.yaml with random weights instead of ImageNet weights. On the
+CPU it is a tiny network, for which speed proves nothing.
 """
 
 import collections
@@ -41,7 +41,7 @@ DEFORMABLE = [
     "model.model_architecture=deformable_detr",
     "model.num_queries=300",
 ]
-SMALL = [  # a network and images for the CPU, and for runs that only compare losses
+SMALL = [  # for the CPU, and for runs that only compare losses
     "data.shortest_edge=64",
     "data.longest_edge=96",
     "model.backbone={model_type: resnet, layer_type: basic, embedding_size: 16, "
@@ -53,7 +53,7 @@ SMALL = [  # a network and images for the CPU, and for runs that only compare lo
     "model.num_decoder_layers=2",
     "model.num_queries=40",
 ]
-PEAK_TFLOPS = {  # dense, by the makers' data sheets: bf16 and fp16, TF32, float32
+PEAK_TFLOPS = {  # dense, from the data sheets: bf16 and fp16, TF32, float32
     "H100 PCIe": (756, 378, 51),
     "H100": (989, 495, 67),
     "H200": (989, 495, 67),
@@ -61,8 +61,8 @@ PEAK_TFLOPS = {  # dense, by the makers' data sheets: bf16 and fp16, TF32, float
     "L40S": (362, 183, 91.6),
     "L4": (121, 60, 30.3),
 }
-MOST_ON_GRID = 0.05  # of all coordinates: by chance it is one in thousands
-MOST_PIXELS_APART = 0.3  # of boxes in half precision, of 1333, on average
+MOST_ON_GRID = 0.05  # fraction of all coordinates; by chance it is one in thousands
+MOST_PIXELS_APART = 0.3  # mean error of boxes in half precision, in pixels of 1333
 
 
 def write_all_data(check: Check) -> None:
@@ -72,7 +72,7 @@ def write_all_data(check: Check) -> None:
     make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)
     pictures = load_coco(check.out / "scenes" / "train")
     if check.on_gpu:
-        # Not in a step that forks: the fork of a process that has computed on several threads hangs.
+        # Not in a step that forks: a fork of a process that has computed on several threads hangs.
         taken_apart.without_download(check.out)
         (check.out / "photos").mkdir()
         pictures = write_data(check.out / "photos", write_photos(check.out / "photos", (768, 1280)))
@@ -83,7 +83,7 @@ def write_all_data(check: Check) -> None:
 
 
 def settings_for(check: Check) -> list[str]:
-    """Return what the shipped configuration is changed by for this device."""
+    """Return the overrides of the shipped configuration for this device."""
     if not check.on_gpu:
         return [*SMALL, "data.augmentation=light", "data.num_workers=1", "training.batch_size=2"]
     users = taken_apart.without_download(check.out)
@@ -91,14 +91,14 @@ def settings_for(check: Check) -> list[str]:
 
 
 def configured(check: Check, overrides: Sequence[str]) -> Config:
-    """Return the configuration of a run in which nothing but steps happens."""
+    """Return the configuration of a run that only trains, without evaluation plots or TensorBoard."""
     return load_config(
         check.repository / "configs" / "training.yaml",
         [
             *settings_for(check),
             *overrides,
             "training.num_epochs=1",
-            "training.warmup_steps=1000000",  # so that the steps taken here teach next to nothing
+            "training.warmup_steps=1000000",  # so that these steps barely change the weights
             "evaluation.pictures=false",
             f"logging.mlflow_tracking_uri=sqlite:///{check.out / 'mlflow.db'}",
             "logging.tensorboard=false",
@@ -107,7 +107,7 @@ def configured(check: Check, overrides: Sequence[str]) -> Config:
 
 
 def laid_out(check: Check, overrides: Sequence[str], held: ExitStack) -> taken_apart.Workbench:
-    """Return a run that is ready to train, in this process."""
+    """Return a run that is ready to train in this process."""
     config = configured(check, overrides)
     set_numerics(config.training)
     held.enter_context(group_of_processes())
@@ -119,9 +119,9 @@ def laid_out(check: Check, overrides: Sequence[str], held: ExitStack) -> taken_a
 
 
 def time_step(check: Check, overrides: Sequence[str], *, gpu_only: bool = False) -> None:
-    """Report the time of a step as training takes it, its rate of operations, and its memory."""
+    """Report the time, operation rate and memory of a training step."""
     if gpu_only:
-        check.needs_gpu("measured there only")
+        check.needs_gpu("measured on a GPU only")
     with ExitStack() as held:
         bench = laid_out(check, overrides, held)
         settings = bench.setup.config.training
@@ -162,7 +162,7 @@ def median_s(action: Any, bench: taken_apart.Workbench) -> float:
 
 
 def peak_tflops(precision: str, *, tf32: bool) -> float | None:
-    """Return what the maker states for this GPU, or None for one that is not in the table."""
+    """Return the nominal peak of this GPU, or None if it is not in the table."""
     gpu = torch.cuda.get_device_name()
     for name, (half, tensor_float, single) in PEAK_TFLOPS.items():
         if name in gpu:
@@ -171,7 +171,7 @@ def peak_tflops(precision: str, *, tf32: bool) -> float | None:
 
 
 def gib_an_image(bench: taken_apart.Workbench) -> float:
-    """Return the most memory of a step beside what stays between two steps."""
+    """Return the peak memory per image of a step, without the memory that stays allocated between steps."""
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     bench.with_loop()
@@ -180,11 +180,11 @@ def gib_an_image(bench: taken_apart.Workbench) -> float:
 
 
 def compare_boxes(check: Check) -> None:
-    """Compare the boxes in half precision with those in float32: close, and finer than half precision."""
+    """Check that boxes in half precision are close to float32, and finer than half precision."""
     with ExitStack() as held:
         bench = laid_out(check, FLOAT32, held)
         for name, weight in bench.setup.detector.named_parameters():
-            if "bbox" in name and weight.ndim == 2:  # or all boxes would be the same
+            if "bbox" in name and weight.ndim == 2:  # otherwise all boxes would be equal
                 nn.init.normal_(weight, std=0.6 * weight.shape[1] ** -0.5)
         exact = boxes_of(bench, "no")
         for name, dtype in {"bf16": torch.bfloat16, "fp16": torch.float16}.items():
@@ -209,8 +209,8 @@ def boxes_of(bench: taken_apart.Workbench, precision: str) -> Tensor:
 
 
 def count_waits(check: Check) -> None:
-    """Count how often a step makes the host wait for the GPU: once, for the costs of the assignment."""
-    check.needs_gpu("the host has nothing to wait for")
+    """Count how often the host waits for the GPU in a step; expected once, for the assignment costs."""
+    check.needs_gpu("the host never waits for a device")
     with ExitStack() as held:
         bench = laid_out(check, ["training.mixed_precision=bf16"], held)
         for _ in range(3):
@@ -228,7 +228,7 @@ def count_waits(check: Check) -> None:
 
 
 def time_new_canvases(check: Check) -> None:
-    """Compare steps on canvases of new sizes with steps on the same sizes once more."""
+    """Compare the first step on each new canvas size with a second step on the same size."""
     least, step = (704, 64) if check.on_gpu else (64, 32)
     sizes_hw = [
         (least + step * i, 3 * least // 2 // step * step + step * (5 * i % 6))
@@ -256,7 +256,7 @@ def seconds_on(bench: taken_apart.Workbench, size_hw: tuple[int, int]) -> float:
 
 
 def time_criterion(check: Check) -> None:
-    """Time the criterion by itself beside the library's."""
+    """Compare the time of the criterion with the library's."""
     check.needs_gpu("criterion.py measures it on the CPU")
     program, path = check.repository / "scripts" / "benchmarks" / "criterion.py", check.out / "criterion.json"
     subprocess.run([sys.executable, program, "--device", "cuda", "--json", path], check=True)

@@ -1,4 +1,4 @@
-"""Steps of gpu_check.py that train and evaluate by the real command, and compare what comes out."""
+"""Steps of gpu_check.py that train and evaluate with the real command and compare the results."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# What commands need, imported once for all of their processes: it takes seconds.
+# Imported once for the processes of all commands, because it takes seconds.
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import torch
 from gpu_check_findings import Check
@@ -27,12 +27,12 @@ import detr_dist.training.trainer  # noqa: F401
 from detr_dist.cli import main as run_command
 
 EXACT = ["training.mixed_precision=no", "training.tf32=false"]
-NO_CHANCE = ["model.dropout=0", "data.augmentation=none"]  # for runs whose processes see the same images
-LOSSES_APART = 1e-4  # relative, of one process and two in float32: sums in another order, over ten steps
+NO_CHANCE = ["model.dropout=0", "data.augmentation=none"]  # all processes see the same images
+LOSSES_APART = 1e-4  # relative, between one process and two in float32: another order of sums, over ten steps
 
 
 def time_training(check: Check, overrides: Sequence[str]) -> None:
-    """Train by the real command; on a GPU with 12 loader processes."""
+    """Train with the real command, on a GPU with 12 loader processes."""
     settings = settings_for(check)
     if check.on_gpu:
         settings += [*overrides, "data.num_workers=12"]
@@ -78,7 +78,7 @@ def compare_evaluations(check: Check) -> None:
 
 
 def compare_one_process_with_two(check: Check) -> None:
-    """Train with one process and with two, on the same GPU, that see the same images in each step."""
+    """Train on the same images with one process and with two processes on the same GPU."""
     for tf32 in (False, True) if check.on_gpu else (False,):
         way = [*NO_CHANCE, *EXACT, f"training.max_steps={check.sized(10, 2)}"]
         way += ["training.tf32=true"] if tf32 else []
@@ -91,7 +91,7 @@ def compare_one_process_with_two(check: Check) -> None:
 
 
 def compare_resumed_with_uninterrupted(check: Check) -> None:
-    """Train without interruption and with one; on a GPU in fp16, whose loss scale is resumed too."""
+    """Compare an uninterrupted run with a resumed one; on a GPU in fp16, whose loss scale is resumed too."""
     way = ["training.num_epochs=20", f"training.mixed_precision={'fp16' if check.on_gpu else 'no'}"]
     num_steps = check.sized(40, 4)
     whole = train(check, "uninterrupted", *way, f"training.max_steps={num_steps}")
@@ -101,14 +101,14 @@ def compare_resumed_with_uninterrupted(check: Check) -> None:
     speeds = [statistics.median(run.history("train_images_per_s")[-10:]) for run in (whole, resumed)]
     check.figures(losses_apart=losses_apart, images_per_s=speeds[0], resumed_images_per_s=speeds[1])
     if check.on_gpu:  # equal to rounding, which 20 more steps amplify
-        check.expect(losses_apart < 0.05, "a resumed run is another than the uninterrupted one")
+        check.expect(losses_apart < 0.05, "a resumed run differs from the uninterrupted one")
         check.expect(speeds[1] > 0.8 * speeds[0], "a resumed run is slower than the uninterrupted one")
     else:
-        check.expect(losses_apart == 0, "a resumed run is not the uninterrupted one bit for bit")
+        check.expect(losses_apart == 0, "a resumed run does not equal the uninterrupted one bit for bit")
 
 
 def compare_two_runs(check: Check) -> None:
-    """Train the same twice, as usual and with `training.deterministic`."""
+    """Train twice in the same way, by default and with `training.deterministic`."""
     ways = {"default": "false", "deterministic": "true"} if check.on_gpu else {"deterministic": "true"}
     for name, setting in ways.items():
         way = [f"training.max_steps={check.sized(20, 2)}", f"training.deterministic={setting}"]
@@ -118,8 +118,8 @@ def compare_two_runs(check: Check) -> None:
 
 
 def run_out_of_memory(check: Check) -> None:
-    """Train with less memory than it takes: one line has to say so, at once."""
-    check.needs_gpu("the CPU's memory is not ours to use up")
+    """Train with too little memory; expect one error line at once."""
+    check.needs_gpu("host memory must not be exhausted")
     path = check.out / "out_of_memory.txt"
     path.unlink(missing_ok=True)
     child = start(
@@ -135,8 +135,8 @@ def run_out_of_memory(check: Check) -> None:
 
 
 def launch(check: Check, config_name: str) -> None:
-    """Train one process by `accelerate launch` with a shipped file of settings."""
-    check.needs_gpu("tests start the files for the CPU")
+    """Train one process with `accelerate launch` and a shipped configuration file."""
+    check.needs_gpu("the tests cover the files for the CPU")
     if "deepspeed" in config_name and importlib.util.find_spec("deepspeed") is None:
         check.skip("deepspeed is not installed")
     shutil.rmtree(check.out / config_name, ignore_errors=True)
@@ -144,7 +144,7 @@ def launch(check: Check, config_name: str) -> None:
     launcher = ["-m", "accelerate.commands.launch", "--config_file", file, "--num_processes", "1"]
     script = check.repository / "scripts" / "train_detr.py"
     more = ["training.mixed_precision=bf16", "training.max_steps=20", "logging.memory_every_steps=5"]
-    _, *arguments = training_arguments(check, config_name, *SMALL, *more)  # the script stands for `train`
+    _, *arguments = training_arguments(check, config_name, *SMALL, *more)  # the script replaces `train`
     subprocess.run([*map(str, [sys.executable, *launcher, script, *arguments])], check=True)
     run = Run(check.out / config_name)
     check.figures(
@@ -155,7 +155,7 @@ def launch(check: Check, config_name: str) -> None:
 
 
 class Run:
-    """What a training has left in its folder and in MLflow."""
+    """The results of a run, from its output folder and MLflow."""
 
     def __init__(self, output_dir: Path) -> None:
         self._results = json.loads((output_dir / "results.json").read_text())
@@ -181,7 +181,7 @@ def train(
     """Train to the end.
 
     Raises:
-        RuntimeError: it ended otherwise; what it printed is in the step's log.
+        RuntimeError: training failed; its output is in the log of the step.
     """
     if "--resume" not in arguments:
         shutil.rmtree(check.out / output, ignore_errors=True)
@@ -190,7 +190,7 @@ def train(
 
 
 def training_arguments(check: Check, output: str, *more: str, data: str = "scenes") -> list[str]:
-    """Return what follows `detr-dist`."""
+    """Return the arguments of `detr-dist`."""
     config = check.repository / "configs" / "training.yaml"
     train_dir, val_dir = (check.out / data / split for split in ("train", "val"))
     paths = {"config": config, "train-dir": train_dir, "val-dir": val_dir, "output-dir": check.out / output}
@@ -211,7 +211,7 @@ def training_arguments(check: Check, output: str, *more: str, data: str = "scene
 def command(
     arguments: Sequence[Any], *, environment: Mapping[str, str] | None = None, num_processes: int = 1
 ) -> None:
-    """Run a command of detr-dist, in several processes on the one GPU if wanted.
+    """Run a command of detr-dist in `num_processes` processes on one GPU.
 
     Raises:
         RuntimeError: a process ended with an error.
@@ -233,7 +233,7 @@ def command(
 
 
 def environment_of(rank: int, num_processes: int, port: int) -> dict[str, str]:
-    """Return what a launcher sets for each process, as if each were alone on a host: they share its GPU."""
+    """Return a launcher's variables for a process that is alone on its host, so that all use the same GPU."""
     if num_processes == 1:
         return {}
     numbers = {"RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
@@ -242,7 +242,7 @@ def environment_of(rank: int, num_processes: int, port: int) -> dict[str, str]:
 
 
 def use_gloo() -> None:
-    """Let the processes exchange gradients over gloo: NCCL refuses two processes on one GPU."""
+    """Exchange gradients over gloo, because NCCL refuses two processes on one GPU."""
     original = torch.distributed.init_process_group
 
     def init_process_group(*_: Any, **options: Any) -> None:
@@ -258,7 +258,7 @@ def start(
     output: Path | None = None,
     before: Callable[[], object] | None = None,
 ) -> Any:
-    """Start a command in a process that is forked from this one, which has imported all that it needs."""
+    """Start a command in a fork of this process, which has imported everything that it needs."""
     run = multiprocessing.get_context("fork").Process(
         target=run_forked, args=(arguments, environment or {}, output, before)
     )
@@ -284,8 +284,8 @@ def run_forked(
 
 
 def free_port() -> int:
-    """Return one below those from which clients connect."""
+    """Return a free port below the ephemeral range."""
     for port in itertools.count(20000 + os.getpid() % 10000):
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port
-    raise AssertionError("count() has no end")
+    raise AssertionError("count() never ends")

@@ -1,13 +1,13 @@
-"""How fast one core makes batches of JPEGs: ours, Pillow's decoding alone, and transformers' example.
+"""Compare how fast one core makes batches of JPEGs: ours, Pillow's decoding alone, and transformers' example.
 
     python scripts/benchmarks/loader.py [--images FOLDER] [--size-hw 720 1280] [--edges 800 1333]
 
-Seconds are those of one processor, so that a busy machine counts less. Ours augments with `light`. The
-example (examples/pytorch/object-detection there) opens with Pillow, flips and changes brightness and contrast
-with albumentations if that is installed (nothing if not: it is then faster than it would be), and lets
-DetrImageProcessor resize, normalise and pad; both run in a loader process. Pillow has two speeds, and chance
-decides which: the C library may ask the system for new memory for every image, or keep what it has. Each
-row of Pillow's fixes that, in its own process.
+Times are CPU seconds, which depend less on the load of the host. Ours augments with `light`. The example
+(examples/pytorch/object-detection there) opens images with Pillow, flips and changes brightness and
+contrast with albumentations if installed (otherwise it augments nothing and is faster), and resizes,
+normalises and pads with DetrImageProcessor. Both run in a loader process. Pillow's speed varies, because
+the C library may request new memory from the system for every image or keep what it has; each Pillow row
+fixes this in its own process.
 """
 
 import importlib.util
@@ -55,7 +55,7 @@ KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1000000000", "MALLOC_TRIM_THRESHOLD_":
 
 
 class ExampleDataset(Dataset[tuple[NDArray[np.uint8], dict[str, Any]]]):
-    """Images and COCO annotations as the example's transform leaves them."""
+    """Images and COCO annotations after the example's transform."""
 
     def __init__(self, data: CocoData) -> None:
         self.data = data
@@ -98,7 +98,7 @@ class ExampleCollate:
 
 
 class LoaderProcess:
-    """One loader process that stays between rounds."""
+    """A loader process that persists between rounds."""
 
     def __init__(self, dataset: Dataset[Any], keys: Sequence[Any], collate_fn: Callable[..., Any]) -> None:
         batches = [keys[first : first + BATCH_SIZE] for first in range(0, len(keys), BATCH_SIZE)]
@@ -111,7 +111,7 @@ class LoaderProcess:
         self._process = psutil.Process(child.pid)
 
     def seconds(self) -> float:
-        """Processor time of an epoch; that includes handing the batches over through shared memory."""
+        """Return the CPU seconds of an epoch, including the transfer of batches through shared memory."""
         before = self._process.cpu_times()
         for _ in self._loader:
             pass
@@ -120,7 +120,7 @@ class LoaderProcess:
 
 
 def num_bytes(batch: Batch | dict[str, Any]) -> int:
-    """Of a batch's images, as they go to the device."""
+    """Return the bytes of a batch's images as sent to the device."""
     tensors: list[Tensor] = (
         [batch["pixel_values"], batch["pixel_mask"]] if isinstance(batch, dict) else [batch.images]
     )
@@ -170,15 +170,17 @@ def main() -> None:
 
 def parse_options() -> Any:
     parser = command_line(__doc__)
-    parser.add_argument("--images", type=Path, help="folder of JPEGs to use instead of generated ones")
-    parser.add_argument("--size-hw", type=int, nargs=2, default=[720, 1280], help="of the generated JPEGs")
+    parser.add_argument("--images", type=Path, help="folder of JPEGs (default: generated)")
+    parser.add_argument(
+        "--size-hw", type=int, nargs=2, default=[720, 1280], help="size of the generated JPEGs"
+    )
     parser.add_argument("--edges", type=int, nargs=2, default=[800, 1333], help="shortest_edge longest_edge")
     parser.add_argument("--rounds", type=int, default=7)
     return parser.parse_args()
 
 
 def write_photos(folder: Path, size_hw: tuple[int, int]) -> list[Path]:
-    """Noise of many scales, with as much detail in a JPEG as a photograph has."""
+    """Write JPEGs of noise at many scales, as detailed as photographs."""
     height, width = size_hw
     rng = np.random.default_rng(0)
     paths = []
@@ -195,7 +197,7 @@ def write_photos(folder: Path, size_hw: tuple[int, int]) -> list[Path]:
 
 
 def write_data(folder: Path, paths: list[Path]) -> CocoData:
-    """A data set of these images with eight boxes in each."""
+    """Write and return a data set of these images with eight boxes each."""
     boxes = [(i, [40 * j, 30 * j, 90, 60]) for i in range(len(paths)) for j in range(8)]
     annotations = [
         {"id": n, "image_id": i, "category_id": 1, "bbox": box} for n, (i, box) in enumerate(boxes, start=1)
@@ -207,7 +209,7 @@ def write_data(folder: Path, paths: list[Path]) -> CocoData:
 
 
 def reduced_ways(data: CocoData, paths: list[Path], edges: tuple[int, int]) -> dict[str, Callable[[], float]]:
-    """Decoding and resizing at full scale, and at a reduced scale, where that is done."""
+    """Return ways to decode and resize at full and at reduced scale; none if these images are not reduced."""
     needed_hw = resized_hw(*data.size_hw(0), *edges)
     if decode_reduced(paths[0], data.size_hw(0), needed_hw) is None:
         return {}
@@ -236,14 +238,14 @@ def processor_seconds(action: Callable[[Path], object], paths: list[Path]) -> fl
 
 
 def pillow_process(children: ExitStack, paths: list[Path], memory: dict[str, str]) -> Callable[[], float]:
-    """A way to decode the images in a process of its own."""
+    """Return a function that decodes the images in a separate process and returns the seconds."""
     command = [sys.executable, "-c", PILLOW_LOOP, *map(str, paths)]
     child = children.enter_context(
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **memory}
         )
     )
-    children.callback(child.communicate)  # it ends when its input does
+    children.callback(child.communicate)  # it exits when its input is closed
 
     def seconds() -> float:
         assert child.stdin is not None

@@ -1,10 +1,10 @@
-"""What an outage of the MLflow server costs a run: a real server is killed in the middle of it.
+"""Measure the cost of an MLflow outage: a real server is killed in the middle of a run.
 
     python scripts/benchmarks/mlflow_outage.py [--outage 60] [--json FILE]
 
-Trains the quickstart's network on generated scenes, logging every step, with a model for MLflow at every
-epoch of 8 steps. Prints the median time of a step before the outage and during it, and whether the server has
-everything once in the end.
+Trains the quickstart's network on generated scenes, logs every step and sends MLflow a model at every epoch
+of 8 steps. Prints the median step time before and during the outage, and whether the server has every value
+exactly once at the end.
 """
 
 import json
@@ -46,7 +46,7 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server and wait until it answers."""
         store = ("--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}")
         artifacts = ("--artifacts-destination", str(self._folder / "artifacts"))
         address = ("--host", "127.0.0.1", "--port", str(self._port), "--workers", "1")
@@ -78,12 +78,12 @@ def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
         if time.monotonic() > deadline:
-            raise SystemExit("waited two minutes in vain")
+            raise SystemExit("timed out after two minutes")
         time.sleep(0.1)
 
 
 def noted_losses(output_dir: Path) -> list[tuple[int, int]]:
-    """Step and moment, in milliseconds, of every loss in the outbox."""
+    """Return step and time in milliseconds of every loss in the outbox."""
     noted = []
     for path in output_dir.glob("outbox/*/records.jsonl"):
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -94,7 +94,7 @@ def noted_losses(output_dir: Path) -> list[tuple[int, int]]:
 
 
 def measure(folder: Path, outage_s: float) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Steps before and during the outage, and what else was found."""
+    """Return the steps before and during the outage, and the other results."""
     make_data = ("make-data", "data", "--num-train", str(NUM_SCENES), "--num-val", "8")
     subprocess.run([sys.executable, "-m", "detr_dist", *make_data], cwd=folder, check=True)
     server = Server(folder)
@@ -110,7 +110,7 @@ def measure(folder: Path, outage_s: float) -> tuple[list[dict[str, Any]], dict[s
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                # One core for the training, the other for the server: which has none during the outage.
+                # One core for training, the other for the server.
                 env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
         wait_until(lambda: len(noted_losses(folder / "out")) > 20)
@@ -149,7 +149,7 @@ def measure(folder: Path, outage_s: float) -> tuple[list[dict[str, Any]], dict[s
 
 def main() -> None:
     parser = command_line(__doc__)
-    parser.add_argument("--outage", type=float, default=60, help="seconds")
+    parser.add_argument("--outage", type=float, default=60, help="length of the outage in seconds")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows, facts = measure(Path(folder), options.outage)

@@ -1,12 +1,11 @@
-"""How much of the canvas is padding, and how long a step takes, with and without `data.group_by_shape`; how
-many different canvases there are, with and without `data.canvas_multiple`.
+"""Measure padding and step time by `data.group_by_shape`, and canvas sizes by `data.canvas_multiple`.
 
     python scripts/benchmarks/padding.py [--edges 800 1333] [--multiple 64] [--no-times] [--device cuda]
         [--json FILE]
 
-Two sets: match footage, 1280x720 all of it; and photographs, 70 % 640x480 and 30 % 480x640; each with `light`
-and `detr`. The padded fraction and the canvases are of an epoch of 8,000 images; the time is forward and
-backward of a ResNet-18's convolutions on some of the exact canvases, at the edges that are asked for.
+Uses match footage (all 1280x720) and photographs (70 % 640x480, 30 % 480x640), each with `light` and `detr`.
+Padding and canvases are for an epoch of 8,000 images. The time is forward and backward of a ResNet-18's
+convolutions on some of the exact canvases, at the edges given by `--edges`.
 """
 
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from detr_dist.training.groups import canvas_rule
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
 TIMED_EVERY = 40
-"""Steps: a complete epoch would take minutes."""
+"""Time every 40th step, because a complete epoch would take minutes."""
 SETS: dict[str, tuple[Augmentation, bool]] = {
     "footage, light": ("light", False),
     "footage, detr": ("detr", False),
@@ -82,7 +81,7 @@ def main() -> None:
 
 
 def sizes(augmentation: Augmentation, is_mixed: bool, edges: list[int]) -> SizeOf:
-    """What tells the size of a sample as the network will see it."""
+    """Return a function that returns the size of a sample after augmentation."""
     is_portrait = np.random.default_rng(0).random(NUM_SAMPLES) < SHARE_OF_PORTRAITS
     transform = build_transform(augmentation, *edges, train=True)
 
@@ -95,20 +94,20 @@ def sizes(augmentation: Augmentation, is_mixed: bool, edges: list[int]) -> SizeO
 
 
 def epoch_of(size_of: SizeOf, step_size: int, *, grouped: bool) -> NDArray[np.int64]:
-    """Sizes [steps, images, 2] of an epoch's samples."""
+    """Return the sizes [steps, images, 2] of an epoch's samples."""
     plan = StepPlan(NUM_SAMPLES, step_size, 1, 1)
     sampler = MicroBatchSampler(plan, 0, 0, 0, plan.steps_per_epoch, size_of if grouped else None)
     return np.array([[size_of(key) for key in keys] for keys in sampler])
 
 
 def canvases_of(sizes_hw: NDArray[np.int64], rule: CanvasRule) -> list[tuple[int, int]]:
-    """What the images of each step are padded to."""
+    """Return the canvas of each step."""
     least_hw, most_hw = sizes_hw.min(axis=1).tolist(), sizes_hw.max(axis=1).tolist()
     return [rule.canvas_hw(tuple(low), tuple(high)) for low, high in zip(least_hw, most_hw, strict=True)]
 
 
 def padded_share(sizes_hw: NDArray[np.int64], canvases: list[tuple[int, int]]) -> float:
-    """Of all canvases."""
+    """Return the padded fraction of all canvases."""
     canvas_px = np.prod(canvases, axis=1).sum() * sizes_hw.shape[1]
     return float(1 - sizes_hw.prod(axis=2).sum() / canvas_px)
 
@@ -116,7 +115,7 @@ def padded_share(sizes_hw: NDArray[np.int64], canvases: list[tuple[int, int]]) -
 def passes(
     network: torch.nn.Module, step_size: int, canvases: list[tuple[int, int]], device: str
 ) -> Callable[[], None]:
-    """Forward and backward on every so many of the canvases."""
+    """Return a function that runs forward and backward on every `TIMED_EVERY`-th canvas."""
 
     def run() -> None:
         for height, width in canvases[::TIMED_EVERY]:

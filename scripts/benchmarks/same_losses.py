@@ -1,10 +1,9 @@
-"""What an option that only speeds up or saves memory does to the losses of the first 20 steps.
+"""Compare the losses of the first 20 steps with and without each option that only saves time or memory.
 
     python scripts/benchmarks/same_losses.py [--config configs/quickstart.yaml] [--device cuda] [--json FILE]
 
-Trains by the real command, once as configured and once with each option, on generated scenes. What rounds
-otherwise drifts apart from step to step; the largest difference relative to the loss is shown, and the first
-step's.
+Trains with the real command on generated scenes, once as configured and once with each option. Differences in
+rounding grow from step to step; prints the relative difference at the first step and the largest one.
 """
 
 import os
@@ -33,7 +32,7 @@ OPTIONS: dict[str, list[str]] = {
 
 
 def losses(folder: Path, config: Path, device: str, name: str, options: list[str]) -> list[float]:
-    """Of each step."""
+    """Return the loss of each step."""
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     settings = [
         f"training.max_steps={NUM_STEPS}",

@@ -1,24 +1,25 @@
-"""How training scales: measured with the processes that this machine can run, and predicted for many GPUs.
+"""Measure how training scales with the processes that this host can run, and predict it for many GPUs.
 
     python scripts/benchmarks/scaling.py [--device cuda] [--config configs/quickstart.yaml] [--edge 128]
         [--step-ms MS] [--backward-ms MS] [--gradient-mb MB] [--exchange-ms MS] [--latency-us US]
         [--bandwidth-gb-s GB_S] [--between-gb-s GB_S] [--rounds 30] [--json FILE]
 
-Measured: one process and two (on GPUs as many as there are), started by `accelerate launch` with the shipped
-files, each with one thread on the CPU and the same batch, which is ready in memory.
+Measured: one process and two (on GPUs up to one per GPU), started by `accelerate launch` with the shipped
+files, each with one thread on the CPU and the same batch, ready in memory.
 
-Predicted: the seconds of a step of n processes, g = 8 of them in a node, m = n / g nodes,
+Predicted: the seconds of a step of n processes with g = 8 per node and m = n / g nodes,
 
     step(n)       = step(1) + exchange(n) + exposed(n)
-    exchange(n)   = exchange(2) x log2(n)                        the few host numbers of every step, over gloo
+    exchange(n)   = exchange(2) x log2(n)                        a few host values per step, over gloo
     all_reduce(n) = 2 (g-1)/g x bytes / within  + 2 (g-1) x latency
                   + 2 (m-1)/m x bytes / between + 2 (m-1) x latency
     exposed(n)    = max(all_reduce(n) x last, all_reduce(n) - backward x (1 - last))
 
-where `last` is the fraction of DDP's last bucket (25 MiB at most), which only goes out when the backward pass
-is over. On the CPU nothing hides: the all-reduce needs the core that computes. The measured step of several
-processes stands beside the predicted one; step(1) is then that of the slowest of processes which work at the
-same time and wait for nobody: they share memory and, on a busy machine, cores. What is not given is measured.
+where `last` is the fraction of DDP's last bucket (25 MiB at most), which is only sent after the backward
+pass. On the CPU nothing overlaps, because the all-reduce needs the core that computes. For several
+processes the measured step is printed beside the predicted one. step(1) is then that of the slowest of
+concurrent processes without communication, because these compete for memory and, on a busy host, for cores.
+Values not given are measured.
 """
 
 import argparse
@@ -34,10 +35,10 @@ from timing import command_line, figures_of, publish
 
 REPOSITORY = Path(__file__).parents[2]
 GPUS_OF_A_NODE = 8
-BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
+BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's default
 PREDICTED = (8, 16, 32, 64, 128, 256)
 
-# GB/s in one direction, as their makers state them: nobody has measured them here.
+# Nominal GB/s in one direction; not measured here.
 NVLINK, INFINIBAND_200, ETHERNET_25 = 450.0, 25.0, 3.125
 NOMINAL = {
     "nominal NVLink 4, 200 Gb/s InfiniBand": (NVLINK, INFINIBAND_200),
@@ -47,14 +48,14 @@ NOMINAL = {
 
 @dataclass(frozen=True)
 class Model:
-    """Seconds, bytes, and bytes per second."""
+    """The inputs of the prediction, in seconds, bytes and bytes per second."""
 
     step_s: float
     backward_s: float
-    """The part of it that can hide an all-reduce."""
+    """The part of a step that can overlap with an all-reduce."""
     gradient_bytes: float
     exchange_s: float
-    """Between two processes."""
+    """Exchange of host values between two processes."""
     latency_s: float
     within: float
     between: float
@@ -81,7 +82,7 @@ class Model:
 
 
 def run_processes(folder: Path, num_processes: int, options: argparse.Namespace) -> dict[str, float]:
-    """What the main process of `num_processes` has measured."""
+    """Return the measurements of the main process of `num_processes`."""
     one, several = ("cpu", "multi_cpu") if options.device == "cpu" else ("single_gpu", "multi_gpu")
     settings = REPOSITORY / "accelerate_configs" / f"{one if num_processes == 1 else several}.yaml"
     script, out = Path(__file__).with_name("scaling_process.py"), folder / f"{num_processes}.json"
@@ -91,7 +92,7 @@ def run_processes(folder: Path, num_processes: int, options: argparse.Namespace)
 
 
 def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
-    """By the number of processes. One process is measured before and after the others; their mean counts."""
+    """Return measurements by number of processes; for one process the mean of before and after the others."""
     counts = [2] if options.device == "cpu" else range(2, torch.cuda.device_count() + 1)
     with tempfile.TemporaryDirectory() as folder:
         before = run_processes(Path(folder), 1, options)
@@ -102,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
 
 
 def model_of(measured: dict[int, dict[str, float]], options: argparse.Namespace) -> Model:
-    """What is given by options, else what was measured, with one bandwidth for both levels."""
+    """Return the values from options, else the measured ones, with one bandwidth for both levels."""
     one, most = measured[1], max(measured)
     several = measured[most]
 
@@ -157,15 +158,17 @@ def parse_options() -> argparse.Namespace:
     parser = command_line(__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--config", type=Path, default=REPOSITORY / "configs" / "quickstart.yaml")
-    parser.add_argument("--edge", type=int, default=128, help="of the images, in pixels")
+    parser.add_argument("--edge", type=int, default=128, help="size of the square images in pixels")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--step-ms", type=float, help="of one process")
-    parser.add_argument("--backward-ms", type=float, help="the part of it that can hide an all-reduce")
+    parser.add_argument("--step-ms", type=float, help="step time of one process")
+    parser.add_argument(
+        "--backward-ms", type=float, help="part of the step that can overlap with an all-reduce"
+    )
     parser.add_argument("--gradient-mb", type=float)
-    parser.add_argument("--exchange-ms", type=float, help="of the host numbers, between two processes")
-    parser.add_argument("--latency-us", type=float, help="of one message")
-    parser.add_argument("--bandwidth-gb-s", type=float, help="between the GPUs of a node")
-    parser.add_argument("--between-gb-s", type=float, help="between two nodes")
+    parser.add_argument("--exchange-ms", type=float, help="exchange of host values between two processes")
+    parser.add_argument("--latency-us", type=float, help="latency of one message")
+    parser.add_argument("--bandwidth-gb-s", type=float, help="bandwidth between the GPUs of a node")
+    parser.add_argument("--between-gb-s", type=float, help="bandwidth between two nodes")
     return parser.parse_args()
 
 

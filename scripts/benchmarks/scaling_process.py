@@ -1,9 +1,9 @@
-"""What a process of a training measures of its step, for scaling.py, which starts it by `accelerate launch`.
+"""Measure the step of one training process for scaling.py, which starts it with `accelerate launch`.
 
     accelerate launch --config_file FILE scripts/benchmarks/scaling_process.py OUT.json CONFIG EDGE ROUNDS
 
-The step is the package's own, on one batch of square images that is ready in memory. In turns with it goes
-the same step without other processes: they are at work as well, but nobody waits for anybody.
+The step is the package's own, on one batch of square images in memory. It alternates with the same step
+without communication, which all processes run concurrently.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 
 WARM_UP = 5
-EXCHANGED = [0.0] * 6  # as many numbers as a step exchanges
+EXCHANGED = [0.0] * 6  # as many values as a step exchanges
 
 
 def build(config_path: str, accelerator: Accelerator) -> Training:
@@ -99,7 +99,7 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
     alone = replace(training, model=accelerator.unwrap_model(training.model))
 
     def backward_s() -> float:
-        """Without the exchange of gradients."""
+        """Return the seconds of a backward pass without the exchange of gradients."""
         batch = agreed.group[0].to(device)
         is_ddp = isinstance(training.model, DistributedDataParallel)
         with training.model.no_sync() if is_ddp else nullcontext():
@@ -115,14 +115,14 @@ def measure(accelerator: Accelerator, config_path: str, edge: int, rounds: int) 
 
     ways = {"step_s": step, "alone_s": lambda: train_step(alone, next(steps), agreed)}
     seconds = take_turns(ways, rounds=rounds, warm_up=WARM_UP, device=device)
-    # Of each round the slowest process: a common step has to wait for it.
+    # The slowest process of each round, because a synchronised step waits for it.
     slowest_s = [max(of_round) for of_round in zip(*host.gather_rows(seconds["alone_s"]), strict=True)]
     return {
         **medians(seconds | {"slowest_s": slowest_s}),
         "backward_s": statistics.median([backward_s() for _ in range(WARM_UP + rounds)][WARM_UP:]),
         "exchange_s": median_s(lambda: host.gather_rows(EXCHANGED), rounds, device),
         "all_reduce_s": median_s(all_reduce(flat), rounds, device),
-        # A ring of n takes 2 (n - 1) steps.
+        # A ring of n processes takes 2 (n - 1) steps.
         "latency_s": median_s(all_reduce(flat[:1].clone()), rounds, device)
         / (2 * max(1, accelerator.num_processes - 1)),
         "gradient_bytes": float(flat.nbytes),

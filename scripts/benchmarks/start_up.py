@@ -1,11 +1,10 @@
-"""Seconds from the command to the end of the first training step, by part.
+"""Measure the seconds from the command to the end of the first training step, by part.
 
     python scripts/benchmarks/start_up.py [--rounds 3] [--config configs/quickstart.yaml] [--json FILE]
 
-Starts training as scripts/quickstart.sh does, on scenes as it makes them, with no MLflow database and with
-one that is there already, in turns. timed_start.py, in the place of train_detr.py, notes the parts. The first
-round brings the files into the system's cache and does not count. The goal is 10 s without the launcher and
-the imports.
+Starts training as scripts/quickstart.sh does, on the same scenes, alternating without and with an existing
+MLflow database. timed_start.py replaces train_detr.py and records the parts. The first round fills the page
+cache and does not count. Goal: 10 s without the launcher and the imports.
 """
 
 import os
@@ -23,14 +22,14 @@ NEW, KNOWN = "new MLflow database", "known one"
 
 
 def start(folder: Path, config: Path) -> dict[str, float]:
-    """Seconds of each part of one start."""
+    """Return the seconds of each part of one start."""
     parts_path = folder / "parts.json"
     parts_path.unlink(missing_ok=True)
     launch = f"accelerate launch --quiet --config_file {REPOSITORY / 'accelerate_configs' / 'cpu.yaml'}"
     options = f"--config {config} --train-dir data/train --val-dir data/val --output-dir out"
     options += " logging.mlflow_tracking_uri=sqlite:///mlflow.db"  # whatever MLFLOW_TRACKING_URI says
     command = [*launch.split(), str(Path(__file__).with_name("timed_start.py")), parts_path.name]
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as quickstart.sh has it
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as in quickstart.sh
     command += [str(time.time()), *options.split()]
     return figures_of(command, parts_path, cwd=folder, env=threads | os.environ)
 

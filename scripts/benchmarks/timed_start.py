@@ -1,16 +1,16 @@
-"""The training command, which notes where its time goes and ends after its first step: for start_up.py.
+"""Run the training command for start_up.py, record where its time goes, and exit after the first step.
 
     python scripts/benchmarks/timed_start.py PARTS.json BEGAN_AT [options of scripts/train_detr.py]
 
-It puts a clock around functions of the package from outside. BEGAN_AT is when the whole command began, as
-`time.time()` gives it.
+It wraps functions of the package with a clock. BEGAN_AT is the start of the complete command, from
+`time.time()`.
 """
 
 import time
 
 ENTERED_AT = time.time()
 
-import builtins  # noqa: E402  (whatever is imported counts)
+import builtins  # noqa: E402  (every import counts)
 import importlib  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
@@ -55,7 +55,7 @@ PARTS = {
 
 
 class Clock:
-    """Seconds of each part, without those of the parts inside it."""
+    """The seconds of each part, without nested parts."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -83,7 +83,7 @@ class Clock:
 
 
 def time_imports(clock: Clock) -> None:
-    """What is imported for the first time counts as the library that asked for it first."""
+    """Attribute each first import to the library that imported it."""
     real_import, main_thread = builtins.__import__, threading.get_ident()
 
     def timed_import(name: str, *rest: Any, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def time_imports(clock: Clock) -> None:
 
 
 def time_parts(clock: Clock, at_the_end: Callable[[], None]) -> None:
-    """Replace the functions, also under the names by which other modules have imported them."""
+    """Replace the functions, including where other modules have imported them."""
     for path, part in PARTS.items():
         owner, name = _owner_of(path)
         real = getattr(owner, name)
@@ -134,9 +134,7 @@ def main() -> None:
     time_imports(clock)
     with clock.part("import detr_dist, others"):
         cli = importlib.import_module("detr_dist.cli")
-        importlib.import_module(
-            "detr_dist.training.trainer"
-        )  # as the command does once it has read its options
+        importlib.import_module("detr_dist.training.trainer")  # as the command does after parsing its options
     time_parts(clock, leave)
     cli.main(["train", *arguments])
 

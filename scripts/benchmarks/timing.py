@@ -1,7 +1,7 @@
-"""The one way in which all benchmarks here time, and say what they found and on what.
+"""Timing and reporting for all benchmarks.
 
-A ratio counts only within one run: machines differ, and a shared one is noisy. So all ways of doing a thing
-take turns, and medians count.
+Ratios are only valid within one run, because hosts differ and shared hosts are noisy. Therefore all
+alternatives alternate, and the results are medians.
 """
 
 import argparse
@@ -26,31 +26,31 @@ Row = Mapping[str, Any]
 
 
 def command_line(doc: str | None) -> argparse.ArgumentParser:
-    """A parser whose help is the program's own docstring, with the option that all benchmarks have."""
+    """Return a parser with the program's docstring as help and the option that all benchmarks have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the metrics here, too")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the metrics to this file")
     return parser
 
 
 def _new_file(text: str) -> Path:
-    """Better refused now than after minutes of measuring."""
+    """Return the path, and refuse one without a folder before minutes of measuring."""
     path = Path(text)
     if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+        raise argparse.ArgumentTypeError(f"folder {path.parent} does not exist")
     return path
 
 
 def figures_of(command: Sequence[object], path: Path, **how: Any) -> dict[str, float]:
-    """What a program leaves as JSON in a file; ends with the program's output if it leaves nothing."""
+    """Return the JSON that a program wrote to `path`; exit with the program's output if it wrote none."""
     finished = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, **how)
     if not path.exists():
-        raise SystemExit(f"{finished.stdout}{finished.stderr}{command[0]} has measured nothing")
+        raise SystemExit(f"{finished.stdout}{finished.stderr}{command[0]} wrote no measurements")
     figures: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return figures
 
 
 def seconds_of(action: Callable[[], object], device: torch.device | str = "cpu") -> float:
-    """How long an action takes, with all that it leaves to the device."""
+    """Return the seconds of an action, including its work on the device."""
     _synchronise(device)
     began_at = time.perf_counter()
     action()
@@ -66,9 +66,11 @@ def take_turns(
     device: torch.device | str = "cpu",
     stopwatch: Callable[[Callable[[], object]], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every call of every way. Each round calls all of them once; the first `warm_up` rounds fill
-    caches and do not count. A `stopwatch` calls a way and says how long it took; without one, `seconds_of`
-    does."""
+    """Return the seconds of every call of every way.
+
+    Each round calls all ways once; the first `warm_up` rounds fill caches and do not count. `stopwatch` calls
+    a way and returns its seconds; the default is `seconds_of`.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(warm_up + rounds):
         for name, action in ways.items():
@@ -83,7 +85,7 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def median_ratio(seconds: Mapping[str, Sequence[float]], above: str, below: str) -> float:
-    """The median of the rounds' own ratios: what slows the machine for a while slows both."""
+    """Return the median of the ratios of each round, in which both suffer from the same load of the host."""
     pairs = zip(seconds[above], seconds[below], strict=True)
     return statistics.median(one / other for one, other in pairs)
 
@@ -92,13 +94,12 @@ def reset_peak_memory(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text(
-            "5", encoding="utf-8"
-        )  # Linux: the peak is the present size again
+        # Linux: resets the peak to the current size.
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory_mib(device: torch.device | str) -> float:
-    """Most memory since the last reset: what torch has allocated on a GPU, or the whole process on the
+    """Return the peak memory since the last reset: torch's allocations on a GPU, or the process on the
     CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -108,7 +109,7 @@ def peak_memory_mib(device: torch.device | str) -> float:
 
 
 def machine(device: torch.device | str = "cpu") -> dict[str, str]:
-    """Where and with what the metrics were measured."""
+    """Return the hardware and library versions of the measurement."""
     facts = {
         "date": time.strftime("%Y-%m-%d"),
         "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads",
@@ -130,9 +131,9 @@ def publish(
     more_rows: Mapping[str, Sequence[Row]] | None = None,
     **facts: Any,
 ) -> None:
-    """Print a table of the rows, what else was found, and the machine; all of it as JSON too, if asked.
+    """Print a table of the rows, the facts and the host; with `json_path` also write them as JSON.
 
-    `goals` says of a fact what was hoped for; `more_rows` are further tables, by title.
+    `goals` are the goals of facts, by name; `more_rows` are further tables, by title.
     """
     where, more_rows = machine(device), more_rows or {}
     for title, of_table in {"": rows, **more_rows}.items():

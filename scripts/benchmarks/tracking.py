@@ -1,8 +1,8 @@
-"""What it costs the training thread to log 8 metrics: through the outbox, against a call of MLflow's client.
+"""Compare the cost of logging 8 metrics through the outbox with a direct call of MLflow's client.
 
     python scripts/benchmarks/tracking.py [--steps 500] [--json FILE]
 
-Both log to a SQLite store in a temporary folder, in turns. The goal is 50 microseconds through the outbox.
+Both alternate and log to a SQLite store in a temporary folder. Goal: 50 microseconds through the outbox.
 """
 
 import itertools
@@ -19,11 +19,11 @@ from detr_dist.config import LoggingConfig
 from detr_dist.tracking.mlflow import MLflowTracker
 
 NAMES = [f"metric_{number}" for number in range(8)]
-LOGS_PER_ROUND = 10  # through the outbox; a direct call takes longer than all of them
+LOGS_PER_ROUND = 10  # through the outbox; a direct call takes longer than all of these
 
 
 def measure(folder: Path, steps: int) -> dict[str, list[float]]:
-    """Seconds of every call."""
+    """Return the seconds of every call."""
     tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=f"sqlite:///{folder / 'mlflow.db'}"))
     tracker.open(folder / "outbox")
     direct = tracker.client.create_run(tracker.client.get_run(tracker.run_id).info.experiment_id).info.run_id
@@ -39,7 +39,7 @@ def measure(folder: Path, steps: int) -> dict[str, list[float]]:
         metrics = [Metric(name, number / 7, now, number) for name in NAMES]
         tracker.client.log_batch(direct, metrics=metrics)
 
-    def training_step() -> None:  # of some milliseconds
+    def training_step() -> None:  # takes some milliseconds
         torch.mm(work, work)
 
     ways = {"direct": directly}

@@ -1,24 +1,24 @@
-"""Where the time of a training step goes: the step taken apart, from the bare network to the whole command.
+"""Measure the parts of a training step, from the bare network to the complete command.
 
     python scripts/benchmarks/train_step.py [--config YAML] [--train-dir DIR] [section.key=value ...]
 
-Without a configuration: the quickstart's on the CPU; on a GPU configs/training.yaml, compiled, in bf16, with
-8 images a step. Nothing is downloaded: random weights stand for ImageNet's.
-Without data: the quickstart's scenes on the CPU; images of 1280x720, so 750x1333 for the network, on a GPU.
-With your own of both it shows your own bottleneck.
+Pass your configuration and data to find your own bottleneck. The default configuration is that of the
+quickstart on the CPU, and on a GPU configs/training.yaml, compiled, in bf16, with 8 images a step and
+random weights, so that nothing is downloaded. The default data are the quickstart's scenes on the CPU, and
+on a GPU images of 1280x720, resized to 750x1333.
 
-The rows, each holding all of those above it but the library's:
+Each row includes all rows above it except the library's loss:
 
     bare network           forward, backward and AdamW, on images that are on the device already
     with our criterion     from bytes to losses: conversion, normalisation, matching, losses
     the library's loss     the bare network with its own loss instead (`labels=`), never compiled
-    with the loop          `train_step` as in training: agreement, clipping, schedule, average
-    with loader            the same with images from loader processes, which have had the time to be ready
-    whole command          `detr-dist train` in a process of its own, waiting for data included
+    with the loop          `train_step` as in training: synchronisation, clipping, schedule, average
+    with loader            the same with images from loader processes, prefetched
+    whole command          `detr-dist train` in its own process, including waiting for data
 
-Each is measured in blocks of some steps, at whose ends alone the device is waited for. On the CPU the loader
-processes have cores of their own, as they have beside a GPU: the rest computes. Images are repeated to one
-long epoch, and the learning rate stays next to nothing, so that only steps are measured. "of the bare" is the
+Steps are measured in blocks, and the device is synchronised only at the end of each block. On the CPU the
+loader processes have their own cores, as they do beside a GPU; the other cores compute. Images are repeated
+to one long epoch and the learning rate stays near 0, so that only steps are measured. "of the bare" is the
 median of the ratios of each round.
 """
 
@@ -78,7 +78,7 @@ REPOSITORY = Path(__file__).parents[2]
 BARE, CRITERION, LIBRARY = "bare network", "with our criterion", "the library's loss"
 LOOP, LOADER, COMMAND = "with the loop", "with loader", "whole command"
 BLOCK_STEPS = 5
-STEPS_TO_WARM_UP = 30  # of the whole command
+STEPS_TO_WARM_UP = 30  # in the complete command
 
 WAYS_TO_COMPUTE = ("mixed_precision", "compile_model", "channels_last", "gradient_checkpointing")
 ON_GPU = [
@@ -93,7 +93,7 @@ ON_GPU = [
 
 @dataclass
 class Workbench:
-    """A run that is ready to train, and its first batch for those ways that need no loader."""
+    """A run that is ready to train, and its first batch for the rows without a loader."""
 
     setup: Setup
     training: Training
@@ -102,7 +102,7 @@ class Workbench:
     state: TrainState
     batch: Batch
     idle: torch.optim.Optimizer = field(init=False)
-    """As the training's own, but with rates of 0: it works as hard and changes nothing."""
+    """The optimizer of training with learning rates of 0: the same work without a change of weights."""
 
     def __post_init__(self) -> None:
         self.idle = self._idle(self.setup.detector)
@@ -119,11 +119,12 @@ class Workbench:
         self.mask = torch.zeros(self.images[:, 0].shape, dtype=torch.bool, device=self.device)
         for mask, (height, width) in zip(self.mask, self.batch.sizes_hw.tolist(), strict=True):
             mask[:height, :width] = True
-        # Without gradients, for which the regions would be compiled once more.
+        # Two rows bypass the detector; their network keeps the attention masking of this call. Without
+        # gradients, which would compile the regions again.
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            for detector in (self.setup.detector, self.library):  # two ways go past it, to the network
-                detector(self.images, self.sizes_hw, self.is_padded)  # and mask attention as was done last
-        del self.library.network._loss_function  # so that it is the library's own again
+            for detector in (self.setup.detector, self.library):
+                detector(self.images, self.sizes_hw, self.is_padded)
+        del self.library.network._loss_function  # restores the library's loss
         self.resident = itertools.repeat([self.batch])
 
     @property
@@ -183,8 +184,8 @@ class Workbench:
         return autocast(self.device, self.setup.config.training.mixed_precision)
 
     def count_operations(self) -> float:
-        """Floating-point operations of the bare network's forward and backward, as far as torch counts them:
-        products of matrices and convolutions; on a GPU attention as well."""
+        """Return the floating-point operations of the bare network's forward and backward that torch counts:
+        matrix products and convolutions, on a GPU also attention."""
         with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
             self.bare()
         return float(counter.get_total_flops())
@@ -202,7 +203,7 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as held:
         config = configure(options, Path(folder))
         if options.device == "cpu":
-            os.environ["ACCELERATE_USE_CPU"] = "true"  # also where there is a GPU; the command inherits it
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # even on a host with GPUs; the command inherits it
             num_cores = len(os.sched_getaffinity(0))
             torch.set_num_threads(max(1, num_cores - num_loader_processes(config.data.num_workers)))
         places = place(options, config, Path(folder))
@@ -216,7 +217,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 class Places(NamedTuple):
-    """Folders of a run."""
+    """The folders of a run."""
 
     train_dir: Path
     val_dir: Path
@@ -225,14 +226,16 @@ class Places(NamedTuple):
 
 def parse_options() -> argparse.Namespace:
     parser = command_line(__doc__)
-    parser.add_argument("--config", type=Path, help="of a run, instead of the ones named above")
-    parser.add_argument("--train-dir", type=Path, help="images and a COCO JSON, instead of generated scenes")
+    parser.add_argument("--config", type=Path, help="configuration (default: see above)")
+    parser.add_argument(
+        "--train-dir", type=Path, help="folder with images and a COCO JSON (default: generated)"
+    )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
     )
-    parser.add_argument("--rounds", type=int, default=8, help="blocks of steps by which each row is measured")
+    parser.add_argument("--rounds", type=int, default=8, help="blocks of steps per row")
     parser.add_argument("--log-steps", type=int, default=100, help="steps over which logging is measured")
-    parser.add_argument("--runs", type=int, default=2, help="runs of the whole command")
+    parser.add_argument("--runs", type=int, default=2, help="runs of the complete command")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -241,7 +244,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def configure(options: argparse.Namespace, folder: Path) -> Config:
-    """The user's configuration, or the default for the device, without pauses for evaluation and saving."""
+    """Return the user's or the default configuration, without pauses for evaluation and saving."""
     on_gpu = options.device == "cuda"
     path = options.config or REPOSITORY / "configs" / ("training.yaml" if on_gpu else "quickstart.yaml")
     return load_config(
@@ -251,7 +254,7 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
             *options.overrides,
             "training.gradient_accumulation_steps=1",
             "training.num_epochs=1",
-            "training.warmup_steps=1000000",  # so that the steps taken here teach next to nothing
+            "training.warmup_steps=1000000",  # so that these steps barely change the weights
             f"logging.mlflow_tracking_uri=sqlite:///{folder / 'mlflow.db'}",
             "logging.log_every_steps=10",
         ],
@@ -259,8 +262,8 @@ def configure(options: argparse.Namespace, folder: Path) -> Config:
 
 
 def without_download(folder: Path) -> list[str]:
-    """Return settings for the network that users train, whose batch norm and first stage do not learn, with
-    random weights in place of ImageNet's."""
+    """Return settings for the network that users train, with frozen batch norm and first stage, and with
+    random weights instead of ImageNet weights."""
     path = folder / "backbone.pth"
     if not path.exists():
         torch.save(timm.create_model("resnet50").state_dict(), path)
@@ -268,7 +271,7 @@ def without_download(folder: Path) -> list[str]:
 
 
 def place(options: argparse.Namespace, config: Config, folder: Path) -> Places:
-    """Data for one long epoch, so that nothing happens between two steps that are timed."""
+    """Write data for one long epoch, so that nothing happens between timed steps; return the folders."""
     if options.train_dir is not None:
         data = load_coco(options.train_dir)
     elif options.device == "cuda":
@@ -285,7 +288,7 @@ def place(options: argparse.Namespace, config: Config, folder: Path) -> Places:
 
 
 def write_long_epoch(data: CocoData, folder: Path, num_images: int) -> None:
-    """A COCO JSON with the images of `data`, as often as it takes."""
+    """Write a COCO JSON that repeats the images of `data` up to `num_images`."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image_id in range(num_images):
@@ -324,8 +327,8 @@ def lay_out(config: Config, places: Places, held: ExitStack) -> Workbench:
 
 
 def measure(bench: Workbench, rounds: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of a step of each block, and on a GPU the most memory that each way took beside what stays: the
-    weights, gradients aside, and the optimizers."""
+    """Return the seconds per step of each block. On a GPU also return the peak memory of each row on top of
+    the weights and optimizers."""
     memory: dict[str, float] = {}
     on_gpu = bench.device.type == "cuda"
 
@@ -354,7 +357,7 @@ def measure(bench: Workbench, rounds: int) -> tuple[dict[str, list[float]], dict
 
 
 def measure_logging(bench: Workbench, num_steps: int) -> float:
-    """Mean seconds that a step spends on losses, memory and progress."""
+    """Return the mean seconds per step of logging losses, memory and progress."""
     spent_s = 0.0
     for _ in range(num_steps):
         done = bench.step(bench.resident)
@@ -363,8 +366,8 @@ def measure_logging(bench: Workbench, num_steps: int) -> float:
 
 
 def whole_command(bench: Workbench, places: Places, rounds: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds of a step of the whole command and of the bare network's before and after it; and the
-    command's fraction of waiting."""
+    """Return the seconds per step of the complete command and of the bare network around it, and the
+    fraction of time in which the command waited for data."""
     num_steps = 4 * BLOCK_STEPS
 
     def bare_s() -> float:
@@ -383,8 +386,8 @@ def whole_command(bench: Workbench, places: Places, rounds: int) -> tuple[dict[s
 
 
 def run_command(config: Config, places: Places, name: str) -> tuple[float, float]:
-    """Seconds of a step, between two moments that MLflow knows of a real run after its warm-up; and the
-    fraction of them in which it waited for data."""
+    """Return the seconds per step of a real run after its warm-up, from timestamps in MLflow, and the
+    fraction of time in which it waited for data."""
     output_dir = places.output_dir.parent / name
     num_steps = STEPS_TO_WARM_UP + 90
     config_path = output_dir.with_suffix(".yaml")

@@ -1,8 +1,8 @@
-"""Resident memory of loader processes that read the targets of a large annotation file, and of their parent.
+"""Measure the memory of loader processes that read targets of a large annotation file, and of their parent.
 
-Writes a COCO JSON (no images), reads it, and goes over an epoch of its targets in forked loader processes.
-Data in Python objects would grow there: to count a reference is to write to the object's page, so to copy it.
-The goal is that no process is more than 100 MB above its parent after the epoch.
+Writes a COCO JSON (no images), reads it, and iterates over an epoch of its targets in forked loader
+processes. Data in Python objects would grow there, because counting a reference writes to the object's page
+and copies it. Goal: no process is more than 100 MB above its parent after the epoch.
 
     python scripts/benchmarks/worker_memory.py [--num-images 100000] [--num-boxes 850000] [--json FILE]
 """
@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from detr_dist.data.coco import CocoData, load_coco
 
 NUM_CLASSES, GOAL_MB = 80, 100
-KINDS = ("rss", "pss", "uss")  # resident, with its part of what is shared, its own alone
+KINDS = ("rss", "pss", "uss")  # resident; with its part of shared pages; private
 
 
 class Targets(Dataset[tuple[int, float]]):
-    """What a training sample reads of the annotations, without the image."""
+    """The annotations that a training sample reads, without the image."""
 
     def __init__(self, data: CocoData) -> None:
         self.data = data
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def write_annotations(folder: Path, num_images: int, num_boxes: int) -> float:
-    """Size of the file in MB."""
+    """Write a generated annotation file and return its size in MB."""
     rng = np.random.default_rng(0)
     image_ids = rng.permutation(num_images * 5)[:num_images].tolist()
     corners = rng.integers(0, 400, (num_boxes, 4)) + rng.integers(0, 100, (num_boxes, 4)) / 100
@@ -92,13 +92,13 @@ def write_annotations(folder: Path, num_images: int, num_boxes: int) -> float:
 
 
 def run_epoch(data: CocoData, num_workers: int) -> dict[str, dict[str, float]]:
-    """Memory of all processes in MB, `before` (after the first batches) and `after` the epoch."""
+    """Return the memory of all processes in MB, `before` (after the first batches) and `after` the epoch."""
     loader = DataLoader(
         Targets(data),
         batch_size=64,
         shuffle=True,
         num_workers=num_workers,
-        persistent_workers=True,  # so that they can still be looked at when the epoch is over
+        persistent_workers=True,  # so that they can be measured after the epoch
         multiprocessing_context="fork",
         generator=torch.Generator().manual_seed(0),
     )

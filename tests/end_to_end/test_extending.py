@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Workplace:
 
 def commands_in(text: str) -> list[list[str]]:
     blocks = re.findall(r"^```bash\n(.+?)^```", text, re.MULTILINE | re.DOTALL)
-    commands = [shlex.split(block) for block in blocks]
+    commands = [shlex.split(block.replace("\\\n", " ")) for block in blocks]
     assert all(command[0] == "detr-dist" for command in commands)
     return [command[1:] for command in commands]
 

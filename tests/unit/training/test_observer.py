@@ -240,5 +240,5 @@ def test_callbacks_of_the_configuration_are_made_without_arguments(tmp_path: Pat
     path.write_text("class Fine: ...\nclass NeedsOne:\n    def __init__(self, value): ...\n")
     made = instantiate(f"{path}:Fine", "training.callbacks")
     assert type(made).__name__ == "Fine"
-    with pytest.raises(UsageError, match=r"training\.callbacks: .*NeedsOne\(\) failed: TypeError"):
+    with pytest.raises(UsageError, match=r"training\.callbacks: .*NeedsOne\(\) failed \(TypeError"):
         instantiate(f"{path}:NeedsOne", "training.callbacks")
