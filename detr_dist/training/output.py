@@ -44,7 +44,7 @@ _WRITTEN = {
 
 _LATER_KEYS = {
     *("data.canvas_multiple", "loss.weights", "training.tf32", "training.deterministic"),
-    "training.try_largest_batch",
+    *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
 }
 """Settings that the first version did not write."""
 
@@ -162,11 +162,15 @@ def open_run(setup: Setup, trackers: Trackers, added: Sequence[Tracker] = ()) ->
     from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
 
     saved = setup.resumed.facts if setup.resumed is not None else None
-    tracker = MLflowTracker(
-        setup.config.logging,
-        run_id=saved.mlflow_run_id if saved is not None else None,
-        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
-    )
+    try:
+        tracker = MLflowTracker(
+            setup.config.logging,
+            run_id=saved.mlflow_run_id if saved is not None else None,
+            known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+        )
+    except UsageError as error:
+        trackers.close("FAILED", str(error))  # the user's, which are open already
+        raise
     trackers.add(tracker)
     return tracker
 
