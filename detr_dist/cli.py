@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -87,16 +88,16 @@ def train(
     continues from there. A second Ctrl-C ends it at once.
     """
     settings = load_config(config, overrides or ())
-    from detr_dist.training.trainer import train as run_training
+    from detr_dist.training import trainer
 
-    run_training(
+    run = trainer.dry_run if dry_run else partial(trainer.train, handle_signals=True)
+    run(
         settings,
         train_dir=train_dir,
         val_dir=val_dir,
         output_dir=output_dir,
         resume=resume,
         init_from=init_from,
-        dry_run=dry_run,
     )
 
 
@@ -147,7 +148,7 @@ def check_data(
     takes no time.
     """
     from detr_dist.data.checks import check_data as run_check
-    from detr_dist.models.architectures import num_queries_of
+    from detr_dist.models.families import num_queries_of
 
     if not run_check(targets, config, num_queries_of=num_queries_of, open_images=not quick, as_json=as_json):
         raise SystemExit(1)

@@ -51,8 +51,9 @@ class DataConfig(Section):
     """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize. Or a list, applied in this order: one of these, and transforms of your own by
-    registered name, `package.module.Name` or `file.py:Name`."""
+    multi-scale resize. Or a list, applied in this order: one of these, then any of `mosaic` (every second
+    image is made of four) and transforms of your own by registered name, `package.module.Name` or
+    `file.py:Name`."""
     group_by_shape: bool = True
     """Make each optimizer step of images that are of like height and width once augmented: all of a step are
     padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""

@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from detr_dist.extensions import FAMILIES, LOSSES, TRANSFORMS, Registry, is_path
+from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry, is_path
 from detr_dist.redaction import redact_value
 
 
@@ -48,6 +48,13 @@ def _switch(value: Any) -> Any:
     """Take the path that an object stands for, and a switch that was quoted."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def _recipe_first(value: Any) -> Any:
+    """Transforms change what the recipe has cropped and resized."""
+    if isinstance(value, list) and any(name in RECIPES for name in value[1:]):
+        raise ValueError(f"of {', '.join(RECIPES)} there is one at most, and it comes first")
+    return value
 
 
 def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
@@ -116,6 +123,7 @@ Augmentation = Annotated[
     str | list[str],
     _wanted("a name or a list of names", _is_name_or_names),
     AfterValidator(_known(TRANSFORMS)),
+    AfterValidator(_recipe_first),
 ]
 Family = Annotated[str, AfterValidator(_known(FAMILIES))]
 # A single name stands for a list of one; a key with nothing after it for none.

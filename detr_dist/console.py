@@ -25,7 +25,7 @@ def configure_logging() -> None:
 def log_to_file(path: Path) -> logging.Handler:
     """Append the package's messages to a file as well, with their time, until the handler is closed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path)
     handler.setFormatter(_Formatter("%(asctime)s %(message)s"))
     _PACKAGE.addHandler(handler)
     return handler
@@ -55,14 +55,37 @@ class _StandardOutput(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Is incomplete where the disk is full: that is reported by those who need the room."""
+    """Gets all of INFO whatever the process shows, and is incomplete where the disk is full: that is reported
+    by those who need the room."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self._before = _PACKAGE.level, _PACKAGE.propagate
+        self._above: _Above | None = None
+        if not _PACKAGE.isEnabledFor(logging.INFO):
+            self._above = _Above(_PACKAGE.getEffectiveLevel())
+            _PACKAGE.addHandler(self._above)
+            _PACKAGE.setLevel(logging.INFO)
+            _PACKAGE.propagate = False
 
     def handleError(self, record: logging.LogRecord) -> None: ...
 
     def close(self) -> None:
         _PACKAGE.removeHandler(self)
+        if self._above is not None:
+            _PACKAGE.removeHandler(self._above)
+            self._above = None
+            level, _PACKAGE.propagate = self._before
+            _PACKAGE.setLevel(level)
         with suppress(OSError):  # of a full disk, once more
             super().close()
+
+
+class _Above(logging.Handler):
+    """Hands on to the other loggers' handlers what they would get without a log file."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logging.getLogger().callHandlers(record)
 
 
 def make_robust() -> None:

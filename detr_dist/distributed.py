@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,16 +17,15 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
-from detr_dist.config import TrainingConfig
 from detr_dist.environment import (
     check_environment,
     is_cpu_fallback,
-    keep_flight_records,
-    keep_segments_expandable,
     seconds_from_environment,
+    set_environment,
     uses_cpu,
     uses_deepspeed,
 )
@@ -101,13 +100,6 @@ def build_accelerator(
     return accelerator
 
 
-def allow_for_compiling(settings: TrainingConfig) -> None:
-    """Let collectives wait for processes that compile, unless the environment sets their limit. Call it
-    before the processes form their group."""
-    if settings.compile_model:
-        os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
-
-
 def _place() -> dict[str, Any]:
     """Where the processes compute, in Accelerate's words.
 
@@ -126,52 +118,72 @@ def _place() -> dict[str, Any]:
 
 
 @contextmanager
-def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]:
+def group_of_processes(
+    stacks_dir: Path | None = None, *, may_compile: bool = False
+) -> Iterator[PartialState]:
     """Join the processes that were launched together, until the block ends.
 
     Collective. An Accelerator that is built meanwhile joins the same group. When one of the processes is
-    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it.
+    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it. Afterwards
+    the environment and Accelerate's state are as before: the same process may do so again.
+
+    Args:
+        stacks_dir: Folder for what helps to find out why a process hangs.
+        may_compile: Whether a collective may have to wait for processes that compile.
 
     Raises:
         UsageError: there are too few GPUs.
         TrainingError: another process did not come, or was lost.
     """
     global _rendezvous
-    check_environment()
-    keep_segments_expandable()
-    if uses_cpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it finds nothing else
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
-        # transformers imports it when it first saves a model; what it then keeps would outlive the group.
-        with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
-            importlib.import_module("deepspeed")
-    limit_s = collective_limit_s()
-    rendezvous = Rendezvous.of_environment(stacks_dir)
-    rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
-    if stacks_dir is not None:
-        keep_flight_records(stacks_dir)
-    # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a main
-    # thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
-    timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
-    state = PartialState(**_place(), timeout=timeout)
-    if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
-        _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
-    is_intact = False
-    _rendezvous = rendezvous
+    with _environment_restored():
+        check_environment()
+        set_environment(stacks_dir)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
+            # transformers imports it when it first saves a model; what it then keeps would outlive the group.
+            with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
+                importlib.import_module("deepspeed")
+        if may_compile:
+            os.environ.setdefault(_COLLECTIVE_LIMIT, str(COMPILE_LIMIT_S))
+        limit_s = collective_limit_s()
+        rendezvous = Rendezvous.of_environment(stacks_dir)
+        rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
+        # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a
+        # main thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
+        timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
+        state = PartialState(**_place(), timeout=timeout)
+        if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
+            _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
+        is_intact = rendezvous.size == 1
+        _rendezvous = rendezvous
+        try:
+            with rendezvous.watched(limit_s * 6 / 5):
+                yield state
+            is_intact = True
+        except StopRequested:
+            is_intact = True
+            raise
+        except BaseException as error:
+            rendezvous.report(error)
+            raise
+        finally:
+            _rendezvous = None
+            if is_intact:  # a group that has lost a process could wait for it for minutes
+                state.destroy_process_group()
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
+
+
+@contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Leave the environment variables as they were: torch, Accelerate and MLflow are told much by them."""
+    before = dict(os.environ)
     try:
-        with rendezvous.watched(limit_s * 6 / 5):
-            yield state
-        is_intact = True
-    except StopRequested:
-        is_intact = True
-        raise
-    except BaseException as error:
-        rendezvous.report(error)
-        raise
+        yield
     finally:
-        _rendezvous = None
-        if is_intact:  # a group that has lost a process could wait for it for minutes
-            state.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def collective_limit_s() -> float:
@@ -179,38 +191,34 @@ def collective_limit_s() -> float:
     return seconds_from_environment(_COLLECTIVE_LIMIT, COLLECTIVE_LIMIT_S)
 
 
-def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
+def _check_launch_settings(mixed_precision: str, accumulation: int | None) -> None:
     """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
-    if launched not in ("no", mixed_precision):
-        raise UsageError(
-            f"mixed precision is {launched} for accelerate launch, but training.mixed_precision is "
-            f"{mixed_precision}; set training.mixed_precision={launched} or take it out of Accelerate's "
-            "settings"
-        )
-    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS") or "1"
-    if gradient_accumulation_steps is not None and accumulation not in (
-        "1",
-        str(gradient_accumulation_steps),
+    for name, key, value, unset in (
+        ("MIXED_PRECISION", "mixed_precision", mixed_precision, "no"),
+        ("GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", accumulation, "1"),
     ):
-        raise UsageError(
-            f"gradient accumulation is {accumulation} for accelerate launch, but "
-            f"training.gradient_accumulation_steps is {gradient_accumulation_steps}; make them agree or "
-            "take it out of Accelerate's settings"
-        )
+        launched = os.environ.get(f"ACCELERATE_{name}") or unset
+        if value is not None and launched not in (unset, str(value)):
+            raise UsageError(
+                f"{key} is {launched} for accelerate launch, but training.{key} is {value}; set "
+                f"training.{key}={launched} or take it out of Accelerate's settings"
+            )
 
 
 class HostGroup:
     """Exchanges small host values between the processes of a run; with one process it costs nothing.
 
     Every method is collective.
+
+    Attributes:
+        rendezvous: What this process tells the others; local.
     """
 
     def __init__(self, processes: Accelerator | PartialState) -> None:
         self.num_processes = processes.num_processes
         self.process_index = processes.process_index
         self.local_process_index = processes.local_process_index
-        self._rendezvous = _rendezvous or Rendezvous(0, 1, None)
+        self.rendezvous = _rendezvous or Rendezvous(0, 1, None)
         self._group: Any = None
         self._patient_group: Any = None
         if self.num_processes > 1:
@@ -218,23 +226,6 @@ class HostGroup:
             self._group = dist.new_group(backend="gloo", timeout=limit)
             patient = timedelta(seconds=PATIENT_LIMIT_S)
             self._patient_group = dist.new_group(backend="gloo", timeout=patient)
-
-    def note(self, **position: Any) -> None:
-        """Record where this process is (`step`, `image_ids`), should it hang or lose another one. Local."""
-        self._rendezvous.note(**position)
-
-    def pause_watch(self) -> None:
-        """Allow this process any time until its next `note`. Local."""
-        self._rendezvous.pause_watch()
-
-    def hurry(self) -> None:
-        """Allow this process 20 more seconds for its step. Local."""
-        self._rendezvous.hurry()
-
-    def on_failure(self, action: Callable[[str], None]) -> AbstractContextManager[None]:
-        """While entered, `action` is called with the reason before this process ends because it is stuck.
-        Local."""
-        return self._rendezvous.on_failure(action)
 
     @contextmanager
     def explained(self, *, is_collective: bool = False) -> Iterator[None]:
@@ -246,13 +237,13 @@ class HostGroup:
         try:
             yield
         except RuntimeError as error:
-            if self._rendezvous.size == 1:
+            if self.rendezvous.size == 1:
                 raise
             is_lost_contact = is_collective or isinstance(error, dist.DistError)
-            line = self._rendezvous.explain(error, is_lost_contact=is_lost_contact)
+            line = self.rendezvous.explain(error, is_lost_contact=is_lost_contact)
             raise TrainingError(line) from error
         except BaseException:
-            self.pause_watch()  # to end in order may take its time
+            self.rendezvous.watch.pause()  # to end in order may take its time
             raise
 
     @property
@@ -323,7 +314,7 @@ class HostGroup:
     def _wait_for_others(self) -> None:
         """For as long as it takes them."""
         if self._patient_group is not None:
-            self.pause_watch()
+            self.rendezvous.watch.pause()
             with self.explained(is_collective=True):
                 dist.barrier(group=self._patient_group)
 

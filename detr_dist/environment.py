@@ -42,8 +42,8 @@ def seconds_from_environment(name: str, default: float) -> float:
     return value
 
 
-def launch_numbers(*others: str) -> dict[str, int]:
-    """What launchers and MPI have put into the environment, and `others`, as far as it is set.
+def _launch_numbers() -> dict[str, int]:
+    """Return what launchers and MPI have put into the environment.
 
     What is set to nothing, or to -1, is unset: torch and Accelerate would read a number there.
 
@@ -51,13 +51,13 @@ def launch_numbers(*others: str) -> dict[str, int]:
         UsageError: naming a variable that is no whole number.
     """
     values = {}
-    for name in (*_LAUNCHED, *_LAUNCHED_BY_MPI, *others):
+    for name in (*_LAUNCHED, *_LAUNCHED_BY_MPI):
         text = os.environ.get(name, "").strip()
-        if text in ("", "-1"):
-            os.environ.pop(name, None)
-            continue
         try:
-            values[name] = int(text)
+            if text in ("", "-1"):
+                os.environ.pop(name, None)
+            else:
+                values[name] = int(text)
         except ValueError:
             raise UsageError(
                 f"the environment variable {name} is {text!r}, which is no whole number; {_WAY_OUT}"
@@ -76,7 +76,7 @@ def check_environment() -> None:
             del os.environ[name]
         if os.environ.get(name, "no").lower() not in _YES | _NO:
             raise UsageError(f"the environment variable {name} is {os.environ[name]!r}; set it to 1 or 0")
-    values = launch_numbers()
+    values = _launch_numbers()
     size = values.get("WORLD_SIZE", 1)
     if size < 1:
         raise UsageError(f"WORLD_SIZE is {size} in the environment; {_WAY_OUT}")
@@ -106,21 +106,22 @@ def check_environment() -> None:
                 )
 
 
-def keep_segments_expandable() -> None:
-    """Have torch grow its pieces of GPU memory, unless the user has set its allocator: images of many sizes
-    would leave gaps between them. Counts where nothing has been allocated yet."""
+def set_environment(stacks_dir: Path | None) -> None:
+    """Set what torch, NCCL and DeepSpeed read from the environment, where the user has not.
+
+    Torch grows its pieces of GPU memory, as images of many sizes would leave gaps between them; that counts
+    where nothing has been allocated yet. When a collective times out, NCCL writes its last ones beside the
+    stacks.
+    """
     if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
-
-
-def keep_flight_records(stacks_dir: Path) -> None:
-    """Have NCCL write its last collectives beside the stacks when one of them times out."""
-    prefix = str(stacks_dir.absolute() / "nccl_rank_")
-    for name, value in {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": prefix,
-    }.items():
+    defaults = {}
+    if uses_cpu():
+        defaults["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it finds nothing else
+    if stacks_dir is not None:
+        defaults |= {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+        defaults["TORCH_FR_DUMP_TEMP_FILE"] = str(stacks_dir.absolute() / "nccl_rank_")
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 

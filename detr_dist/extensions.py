@@ -23,25 +23,29 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, *, built_in: Iterable[str] = ()) -> None:
         """Reserve the names `built_in` for the package itself."""
         self.kind = kind
-        self._built_in = tuple(built_in)
+        self.built_in = tuple(built_in)
         self._objects: dict[str, T] = {}
+        self._origins: dict[str, tuple[str, str]] = {}
 
     @property
     def names(self) -> list[str]:
         """Return all names, the package's own first."""
-        return [*self._built_in, *(name for name in self._objects if name not in self._built_in)]
+        return [*self.built_in, *(name for name in self._objects if name not in self.built_in)]
 
-    def add(self, name: str, value: T) -> None:
+    def add(self, name: str, value: T, *, origin: tuple[str, str] | None = None) -> None:
         """Register `value`. The same definition, executed again as in a notebook, replaces the earlier one.
+
+        Args:
+            origin: Module and name of the definition, for a value that does not know them.
 
         Raises:
             UsageError: another definition has that name.
         """
-        known = self._objects.get(name)
-        is_foreign = name in self._built_in and not _origin(value)[0].startswith("detr_dist.")
-        if is_foreign or (known is not None and _origin(known) != _origin(value)):
+        origin = origin or _origin(value)
+        is_foreign = name in self.built_in and not origin[0].startswith("detr_dist.")
+        if is_foreign or self._origins.get(name, origin) != origin:
             raise UsageError(f"the {self.kind} {name!r} exists already; register yours under another name")
-        self._objects[name] = value
+        self._objects[name], self._origins[name] = value, origin
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers a class or function."""
@@ -94,6 +98,22 @@ def load_object(path: str, key: str) -> Any:
         raise UsageError(f"{key}: {path} cannot be imported: {as_one_line(error)}") from error
 
 
+def instantiate(path: str, key: str) -> Any:
+    """Return an object of the class at `path`, made without arguments.
+
+    Raises:
+        UsageError: there is no such class, or it needs arguments or raises; the configuration's `key` is
+            named.
+    """
+    factory = load_object(path, key)
+    try:
+        return factory()
+    except Exception as error:  # of any kind: it is the user's code
+        raise UsageError(
+            f"{key}: {path}() failed ({as_one_line(error)}); it is called without arguments"
+        ) from error
+
+
 def import_extensions(names: Iterable[str]) -> None:
     """Import modules by dotted name, or `.py` files by path; once each.
 
@@ -134,7 +154,10 @@ def _import(name: str) -> ModuleType:
     return module
 
 
-TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=("none", "light", "detr"))
+RECIPES = ("none", "light", "detr")
+"""Augmentations that decide the size of an image before it is decoded; one at most."""
+
+TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"))
 LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
 FAMILIES: Registry[Any] = Registry(
     "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")

@@ -1,9 +1,11 @@
-"""Progress bars on a terminal, and none elsewhere.
+"""Progress bars on a terminal and in a notebook, and none elsewhere.
 
 One display by rich for all bars of a process. It has no thread, whose locks a forked loader process would
 inherit in any state, and leaves standard error alone.
 """
 
+import importlib
+import multiprocessing
 import sys
 import time
 
@@ -21,17 +23,8 @@ class ProgressBar:
     def __init__(self, label: str, total: int, *, completed: int = 0) -> None:
         global _display
         self._updated_at = float("-inf")
-        if _display is None and sys.stdout.isatty() and rich.get_console().is_interactive:
-            columns = (TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn())
-            _display = Progress(
-                *(*columns, TimeRemainingColumn(), TextColumn("{task.description}")),
-                auto_refresh=False,
-                redirect_stdout=False,
-                redirect_stderr=False,
-                transient=True,
-            )
-            _display.start()
-            _display.console.show_cursor(True)  # the process may end at any moment
+        if _display is None:
+            _display = _start_display()
         self._display = _display
         if self._display is not None:
             self._task = self._display.add_task("", label=label, total=total, completed=completed)
@@ -64,9 +57,42 @@ class ProgressBar:
             self._display = None
 
 
+class _NotebookProgress(Progress):
+    """Updates one output of the notebook's cell; rich itself would need ipywidgets for that."""
+
+    def start(self) -> None:
+        self._output = importlib.import_module("IPython.display").display(self, display_id=True)
+
+    def refresh(self) -> None:
+        self._output.update(self)
+
+    stop = refresh
+
+
+def _start_display() -> Progress | None:
+    """Return a display that is shown, where there is something to show it on."""
+    console = rich.get_console()
+    # What a notebook has forked cannot use its connection to the page.
+    is_notebook = console.is_jupyter and multiprocessing.parent_process() is None
+    if not is_notebook and not (sys.stdout.isatty() and console.is_interactive):
+        return None
+    columns = (TextColumn("{task.fields[label]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    display = (_NotebookProgress if is_notebook else Progress)(
+        *(*columns, TextColumn("{task.description}")),
+        auto_refresh=False,
+        redirect_stdout=False,
+        redirect_stderr=False,
+        transient=True,
+    )
+    display.start()
+    if not is_notebook:
+        display.console.show_cursor(True)  # the process may end at any moment
+    return display
+
+
 def print_line(text: str) -> None:
     """Print a line on standard output, above the bars where there are any."""
-    if _display is None:
+    if _display is None or not _display.live.is_started:
         print(text, flush=True)
     else:
         _display.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -38,6 +38,8 @@ class Rendezvous:
         rank: Index of this process.
         size: Number of processes.
         stacks_dir: Where stacks are written when the run fails, if anywhere.
+        watch: Ends this process when it is stuck, where others wait for it.
+        before_exit: Called with the reason before that.
     """
 
     def __init__(self, rank: int, size: int, stacks_dir: Path | None) -> None:
@@ -45,9 +47,9 @@ class Rendezvous:
         self._host = socket.gethostname()
         self._hosts: list[str] = []
         self._position: dict[str, Any] = {}
-        self._on_failure: list[Callable[[str], None]] = []
         self._store: Store | None = None
-        self._watch: StallWatch | None = None
+        self.watch = StallWatch(self._end_stalled)
+        self.before_exit: Callable[[str], None] = lambda reason: None
 
     @classmethod
     def of_environment(cls, stacks_dir: Path | None) -> Self:
@@ -103,43 +105,20 @@ class Rendezvous:
     def watched(self, limit_s: float) -> Iterator[None]:
         """End this process if it makes no progress for `limit_s`, where others wait for it."""
         if self.size > 1:
-            self._watch = StallWatch(limit_s, self._end_stalled)
+            self.watch.start(limit_s)
         try:
             yield
         finally:
-            if self._watch is not None:
-                self._watch.close()
-                self._watch = None
+            self.watch.close()
 
     def note(self, **position: Any) -> None:
         """Record where this process is (`step`, `image_ids`), and that it makes progress."""
         self._position = position
-        if self._watch is not None:
-            self._watch.progress()
-
-    def pause_watch(self) -> None:
-        """Allow this process any time until its next `note`: to evaluate, save or download."""
-        if self._watch is not None:
-            self._watch.pause()
-
-    def hurry(self) -> None:
-        """Allow this process 20 more seconds for its step: its launcher, which has asked it to end, kills it
-        after 30."""
-        if self._watch is not None:
-            self._watch.limit_to(20.0)
-
-    @contextmanager
-    def on_failure(self, action: Callable[[str], None]) -> Iterator[None]:
-        """While entered, call `action` with the reason before this process is ended because it is stuck."""
-        self._on_failure.append(action)
-        try:
-            yield
-        finally:
-            self._on_failure.remove(action)
+        self.watch.progress()
 
     def report(self, error: BaseException) -> None:
         """Tell the others why this process stops, so that they can say so when they miss it."""
-        self.pause_watch()
+        self.watch.pause()
         self._post("end", {"reason": as_one_line(error), "is_cause": True})
 
     def explain(self, error: RuntimeError, *, is_lost_contact: bool) -> str:
@@ -149,7 +128,7 @@ class Rendezvous:
             error: What a collective, or anything else, raised here.
             is_lost_contact: Whether it is certain that a collective raised it.
         """
-        self.pause_watch()
+        self.watch.pause()
         if self._store is None:
             return as_one_line(error)
         self._post("end", {"reason": as_one_line(error), "is_cause": False})
@@ -158,10 +137,9 @@ class Rendezvous:
         causes = [f"{self._name(rank)}: {end['reason']}" for rank, end in ends.items() if end["is_cause"]]
         if causes:
             others = f"another process stopped with an error, {_join(causes)}"
-        elif silent and is_lost_contact:
-            others = f"{_join(map(self._name, silent))} does not answer: it was killed, or hangs"
         elif silent:
-            others = f"{_join(map(self._name, silent))} does not answer: it was killed, hangs, or waits"
+            perhaps = "it was killed, or hangs" if is_lost_contact else "it was killed, hangs, or waits"
+            others = f"{silent} does not answer: {perhaps}"
         else:
             others = "all other processes stopped for the same reason"
         here = f"this is {self._describe()}{self.write_stacks(others, error)}"
@@ -204,13 +182,10 @@ class Rendezvous:
         stacks = self.write_stacks(reason)
         self._post("end", {"reason": f"{reason}{self._step()}", "is_cause": True})
         silent = self._silent(self._collect_ends())
-        others = (
-            f"; {_join(map(self._name, silent))} does not answer: it was killed, or hangs" if silent else ""
-        )
+        others = f"; {silent} does not answer: it was killed, or hangs" if silent else ""
         line = f"{self._describe()} made {reason}{others}{stacks}"
-        for action in reversed(self._on_failure):
-            with suppress(Exception):  # the process must end
-                action(line)
+        with suppress(Exception):  # the process must end
+            self.before_exit(line)
         report_error(line)
         self._write_collectives()  # at last, as it asks the GPU
         os._exit(1)
@@ -220,8 +195,8 @@ class Rendezvous:
             return self._collect("end", _ANSWER_WITHIN_S)
         return {}
 
-    def _silent(self, ends: dict[int, Any]) -> list[int]:
-        return [rank for rank in range(self.size) if rank not in ends and rank != self.rank]
+    def _silent(self, ends: dict[int, Any]) -> str:
+        return _join(self._name(rank) for rank in range(self.size) if rank not in {*ends, self.rank})
 
     def _post(self, phase: str, facts: dict[str, Any]) -> None:
         if self._store is not None:
@@ -260,12 +235,17 @@ class StallWatch:
     Seconds in which the process was stopped (a paused container, a laptop asleep) do not count.
     """
 
-    def __init__(self, limit_s: float, on_stall: Callable[[float], None]) -> None:
-        self.limit_s = limit_s
+    def __init__(self, on_stall: Callable[[float], None]) -> None:
+        self.limit_s = float("inf")
         self._on_stall = on_stall
         self._quiet_s = 0.0
         self._is_paused = True
         self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def start(self, limit_s: float) -> None:
+        """Act after `limit_s` without progress, from the first progress on."""
+        self.limit_s = limit_s
         self._thread = threading.Thread(target=self._run, name="stall-watch", daemon=True)
         self._thread.start()
 
@@ -277,14 +257,16 @@ class StallWatch:
         """Do not count until the next progress."""
         self._is_paused = True
 
-    def limit_to(self, seconds: float) -> None:
-        """Act after so many seconds more."""
-        self.limit_s = min(self.limit_s, self._quiet_s + seconds)
+    def hurry(self) -> None:
+        """Allow 20 more seconds for the current step: the launcher, which has asked this process to end,
+        kills it after 30."""
+        self.limit_s = min(self.limit_s, self._quiet_s + 20.0)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, if it was started."""
         self._closing.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         while not self._closing.wait(1.0):

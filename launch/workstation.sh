@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train on this machine, with one process for each visible GPU, or one on the CPU.
+# Train on this host with one process per visible GPU, or one on the CPU.
 #   bash launch/workstation.sh [--processes N] --config C --train-dir D --val-dir D --output-dir O [section.key=value ...]
-# --processes N: so many GPUs, or so many processes on the CPU where there is no GPU. The rest goes to detr-dist train.
+# --processes N uses N GPUs, or N processes on the CPU if there is no GPU. Other options go to detr-dist train.
 set -euo pipefail
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -34,7 +34,7 @@ if [[ "$gpus" == 0 ]]; then
   processes="${processes:-1}"
   kind=cpu
 elif [[ "${processes:=$gpus}" -gt "$gpus" ]]; then
-  echo "error: --processes $processes: only $gpus GPUs are visible; give fewer, or look at CUDA_VISIBLE_DEVICES" >&2
+  echo "error: --processes $processes: only $gpus GPUs are visible; pass fewer, or check CUDA_VISIBLE_DEVICES" >&2
   exit 2
 else
   kind=gpu
@@ -45,7 +45,7 @@ else
   name="multi_$kind"
 fi
 
-# Loader processes and compilers want cores as well; unset, the launcher would choose 1 and say so.
+# Loader processes and compilers need cores too; if this is unset, the launcher sets 1 and warns.
 cores="$(getconf _NPROCESSORS_ONLN)"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}"
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv in the repository and install detr_dist into it, unless that is already so: install.sh [EXTRA]
-# quickstart.sh and test.sh call it. To start afresh, delete .venv.
+# Create .venv in the repository and install detr_dist into it, unless that is done: install.sh [EXTRA]
+# quickstart.sh and test.sh call it. Delete .venv to reinstall.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -12,7 +12,7 @@ fail() {
   exit 1
 }
 
-# Prints the first Python that is new enough and can make a virtual environment.
+# Print the first Python that is new enough and can create a virtual environment.
 find_python() {
   local name old_enough=""
   for name in python3 python3.13 python3.12 python3.11 python3.14 python; do
@@ -25,10 +25,10 @@ find_python() {
   done
   [[ -z "$old_enough" ]] ||
     fail "$old_enough has no venv module: install it (on Debian and Ubuntu: apt-get install python3-venv), then run this again"
-  fail "no Python 3.11 or newer found: install one, so that python3 or python3.12 starts it, then run this again"
+  fail "no Python 3.11 or newer found: install one as python3 or python3.12, then run this again"
 }
 
-# What an installation depends on; kept inside .venv to see when it has changed.
+# Print what an installation depends on; stored in .venv to detect changes.
 stamp() {
   pwd
   cat setup.cfg pyproject.toml
@@ -45,13 +45,13 @@ fi
 
 if [[ ! -d "$venv" ]]; then
   python="$(find_python)"
-  echo "Making $venv with $("$python" --version)"
+  echo "Creating $venv with $("$python" --version)"
   "$python" -m venv "$venv"
 fi
 "$venv/bin/pip" --version >/dev/null 2>&1 ||
-  fail "$venv does not work (half made, moved, or its Python is gone): delete $venv and run this again"
+  fail "$venv does not work (incomplete, moved, or its Python was removed): delete $venv and run this again"
 
-echo "Installing detr_dist${extra:+ with its $extra tools} into $venv (the first time it downloads PyTorch: minutes, a few GB)"
+echo "Installing detr_dist${extra:+ with its $extra tools} into $venv (the first run downloads PyTorch: a few GB, several minutes)"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --progress-bar off \
   --editable ".${extra:+[$extra]}"
 stamp >"$venv/installed${extra:+-$extra}"

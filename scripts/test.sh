@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Install with the tools of development, then format, lint, types and tests, as CI does. Arguments go to pytest.
+# Install the development tools, then check format, lint, wording and types, and run the tests, as CI does.
+# Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,6 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 set -x
 ruff format --check
 ruff check
+python scripts/check_english.py
 mypy
-# Two at a time: the tests wait for processes more than they compute. What shares a file shares its set-up.
+# Two at a time: the tests wait for processes more than they compute. Tests of one file share its set-up.
 pytest --numprocesses 2 --dist loadfile "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Unit tests with the oldest versions that setup.cfg allows: test_lower_bounds.sh [VERSION ...], e.g. torch==2.11.0.
-# They go into .venv-lower-bounds, which borrows everything else from .venv. torch and torchvision are borrowed too,
-# unless they are named: older ones are a download of gigabytes.
+# Run unit tests with the oldest versions that setup.cfg allows: test_lower_bounds.sh [VERSION ...], e.g. torch==2.11.0.
+# The versions go into .venv-lower-bounds, which takes all other packages from .venv. torch and torchvision come from
+# .venv too unless specified, because older ones are a download of gigabytes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/install.sh dev
 venv=.venv-lower-bounds
 
-# Prints every lower bound of setup.cfg as the version itself, but for torch's.
+# Print every lower bound of setup.cfg as an exact version, except torch's.
 lower_bounds() {
   .venv/bin/python - <<'END'
 import configparser, re

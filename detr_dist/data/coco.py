@@ -5,14 +5,12 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.columns import Finding, found, read_document
-from detr_dist.data.images import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import find_annotations, folded
+from detr_dist.data.images import UnreadableImageError, folded, read_size_hw
 from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
 from detr_dist.text import list_names
@@ -48,9 +46,13 @@ class CocoData:
         return len(self.class_names)
 
     @property
+    def num_boxes(self) -> NDArray[np.int64]:
+        """Count the boxes of each image that training sees, so without crowds, shape [N]."""
+        return np.bincount(self.image_rows[~self.iscrowd], minlength=len(self))
+
+    @property
     def max_boxes_per_image(self) -> int:
-        """Count the boxes that training sees."""
-        return int(np.bincount(self.image_rows[~self.iscrowd]).max(initial=0))
+        return int(self.num_boxes.max(initial=0))
 
     @property
     def image_rows(self) -> NDArray[np.int64]:
@@ -86,33 +88,33 @@ class CocoData:
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
 
-    def to_coco_dict(self) -> dict[str, Any]:
-        """Return the ground truth in COCO's form, with class indices as category ids; boxes are clipped.
 
-        Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation
-        ranks detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no
-        match", and a JSON may repeat an id.
-        """
-        ranks = self.image_ranks
-        columns = (
-            ranks[self.image_rows].tolist(),
-            self.box_classes.tolist(),
-            self.boxes_xywh_px.tolist(),
-            self.areas.tolist(),
-            self.iscrowd.astype(int).tolist(),
+def find_annotations(folder: str | Path) -> tuple[Path, Path]:
+    """Return the COCO JSON of a data folder and the folder that its `file_name` entries start from.
+
+    Either one `*.json` of any name lies beside the images, usually `_annotations.coco.json` or
+    `annotations.json`, or the folder holds COCO's own `annotations/` with one JSON, and `images/`.
+
+    Raises:
+        DataError: there is no such folder, or it holds no JSON or several.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise DataError(f"{folder}: {problem}; name a folder that holds images and their COCO JSON")
+    beside, apart = _json_files(folder), _json_files(folder / "annotations")
+    if beside:
+        return _only(beside, folder), folder
+    if not apart:
+        raise DataError(
+            f"{folder}: no JSON file; put the COCO annotations beside the images as _annotations.coco.json "
+            "or annotations.json, or use the sub-folders annotations/ and images/"
         )
-        keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-        return {
-            "images": [
-                {"id": rank, "height": height, "width": width}
-                for rank, (height, width) in zip(ranks.tolist(), self.sizes_hw.tolist(), strict=True)
-            ],
-            "annotations": [
-                dict(zip(keys, row, strict=True))
-                for row in zip(range(1, len(self.areas) + 1), *columns, strict=True)
-            ],
-            "categories": [{"id": index, "name": name} for index, name in enumerate(self.class_names)],
-        }
+    if not (folder / "images").is_dir():
+        raise DataError(
+            f"{folder}: has annotations/ but no images/ beside it; put the images in {folder / 'images'}"
+        )
+    return _only(apart, folder / "annotations"), folder / "images"
 
 
 def load_coco(
@@ -190,23 +192,16 @@ def read_unannotated(
             readable.append(name)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    data = CocoData(
-        annotations_path=folder,
-        images_dir=folder,
-        class_names=tuple(class_names),
-        category_ids=tuple(range(len(class_names))),
-        notices=[],
-        image_ids=np.arange(1, 1 + len(readable)),
-        sizes_hw=np.array(sizes_hw, dtype=np.int64).reshape(-1, 2),
-        file_names=np.array([os.fsencode(name) for name in readable], dtype=np.bytes_),
-        box_offsets=np.zeros(len(readable) + 1, dtype=np.int64),
-        boxes_xywh_px=np.zeros((0, 4)),
-        box_classes=np.zeros(0, dtype=np.int64),
-        iscrowd=np.zeros(0, dtype=np.bool_),
-        areas=np.zeros(0),
-        annotation_ids=np.zeros(0, dtype=np.int64),
-    )
-    return data, unreadable
+    document = {
+        "images": [
+            {"id": id_, "file_name": name, "height": height, "width": width}
+            for id_, (name, (height, width)) in enumerate(zip(readable, sizes_hw, strict=True), start=1)
+        ],
+        "annotations": [],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(class_names)],
+    }
+    records = check_records(document, folder, check_files=False)
+    return to_columns(records, folder, folder, class_names), unreadable
 
 
 def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:
@@ -238,3 +233,17 @@ def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[
     if (num_boxes == 0).any():
         notices.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
     return notices
+
+
+def _json_files(folder: Path) -> list[Path]:
+    """Return all but hidden files: macOS leaves `._name.json` beside files that it copied."""
+    return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith("."))
+
+
+def _only(json_paths: list[Path], folder: Path) -> Path:
+    if len(json_paths) > 1:
+        raise DataError(
+            f"{folder}: {len(json_paths)} JSON files, so it is not clear which holds the annotations: "
+            f"{list_names(p.name for p in json_paths)}; keep one there and move the others away"
+        )
+    return json_paths[0]

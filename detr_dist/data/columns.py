@@ -30,6 +30,11 @@ trusted. `warning`: repaired automatically, or unusual."""
 _PLURALS = {"box": "boxes", "category": "categories", "class": "classes"}
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{count} {noun if count == 1 else _PLURALS.get(noun, noun + 's')}"
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One kind of fault in one data set."""
@@ -61,8 +66,7 @@ def found(
     count = len(named) if count is None else count
     if count == 0:
         return []
-    message = f"{count} {noun if count == 1 else _PLURALS.get(noun, noun + 's')} {what}"
-    return [Finding(kind, level, count, message, tuple(named[:MAX_EXAMPLES]))]
+    return [Finding(kind, level, count, f"{counted(count, noun)} {what}", tuple(named[:MAX_EXAMPLES]))]
 
 
 def read_document(path: Path) -> dict[str, list[Any]]:

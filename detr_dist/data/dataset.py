@@ -1,5 +1,6 @@
 """From a sample's key to the sample, and from samples to the batch that crosses to the device."""
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset, get_worker_info
-from torchvision import tv_tensors
 
 from detr_dist.boxes import xyxy_to_cxcywh
+from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
-from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply
-from detr_dist.errors import DataError
+from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply, build_transform, example_of
+from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
 
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this is no accident: a disk is gone, or a folder is empty."""
@@ -128,44 +129,62 @@ class CocoDetectionDataset(Dataset[Sample]):
     """
 
     def __init__(self, data: CocoData, transform: DetectionTransform, *, seed: int, train: bool) -> None:
+        """`transform` is of `build_transform` with the same `train`."""
         self.data = data
         self.transform = transform
         self.seed = seed
         self.train = train
+        for each in transform.beside:
+            if each.num_partners >= len(data):
+                raise UsageError(
+                    f"data.augmentation: {each.name} needs {each.num_partners} other images, but the "
+                    f"training data has {len(data)} in all"
+                )
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
-        if not self.train:
-            return self._evaluation_sample(epoch, index)
         unreadable: list[Unreadable] = []
-        for attempt in range(MAX_UNREADABLE_IN_A_ROW):
-            row = (index + attempt) % len(self)
-            try:
-                return self._sample(epoch, row, unreadable)
-            except UnreadableImageError as error:
-                unreadable.append((row, str(error)))
-        raise DataError(
-            f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1][1]}; "
-            "check that the folder is reachable and its images are intact"
+        row, example = self._example(epoch, index, unreadable)
+        for place in range(len(self.transform.beside)):
+            example = self._transformed(place, example, epoch, row, unreadable)
+        image, boxes, labels = example
+        height, width = image.shape[-2:]
+        corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
+        return Sample(
+            image=image.as_subclass(Tensor),
+            labels=labels,
+            boxes_cxcywh=xyxy_to_cxcywh(corners.clamp(0, 1)),
+            image_id=int(self.data.image_ids[row]),
+            original_size_hw=self.data.size_hw(row),
+            unreadable=tuple(unreadable),
         )
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
         """Return height and width of a training sample for the network, if its image can be read."""
         return self._plan(*key).size_hw
 
-    def _evaluation_sample(self, epoch: int, row: int) -> Sample:
-        try:
-            return self._sample(epoch, row, [])
-        except UnreadableImageError as error:
-            black = torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8)
-            return self._sample(epoch, row, [(row, str(error))], black)
-
     def _plan(self, epoch: int, row: int) -> Plan:
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
         return self.transform.plan(self.data.size_hw(row), rng)
+
+    def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, Example]:
+        """Return an image as the recipe prepares it, and its row; what cannot be read is added."""
+        for attempt in range(MAX_UNREADABLE_IN_A_ROW if self.train else 1):
+            row = (index + attempt) % len(self)
+            plan = self._plan(epoch, row)
+            try:
+                return row, self._prepared(row, plan, self._read_image(row, plan))
+            except UnreadableImageError as error:
+                unreadable.append((row, str(error)))
+        if not self.train:
+            return row, self._prepared(row, plan, torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8))
+        raise DataError(
+            f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1][1]}; "
+            "check that the folder is reachable and its images are intact"
+        )
 
     def _read_image(self, row: int, plan: Plan) -> Tensor:
         """Read, in training, at a reduced scale where the plan needs no more. A window is cut in the pixels
@@ -178,34 +197,50 @@ class CocoDetectionDataset(Dataset[Sample]):
             _check_size(path, tuple(image.shape[-2:]), size_hw)
         return image
 
-    def _sample(
-        self, epoch: int, row: int, unreadable: list[Unreadable], image: Tensor | None = None
-    ) -> Sample:
-        """Make a sample; `image` stands for the file's own."""
-        size_hw = self.data.size_hw(row)
-        plan = self._plan(epoch, row)
-        if image is None:
-            image = self._read_image(row, plan)
+    def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
         boxes_xywh, classes = self.data.training_targets(row)
         boxes_xyxy = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
-        example = Example(
-            image=tv_tensors.Image(image),
-            boxes=tv_tensors.BoundingBoxes(
-                torch.from_numpy(boxes_xyxy).float(), format="XYXY", canvas_size=size_hw
-            ),
-            labels=torch.from_numpy(classes),
+        boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
+        return apply(plan, example_of(image, boxes, labels, self.data.size_hw(row)))
+
+    def _transformed(
+        self, place: int, example: Example, epoch: int, row: int, unreadable: list[Unreadable]
+    ) -> Example:
+        """Return what the transform at this place makes of the example of a row, and of its partners."""
+        transform, position = self.transform.beside[place], (self.seed, epoch, row, place)
+        chosen = random_numbers(Purpose.PARTNERS, *position).choice(
+            len(self) - 1, transform.num_partners, replace=False
         )
-        image, boxes, labels = apply(plan, example)
-        height, width = image.shape[-2:]
-        corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
-        return Sample(
-            image=image.as_subclass(Tensor),
-            labels=labels,
-            boxes_cxcywh=xyxy_to_cxcywh(corners.clamp(0, 1)),
-            image_id=int(self.data.image_ids[row]),
-            original_size_hw=size_hw,
-            unreadable=tuple(unreadable),
-        )
+        partners = [self._example(epoch, int(row + 1 + other) % len(self), unreadable)[1] for other in chosen]
+        rng = random_numbers(Purpose.TRANSFORM, *position)
+        try:
+            return transform(example, rng, partners, self.data.num_classes)
+        except Exception as error:  # of any kind: it is the user's code
+            what = f"{transform.name} failed on image {self.data.image_ids[row]}, {self.data.image_path(row)}"
+            raise failure(f"data.augmentation: {what}", error) from error
+
+
+def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
+    """Return what a run trains on.
+
+    Raises:
+        UsageError: `data.augmentation` names a transform that cannot be used.
+    """
+    settings = config.data
+    transform = build_transform(
+        settings.augmentation, settings.shortest_edge, settings.longest_edge, train=True
+    )
+    return CocoDetectionDataset(data, transform, seed=config.training.seed, train=True)
+
+
+def failure(what: str, error: Exception) -> LoaderError:
+    """Return an error that can cross processes: one line, with the traceback for --debug as a note."""
+    advice = ""
+    if isinstance(error, MemoryError):
+        advice = "; memory ran out: lower data.num_workers, data.prefetch_factor or training.batch_size"
+    failed = LoaderError(f"{what}: {as_one_line(error)}{advice}")
+    failed.add_note("".join(traceback.format_exception(error)).strip())
+    return failed
 
 
 def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, int]) -> None:

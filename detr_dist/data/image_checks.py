@@ -2,21 +2,22 @@
 
 import hashlib
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from posixpath import normpath
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ExifTags
 from torchvision.transforms.v2 import functional as F
 
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
-from detr_dist.data.images import UnreadableImageError, decode_rgb, open_image
-from detr_dist.data.layout import decoded_name
+from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
 from detr_dist.data.records import RULES
 from detr_dist.progress_bar import ProgressBar
 
@@ -36,15 +37,9 @@ MIN_CONTRAST = 16.0
 DARK = 16
 """Of 256 levels: 12 bits of brightness in the lower end of 16 reach no further."""
 
-EXIF_ORIENTATION = 0x0112
-
-
 _KINDS: dict[str, tuple[Level, str]] = {
     "unreadable_image": ("error", RULES["unreadable_image"][1]),
-    "wrong_size": (
-        "error",
-        "of another size than the JSON says; correct the JSON or save them in that size",
-    ),
+    "wrong_size": ("error", "of another size than the JSON says; correct the JSON or save them in that size"),
     "exif_rotation": (
         "warning",
         "with an EXIF rotation, which training does not apply; check that their boxes are not rotated",
@@ -86,21 +81,20 @@ class ImageCheck:
 
     def check(self, split: str, data: CocoData, missing: frozenset[str]) -> list[Finding]:
         """Return what is wrong with the files of `data` but for those that are known to be missing."""
-        rows_of = _rows_of_files(data, missing)
-        examples: dict[str, list[str]] = {kind: [] for kind in _KINDS}
+        rows_of = defaultdict(list)  # several where a file is listed more than once
+        for row, name in enumerate(map(decoded_name, data.file_names)):
+            if name not in missing:
+                rows_of[normpath(name)].append(row)
+        examples = defaultdict(list)
         own: dict[bytes, str] = {}
         thumbnails: list[NDArray[np.float32]] = []
         for name, image in _look_at_all(data.images_dir, list(rows_of), split):
             if image.thumbnail is None:
                 examples["unreadable_image"].append(image.failure)
                 continue
-            wrong = [
-                _difference(name, image, data.size_hw(row))
-                for row in rows_of[name]
-                if data.size_hw(row) != image.size_hw
-            ]
-            examples["wrong_size"] += wrong
-            if image.is_rotated and not wrong:
+            wrong_hw = [size for size in map(data.size_hw, rows_of[name]) if size != image.size_hw]
+            examples["wrong_size"] += [_difference(name, image, size_hw) for size_hw in wrong_hw]
+            if image.is_rotated and not wrong_hw:
                 examples["exif_rotation"].append(name)
             if image.brightest <= DARK:
                 examples["dark_picture"].append(name)
@@ -134,16 +128,6 @@ class ImageCheck:
         return alike
 
 
-def _rows_of_files(data: CocoData, missing: frozenset[str]) -> dict[str, list[int]]:
-    """Return the rows that list each file: several where it is listed more than once."""
-    rows_of: dict[str, list[int]] = {}
-    for row, encoded in enumerate(data.file_names):
-        name = decoded_name(encoded)
-        if name not in missing:
-            rows_of.setdefault(normpath(name), []).append(row)
-    return rows_of
-
-
 def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Summary]]:
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads, closing(ProgressBar(split, len(names))) as bar:
         for start in range(0, len(names), IMAGES_AT_A_TIME):
@@ -174,11 +158,9 @@ def _look_at(path: Path) -> _Summary:
 
 
 def _is_rotated(path: Path) -> bool:
-    try:
-        with open_image(path) as image:
-            return bool(image.getexif().get(EXIF_ORIENTATION, 1) != 1)
-    except UnreadableImageError:  # the image itself was decoded
-        return False
+    with suppress(UnreadableImageError), open_image(path) as image:  # its pixels were decoded
+        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+    return False
 
 
 def _difference(name: str, image: _Summary, annotated_hw: tuple[int, int]) -> str:

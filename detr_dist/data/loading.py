@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import threading
-import traceback
 import warnings
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from detr_dist.config import Config, DataConfig
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
+from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate, failure
 from detr_dist.data.sampling import SampleKey
 from detr_dist.data.transforms import areas_after_resize
-from detr_dist.errors import DetrDistError, LoaderError, as_one_line
+from detr_dist.errors import DetrDistError, LoaderError
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -141,7 +140,7 @@ class BatchLoader:
             with _quiet():
                 return iter(self._loader)
         except Exception as error:
-            raise _failure("starting the loader processes failed", error) from None
+            raise failure("starting the loader processes failed", error) from None
         finally:
             processes += set(multiprocessing.active_children()) - before
             # Torch would raise the end of a loader process wherever the main thread then is.
@@ -160,7 +159,7 @@ class BatchLoader:
             item: Batch | DetrDistError | None = next(batches, None)
             return item
         except Exception as error:
-            return self._death(processes) or _failure("loading images failed", error)
+            return self._death(processes) or failure("loading images failed", error)
 
     def _death(self, processes: list[BaseProcess]) -> DetrDistError | None:
         """Return what a loader process has died of, if one has."""
@@ -206,7 +205,7 @@ class _Batches(Dataset[Batch | DetrDistError]):
         except DetrDistError as error:
             return error
         except Exception as error:
-            return _failure(f"loading {self._samples.data.image_path(row)} failed", error)
+            return failure(f"loading {self._samples.data.image_path(row)} failed", error)
         is_loader = get_worker_info() is not None
         try:
             batch = collate(samples)
@@ -216,17 +215,7 @@ class _Batches(Dataset[Batch | DetrDistError]):
             num_bytes = 2 * sum(sample.image.nbytes for sample in samples)  # with the padding, and some room
             if is_loader and room is not None and room[1] < num_bytes:
                 return LoaderError(f"shared memory ran out: {_describe_room(self._need)}")
-            return _failure("putting a batch together failed", error)
-
-
-def _failure(what: str, error: Exception) -> LoaderError:
-    """Return an error that can cross processes: one line, with the traceback for --debug as a note."""
-    advice = ""
-    if isinstance(error, MemoryError):
-        advice = "; memory ran out: lower data.num_workers, data.prefetch_factor or training.batch_size"
-    failure = LoaderError(f"{what}: {as_one_line(error)}{advice}")
-    failure.add_note("".join(traceback.format_exception(error)).strip())
-    return failure
+            return failure("putting a batch together failed", error)
 
 
 def _quiet() -> AbstractContextManager[Any]:

@@ -13,8 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.columns import Faults, Finding, Floats, Integers, Mask, Section, found
-from detr_dist.data.images import UnreadableImageError, read_size_hw
-from detr_dist.data.layout import difference_in_name, encoded_name, missing_images, path_of
+from detr_dist.data.images import (
+    UnreadableImageError,
+    difference_in_name,
+    encoded_name,
+    missing_images,
+    path_of,
+    read_size_hw,
+)
 
 MIN_BOX_EXTENT_PX = 1e-3
 """A box this narrow or flat has no extent: far under a pixel, still over float32's rounding at 4000 px."""
@@ -102,7 +108,9 @@ def check_records(
     sizes_hw, image_rows, xywh_px = files.sizes_hw[images.sound], image_rows[rows], xywh_px[rows]
     has_extent, is_clipped = _clip(xywh_px, sizes_hw[image_rows])
     ids = boxes.ids[rows]
-    repairs = _repairs(ids[is_clipped], ids[~has_extent])
+    clipped = "reaching outside the image; clipped. Boxes are [x, y, width, height]"
+    repairs = _repaired("box_outside", clipped, ids[is_clipped])
+    repairs += _repaired("box_without_extent", "without extent inside the image; dropped", ids[~has_extent])
     order = np.flatnonzero(has_extent)
     order = order[np.argsort(image_rows[order], kind="stable")]
     xywh_px, areas = xywh_px[order], areas[rows[order]]
@@ -218,15 +226,6 @@ def _clip(xywh_px: Floats, sizes_hw: Integers) -> tuple[Mask, Mask]:
     return has_extent, is_clipped & has_extent
 
 
-def _repairs(clipped_ids: Integers, dropped_ids: Integers) -> list[Finding]:
-    clipped = "reaching outside the image; clipped. Boxes are [x, y, width, height]"
-    return [
-        each
-        for kind, what, ids in (
-            ("box_outside", clipped, clipped_ids),
-            ("box_without_extent", "without extent inside the image; dropped", dropped_ids),
-        )
-        for each in found(
-            kind, "box", what, (f"annotation {id_}" for id_ in ids), count=len(ids), level="warning"
-        )
-    ]
+def _repaired(kind: str, what: str, ids: Integers) -> list[Finding]:
+    names = (f"annotation {id_}" for id_ in ids)
+    return found(kind, "box", what, names, count=len(ids), level="warning")

@@ -28,11 +28,15 @@ class Purpose(IntEnum):
     SHUFFLE = 1
     AUGMENT = 2
     DROPOUT = 3
+    TRANSFORM = 4
+    PARTNERS = 5
 
 
-def random_numbers(purpose: Purpose, seed: int, epoch: int, index: int = 0) -> np.random.Generator:
+def random_numbers(
+    purpose: Purpose, seed: int, epoch: int, index: int = 0, *place: int
+) -> np.random.Generator:
     """Return a generator that depends on these numbers alone; neighbouring positions are unrelated."""
-    return np.random.default_rng((purpose, seed, epoch, index))
+    return np.random.default_rng((purpose, seed, epoch, index, *place))
 
 
 @lru_cache(maxsize=2)

@@ -28,17 +28,8 @@ MAX_PLAYERS = 7
 PLAYER_M = 1.8
 # places on the pitch with something to see: spots, corners of areas, the centre, lines
 LANDMARKS_M = (
-    (11, 34),
-    (16.5, 20),
-    (52.5, 34),
-    (52.5, 30),
-    (1, 1),
-    (28, 1),
-    (5.5, 27),
-    (20, 34),
-    (51, 2),
-    (30, 40),
-)
+    (11, 34), (16.5, 20), (52.5, 34), (52.5, 30), (1, 1), (28, 1), (5.5, 27), (20, 34), (51, 2), (30, 40),
+)  # fmt: skip
 BoxXywh = tuple[float, float, float, float]
 
 
@@ -100,18 +91,17 @@ def _write_split(folder: Path, num_scenes: int, entropy: tuple[int, int]) -> Non
     annotations: list[dict[str, Any]] = []
     for index in range(num_scenes):
         scene = draw_scene(np.random.default_rng(np.random.SeedSequence([*entropy, index])))
-        image = {"id": index + 1, "file_name": f"{index + 1:06d}.jpg", "width": WIDTH, "height": HEIGHT}
-        scene.image.save(folder / f"{index + 1:06d}.jpg", quality=90, subsampling="4:4:4")
-        images.append(image)
+        name = f"{index + 1:06d}.jpg"
+        scene.image.save(folder / name, quality=90, subsampling="4:4:4")
+        images.append({"id": index + 1, "file_name": name, "width": WIDTH, "height": HEIGHT})
         for category_id, box in zip(scene.category_ids, scene.boxes_xywh_px, strict=True):
             found = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": category_id}
             annotations.append(found | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+    categories = [{"id": key, "name": name, "supercategory": "match"} for key, name in CATEGORIES.items()]
     document = {
         "info": {"description": "Generated football match scenes", "version": "1.0"},
         "licenses": [],
-        "categories": [
-            {"id": key, "name": name, "supercategory": "match"} for key, name in CATEGORIES.items()
-        ],
+        "categories": categories,
         "images": images,
         "annotations": annotations,
     }
@@ -150,9 +140,8 @@ def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int) -> li
     for _ in range(num_players):
         column, row = _place_player(rng, centre, things, stand_px)
         height_px = float(camera.px_per_m(row)) * PLAYER_M * rng.uniform(0.93, 1.07)
-        sprite = drawing.draw_player(
-            rng, kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))], height_px * SUPERSAMPLING
-        )
+        kit = kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))]
+        sprite = drawing.draw_player(rng, kit, height_px * SUPERSAMPLING)
         things.append(_Thing(PLAYER_ID, sprite, column, row))
     if rng.random() >= NO_BALL_SHARE:
         things.append(_place_ball(rng, camera, things, stand_px))

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,6 @@ BRIGHT: tuple[Colour, ...] = (
     (205, 30, 40), (30, 60, 170), (240, 240, 240), (245, 205, 40), (25, 25, 30), (120, 190, 235),
     (235, 110, 25), (110, 35, 130), (120, 20, 45), (240, 120, 170), (20, 150, 160), (150, 150, 155),
 )  # fmt: skip
-
-
 SHORTS: tuple[Colour, ...] = ((238, 238, 238), (28, 28, 34), (35, 45, 110))
 SKINS: tuple[Colour, ...] = ((236, 196, 165), (214, 162, 124), (170, 116, 78), (112, 72, 48), (78, 50, 36))
 HAIRS: tuple[Colour, ...] = ((35, 25, 20), (80, 52, 30), (170, 130, 70), (20, 20, 22))
@@ -105,7 +104,7 @@ def _line_points_m() -> Floats:
         outlines.append([(0.0, y0), (x1, y0), (x1, y1), (0.0, y1), (0.0, y0)])
     pieces = []
     for outline in outlines:
-        for start, end in zip(np.array(outline[:-1]), np.array(outline[1:]), strict=True):
+        for start, end in pairwise(np.array(outline)):
             steps = np.linspace(0, 1, int(np.abs(end - start).sum()) + 2)[:, None]
             pieces.append(start + (end - start) * steps)
     for x, y, radius, least_x in ((52.5, 34, 9.15, 0), (11, 34, 9.15, 16.5), (0, 0, 1, 0), (0, 68, 1, 0)):
@@ -155,12 +154,8 @@ def expose(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
     """Return the image at its stored size, lit unevenly, with the noise of a sensor."""
     pixels = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
     x, y = np.linspace(-1, 1, WIDTH)[None, :], np.linspace(-1, 1, HEIGHT)[:, None]
-    light = (
-        rng.uniform(0.8, 1.15)
-        + rng.uniform(-0.1, 0.1) * x
-        + rng.uniform(-0.1, 0.1) * y
-        - 0.06 * (x * x + y * y)
-    )
+    light = rng.uniform(0.8, 1.15) + rng.uniform(-0.1, 0.1) * x + rng.uniform(-0.1, 0.1) * y
+    light -= 0.06 * (x * x + y * y)
     if rng.random() < 0.25:  # the shadow of a stand
         slope, offset = rng.uniform(-1, 1), rng.uniform(-0.6, 0.6)
         light *= np.where(y < slope * x + offset, rng.uniform(0.55, 0.75), 1)
@@ -176,8 +171,7 @@ def _to_image(pixels: Floats) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-@dataclass(frozen=True, slots=True)
-class Kit:
+class Kit(NamedTuple):
     """What the players of one side wear."""
 
     shirt: Colour
@@ -217,9 +211,8 @@ class _Body:
 
     def limb(self, start: Point, end: Point, width: float, colour: Colour) -> None:
         """Draw a bar with round ends."""
-        self.draw.line(
-            (*self.at(start), *self.at(end)), fill=colour, width=max(1, round(width * self.height))
-        )
+        wide = max(1, round(width * self.height))
+        self.draw.line((*self.at(start), *self.at(end)), fill=colour, width=wide)
         self.disc(start, width / 2, colour)
         self.disc(end, width / 2, colour)
 
@@ -237,18 +230,24 @@ def draw_player(rng: np.random.Generator, kit: Kit, height: float) -> Image.Imag
     hip, shoulder = 0.045 - 0.03 * turn, 0.12 - 0.045 * turn
     for side, shade in ((-1, FAR_SIDE), (1, 1.0)):
         swing = first * side * stride * (0.3 + 0.7 * turn)
-        bend = (knee if swing < 0 else 0.1 * knee) * (0.3 + 0.7 * turn)
-        colours = [_shaded(colour, shade) for colour in (skin, kit.shorts, kit.socks, boots)]
-        _draw_leg(body, hip * side, (swing, swing - bend), colours)
+        bent = swing - (knee if swing < 0 else 0.1 * knee) * (0.3 + 0.7 * turn)
+        colours = (skin, kit.shorts, kit.socks, boots, kit.shirt)
+        own_skin, shorts, socks, boot, shirt = (_shaded(colour, shade) for colour in colours)
+        top = hip * side, 0.0
+        bend = _reach(top, swing, 0.23)
+        ankle = _reach(bend, bent, 0.22)
+        body.limb(bend, ankle, 0.06, socks)
+        body.limb(top, bend, 0.075, own_skin)
+        body.limb(top, _reach(top, swing, 0.14), 0.105, shorts)
+        body.limb(ankle, _reach(ankle, bent + 1.4, 0.06), 0.045, boot)
         if side == 1:
             _draw_torso(body, kit, hip, shoulder)
         upper = -0.8 * swing + side * rng.uniform(0, 0.4) * (1 - turn) + rng.uniform(-0.15, 0.15)
-        _draw_arm(
-            body,
-            shoulder * side,
-            (upper, upper + rng.uniform(0.1, 1.4)),
-            [colours[0], _shaded(kit.shirt, shade)],
-        )
+        top = shoulder * side, 0.28
+        elbow = _reach(top, upper, 0.15)
+        body.limb(elbow, _reach(elbow, upper + rng.uniform(0.1, 1.4), 0.14), 0.042, own_skin)
+        body.limb(top, elbow, 0.05, own_skin)
+        body.limb(top, _reach(top, upper, 0.1), 0.065, shirt)
     body.limb((0, 0.31), (0.005, 0.36), 0.055, _shaded(skin, FAR_SIDE))
     body.disc((0.005, 0.42), 0.07, pick(rng, HAIRS))
     body.disc((0.005 + 0.03 * turn, 0.405), 0.055, skin)
@@ -256,22 +255,13 @@ def draw_player(rng: np.random.Generator, kit: Kit, height: float) -> Image.Imag
 
 
 def _shaded(colour: Colour, factor: float) -> Colour:
-    return int(colour[0] * factor), int(colour[1] * factor), int(colour[2] * factor)
+    red, green, blue = (int(value * factor) for value in colour)
+    return red, green, blue
 
 
 def _reach(start: Point, angle: float, length: float) -> Point:
     """Return where a bone ends that hangs from `start`, turned forward by `angle` from straight down."""
     return start[0] + length * math.sin(angle), start[1] - length * math.cos(angle)
-
-
-def _draw_leg(body: _Body, hip: float, angles: tuple[float, float], colours: list[Colour]) -> None:
-    skin, shorts, socks, boots = colours
-    knee = _reach((hip, 0), angles[0], 0.23)
-    ankle = _reach(knee, angles[1], 0.22)
-    body.limb(knee, ankle, 0.06, socks)
-    body.limb((hip, 0), knee, 0.075, skin)
-    body.limb((hip, 0), _reach((hip, 0), angles[0], 0.14), 0.105, shorts)
-    body.limb(ankle, _reach(ankle, angles[1] + 1.4, 0.06), 0.045, boots)
 
 
 def _draw_torso(body: _Body, kit: Kit, hip: float, shoulder: float) -> None:
@@ -283,14 +273,6 @@ def _draw_torso(body: _Body, kit: Kit, hip: float, shoulder: float) -> None:
         for x in (-0.55, 0, 0.55):
             body.shape([(x * waist - 0.012, 0.04), (x * waist + 0.012, 0.04), (x * shoulder + 0.014, 0.31),
                         (x * shoulder - 0.014, 0.31)], kit.stripe)  # fmt: skip
-
-
-def _draw_arm(body: _Body, shoulder: float, angles: tuple[float, float], colours: list[Colour]) -> None:
-    start = (shoulder, 0.28)
-    elbow = _reach(start, angles[0], 0.15)
-    body.limb(elbow, _reach(elbow, angles[1], 0.14), 0.042, colours[0])
-    body.limb(start, elbow, 0.05, colours[0])
-    body.limb(start, _reach(start, angles[0], 0.1), 0.065, colours[1])
 
 
 def draw_ball(rng: np.random.Generator, diameter: float) -> Image.Image:

@@ -1,11 +1,17 @@
 """Augmentation and resizing of one image and its boxes, in uint8.
 
+The built-in recipe crops, flips and resizes an image as it was planned before decoding; then come the
+transforms that `data.augmentation` names beside it. They get the image as the network will see it: an effect
+of so many pixels means the same for every camera, there are fewer pixels to change, and steps are still
+planned from the sizes alone, which is why a transform keeps the size.
+
 Every random choice comes from the generator that the caller passes; nothing here uses global random state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from itertools import pairwise, product
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +22,8 @@ from torchvision.transforms.v2 import functional as F
 
 from detr_dist.config_types import Augmentation
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
+from detr_dist.errors import DataError, UsageError, as_one_line
+from detr_dist.extensions import RECIPES, TRANSFORMS, register_transform
 
 # The published recipe in its own pixels, where a full image has 800 on its shorter side.
 DETR_EDGE = 800
@@ -30,9 +38,41 @@ CAST_RANGE = 0.1  # of red, green and blue each: another light, another white ba
 
 
 class Example(NamedTuple):
-    image: tv_tensors.Image  # uint8 [3, H, W]
-    boxes: tv_tensors.BoundingBoxes  # float32 [T, 4], xyxy in pixels
-    labels: Tensor  # int64 [T]
+    """One image with its boxes, as transforms get and return it.
+
+    They get a `tv_tensors.Image` and `tv_tensors.BoundingBoxes`, which the functions of
+    `torchvision.transforms.v2` know; they may return plain tensors.
+    """
+
+    image: Tensor  # uint8 [3, H, W]
+    boxes: Tensor  # float32 [T, 4], xyxy in pixels
+    labels: Tensor  # int64 [T], class indices
+
+
+class Transform(Protocol):
+    """A function, or a class that is instantiated without arguments, that changes an example.
+
+    It keeps nothing from call to call, and draws from `rng`, which depends on seed, epoch, sample and the
+    transform's place in the list alone; torch's default generator is seeded from it for the call, so that
+    `torchvision.transforms.v2` can be used. The image keeps its size. Boxes are then clipped to the image,
+    and those without extent dropped.
+    """
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example: ...
+
+
+class TransformWithPartners(Protocol):
+    """A `Transform` of several images: it gets `num_partners` other ones of the training data as well.
+
+    The generator chooses them. The built-in recipe has prepared each as for its own sample, so that their
+    sizes may differ.
+    """
+
+    num_partners: int
+
+    def __call__(
+        self, example: Example, rng: np.random.Generator, partners: Sequence[Example]
+    ) -> Example: ...
 
 
 class Colours(NamedTuple):
@@ -43,7 +83,7 @@ class Colours(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What is done to one image, in this order."""
+    """What the recipe does to one image, in this order."""
 
     flip: bool
     window: tuple[int, int, int, int] | None  # top, left, height, width of the crop, in pixels of the file
@@ -51,20 +91,46 @@ class Plan(NamedTuple):
     colours: Colours | None
 
 
+class NamedTransform(NamedTuple):
+    """A transform that `data.augmentation` names beside the recipe."""
+
+    name: str
+    function: Callable[..., Any]
+
+    @property
+    def num_partners(self) -> int:
+        return getattr(self.function, "num_partners", 0)
+
+    def __call__(
+        self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
+    ) -> Example:
+        """Return what the transform makes of the example.
+
+        Raises:
+            DataError: it returns what no transform may. What it raises itself is passed on.
+        """
+        height, width = example.image.shape[-2:]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(rng.spawn(1)[0].integers(2**63)))
+            result = self.function(example, rng, *([partners] if self.num_partners else []))
+        return _checked(result, (height, width), num_classes)
+
+
 @dataclass(frozen=True, slots=True)
 class DetectionTransform:
     """Chooses what is done to an image."""
 
-    augmentation: Augmentation
+    recipe: str
     shortest_edge: int
     longest_edge: int
+    beside: tuple[NamedTransform, ...] = ()  # what changes the image after the recipe, in this order
 
     def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
         """Make all random choices for an image of this size, before it is decoded."""
-        if self.augmentation == "none":
+        if self.recipe == "none":
             return Plan(False, None, resized_hw(*size_hw, self.shortest_edge, self.longest_edge), None)
         flip, window, shortest_edge = rng.random() < 0.5, None, self.shortest_edge
-        if self.augmentation == "detr":
+        if self.recipe == "detr":
             if rng.random() < 0.5:
                 window = _random_window(size_hw, rng)
             shortest_edge = round(shortest_edge * _one_of(DETR_RESIZE_EDGES, rng) / DETR_EDGE)
@@ -94,8 +160,63 @@ def apply(plan: Plan, example: Example) -> Example:
 def build_transform(
     augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
 ) -> DetectionTransform:
-    """Return what `data.augmentation` means in training; evaluation only resizes."""
-    return DetectionTransform(augmentation if train else "none", shortest_edge, longest_edge)
+    """Return what `data.augmentation` means in training; evaluation only resizes.
+
+    Raises:
+        UsageError: in training, a transform cannot be found or instantiated.
+    """
+    if not train:
+        return DetectionTransform("none", shortest_edge, longest_edge)
+    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    beside = tuple(_find_transform(name) for name in names if name not in RECIPES)
+    return DetectionTransform(recipe_of(augmentation), shortest_edge, longest_edge, beside)
+
+
+def recipe_of(augmentation: Augmentation) -> str:
+    """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`."""
+    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    return next((name for name in names if name in RECIPES), "none")
+
+
+def _find_transform(name: str) -> NamedTransform:
+    found = TRANSFORMS.find(name, "data.augmentation")
+    try:
+        function = found() if isinstance(found, type) else found
+    except Exception as error:  # of any kind: it is the user's code
+        raise UsageError(
+            f"data.augmentation: {name} cannot be instantiated without arguments: {as_one_line(error)}"
+        ) from error
+    if not callable(function):
+        raise UsageError(f"data.augmentation: {name} is neither a function nor a class with __call__")
+    return NamedTransform(name, function)
+
+
+def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Example:
+    """Return what a transform returned, its boxes clipped, if it is an example."""
+    if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(r, Tensor) for r in result)):
+        raise DataError(f"it returned a {type(result).__name__} in place of an Example of three tensors")
+    image, boxes, labels = result
+    for name, tensor, dtype, shape in (
+        ("image", image, torch.uint8, (3, *size_hw)),
+        ("boxes", boxes, torch.float32, (len(boxes) if boxes.ndim else 1, 4)),
+        ("labels", labels, torch.int64, (len(boxes) if boxes.ndim else 1,)),
+    ):
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise DataError(
+                f"it returned {name} of {tensor.dtype} {list(tensor.shape)} in place of {dtype} {list(shape)}"
+            )
+    is_wrong = ~(boxes.isfinite().all(dim=1) & (boxes[:, :2] <= boxes[:, 2:]).all(dim=1))
+    if is_wrong.any():
+        raise DataError(f"it returned the box {boxes[is_wrong][0].tolist()}; boxes are [x1, y1, x2, y2]")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise DataError(f"it returned the labels {labels.tolist()}; they are from 0 to {num_classes - 1}")
+    return _clipped(example_of(image, boxes, labels, size_hw))
+
+
+def example_of(image: Tensor, boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> Example:
+    """Return an example of plain tensors, with boxes in pixels of an image of this size."""
+    corners = tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size_hw)
+    return Example(tv_tensors.Image(image), corners, labels)
 
 
 def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
@@ -118,7 +239,7 @@ def areas_after_resize(
     may stay between them."""
     sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
     areas = [height * width for height, width in sizes]
-    if augmentation == "detr":  # with a crop of almost any shape
+    if recipe_of(augmentation) == "detr":  # with a crop of almost any shape
         smallest_scale = DETR_RESIZE_EDGES[0] / DETR_EDGE
         return int(min(*areas, shortest_edge**2) * smallest_scale**2), shortest_edge * longest_edge
     return min(areas), max(areas)
@@ -169,7 +290,49 @@ def _random_window(size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[
 
 
 def _crop(example: Example, window: tuple[int, int, int, int]) -> Example:
-    boxes = F.clamp_bounding_boxes(F.crop(example.boxes, *window))
+    image, boxes, labels = example
+    return _clipped(Example(F.crop(image, *window), F.crop(boxes, *window), labels))
+
+
+def _clipped(example: Example) -> Example:
+    """Clip boxes to the image; those without extent are dropped with their labels."""
+    boxes = F.clamp_bounding_boxes(example.boxes)
     kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
-    boxes = tv_tensors.wrap(boxes[kept], like=boxes)
-    return Example(F.crop(example.image, *window), boxes, example.labels[kept])
+    return Example(example.image, tv_tensors.wrap(boxes[kept], like=boxes), example.labels[kept])
+
+
+@register_transform("mosaic")
+class Mosaic:
+    """Makes every second image of four: more objects in a step, so more matched queries.
+
+    The image is divided at a point in its middle half. Each part is filled with a random window of one of
+    the four, at a scale between the least that fills it and that of the image itself.
+
+    Source: YOLOv4; for DETR, DEIM (dense one-to-one matching).
+    """
+
+    num_partners: ClassVar[int] = 3
+
+    def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        if rng.random() < 0.5:
+            return example
+        image, boxes, labels = torch.empty_like(example.image), [], []
+        ends = [(0, round(side * rng.uniform(0.25, 0.75)), side) for side in example.image.shape[-2:]]
+        parts = product(*map(pairwise, ends))
+        for source, ((top, bottom), (left, right)) in zip((example, *partners), parts, strict=True):
+            if top < bottom and left < right:
+                part = _random_part(source, (bottom - top, right - left), rng)
+                image[:, top:bottom, left:right] = part.image
+                boxes.append(part.boxes.as_subclass(Tensor) + torch.tensor([left, top, left, top]))
+                labels.append(part.labels)
+        return Example(image, torch.cat(boxes), torch.cat(labels))
+
+
+def _random_part(example: Example, size_hw: tuple[int, int], rng: np.random.Generator) -> Example:
+    image, boxes, labels = example
+    least = max(part / side for part, side in zip(size_hw, image.shape[-2:], strict=True))
+    scale = rng.uniform(least, max(least, 1))
+    resized = [max(part, round(scale * side)) for part, side in zip(size_hw, image.shape[-2:], strict=True)]
+    top, left = (int(rng.integers(side - part + 1)) for side, part in zip(resized, size_hw, strict=True))
+    window = (top, left, *size_hw)
+    return _crop(Example(F.resize(image, resized, antialias=True), F.resize(boxes, resized), labels), window)

@@ -21,8 +21,13 @@ from detr_dist.environment import uses_cpu
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.build import load_network, trained_detector
-from detr_dist.models.detector import Detector, class_names_of
-from detr_dist.models.normalization import Normalization, keep_normalization, normalization_by
+from detr_dist.models.detector import (
+    Detector,
+    Normalization,
+    class_names_of,
+    keep_normalization,
+    normalization_by,
+)
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model

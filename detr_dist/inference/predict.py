@@ -16,8 +16,7 @@ from PIL import Image
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, read_unannotated
-from detr_dist.data.images import decode_rgb
-from detr_dist.data.layout import decoded_name, find_images
+from detr_dist.data.images import decode_rgb, decoded_name, find_images
 from detr_dist.distributed import HostGroup, group_of_processes
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
 from detr_dist.evaluation.detections import (

@@ -2,34 +2,28 @@
 weights."""
 
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import CheckpointError, UsageError
-from detr_dist.models.architectures import (
-    ARCHITECTURES,
-    Architecture,
-    further_options,
-    loss_settings_of,
-    shape_options,
-)
-from detr_dist.models.backbone_file import load_backbone_file
-from detr_dist.models.detector import Detector, backbone_body, class_names_of, unwrapped_body
-from detr_dist.models.normalization import keep_normalization, normalization_at
-from detr_dist.models.precision import is_frozen_norm
-from detr_dist.models.timm_norms import (
-    keeps_timm_norms,
+from detr_dist.models.backbone import (
+    backbone_body,
+    check_backbone,
+    is_stem,
+    load_pretrained_weights,
     mark_timm_norms,
     restore_timm_norms,
-    thaw_timm_norms,
+    thaw_batch_norm,
 )
+from detr_dist.models.detector import Detector, class_names_of, keep_normalization, normalization_at
+from detr_dist.models.families import Family, family_of, find_family
+from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
 from detr_dist.text import one_line
 
 
@@ -58,7 +52,7 @@ def build_detector(
             f"model.num_classes is {config.num_classes}, but the training data hold {len(class_names)} "
             f"classes ({', '.join(class_names)}); correct it or leave it out"
         )
-    architecture = ARCHITECTURES[config.model_architecture]
+    family = find_family(config.model_architecture)
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
@@ -66,21 +60,19 @@ def build_detector(
     if structure is not None:
         network = _network_like(structure)
     elif config.pretrained is not None:
-        network = _pretrained_network(config, architecture, labels)
+        network = _pretrained_network(config, family, labels)
     else:
-        network = _new_network(config, architecture, labels)
+        network = _new_network(config, family, labels)
         mark_timm_norms(network)
-        if isinstance(config.pretrained_backbone, str):
-            _load_backbone_file(Path(config.pretrained_backbone).expanduser(), network)
-        elif config.pretrained_backbone:
-            _load_backbone_weights(config, network)
-    body = backbone_body(network)
-    restore_timm_norms(network, body)
+        if config.pretrained_backbone is not False:
+            load_pretrained_weights(config, network)
+    keep_family(network.config, family)
+    restore_timm_norms(network)
     if not _freezes_batch_norm(config):
-        _thaw_batch_norm(network)
-    for name, parameter in body.named_parameters():
-        parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and _is_stem(name)))
-    detector = _detector(network, architecture, channels_last=channels_last)
+        thaw_batch_norm(network)
+    for name, parameter in backbone_body(network).named_parameters():
+        parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and is_stem(name)))
+    detector = Detector(network, family, channels_last=channels_last)
     _check_forward(detector)
     return detector
 
@@ -92,19 +84,49 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
     kinds of batch norm round differently.
     """
     if not _freezes_batch_norm(config):
-        _thaw_batch_norm(network)
-    model_type = network.config.model_type
-    architecture = next(each for each in ARCHITECTURES.values() if each.model_type == model_type)
-    return _detector(network, architecture, channels_last=channels_last).eval()
+        thaw_batch_norm(network)
+    return Detector(network, family_of(network.config), channels_last=channels_last).eval()
 
 
-def _detector(network: PreTrainedModel, architecture: Architecture, *, channels_last: bool) -> Detector:
-    return Detector(
-        network,
-        loss_settings_of(network.config, architecture),
-        channels_last=channels_last,
-        masks_attention=architecture.masks_attention,
-    )
+def _shape_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Return the options of the network's shape that are set.
+
+    Raises:
+        UsageError: the family has no such option.
+    """
+    wanted = {key: getattr(config, key) for key in SHAPE_OPTIONS if getattr(config, key) is not None}
+    for key in wanted:
+        if key not in family.shape_options:
+            raise UsageError(f"model.{key}: {family.name} has no such option; leave it out")
+    return {family.shape_options[key]: value for key, value in wanted.items() if key != "dropout"}
+
+
+def _further_options(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Return what goes beside the shape: the paper's constants, dropout, and the user's overrides.
+
+    Raises:
+        UsageError: an override is none of the family's options, or has a key of its own.
+    """
+    own_keys = {option: f"model.{key}" for key, option in family.shape_options.items()} | {
+        "hidden_size": "model.hidden_dim",
+        "backbone_config": "model.backbone",
+        "num_labels": "model.num_classes",
+    }
+    known = set(type(AutoConfig.for_model(family.model_type)).__dataclass_fields__)
+    ours = {"id2label", "label2id", "auxiliary_loss"}
+    for name in config.config_overrides:
+        key = f"model.config_overrides.{name}"
+        if name in own_keys:
+            raise UsageError(f"{key}: this option has a key of its own, {own_keys[name]}; use that")
+        if name not in known - ours:
+            valid = ", ".join(sorted(known - ours - set(own_keys)))
+            raise UsageError(f"{key}: not an option of {family.name}; it has: {valid}")
+    if config.config_overrides.get("two_stage"):
+        raise UsageError(
+            "model.config_overrides.two_stage: the encoder's proposals have no loss here; leave it out"
+        )
+    options = {**family.config_defaults, **config.config_overrides}
+    return options if config.dropout is None else options | {family.shape_options["dropout"]: config.dropout}
 
 
 def _has_pretrained_backbone(config: ModelConfig) -> bool:
@@ -121,6 +143,7 @@ def _network_like(structure: Path) -> PreTrainedModel:
     """Only what transformers has itself: code that lies beside a config.json is not run."""
     try:
         network_config = AutoConfig.from_pretrained(structure, trust_remote_code=False)
+        check_backbone(network_config)
         return cast(PreTrainedModel, AutoModelForObjectDetection.from_config(network_config))
     except Exception as error:  # the library raises many kinds
         reason = one_line(error)
@@ -135,9 +158,8 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
     """
     try:
         network_config = AutoConfig.from_pretrained(location, trust_remote_code=False)
-        family = {architecture.model_type for architecture in ARCHITECTURES.values()}
-        if network_config.model_type not in family:
-            raise UsageError(f"is a {network_config.model_type}, none of {', '.join(sorted(family))}")
+        family_of(network_config)
+        check_backbone(network_config)
         network, report = AutoModelForObjectDetection.from_pretrained(
             location,
             config=network_config,
@@ -150,42 +172,43 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
             raise UsageError(
                 f"lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first"
             )
+    except UsageError as error:
+        raise UsageError(f"{reference}: {error}") from None
     except Exception as error:  # the hub, safetensors and transformers raise many kinds
         reason = one_line(error)
         raise UsageError(
             f"{reference}: cannot be loaded ({reason}); give the folder of a model or checkpoint, an MLflow "
             "URI or a hub id"
         ) from error
-    restore_timm_norms(network, backbone_body(network))
+    restore_timm_norms(network)
     return cast(PreTrainedModel, network.eval())
 
 
-def _new_network(config: ModelConfig, architecture: Architecture, labels: dict[str, Any]) -> PreTrainedModel:
-    options = further_options(config, architecture) | labels | shape_options(config, architecture)
+def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) -> PreTrainedModel:
+    options = _shape_options(config, family) | _further_options(config, family) | labels
     if isinstance(config.backbone, str):
         options["backbone"] = config.backbone
     else:
         options["backbone_config"] = config.backbone
     try:
-        network_config = AutoConfig.for_model(architecture.model_type, **options)
+        network_config = AutoConfig.for_model(family.model_type, **options)
+        check_backbone(network_config)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many kinds for a value they refuse
         reason = one_line(error)
         raise UsageError(f"model: transformers cannot build it as configured: {reason}") from error
-    _begin_class_head(network, architecture, renew=False)
+    _begin_class_heads(network, family, renew=False)
     return network
 
 
-def _pretrained_network(
-    config: ModelConfig, architecture: Architecture, labels: dict[str, Any]
-) -> PreTrainedModel:
+def _pretrained_network(config: ModelConfig, family: Family, labels: dict[str, Any]) -> PreTrainedModel:
     """Load a complete detector's weights; the class head is replaced unless it is for the same classes."""
     source = cast(str, config.pretrained)
     try:
         network_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check_pretrained(source, network_config, config, architecture)
+        _check_pretrained(source, network_config, config, family)
         same_classes = class_names_of(network_config) == tuple(labels["id2label"].values())
-        for name, value in (further_options(config, architecture) | labels).items():
+        for name, value in (_further_options(config, family) | labels).items():
             setattr(network_config, name, value)
         network, report = AutoModelForObjectDetection.from_pretrained(
             source,
@@ -205,28 +228,28 @@ def _pretrained_network(
             "model.pretrained=null and model.pretrained_backbone=false to train from scratch"
         ) from error
     lacking = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    lacking = {key for key in lacking if architecture.class_head not in key}
+    lacking = {key for key in lacking if not _is_of_class_head(key, family)}
     if lacking:
         raise UsageError(
             f"the pretrained model {source} has no weights that fit {len(lacking)} parts of the network, "
             f"such as {min(lacking)}; leave out model.config_overrides that change its shape"
         )
     if not same_classes:
-        _begin_class_head(network, architecture, renew=True)
+        _begin_class_heads(network, family, renew=True)
     return cast(PreTrainedModel, network)
 
 
 def _check_pretrained(
-    source: str, network_config: PreTrainedConfig, config: ModelConfig, architecture: Architecture
+    source: str, network_config: PreTrainedConfig, config: ModelConfig, family: Family
 ) -> None:
-    if network_config.model_type != architecture.model_type:
+    if network_config.model_type != family.model_type:
         raise UsageError(
             f"the pretrained model {source} is a {network_config.model_type}, not a "
-            f"{architecture.model_type}; set model.model_architecture to match"
+            f"{family.model_type}; set model.model_architecture to match"
         )
     if getattr(network_config, "two_stage", False):
         raise UsageError(f"the pretrained model {source} has two stages, and proposals have no loss here")
-    for name, wanted in shape_options(config, architecture).items():
+    for name, wanted in _shape_options(config, family).items():
         found = getattr(network_config, name)
         if found != wanted:
             raise UsageError(
@@ -235,12 +258,13 @@ def _check_pretrained(
             )
 
 
-def _begin_class_head(network: PreTrainedModel, architecture: Architecture, *, renew: bool) -> None:
-    head: nn.Module = getattr(network, architecture.class_head)
-    for layer in (module for module in head.modules() if isinstance(module, nn.Linear)):
+def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool) -> None:
+    for name, layer in network.named_modules():
+        if not isinstance(layer, nn.Linear) or not _is_of_class_head(name, family):
+            continue
         if renew:
             layer.reset_parameters()
-        if architecture.loss_kind == "sigmoid":
+        if family.loss_kind == "sigmoid":
             # Each class begins with probability 1 / (C + 1), which for COCO's 91 classes is the 0.01 of the
             # released codes, or the first steps teach little but that most queries are background. Source:
             # Lin et al. 2017 (focal loss), section 3.3; the rule for other C is that of DAB-DETR in
@@ -248,49 +272,8 @@ def _begin_class_head(network: PreTrainedModel, architecture: Architecture, *, r
             nn.init.constant_(layer.bias, -math.log(layer.out_features))
 
 
-def _load_backbone_weights(config: ModelConfig, network: PreTrainedModel) -> None:
-    if not isinstance(config.backbone, str):
-        raise UsageError(
-            "model.backbone is a configuration of its own, for which there are no pretrained weights; "
-            "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
-        )
-    import timm  # a network that begins from scratch starts sooner without it
-
-    out_indices = network.config.backbone_config.out_indices
-    try:
-        source = timm.create_model(
-            config.backbone, pretrained=True, features_only=True, out_indices=out_indices
-        )
-    except Exception as error:  # timm and the hub raise many kinds, from name look-up to a broken download
-        reason = one_line(error)
-        raise UsageError(
-            f"the pretrained weights of backbone {config.backbone} are not available ({reason}); "
-            "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
-        ) from error
-    unwrapped_body(network).load_state_dict(source.state_dict())
-
-
-def _load_backbone_file(path: Path, network: PreTrainedModel) -> None:
-    own = network.config.backbone_config
-    load_backbone_file(path, unwrapped_body(network), getattr(own, "backbone", None) or own.model_type)
-
-
-def _is_stem(name: str) -> bool:
-    """Whether a parameter belongs to a ResNet's stem or first stage, in timm's or transformers' naming."""
-    timm, transformers = r"(_backbone\.)?(conv1|bn1|layer1)\.", r"embedder\.embedder\.|encoder\.stages\.0\."
-    return re.match(f"{timm}|{transformers}", name) is not None
-
-
-def _thaw_batch_norm(network: PreTrainedModel) -> None:
-    """Put trainable batch norm where there is frozen one, with the same weights and statistics."""
-    body = backbone_body(network)
-    if keeps_timm_norms(network):
-        thaw_timm_norms(body)
-    for name, module in list(body.named_modules()):
-        if is_frozen_norm(module):
-            trainable = nn.BatchNorm2d(len(cast(Tensor, module.weight)))
-            trainable.load_state_dict(module.state_dict(), strict=False)
-            body.set_submodule(name, trainable)
+def _is_of_class_head(name: str, family: Family) -> bool:
+    return not set(name.split(".")).isdisjoint(family.class_heads)
 
 
 def _check_forward(detector: Detector) -> None:

@@ -1,9 +1,10 @@
 """The set prediction loss of the DETR family: all layers and images at once, normalised by given counts.
 
-Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all images, M matched pairs per
-layer.
+Shapes: L decoder layers, or whatever rows of predictions a family has, B images, Q queries, C class columns,
+T targets of all images, M matched pairs per layer.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from detr_dist.boxes import cxcywh_to_xyxy, giou
 from detr_dist.errors import UsageError
+from detr_dist.extensions import LOSSES, register_loss
 from detr_dist.models.matcher import ClassKind, CostWeights, match
 
 
@@ -24,17 +26,18 @@ class LossSettings:
 
     kind: ClassKind
     """`softmax`: cross entropy, "no object" last. `sigmoid`: focal loss, every class on its own."""
-    cost_class: float
-    cost_bbox: float
-    cost_giou: float
     weights: Mapping[str, float]
-    """Of each of `LOSS_TERMS`, by its name: multiplies a mean over the optimizer step."""
-    eos_coef: float
-    """Weight of "no object" in the cross entropy, above 0; softmax only."""
-    focal_alpha: float
-    """Weight of the class that is present against 1 - focal_alpha for the others, in (0, 1); sigmoid only."""
+    """Of each term, by its registered name: multiplies a mean over the optimizer step. Other terms are not
+    computed."""
     num_classes: int
     """Classes without "no object"."""
+    cost_class: float = 2.0
+    cost_bbox: float = 5.0
+    cost_giou: float = 2.0
+    eos_coef: float = 0.1
+    """Weight of "no object" in the cross entropy, above 0; softmax only."""
+    focal_alpha: float = 0.25
+    """Weight of the class that is present against 1 - focal_alpha for the others, in (0, 1); sigmoid only."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,19 @@ class StepCounts:
     num_boxes: float
     num_images: float
 
+    @property
+    def num_boxes_or_one(self) -> float:
+        """The divisor of a mean over boxes, also where no image has any."""
+        return max(self.num_boxes, 1.0)
+
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """Predictions of one micro-batch, float32, and the targets that they are matched with."""
+    """Predictions of one micro-batch, float32, and the targets that they are matched with.
+
+    Layer l's pair m says that query `pair[l, m]` answers for a target of class `labels[l, m]`. There are as
+    many pairs as boxes in the micro-batch, possibly none.
+    """
 
     logits: Tensor
     """[L, B, Q, C]."""
@@ -60,7 +72,19 @@ class Matched:
     target_boxes_cxcywh: Tensor
     """[L, M, 4]."""
     counts: StepCounts
+    """Boxes and images of the whole optimizer step, over all micro-batches and processes."""
     settings: LossSettings
+
+
+LossTerm = Callable[[Matched], Tensor]
+"""A term of the loss, registered by `register_loss(name)`, weighted by `loss.weights.<name>` and logged as
+`train_loss_<name>` and `val_loss_<name>` without that weight.
+
+It returns float [L], for each layer its mean over the optimizer step: a sum over the pairs, or over all
+queries, of this micro-batch alone, divided by numbers from `matched.counts`, never by a number of its own
+micro-batch. Then the training is the same on any number of processes, with or without accumulation. A term
+must also be finite, and without pairs it must still depend on the predictions: sum what is empty, and do not
+return a constant."""
 
 
 class Losses(NamedTuple):
@@ -72,12 +96,14 @@ class Losses(NamedTuple):
     """`loss`, which is `total`, and `loss_<term>` of the last layer, unweighted; all without gradient."""
     finite: bool
     """Whether all predictions were finite. If not, neither losses nor gradients mean anything."""
+    broken_terms: tuple[str, ...] = ()
+    """Where predictions are not finite: the terms that were NaN or Inf before they were."""
 
 
 class SetCriterion:
     """Matches predictions with targets and gives the part of the loss that this micro-batch contributes.
 
-    Holds no tensors, runs no collective, and waits for the device once (in the matcher). Maths is in float32
+    Runs no collective, and waits for the device once (in the matcher). Maths is in float32
     whatever the autocast. A micro-batch without any box still gives every prediction a gradient (zero for the
     boxes), so that all processes reduce the same parameters.
 
@@ -88,15 +114,20 @@ class SetCriterion:
     """
 
     def __init__(self, settings: LossSettings, weights: Mapping[str, float] | None = None) -> None:
-        """Take `weights` (`loss.weights`) in place of those of the settings.
+        """Take `weights` (`loss.weights`) in place of those of the settings; further terms with weight 0 are
+        not computed.
 
         Raises:
             UsageError: a weight is of no term.
         """
-        for name in weights or {}:
-            if name not in LOSS_TERMS:
-                raise UsageError(f"loss.weights.{name}: no part of the loss; {', '.join(LOSS_TERMS)} are")
-        self.settings = replace(settings, weights={**settings.weights, **(weights or {})})
+        added = {
+            name: weight for name, weight in (weights or {}).items() if weight or name in settings.weights
+        }
+        self.settings = replace(settings, weights={**settings.weights, **added})
+        self._terms: dict[str, LossTerm] = {
+            name: LOSSES.find(name, f"loss.weights.{name}") for name in self.settings.weights
+        }
+        self._so_far: Tensor | None = None
         self._costs = CostWeights(settings.kind, settings.cost_class, settings.cost_bbox, settings.cost_giou)
 
     def __call__(
@@ -132,12 +163,23 @@ class SetCriterion:
                 counts=counts,
                 settings=self.settings,
             )
-            layers = {name: term(matched) for name, term in LOSS_TERMS.items()}
+            layers = {name: _checked(name, term(matched), logits) for name, term in self._terms.items()}
             weights = self.settings.weights
             total = reduce(torch.add, [weights[name] * loss for name, loss in layers.items()]).sum()
         logged = {"loss": total.detach()}
-        logged |= {f"loss_{name}": loss[-1].detach() for name, loss in layers.items()}
-        return Losses(total, logged, found.finite)
+        logged |= {f"loss_{_short(name)}": loss[-1].detach() for name, loss in layers.items()}
+        if not found.finite:
+            return Losses(total, logged, finite=False, broken_terms=self._broken_terms())
+        terms = torch.stack([*layers.values()]).detach()
+        self._so_far = terms if self._so_far is None else self._so_far + terms  # NaN and Inf stay
+        return Losses(total, logged, finite=True)
+
+    def _broken_terms(self) -> tuple[str, ...]:
+        """Return the terms that have not been finite so far. Waits for the device."""
+        if self._so_far is None:
+            return ()
+        are_finite = self._so_far.isfinite().all(1).tolist()
+        return tuple(name for name, is_finite in zip(self._terms, are_finite, strict=True) if not is_finite)
 
     def _check_shapes(self, pred_logits: Tensor, labels: Tensor, num_boxes: list[int]) -> None:
         num_columns = self.settings.num_classes + (self.settings.kind == "softmax")
@@ -152,6 +194,23 @@ class SetCriterion:
             )
 
 
+def _checked(name: str, loss: Tensor, logits: Tensor) -> Tensor:
+    """Return a term's result, if it is one number for each layer of logits [L, B, Q, C]."""
+    found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if found != logits.shape[:1]:
+        raise UsageError(
+            f"loss.weights.{name}: the term must return a tensor of shape ({logits.shape[0]},), one number "
+            f"for each decoder layer, and returned {found}"
+        )
+    return loss
+
+
+def _short(name: str) -> str:
+    """Return the registered name of a term, or the last part of a path to one."""
+    return re.split("[.:]", name)[-1]
+
+
+@register_loss("ce")
 def class_loss(matched: Matched) -> Tensor:
     """Return the mean classification loss [L] over the optimizer step, of all queries.
 
@@ -161,31 +220,24 @@ def class_loss(matched: Matched) -> Tensor:
     settings, counts = matched.settings, matched.counts
     if settings.kind == "sigmoid":
         loss = focal_loss(matched.logits, matched.pair, matched.labels, settings.focal_alpha)
-        return loss / max(counts.num_boxes, 1.0)
+        return loss / counts.num_boxes_or_one
     loss = cross_entropy(matched.logits, matched.pair, matched.labels, settings.eos_coef)
     num_queries, eos_coef = matched.logits.shape[2], settings.eos_coef
     return loss / (eos_coef * num_queries * counts.num_images + (1 - eos_coef) * counts.num_boxes)
 
 
+@register_loss("bbox")
 def bbox_loss(matched: Matched) -> Tensor:
     """Return the mean L1 distance [L] of the boxes of the optimizer step, in fractions of the image."""
     distance = (matched.boxes_cxcywh - matched.target_boxes_cxcywh).abs().flatten(1).sum(1)
-    return distance / max(matched.counts.num_boxes, 1.0)
+    return distance / matched.counts.num_boxes_or_one
 
 
+@register_loss("giou")
 def giou_loss(matched: Matched) -> Tensor:
     """Return the mean of 1 - generalised IoU [L] of the boxes of the optimizer step."""
     overlap = giou(cxcywh_to_xyxy(matched.boxes_cxcywh), cxcywh_to_xyxy(matched.target_boxes_cxcywh))
-    return (1 - overlap).sum(1) / max(matched.counts.num_boxes, 1.0)
-
-
-LOSS_TERMS: dict[str, Callable[[Matched], Tensor]] = {
-    "ce": class_loss,
-    "bbox": bbox_loss,
-    "giou": giou_loss,
-}
-"""What the loss is made of. A term returns its mean over the optimizer step for each decoder layer, [L]; it
-is logged as `loss_<name>` and weighted by `loss.weights.<name>`."""
+    return (1 - overlap).sum(1) / matched.counts.num_boxes_or_one
 
 
 def cross_entropy(logits: Tensor, matched: Tensor, matched_labels: Tensor, eos_coef: float) -> Tensor:

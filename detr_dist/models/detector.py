@@ -1,47 +1,102 @@
-"""A `transformers` detector as the one module that training, evaluation and packaging work with."""
+"""A `transformers` detector as the one module that training, evaluation and packaging work with.
+
+Its pixels are normalized as ImageNet's are, unless its image processor does otherwise.
+"""
 
 import copy
-from collections.abc import Iterator, Mapping
-from typing import cast
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from detr_dist.models.criterion import LossSettings
-from detr_dist.models.decoder_layers import return_every_layer
-from detr_dist.models.host_waits import PaddingMasks, spare_finite_checks
-from detr_dist.models.normalization import normalization_of
-from detr_dist.models.precision import keep_heads_in_float32, keep_type_in_frozen_norms
-from detr_dist.models.timm_norms import restore_timm_norms
+from detr_dist.models.backbone import backbone_body, restore_timm_norms
+from detr_dist.models.families import Family
+from detr_dist.models.optimizations import (
+    PaddingMasks,
+    keep_in_float32,
+    keep_type_in_frozen_norms,
+    spare_finite_checks,
+)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of red, green and blue, where a pixel's values are from 0 to 1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+"""What every published backbone expects."""
+
+_NORMALIZATION_KEY = "pixel_normalization"
+"""In a network's configuration, which is saved with it, where it is not ImageNet's."""
+
+
+def normalization_of(config: PreTrainedConfig) -> Normalization:
+    """Return what the network of this configuration expects."""
+    kept = getattr(config, _NORMALIZATION_KEY, None)
+    return IMAGENET if kept is None else Normalization(tuple(kept["mean"]), tuple(kept["std"]))
+
+
+def keep_normalization(config: PreTrainedConfig, normalization: Normalization) -> None:
+    """Let the network of this configuration expect `normalization`, also once it is saved and loaded."""
+    if normalization != normalization_of(config):
+        setattr(config, _NORMALIZATION_KEY, dataclasses.asdict(normalization))
+
+
+def normalization_at(source: str, config: PreTrainedConfig) -> Normalization:
+    """Return what the network with this configuration at `source`, a folder or hub id, expects.
+
+    Raises:
+        OSError: there is an image processor, or should be, and it cannot be read.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not (folder / IMAGE_PROCESSOR_NAME).exists():
+        return normalization_of(config)  # a checkpoint, for example
+    from transformers import AutoImageProcessor  # slow to import
+
+    return normalization_by(AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
+
+
+def normalization_by(processor: Any) -> Normalization:
+    """Return one step for what an image processor does in up to two: a factor, then mean and deviation."""
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
+    red, green, blue = np.broadcast_to(np.array([mean, std]).T / scale, (3, 2)).tolist()
+    mean, std = zip(red, green, blue, strict=True)
+    return Normalization(mean, std)
 
 
 class Detector(nn.Module):
-    """A `transformers` detector that takes uint8 images and returns the predictions of every decoder layer.
+    """A `transformers` detector that takes uint8 images and returns the predictions of every row.
 
     Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
     travel. Predictions are float32 whatever the autocast. `network` is the library's module, and belongs to
     this one with the hooks that it gets; its state dict and `plain_config` are what gets saved.
     """
 
-    def __init__(
-        self,
-        network: PreTrainedModel,
-        loss_settings: LossSettings,
-        *,
-        channels_last: bool = False,
-        masks_attention: bool = True,
-    ) -> None:
+    def __init__(self, network: PreTrainedModel, family: Family, *, channels_last: bool = False) -> None:
         super().__init__()
         self._has_auxiliary_loss = network.config.auxiliary_loss
-        return_every_layer(network)
-        network.loss_function = _every_layer
+        family.prepare(network)
+        network.config.auxiliary_loss = True
+        network.loss_function = _instead_of_loss(family.rows)
         spare_finite_checks(network)
-        keep_heads_in_float32(network)
+        keep_in_float32(network, family.float32_modules)
         keep_type_in_frozen_norms(backbone_body(network))
         self.network = network
-        self._masks = PaddingMasks(network) if masks_attention else None
-        self.loss_settings = loss_settings
+        self._masks = PaddingMasks(network) if family.masks_attention else None
+        self.family = family
+        self.loss_settings = family.loss_settings(network.config)
         self.channels_last = channels_last
         if channels_last:
             nn.Module.to(network, memory_format=torch.channels_last)
@@ -57,8 +112,9 @@ class Detector(nn.Module):
     def num_queries(self) -> int:
         """The most objects that can be found in one image."""
         config = self.network.config
-        two_stage = getattr(config, "two_stage", False)
-        return int(config.two_stage_num_proposals if two_stage else config.num_queries)
+        if getattr(config, "two_stage", False):
+            return int(config.two_stage_num_proposals)
+        return int(self.family.shape_of(config)["num_queries"])
 
     @property
     def plain_config(self) -> PreTrainedConfig:
@@ -71,9 +127,9 @@ class Detector(nn.Module):
         """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
         in pixels; `is_padded` False if all of them are H x W.
 
-        Returns `pred_logits` [L, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
-        [L, B, Q, 4], cxcywh as fractions of the image's own size; L decoder layers, the last one is the
-        prediction, which is the library's.
+        Returns `pred_logits` [R, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
+        [R, B, Q, 4], cxcywh as fractions of the image's own size; R rows, as many as decoder layers unless
+        the family says otherwise. The last one is the prediction, which is the library's.
         """
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
@@ -86,7 +142,7 @@ class Detector(nn.Module):
             self._masks.is_padded = is_padded
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = pixels.contiguous(memory_format=layout)
-        # Any labels but None make the library call its loss function, which hands us all layers instead.
+        # Any labels but None make the library call its loss function, which hands us all rows instead.
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
         return cast(dict[str, Tensor], output.loss_dict)
 
@@ -101,7 +157,7 @@ def plain_network(detector: Detector) -> PreTrainedModel:
     Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
     """
     network = AutoModelForObjectDetection.from_config(detector.plain_config)
-    restore_timm_norms(network, backbone_body(network))
+    restore_timm_norms(network)
     load_plain_weights(network, detector.network.state_dict())
     return cast(PreTrainedModel, network.eval())
 
@@ -118,27 +174,21 @@ def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
     return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
 
 
-def unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone without what the library may wrap around timm's."""
-    body = backbone_body(network)
-    return cast(nn.Module, getattr(body, "_backbone", body))
+def _instead_of_loss(rows: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
+    """Return what stands where the library computes its loss, which is wrong with several processes."""
 
+    def loss_function(
+        logits: Tensor,
+        labels: object,
+        device: object,
+        pred_boxes: Tensor,
+        config: object,
+        outputs_class: Tensor,
+        outputs_coord: Tensor,
+        **further: Any,
+    ) -> tuple[None, dict[str, Tensor], None]:
+        predicted = {"logits": logits, "pred_boxes": pred_boxes}
+        layers = {"outputs_class": outputs_class, "outputs_coord": outputs_coord}
+        return None, rows(**predicted, **layers, **further), None
 
-def backbone_body(network: PreTrainedModel) -> nn.Module:
-    encoder = network.model.backbone
-    return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
-
-
-def _every_layer(
-    logits: Tensor,
-    labels: object,
-    device: object,
-    pred_boxes: Tensor,
-    config: object,
-    outputs_class: Tensor,
-    outputs_coord: Tensor,
-    **_: object,
-) -> tuple[None, dict[str, Tensor], None]:
-    """Stands where the library computes its loss (which is wrong with several processes) and computes
-    nothing."""
-    return None, {"pred_logits": outputs_class, "pred_boxes": outputs_coord}, None
+    return loss_function

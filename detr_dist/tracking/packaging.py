@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from detr_dist.config import DataConfig
-from detr_dist.models.normalization import normalization_of
+from detr_dist.models.detector import normalization_of
 from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("mlflow", "torch", "torchvision", "transformers", "timm")

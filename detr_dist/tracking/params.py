@@ -34,16 +34,13 @@ def run_params(
     config: Config, detector: Detector, train: CocoData, val: CocoData, num_processes: int
 ) -> dict[str, Any]:
     """Return the params of a run; what is unset is left out."""
-    training, backbone, network_config = config.training, config.model.backbone, detector.network.config
+    training, backbone = config.training, config.model.backbone
+    shape = detector.family.shape_of(detector.network.config) | {"num_queries": detector.num_queries}
     params = config_params(config) | {
         "backbone": backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"),
         "num_classes": len(train.class_names),
         "class_names": ", ".join(train.class_names),
-        "hidden_dim": network_config.hidden_size,
-        "num_encoder_layers": network_config.encoder_layers,
-        "num_decoder_layers": network_config.decoder_layers,
-        "num_queries": detector.num_queries,
-        "dropout": network_config.dropout,
+        **shape,
         "train_samples": len(train),
         "val_samples": len(val),
         "num_workers": num_loader_processes(config.data.num_workers),

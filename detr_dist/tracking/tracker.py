@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from detr_dist.console import log_to_file
 from detr_dist.errors import StopRequested, UsageError, as_one_line
-from detr_dist.extensions import load_object
+from detr_dist.extensions import instantiate
 from detr_dist.text import one_line
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -108,7 +108,7 @@ class Trackers:
             UsageError: a class cannot be imported, makes nothing without arguments, or is no `Tracker`.
         """
         for each in trackers:
-            tracker = _make(each) if isinstance(each, str) else each
+            tracker = instantiate(each, "logging.trackers") if isinstance(each, str) else each
             if not isinstance(tracker, Tracker):
                 raise UsageError(f"logging.trackers: {each} is no tracker; derive it from detr_dist.Tracker")
             self._trackers.append(tracker)
@@ -200,21 +200,6 @@ class Trackers:
             self.log_file(self._log_path, "logs")
         except OSError as trouble:
             _logger.warning(f"{self._log_path}: not uploaded ({one_line(trouble)})")
-
-
-def _make(path: str) -> Any:
-    """Return an object of the class at `path`, made without arguments.
-
-    Raises:
-        UsageError: there is no such class, or it needs arguments or raises.
-    """
-    tracker_class = load_object(path, "logging.trackers")
-    try:
-        return tracker_class()
-    except Exception as error:  # of any kind: it is the user's code
-        raise UsageError(
-            f"logging.trackers: {path}() failed ({as_one_line(error)}); it is called without arguments"
-        ) from error
 
 
 @contextmanager

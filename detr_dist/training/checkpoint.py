@@ -18,21 +18,22 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from accelerate.utils import recursively_apply
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PlainSerializer, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from detr_dist.config import Config
 from detr_dist.errors import CheckpointError
 from detr_dist.models.detector import Detector
+from detr_dist.redaction import redact_value
 from detr_dist.storage import link_folder, new_folder
 from detr_dist.text import one_line
-from detr_dist.training.loop import Training
-from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.strategy import OptimizerMemory
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +43,28 @@ STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
 
 UNREADABLE = (float("inf"), 0.0)
 """The age that a folder claims whose state.json cannot be read."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run depends on beside its progress; a resumed run is compared with it."""
+
+    config: Config
+    class_names: list[str]
+    num_train_images: int
+    data_sha256: str
+    """Of the training annotations: in another order, or with other boxes, they are other data."""
+    num_processes: int
+    global_batch_size: int
+    init_from: Annotated[str, PlainSerializer(redact_value, when_used="json")] | None
+    """Where the first weights came from, if not from the configuration."""
+    mlflow_run_id: str | None
+    versions: dict[str, str]
+    zero_stage: int = 0
+    """Of DeepSpeed; 0 without it."""
+    val_data_sha256: str | None = None
+    """Of the validation annotations; None in checkpoints of earlier versions."""
+
 
 # Both stand in state.json, side by side.
 _STATE, _FACTS = TypeAdapter(TrainState), TypeAdapter(RunFacts)

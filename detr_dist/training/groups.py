@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from detr_dist.config import Config, DataConfig
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import Batch, CocoDetectionDataset
+from detr_dist.data.dataset import Batch, training_dataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import CanvasRule, MicroBatchSampler, StepPlan
-from detr_dist.data.transforms import build_transform
+from detr_dist.data.transforms import recipe_of
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _MOST_SIZES = 10_000
 
 def canvas_rule(config: DataConfig) -> CanvasRule:
     """Return what to pad the images of each step of this stream to."""
-    return CanvasRule(config.canvas_multiple, keep_one_size=config.augmentation != "detr")
+    return CanvasRule(config.canvas_multiple, keep_one_size=recipe_of(config.augmentation) != "detr")
 
 
 class GroupStream:
@@ -42,17 +42,13 @@ class GroupStream:
         total_steps: int,
         pin_memory: bool,
     ) -> None:
-        transform = build_transform(
-            config.data.augmentation, config.data.shortest_edge, config.data.longest_edge, train=True
-        )
-        seed = config.training.seed
         self._group_size = config.training.gradient_accumulation_steps
-        dataset = CocoDetectionDataset(data, transform, seed=seed, train=True)
+        dataset = training_dataset(data, config)
         self._size_hw = dataset.size_hw
         self._canvas_rule = canvas_rule(config.data)
         self._sampler = MicroBatchSampler(
             plan,
-            seed,
+            config.training.seed,
             process_index,
             first_step,
             total_steps - first_step,

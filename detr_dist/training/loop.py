@@ -1,8 +1,8 @@
 """The training loop. Two units of progress only: the micro-batch and the optimizer step."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,40 @@ from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.training.state import TrainState
 from detr_dist.training.step_sync import Agreed, StepSync
 from detr_dist.training.strategy import Replicated
+
+
+@dataclass
+class TrainState:
+    """Progress of a run. All randomness is a function of the seed and these numbers."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    closed_step: int = 0
+    """Steps done at the last epoch's end whose evaluation, if one was due, is behind us."""
+    best_map: float | None = None
+    """Highest `val_map` of any evaluation so far."""
+    best_step: int | None = None
+    """Optimizer step of that evaluation."""
+    evaluations_since_best: int = 0
+    """Evaluations in a row that did not raise `best_map`: what early stopping counts."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation."""
+
+    def without_best(self) -> Self:
+        """Return the same progress, as if no evaluation had been: on other data scores cannot be compared."""
+        return replace(self, best_map=None, best_step=None, evaluations_since_best=0)
+
+    def evaluated(self, metrics: dict[str, float]) -> bool:
+        """Take in an evaluation of the current step; says whether it is the best so far."""
+        self.metrics = metrics
+        val_map = metrics.get("val_map", 0.0)
+        if self.best_map is None or val_map > self.best_map:
+            self.best_map, self.best_step, self.evaluations_since_best = val_map, self.step, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
 
 
 class StepDone(NamedTuple):
@@ -27,7 +58,7 @@ class StepDone(NamedTuple):
     """What the parameters outside the backbone learned with."""
 
 
-class Callbacks(Protocol):
+class Observer(Protocol):
     """What happens around the loop. Called on every process, in the same order."""
 
     def after_step(self, state: TrainState, done: StepDone) -> None: ...
@@ -60,7 +91,7 @@ class Training:
         return state.closed_step >= self.total_steps or is_stale
 
 
-def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], callbacks: Callbacks) -> None:
+def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
     """Train from `state`, at any step of an epoch, to `total_steps`; an epoch that these cut short counts as
     one.
 
@@ -83,11 +114,11 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ca
             ):
                 done = train_step(training, state.step, agreed)
             state.step += 1
-            callbacks.after_step(state, done)
+            observer.after_step(state, done)
         training.step_sync.check(state.step, training.model)
-        callbacks.evaluate(state)
+        observer.evaluate(state)
         state.closed_step = state.step
-        callbacks.after_epoch(state)
+        observer.after_epoch(state)
 
 
 def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
@@ -109,7 +140,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             losses = training.criterion(
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )
-            training.step_sync.report(finite=losses.finite)
+            training.step_sync.report(finite=losses.finite, broken_terms=losses.broken_terms)
             # The losses are parts of a sum; DDP and accumulation are about to take means of their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:

@@ -6,7 +6,6 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +18,10 @@ from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
 from detr_dist.tracking.params import run_params
-from detr_dist.tracking.tracker import TensorBoard, Tracker, Trackers
+from detr_dist.tracking.tracker import TensorBoard, Trackers
 from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
 from detr_dist.training.setup import Setup
-from detr_dist.training.state import TrainState
 
 if TYPE_CHECKING:
     from detr_dist.tracking.mlflow import MLflowTracker
@@ -146,24 +144,26 @@ def bring_best(output_dir: Path, resumed: Checkpoint, best: Path, model: Path) -
             shutil.copytree(source, partial, dirs_exist_ok=True)
 
 
-def write_results(output_dir: Path, metrics: dict[str, float], where: Mapping[str, str]) -> None:
-    """Log the last evaluation and write it to `results.json`, with where the run can be found."""
-    for name, value in metrics.items():
-        _logger.info(f"{name:<24} {value:.4f}")
-    results = {"metrics": metrics, **where}
-    write_text(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+class RunTrackers(Trackers):
+    """All trackers of a run; MLflow, which can do more, by name. Empty on all but the main process."""
+
+    mlflow: "MLflowTracker | None" = None
+
+    @property
+    def run_id(self) -> str | None:
+        """Return the id of the run in MLflow, if it is tracked there."""
+        return self.mlflow.run_id if self.mlflow is not None else None
 
 
-def open_run(setup: Setup, trackers: Trackers, added: Sequence[Tracker] = ()) -> "MLflowTracker | None":
-    """Start the MLflow run, or resume it, and add it to the trackers, with the user's. Main process."""
-    trackers.add(*setup.config.logging.trackers, *added)
+def open_run(setup: Setup, trackers: RunTrackers) -> None:
+    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
     if not setup.config.logging.mlflow:
-        return None
+        return
     from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
 
     saved = setup.resumed.facts if setup.resumed is not None else None
     try:
-        tracker = MLflowTracker(
+        trackers.mlflow = MLflowTracker(
             setup.config.logging,
             run_id=saved.mlflow_run_id if saved is not None else None,
             known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
@@ -171,34 +171,31 @@ def open_run(setup: Setup, trackers: Trackers, added: Sequence[Tracker] = ()) ->
     except UsageError as error:
         trackers.close("FAILED", str(error))  # the user's, which are open already
         raise
-    trackers.add(tracker)
-    return tracker
+    trackers.add(trackers.mlflow)
 
 
-def open_output(setup: Setup, trackers: Trackers, tracker: "MLflowTracker | None") -> None:
+def open_output(setup: Setup, trackers: RunTrackers) -> None:
     """Write the run's first files and open its trackers. Main process."""
     output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
         _bring_best_of(setup, resumed)
     (output_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    if tracker is not None:
-        tracker.open(output_dir / "outbox")
+    if trackers.mlflow is not None:
+        trackers.mlflow.open(output_dir / "outbox")
         if resumed is not None:
-            tracker.note_resume(resumed.state.step, setup.changes)
-        tracker.set_tags(
-            {"host_names": ", ".join(setup.host_names), "num_processes": str(setup.host.num_processes)}
-        )
-        tracker.log_datasets({"train": setup.train_data, "validation": setup.val_data})
+            trackers.mlflow.note_resume(resumed.state.step, setup.changes)
+        hosts = ", ".join(setup.host_names)
+        trackers.mlflow.set_tags({"host_names": hosts, "num_processes": str(setup.host.num_processes)})
+        trackers.mlflow.log_datasets({"train": setup.train_data, "validation": setup.val_data})
     if config.logging.tensorboard:
         first_step = resumed.state.step if resumed is not None else 0
         trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
     trackers.write_log(_log_path(output_dir, resumed))
     trackers.log_file(output_dir / "config.yaml")
-    params = run_params(
-        config, setup.detector, setup.train_data, setup.val_data, setup.accelerator.num_processes
+    trackers.log_params(
+        run_params(config, setup.detector, setup.train_data, setup.val_data, setup.host.num_processes)
     )
-    trackers.log_params(params)
 
 
 def _log_path(output_dir: Path, resumed: Checkpoint | None) -> Path:
@@ -223,13 +220,19 @@ def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
         _logger.warning(f"the best model so far could not be copied ({error})")
 
 
-def leave_results(setup: Setup, state: TrainState, tracker: "MLflowTracker | None") -> None:
-    """Log and write the last evaluation, register the model, and log where the run is. Main process."""
-    where = {"run_id": tracker.run_id, "tracking_uri": redact(tracker.uri)} if tracker is not None else {}
-    write_results(setup.output_dir, state.metrics, where)
-    if tracker is not None:
-        if setup.config.logging.register_model_as is not None:
-            tracker.register_model(setup.config.logging.register_model_as)
-        experiment = setup.config.logging.mlflow_experiment_name
-        _logger.info(f"MLflow run {tracker.run_id} in experiment {experiment} ({redact(tracker.uri)})")
-        _logger.info(f"see it {way_to_see(tracker.uri)}")
+def leave_results(setup: Setup, metrics: dict[str, float], trackers: RunTrackers) -> None:
+    """Log the last evaluation and write it to `results.json`, with where the run is; register the model.
+
+    Main process.
+    """
+    for name, value in metrics.items():
+        _logger.info(f"{name:<24} {value:.4f}")
+    mlflow, settings = trackers.mlflow, setup.config.logging
+    where = {"run_id": mlflow.run_id, "tracking_uri": redact(mlflow.uri)} if mlflow is not None else {}
+    write_text(setup.output_dir / "results.json", json.dumps({"metrics": metrics, **where}, indent=2) + "\n")
+    if mlflow is not None:
+        if settings.register_model_as is not None:
+            mlflow.register_model(settings.register_model_as)
+        experiment, uri = settings.mlflow_experiment_name, redact(mlflow.uri)
+        _logger.info(f"MLflow run {mlflow.run_id} in experiment {experiment} ({uri})")
+        _logger.info(f"see it {way_to_see(mlflow.uri)}")

@@ -7,8 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_dist.config import ignored_variables
-from detr_dist.data.box_checks import CheckSettings, check_boxes
-from detr_dist.models.timm_norms import keeps_timm_norms
+from detr_dist.data.checks import CheckSettings, check_boxes
+from detr_dist.models.backbone import keeps_timm_norms
+from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.setup import Setup
 
 _MIB = 2**20
@@ -38,6 +39,22 @@ def describe_run(setup: Setup) -> Iterator[str]:
             "activations; load the model with detr-dist or MLflow, not with from_pretrained"
         )
     yield _describe_sizes(setup)
+
+
+def describe_resumption(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
+    """Where training resumes, and what has changed since; a line each."""
+    if setup.resumed is None:
+        return
+    yield (
+        f"resuming from {setup.resumed.folder} at step {state.step}, "
+        f"{state.step * training.plan.global_batch_size} samples seen"
+    )
+    yield from (f"  changed since: {change}" for change in setup.changes)
+    if training.is_over(state):
+        limit = "training.num_epochs or training.max_steps"
+        if state.closed_step < training.total_steps:
+            limit = "training.early_stopping_patience"
+        yield f"there is nothing left to do: raise {limit} to train on"
 
 
 def _describe_data(setup: Setup) -> Iterator[str]:

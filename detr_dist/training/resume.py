@@ -13,8 +13,7 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
 from detr_dist.redaction import redact, redact_value
 from detr_dist.tracking.uris import is_run_id
-from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.state import RunFacts
+from detr_dist.training.checkpoint import Checkpoint, RunFacts
 
 FREE_SECTIONS = {"evaluation", "checkpoint", "logging"}
 FREE_KEYS = {
@@ -30,6 +29,8 @@ FREE_KEYS = {
     "training.channels_last",
     "training.deterministic",
     "training.early_stopping_patience",
+    "training.extensions",
+    "training.callbacks",
 }
 """What a resumed run may set otherwise; all other keys decide what is learned."""
 

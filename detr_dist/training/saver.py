@@ -17,6 +17,7 @@ from detr_dist.models.detector import Detector, load_plain_weights, plain_networ
 from detr_dist.storage import describe_disk_error, finish_interrupted, new_folder, remove_folder
 from detr_dist.tracking.packaging import write_model
 from detr_dist.tracking.tracker import Trackers
+from detr_dist.training.callback import Callbacks, CheckpointEvent
 from detr_dist.training.checkpoint import MANIFEST, Snapshot, outdated_checkpoints, write_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -98,11 +99,13 @@ class Saver:
         keep_last: int | None,
         tracker: Trackers | None,
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None],
+        callbacks: Callbacks,
     ) -> None:
         self._checkpoints_dir = checkpoints_dir
         self._keep_last = keep_last
         self._tracker = tracker
         self._pack_model = pack_model
+        self._callbacks = callbacks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
         self._failures: dict[str, str] = {}  # by name, of what every run must have at its end
@@ -181,6 +184,8 @@ class Saver:
             self._prune()
         except OSError as error:
             _logger.warning(f"{self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
+        step = snapshot.document["step"]
+        self._callbacks.notify(CheckpointEvent(self._checkpoints_dir / names[0], tuple(names), step))
         if self._tracker is not None:
             try:
                 self._upload(self._tracker, names)

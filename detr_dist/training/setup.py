@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from detr_dist import __version__
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import training_dataset
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import check_compiler, compile_regions, recompute_activations
+from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.tracking.outbox import with_credentials
-from detr_dist.training.checkpoint import Checkpoint
-from detr_dist.training.deepspeed import strategy_for
+from detr_dist.training.checkpoint import Checkpoint, RunFacts
 from detr_dist.training.resume import (
     compare_with_saved,
     has_other_validation,
@@ -30,8 +30,7 @@ from detr_dist.training.resume import (
     with_saved_canvas,
 )
 from detr_dist.training.sources import Sources
-from detr_dist.training.state import RunFacts
-from detr_dist.training.strategy import Replicated
+from detr_dist.training.strategy import Replicated, strategy_for
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,7 @@ def set_up(
     if resumed is not None:
         config = _config_of_resumed(config, resumed, str(resume), init_from, output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
+    training_dataset(train_data, config)  # a transform that cannot be used is an error at once
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps

@@ -1,7 +1,7 @@
 """What all processes must know of each other at an optimizer step: one exchange of a few host numbers."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,10 +53,15 @@ class StepSync:
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
-    def report(self, *, finite: bool) -> None:
-        """Note whether a micro-batch of the current step had finite predictions. Local."""
+    def report(self, *, finite: bool, broken_terms: Sequence[str] = ()) -> None:
+        """Note whether a micro-batch of the current step had finite predictions, and if not, which terms of
+        the loss had been NaN or Inf before. Local."""
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
+            if broken_terms:
+                text = (
+                    f"the term {', '.join(broken_terms)} of the loss was NaN or Inf in this epoch or before"
+                )
             self._problem = _Problem(text, _NOT_FINITE)
 
     def report_failure(self, error: Exception) -> None:
@@ -74,13 +79,13 @@ class StepSync:
             StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
         """
         group: list[Batch] = []
-        self._host.note(step=step)
+        self._host.rendezvous.note(step=step)
         try:
             group = next(groups)
         except Exception as error:  # anything else would leave the other processes waiting
             self.report_failure(error)
         image_ids = [image_id for batch in group for image_id in batch.image_ids]
-        self._host.note(step=step, image_ids=image_ids)
+        self._host.rendezvous.note(step=step, image_ids=image_ids)
         sizes_hw = [size for batch in group for size in batch.sizes_hw.tolist()] or [[0, 0]]
         heights, widths = zip(*sizes_hw, strict=True)
         stops, boxes, images, lows, highs, narrows, wides = self._exchange(
@@ -110,7 +115,8 @@ class StepSync:
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._problem = self._problem or _Problem("the weights are not finite", _NOT_FINITE)
         self._exchange(step)
-        self._host.pause_watch()  # not before: a GPU that hangs does so where the host first waits for it
+        # Not before: a GPU that hangs does so where the host first waits for it.
+        self._host.rendezvous.watch.pause()
 
     def _exchange(self, step: int, *values: float) -> list[tuple[float, ...]]:
         """The values of all processes, column by column, unless one of them has a problem."""

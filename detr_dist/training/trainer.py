@@ -1,12 +1,11 @@
 """A training run from its options to its results: everything is assembled here, nothing is computed."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import replace
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from transformers.utils import logging as transformers_logging
 
@@ -14,33 +13,28 @@ from detr_dist.config import Config
 from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_coco
 from detr_dist.data.loading import Need, check_room, shared_memory_need
-from detr_dist.distributed import HostGroup, allow_for_compiling, build_accelerator, group_of_processes
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
-from detr_dist.evaluation.evaluator import Evaluator
-from detr_dist.models.architectures import num_queries_of
+from detr_dist.extensions import import_extensions, instantiate
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
+from detr_dist.models.families import num_queries_of
 from detr_dist.numerics import resolve_precision, set_numerics
 from detr_dist.storage import check_writable, locked
-from detr_dist.tracking.tracker import Trackers, tracked
-from detr_dist.training.callbacks import PlotWriter, RunCallbacks
-from detr_dist.training.deepspeed import zero_plugin
+from detr_dist.tracking.tracker import Tracker, tracked
+from detr_dist.training.callback import Callback, Callbacks, EndEvent, RunResult
 from detr_dist.training.groups import GroupStream, canvas_rule
-from detr_dist.training.loop import Training, fit
+from detr_dist.training.loop import Training, TrainState, fit
+from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer, build_scheduler
-from detr_dist.training.output import check_output, leave_results, open_output, open_run
-from detr_dist.training.progress import Progress
-from detr_dist.training.report import describe_run
+from detr_dist.training.output import RunTrackers, check_output, leave_results, open_output, open_run
+from detr_dist.training.report import describe_resumption, describe_run
 from detr_dist.training.resume import restore_average, restore_optimizer
-from detr_dist.training.saver import ModelPacker, Saver
 from detr_dist.training.setup import Setup, set_up
 from detr_dist.training.signals import StopSignals, leave_note
-from detr_dist.training.state import TrainState
 from detr_dist.training.step_sync import StepSync
+from detr_dist.training.strategy import zero_plugin
 from detr_dist.training.trial import try_largest_batch
-
-if TYPE_CHECKING:
-    from detr_dist.tracking.mlflow import MLflowTracker
 
 _logger = logging.getLogger(__name__)
 
@@ -48,37 +42,90 @@ _logger = logging.getLogger(__name__)
 def train(
     config: Config,
     *,
-    train_dir: Path,
-    val_dir: Path,
-    output_dir: Path,
+    train_dir: str | Path,
+    val_dir: str | Path,
+    output_dir: str | Path,
     resume: str | None = None,
     init_from: str | None = None,
-    dry_run: bool = False,
-) -> None:
+    callbacks: Iterable[Callback] = (),
+    trackers: Iterable[Tracker] = (),
+    handle_signals: bool = False,
+) -> RunResult:
     """Train, evaluate, track and save.
 
     Collective. What can be known to be wrong is found before the first step, on every process.
 
     Args:
+        config: As `Config.load` returns it.
+        train_dir: Data set to train on: all that `--train-dir` takes.
+        val_dir: Data set to evaluate on.
+        output_dir: Folder for checkpoints, the best model and results.
         resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run, exactly.
         init_from: A model to take the first weights from.
-        dry_run: Check and report, and do not train.
+        callbacks: Called at steps, evaluations, checkpoints and the end, with those of `training.callbacks`.
+        trackers: Track the run as well, with those of `logging.trackers`.
+        handle_signals: Let SIGTERM, SIGINT and SIGUSR1 stop the run once it has saved, and SIGUSR2 print
+            stacks, as the command does. Only the main thread can.
 
     Raises:
         DetrDistError: with one clear line, on every process.
         StopRequested: a signal asked for it; everything is saved.
+        KeyboardInterrupt: Ctrl-C where signals are not handled; the tracked run becomes KILLED.
     """
+    folders = Path(train_dir), Path(val_dir), Path(output_dir)
+    with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
+        signals = StopSignals(setup.host.rendezvous.watch.hurry)
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        with signals if handle_signals and is_main_thread else nullcontext():
+            return _run(setup, signals, callbacks, trackers)
+
+
+def dry_run(
+    config: Config,
+    *,
+    train_dir: Path,
+    val_dir: Path,
+    output_dir: Path,
+    resume: str | None = None,
+    init_from: str | None = None,
+) -> None:
+    """Check the data and all else that `train` checks, and log what would run where; write nothing.
+
+    Collective.
+
+    Raises:
+        DetrDistError: as `train`.
+    """
+    folders = train_dir, val_dir, output_dir
+    with _prepared(config, *folders, resume=resume, init_from=init_from, is_dry=True) as setup:
+        if setup.host.is_main_process:
+            _log_lines(describe_run(setup))
+
+
+@contextmanager
+def _prepared(
+    config: Config,
+    train_dir: Path,
+    val_dir: Path,
+    output_dir: Path,
+    *,
+    resume: str | None,
+    init_from: str | None,
+    is_dry: bool = False,
+) -> Iterator[Setup]:
+    """Yield the run, ready to be assembled, among the processes that were launched together. Collective."""
     transformers_logging.disable_progress_bar()
     if init_from is not None and resume not in (None, "auto"):
         raise UsageError("--init-from starts a new run and --resume continues one; leave one of them out")
-    set_numerics(config.training)
-    allow_for_compiling(config.training)
-    with group_of_processes(stacks_dir=output_dir / "stacks") as processes:
+    stacks_dir, settings = output_dir / "stacks", config.training
+    with group_of_processes(stacks_dir, may_compile=settings.compile_model) as processes:
+        set_numerics(settings)
         host = HostGroup(processes)
         with host.failing_together():
+            import_extensions(settings.extensions)
             if host.is_main_process:
                 check_output(output_dir)
-                if dry_run:
+                if is_dry:
                     _check_data(config, train_dir, val_dir)
         config = resolve_precision(config, host)
         train_data = load_coco(train_dir)
@@ -96,14 +143,10 @@ def train(
             output_dir=output_dir,
             resume=resume,
             init_from=init_from,
-            may_clear_up=not dry_run,
+            may_clear_up=not is_dry,
         )
         setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
-        if dry_run:
-            if host.is_main_process:
-                _log_lines(describe_run(setup))
-            return
-        _run(setup)
+        yield setup
 
 
 def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
@@ -120,28 +163,43 @@ def _shared_memory_need(setup: Setup) -> Need:
     return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
 
 
-def _log_lines(lines: Iterator[str] | list[str]) -> None:
+def _log_lines(lines: Iterable[str]) -> None:
     for line in lines:
         _logger.info(line)
 
 
-def _run(setup: Setup) -> None:
-    """Track the run, train, and write the results. Collective."""
-    host, trackers, tracker = setup.host, Trackers(), None  # on the main process alone there are any
-    with StopSignals(host.hurry) as signals, ExitStack() as held:
+def _run(
+    setup: Setup, signals: StopSignals, callbacks: Iterable[Callback], trackers: Iterable[Tracker]
+) -> RunResult:
+    """Track the run, train, write the results, and say how it ended. Collective."""
+    host, config = setup.host, setup.config
+    opened, called = RunTrackers(), Callbacks()  # on the main process alone there are any
+    with ExitStack() as held:
         with host.failing_together():
             if host.is_main_process:
+                named = [instantiate(path, "training.callbacks") for path in config.training.callbacks]
+                called = Callbacks([*callbacks, *named])
+                opened.add(*config.logging.trackers, *trackers)
                 check_writable("--output-dir", setup.output_dir)
                 held.enter_context(locked(setup.output_dir))
-                tracker = open_run(setup, trackers)
-        with tracked(trackers), host.on_failure(trackers.close_after_loss):
-            with host.failing_together():
-                if host.is_main_process:
-                    open_output(setup, trackers, tracker)
-            state = _train(setup, assemble(setup, signals), signals, trackers, tracker)
-            with host.failing_together():
-                if host.is_main_process:
-                    leave_results(setup, state, tracker)
+                open_run(setup, opened)
+        try:
+            host.rendezvous.before_exit = opened.close_after_loss
+            with tracked(opened):
+                with host.failing_together():
+                    if host.is_main_process:
+                        open_output(setup, opened)
+                state = _train(setup, signals, opened, called)
+                with host.failing_together():
+                    if host.is_main_process:
+                        leave_results(setup, state.metrics, opened)
+                result: RunResult = host.broadcast(RunResult(state.metrics, opened.run_id, setup.output_dir))
+        except BaseException as error:
+            was_asked = isinstance(error, KeyboardInterrupt | StopRequested)
+            called.notify(EndEvent("KILLED" if was_asked else "FAILED", error, None))
+            raise
+        called.notify(EndEvent("FINISHED", None, result))
+        return result
 
 
 def assemble(setup: Setup, signals: StopSignals) -> Training:
@@ -176,29 +234,25 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     )
 
 
-def _train(
-    setup: Setup,
-    training: Training,
-    signals: StopSignals,
-    trackers: Trackers,
-    tracker: "MLflowTracker | None",
-) -> TrainState:
+def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks: Callbacks) -> TrainState:
     """Train to the end, or to a request to stop. Collective."""
     host = setup.host
+    training = assemble(setup, signals)
     state = setup.resumed.state if setup.resumed is not None else TrainState()
     groups = training_data(setup, training, state)
-    callbacks = build_callbacks(
-        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
-    )
+    if host.is_main_process:
+        _log_lines(describe_run(setup))
+        _log_lines(describe_resumption(setup, training, state))
+    observer = RunObserver(setup, training, groups, state, signals, trackers=trackers, callbacks=callbacks)
     try:
         _try_largest_batch(setup, training, state, groups)
         with host.explained():
-            fit(training, state, groups, callbacks)
-        callbacks.finish()
+            fit(training, state, groups, observer)
+        observer.finish()
     except StopRequested as request:
         groups.close()  # its loader processes may be about to end, as all processes were asked to
-        callbacks.save_last(state)
-        callbacks.finish()
+        observer.save_last(state)
+        observer.finish()
         text = (
             f"{request}: saved in {setup.output_dir / 'checkpoints' / 'last'} at step {state.step} of "
             f"{training.total_steps}; the same command with --resume auto continues"
@@ -209,7 +263,7 @@ def _train(
         raise StopRequested(text) from None
     finally:
         groups.close()
-        callbacks.close()
+        observer.close()
     return state
 
 
@@ -239,66 +293,3 @@ def training_data(setup: Setup, training: Training, state: TrainState) -> GroupS
         total_steps=max(training.total_steps, state.step),
         pin_memory=setup.accelerator.device.type == "cuda",
     )
-
-
-def build_callbacks(
-    setup: Setup,
-    training: Training,
-    state: TrainState,
-    groups: GroupStream,
-    *,
-    signals: StopSignals,
-    trackers: Trackers,
-    tracker: "MLflowTracker | None",
-) -> RunCallbacks:
-    """Return what logs, evaluates and saves around the loop; the main process logs how the run starts.
-
-    Collective.
-    """
-    config, accelerator, output_dir = setup.config, setup.accelerator, setup.output_dir
-    progress = saver = plots = None
-    files = trackers if trackers.keeps_files else None
-    if accelerator.is_main_process:
-        _log_lines(describe_run(setup))
-        _log_lines(_describe_start(setup, training, state))
-        progress = Progress(first_step=state.step, total_steps=training.total_steps)
-        if config.evaluation.pictures:
-            plots = PlotWriter(setup.val_data, output_dir / "pictures", files)
-        saver = Saver(
-            output_dir / "checkpoints",
-            keep_last=config.checkpoint.keep_last,
-            tracker=files,
-            pack_model=ModelPacker(training.average.detector, config, output_dir, files).pack,
-        )
-    evaluator = Evaluator(
-        setup.val_data, config, accelerator, setup.host, stop_requested=lambda: signals.is_requested
-    )
-    return RunCallbacks(
-        training,
-        setup.detector,
-        config,
-        host=setup.host,
-        groups=groups,
-        evaluator=evaluator,
-        progress=progress,
-        trackers=trackers,
-        saver=saver,
-        plots=plots,
-        facts=setup.facts if tracker is None else replace(setup.facts, mlflow_run_id=tracker.run_id),
-    )
-
-
-def _describe_start(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
-    """Say where training resumes."""
-    if setup.resumed is None:
-        return
-    yield (
-        f"resuming from {setup.resumed.folder} at step {state.step}, "
-        f"{state.step * training.plan.global_batch_size} samples seen"
-    )
-    yield from (f"  changed since: {change}" for change in setup.changes)
-    if training.is_over(state):
-        limit = "training.num_epochs or training.max_steps"
-        if state.closed_step < training.total_steps:
-            limit = "training.early_stopping_patience"
-        yield f"there is nothing left to do: raise {limit} to train on"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What train.sbatch runs once on each node: the launcher with this node's part of the processes.
+# Run by train.sbatch once per node: start the launcher with the processes of this node.
 set -euo pipefail
 
-# The warning reaches every process of the job. This script and the launcher would end by it; what they start
-# inherits that it is ignored, until the trainer sets its own handler.
+# Slurm's signal reaches every process of the job and would end this script and the launcher. Their children inherit
+# that it is ignored, until the trainer installs its own handler.
 trap '' USR1
 
 launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -17,7 +17,7 @@ fail() {
 echo "=== start $DETR_DIST_START of job $SLURM_JOB_ID, node $SLURM_NODEID of $SLURM_NNODES: $(hostname) at $(date '+%F %T')"
 
 if [[ -f "$launch_dir/site.env" ]]; then
-  set +u # what a site brings is seldom written for it
+  set +u # site settings are rarely written for it
   # shellcheck source=/dev/null
   source "$launch_dir/site.env"
   prepare_node || fail "prepare_node in $launch_dir/site.env failed on $(hostname)"
@@ -25,16 +25,16 @@ if [[ -f "$launch_dir/site.env" ]]; then
 fi
 command -v accelerate >/dev/null || PATH="$repository/.venv/bin:$PATH"
 command -v accelerate >/dev/null ||
-  fail "detr_dist is not installed on $(hostname): have prepare_node in $launch_dir/site.env activate the environment that has it"
+  fail "detr_dist is not installed on $(hostname): let prepare_node in $launch_dir/site.env activate its environment"
 
 here="${SLURM_GPUS_ON_NODE:-$DETR_DIST_PROCESSES_PER_NODE}"
 [[ "$here" == "$DETR_DIST_PROCESSES_PER_NODE" ]] ||
-  fail "$(hostname) has $here GPUs for this job, the first node $DETR_DIST_PROCESSES_PER_NODE: ask for --gpus-per-node, which is the same on all"
+  fail "$(hostname) has $here GPUs for this job, the first node $DETR_DIST_PROCESSES_PER_NODE: request GPUs with --gpus-per-node, which is the same on all nodes"
 if [[ -n "${SLURM_GPUS_ON_NODE:-}" ]]; then
   config="$repository/accelerate_configs/multi_gpu.yaml"
 else
   config="$repository/accelerate_configs/multi_cpu.yaml"
-  # shellcheck disable=SC2153 # CPUS is meant
+  # shellcheck disable=SC2153 # not a misspelling
   cores=$((SLURM_CPUS_ON_NODE / here))
   export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}"
 fi

@@ -2,14 +2,14 @@
 # Submit a training to Slurm:
 #   bash launch/slurm/submit.sh [option of sbatch ...] -- [option of detr-dist train ...]
 #
-# For example eight GPUs on each of two nodes, and two nodes without GPUs with two processes of four cores each:
+# For example, two nodes with eight GPUs each, and two nodes without GPUs with two processes of four cores each:
 #   bash launch/slurm/submit.sh --nodes 2 --gpus-per-node 8 --cpus-per-gpu 8 --time 24:00:00 -- \
 #     --config configs/training.yaml --train-dir datasets/train --val-dir datasets/val --output-dir models/first
 #   bash launch/slurm/submit.sh --nodes 2 --ntasks-per-node 2 --cpus-per-task 4 -- ...
 #
-# Paths start at the current folder, which all nodes must see, as they must the repository and the output folder.
-# The job continues by itself after a warning or the loss of a node; submitted again, so does a run that has ended.
-# What is particular to a cluster is in site.env, see site.env.example. docs/slurm.md says more.
+# Paths are relative to the current folder. All nodes must see it, the repository and the output folder.
+# The job continues automatically after its time limit or the loss of a node. Submit it again to continue a run that ended.
+# Put the settings of your cluster into site.env (see site.env.example). docs/slurm.md explains more.
 set -euo pipefail
 
 launch_dir="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -34,7 +34,7 @@ while (($#)) && [[ "$1" != -- ]]; do
 done
 (($# > 1)) || fail "no options of detr-dist train: they come after --, see $0 --help"
 shift
-command -v sbatch >/dev/null || fail "there is no sbatch here: submit from a node of the cluster"
+command -v sbatch >/dev/null || fail "sbatch is not installed on this host: submit from a node of the cluster"
 
 export DETR_DIST_LAUNCH_DIR="$launch_dir"
 exec sbatch "${sbatch_options[@]}" "$launch_dir/train.sbatch" "$@"

@@ -22,10 +22,10 @@ from torch._subclasses import FakeTensorMode
 from train_step import without_download
 
 from detr_dist.config import load_config
-from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import recompute_activations
+from detr_dist.models.optimizations import recompute_activations
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     rows = []
-    for architecture in ARCHITECTURES:
+    for architecture in FAMILIES.built_in:
         with tempfile.TemporaryDirectory() as folder:
             settings = [*without_download(Path(folder)), f"model.model_architecture={architecture}"]
             config = load_config(None, [*settings, *options.overrides])

@@ -25,12 +25,12 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
-from detr_dist.training.checkpoint import take_snapshot
-from detr_dist.training.loop import Training
+from detr_dist.training.callback import Callbacks
+from detr_dist.training.checkpoint import RunFacts, take_snapshot
+from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.saver import Saver
 from detr_dist.training.signals import StopSignals
-from detr_dist.training.state import RunFacts, TrainState
 from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 
@@ -83,7 +83,9 @@ def measure(
     folder: Path, rounds: int, training: Training, detector: Detector, facts: RunFacts
 ) -> dict[str, float]:
     """Medians over the rounds, after one that does not count."""
-    saver = Saver(folder, keep_last=2, tracker=None, pack_model=lambda weights, card: None, say=print)
+    saver = Saver(
+        folder, keep_last=2, tracker=None, pack_model=lambda weights, card: None, callbacks=Callbacks()
+    )
     waits_s, wholes_s = [], []
     for step in range(rounds + 1):
         take = partial(take_snapshot, training, detector, TrainState(step=step), facts)

@@ -62,17 +62,17 @@ from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
-from detr_dist.models.normalization import IMAGENET
+from detr_dist.models.detector import IMAGENET
 from detr_dist.numerics import autocast, resolve_precision, set_numerics
-from detr_dist.tracking.tracker import Trackers, tracked
-from detr_dist.training.callbacks import RunCallbacks
-from detr_dist.training.loop import StepDone, Training, train_step
+from detr_dist.tracking.tracker import tracked
+from detr_dist.training.callback import Callbacks
+from detr_dist.training.loop import StepDone, Training, TrainState, train_step
+from detr_dist.training.observer import RunObserver
 from detr_dist.training.optim import build_optimizer
-from detr_dist.training.output import open_output, open_run
+from detr_dist.training.output import RunTrackers, open_output, open_run
 from detr_dist.training.setup import Setup, set_up
 from detr_dist.training.signals import StopSignals
-from detr_dist.training.state import TrainState
-from detr_dist.training.trainer import assemble, build_callbacks, training_data
+from detr_dist.training.trainer import assemble, training_data
 
 REPOSITORY = Path(__file__).parents[2]
 BARE, CRITERION, LIBRARY = "bare network", "with our criterion", "the library's loss"
@@ -97,7 +97,7 @@ class Workbench:
 
     setup: Setup
     training: Training
-    observer: RunCallbacks
+    observer: RunObserver
     groups: Iterator[list[Batch]]
     state: TrainState
     batch: Batch
@@ -310,16 +310,14 @@ def lay_out(config: Config, places: Places, held: ExitStack) -> Workbench:
     val_data = load_coco(places.val_dir, classes=train_data.class_names)
     setup = set_up(config, train_data, val_data, accelerator, output_dir=places.output_dir)
     places.output_dir.mkdir()
-    trackers = Trackers()
-    tracker = open_run(setup, trackers)
+    trackers = RunTrackers()
+    open_run(setup, trackers)
     held.enter_context(tracked(trackers))
-    open_output(setup, trackers, tracker)
+    open_output(setup, trackers)
     signals, state = StopSignals(), TrainState()
     training = assemble(setup, signals)
     groups = training_data(setup, training, state)
-    observer = build_callbacks(
-        setup, training, state, groups, signals=signals, trackers=trackers, tracker=tracker
-    )
+    observer = RunObserver(setup, training, groups, state, signals, trackers=trackers, callbacks=Callbacks())
     held.callback(observer.close)
     held.callback(groups.close)
     return Workbench(setup, training, observer, groups, state, next(groups)[0])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_dist.distributed import build_accelerator
-from detr_dist.models.execution import compile_regions, num_compiled_graphs
+from detr_dist.models.optimizations import compile_regions, num_compiled_graphs
 
 
 class Network(nn.Module):

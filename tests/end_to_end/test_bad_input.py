@@ -99,6 +99,7 @@ def test_unusable_data_is_one_line_that_names_the_culprit(name, workplace, data,
         ("batch_size", 2, "section.key=value"),
         ("model.num_classes=5", 2, "model.num_classes is 5"),
         ("model.num_queries=2", 1, "3 boxes"),
+        ("data.augmentation=[light, nowhere.Blur]", 2, "data.augmentation: nowhere.Blur cannot be imported"),
         ("training.batch_size=999", 2, "training data has 40"),
         ("logging.mlflow_tracking_uri=sqlite:////no/such/folder/x.db", 2, "logging.mlflow_tracking_uri"),
         ("logging.mlflow_tracking_uri=gopher://x", 2, "logging.mlflow_tracking_uri"),
@@ -155,6 +156,18 @@ def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data
     for process in (0, 1):
         stopped = f"stopped at step 0: process 0 ({socket.gethostname()}): 10 images in a row"
         assert f"[process {process}] error: {stopped}" in finished.stderr
+
+
+@pytest.mark.dist
+def test_a_transform_that_fails_is_named_with_its_image_on_every_process(workplace, data) -> None:
+    (workplace.folder / "own.py").write_text("def fail(example, rng):\n    raise ValueError('mine')\n")
+    overrides = "logging.mlflow=false", "data.num_workers=1", "data.augmentation=[light, mosaic, own.py:fail]"
+    finished = workplace.train(data, *overrides, num_processes=2)
+    assert finished.returncode != 0
+    for process in (0, 1):
+        (line,) = (each for each in finished.stderr.splitlines() if f"[process {process}] error: " in each)
+        assert "data.augmentation: own.py:fail failed on image " in line
+        assert "ValueError: mine" in line
 
 
 def test_an_error_in_a_loader_process_fails_the_run_with_one_line(workplace, data) -> None:

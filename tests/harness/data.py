@@ -3,9 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from detr_dist.data.coco import CocoData
 
 TINY_CONFIG = {
     "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 96, "augmentation": "none"},
@@ -63,3 +66,20 @@ def write_coco(
     categories = [{"id": 1, "name": "player"}, {"id": 2, "name": "ball"}]
     document = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
+
+
+def ground_truth(data: CocoData) -> dict[str, Any]:
+    """COCO's form of a data set, for pycocotools, with class indices as category ids.
+
+    Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation ranks
+    detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no match".
+    """
+    ranks = data.image_ranks
+    columns = (data.box_classes, data.boxes_xywh_px, data.areas, data.iscrowd.astype(int))
+    rows = zip(ranks[data.image_rows].tolist(), *(column.tolist() for column in columns), strict=True)
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    return {
+        "images": [{"id": rank} for rank in ranks.tolist()],
+        "annotations": [dict(zip(keys, (i, *row), strict=True)) for i, row in enumerate(rows, start=1)],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(data.class_names)],
+    }

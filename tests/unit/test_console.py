@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.console import make_robust
+from detr_dist.console import log_to_file, make_robust
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
@@ -74,3 +75,35 @@ def test_what_nobody_reads_any_more_is_dropped(options: tuple[str, ...], tmp_pat
     process.stderr.close()
     assert process.wait(60) == 0
     assert (tmp_path / "done").exists()
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"), [(logging.WARNING, ["warned"]), (logging.INFO, ["told", "warned"])]
+)
+def test_the_log_file_is_complete_and_the_process_shows_what_it_did_before(
+    level: int, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Python code of a user, who has configured the root logger."""
+    package, root, received = logging.getLogger("detr_dist"), logging.getLogger(), []
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(package, "propagate", True)
+    monkeypatch.setattr(package, "level", logging.NOTSET)
+    above = logging.Handler()
+    monkeypatch.setattr(above, "emit", lambda record: received.append(record.getMessage()))
+    monkeypatch.setattr(root, "handlers", [above])
+    before = root.level
+    root.setLevel(level)
+    try:
+        file = log_to_file(tmp_path / "train.log")
+        for each in ("told", "warned"):
+            (package.info if each == "told" else package.warning)(each)
+        file.close()
+        package.info("later")
+        package.warning("later, too")
+    finally:
+        root.setLevel(before)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["told", "warning: warned"]
+    assert [each for each in received if "later" not in each] == shown
+    assert ("later" in received) is (level == logging.INFO)
+    assert (package.handlers, package.level, package.propagate) == ([], logging.NOTSET, True)

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import PartialState
 
 from detr_dist.config import Config, TrainingConfig, load_config
-from detr_dist.distributed import HostGroup, allow_for_compiling, build_accelerator, collective_limit_s
+from detr_dist.distributed import HostGroup, build_accelerator, collective_limit_s, group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.numerics import resolve_precision, set_numerics
 
@@ -63,13 +64,28 @@ def test_deterministic_algorithms_are_chosen_on_request(numerics: None) -> None:
 
 def test_processes_that_compile_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETR_DIST_COLLECTIVE_LIMIT_S", "5")
-    allow_for_compiling(TrainingConfig(compile_model=True))
-    assert collective_limit_s() == 5, "what the user sets counts"
+    with group_of_processes(may_compile=True):
+        assert collective_limit_s() == 5, "what the user sets counts"
     monkeypatch.delenv("DETR_DIST_COLLECTIVE_LIMIT_S")
-    allow_for_compiling(TrainingConfig())
-    assert collective_limit_s() == 90
-    allow_for_compiling(TrainingConfig(compile_model=True))
-    assert collective_limit_s() == 600
+    with group_of_processes(may_compile=True):
+        assert collective_limit_s() == 600
+    with group_of_processes():
+        assert collective_limit_s() == 90
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt(), UsageError("wrong")], ids=repr)
+def test_a_process_can_join_again_and_with_another_precision(error: BaseException | None) -> None:
+    before = dict(os.environ)
+    ended = nullcontext() if error is None else pytest.raises(type(error))
+    with ended, group_of_processes(may_compile=True):
+        build_accelerator(mixed_precision="no", gradient_accumulation_steps=2)
+        os.environ["MLFLOW_TRACKING_URI"] = "sqlite:///of_this_run.db"
+        if error is not None:
+            raise error
+    assert os.environ == before
+    with group_of_processes():
+        again = build_accelerator(mixed_precision="bf16", gradient_accumulation_steps=1)
+        assert (again.mixed_precision, again.gradient_accumulation_steps) == ("bf16", 1)
 
 
 def test_without_a_gpu_the_precision_is_full() -> None:

@@ -83,6 +83,12 @@ def test_several_augmentations_keep_their_order() -> None:
     assert config.data.augmentation == ["detr", "package.Blur", "mine.py:Noise"]
 
 
+@pytest.mark.parametrize("names", ["[light, detr]", "[package.Blur, detr]", "[none, none]"])
+def test_one_recipe_at_most_comes_first(names: str) -> None:
+    with pytest.raises(UsageError, match=r"^data\.augmentation: of none, light, detr there is one at most"):
+        load_config(None, [f"data.augmentation={names}"])
+
+
 def test_the_registries_name_what_the_package_has() -> None:
-    assert TRANSFORMS.names[:3] == ["none", "light", "detr"]
+    assert TRANSFORMS.names[:4] == ["none", "light", "detr", "mosaic"]
     assert LOSSES.names[:3] == ["ce", "bbox", "giou"]

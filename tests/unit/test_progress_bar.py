@@ -1,4 +1,4 @@
-"""Bars are shown on a terminal only, without a thread, and lines that are logged appear above them."""
+"""Bars are shown on a terminal or in a notebook only, without a thread, below the lines that are logged."""
 
 import os
 import pty
@@ -52,6 +52,38 @@ def test_on_a_terminal_the_bar_leaves_standard_error_and_the_cursor_alone() -> N
     assert "a line" in text
     assert "4/10" in text
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is shown
+
+
+IN_A_NOTEBOOK = """
+import builtins, multiprocessing, sys, types
+class ZMQInteractiveShell: ...
+builtins.get_ipython = ZMQInteractiveShell
+class Output:
+    shown = []
+    def update(self, what): self.shown.append(what._repr_mimebundle_([], [])["text/plain"])
+def display(what, display_id):
+    output = Output()
+    output.update(what)
+    return output
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython.display"] = types.SimpleNamespace(display=display)
+from detr_dist.progress_bar import ProgressBar
+forked = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(ProgressBar("step", 1).is_shown))
+forked.start()
+forked.join()
+assert forked.exitcode == 0
+bar = ProgressBar("step", 10, completed=3)
+bar.advance()
+bar.close()
+assert any("4/10" in text for text in Output.shown), Output.shown
+assert Output.shown[-1].strip() == ""
+"""
+
+
+def test_in_a_notebook_the_bar_is_an_output_of_the_cell() -> None:
+    """With a shell of that name and IPython's own functions replaced: Jupyter is no dependency."""
+    shown = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK], capture_output=True, text=True, check=False)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
 
 
 def iter_bytes(descriptor: int) -> bytes:

@@ -78,7 +78,8 @@ def test_nccls_last_collectives_lie_beside_the_stacks(
 
 def test_the_watch_acts_after_time_without_progress_unless_paused() -> None:
     stalled = threading.Event()
-    watch = StallWatch(1.0, lambda limit_s: stalled.set())
+    watch = StallWatch(lambda limit_s: stalled.set())
+    watch.start(1.0)
     try:
         assert not stalled.wait(3.0), "nothing has begun"
         watch.progress()

@@ -11,12 +11,11 @@ import pytest
 from PIL import Image
 
 from detr_dist.config import Config
-from detr_dist.data.box_checks import CheckSettings, resized_sides, statistics_of
-from detr_dist.data.checks import Report, check_splits
+from detr_dist.data.checks import CheckSettings, Report, check_splits, resized_sides, statistics_of
 from detr_dist.data.coco import load_coco
 from detr_dist.data.transforms import resized_hw
 from detr_dist.errors import DataError
-from detr_dist.models.architectures import num_queries_of
+from detr_dist.models.families import num_queries_of
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import find_annotations, load_coco
 from detr_dist.data.columns import Finding, read_document
-from detr_dist.data.layout import find_annotations
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
 
@@ -55,7 +54,7 @@ def test_crowd_boxes_serve_evaluation_but_not_training(document: Document, write
     data = load_coco(write_coco(document))
     assert data.training_targets(1)[0].tolist() == [[30, 20, 30, 20]]
     assert data.training_targets(1)[1].tolist() == [0]
-    assert [a["iscrowd"] for a in data.to_coco_dict()["annotations"]] == [0, 1, 0]
+    assert data.iscrowd.tolist() == [False, True, False]
     assert data.max_boxes_per_image == 1
     assert "1 crowd boxes" in data.notices[0]
 
@@ -81,16 +80,10 @@ def test_boxes_inside_their_image_keep_every_bit(document: Document, write_coco:
     assert load_coco(write_coco(document)).boxes_xywh_px[1].tolist() == box
 
 
-def test_the_ground_truth_for_evaluation_has_small_numbers_for_ids(
+def test_image_ranks_are_small_numbers_in_the_order_of_the_ids(
     document: Document, write_coco: WriteCoco
 ) -> None:
-    truth = load_coco(write_coco(document)).to_coco_dict()
-    assert truth["categories"] == [{"id": 0, "name": "ball"}, {"id": 1, "name": "player"}]
-    assert truth["images"][1] == {"id": 0, "height": 40, "width": 60}
-    assert [a["id"] for a in truth["annotations"]] == [1, 2, 3]
-    assert truth["annotations"][1] == {
-        "id": 2, "image_id": 0, "category_id": 1, "bbox": [10, 5, 20, 30], "area": 500, "iscrowd": 0
-    }  # fmt: skip
+    assert load_coco(write_coco(document)).image_ranks.tolist() == [2, 0, 1]
 
 
 def test_sizes_that_the_json_lacks_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:

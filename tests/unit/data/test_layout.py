@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from detr_dist.data.coco import read_unannotated
-from detr_dist.data.images import UnreadableImageError, image_suffixes, read_size_hw
-from detr_dist.data.layout import find_images
+from detr_dist.data.images import UnreadableImageError, find_images, image_suffixes, read_size_hw
 from detr_dist.errors import DataError
 
 

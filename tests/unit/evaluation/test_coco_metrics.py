@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.data import ground_truth
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -22,7 +23,7 @@ STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar
 def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = data.to_coco_dict()
+        coco.dataset = ground_truth(data)
         coco.createIndex()
         boxes = records.boxes_xyxy_px.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]
@@ -73,7 +74,7 @@ def test_pycocotools_gives_the_same_from_files_with_ids_of_their_own(
                 "image_id": int(image_ids[row]),
                 "category_id": data.category_ids[each["category_id"]],
             }
-            for row, each in zip(data.image_rows, data.to_coco_dict()["annotations"], strict=True)
+            for row, each in zip(data.image_rows, ground_truth(data)["annotations"], strict=True)
         ],
     }
     (tmp_path / "truth.json").write_text(json.dumps(truth))

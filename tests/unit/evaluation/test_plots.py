@@ -25,7 +25,7 @@ from detr_dist.evaluation.plots import (
     write_plots,
 )
 from detr_dist.evaluation.thresholds import operating_points, pooled
-from detr_dist.training.callbacks import PlotWriter
+from detr_dist.training.observer import PlotWriter
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.data import ground_truth
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -146,7 +147,7 @@ def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Sce
     data, records = scene
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        coco.dataset = data.to_coco_dict()
+        coco.dataset = ground_truth(data)
         coco.createIndex()
         boxes = records.boxes_xyxy_px.astype(np.float64)
         boxes[:, 2:] -= boxes[:, :2]

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedModel
 
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.extensions import FAMILIES
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
-from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.detector import plain_network
 
-VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
+VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 

@@ -7,14 +7,14 @@ from transformers import AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import plain_network
 
 CLASS_NAMES = ["player", "ball"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_all_decoder_layers_predict_and_every_parameter_learns(
     tiny_detector, two_images, architecture: str
 ) -> None:
@@ -28,7 +28,7 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(
     assert without == []  # DDP would wait for them
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(
     tiny_detector, two_images, architecture: str
 ) -> None:
@@ -70,7 +70,7 @@ def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: obj
 
 
 def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
-    weights = {name: tiny_detector(name).loss_settings for name in ARCHITECTURES}
+    weights = {name: tiny_detector(name).loss_settings for name in FAMILIES.built_in}
     assert {name: (w.kind, w.cost_class, w.weights["ce"]) for name, w in weights.items()} == {
         "detr": ("softmax", 1, 1),
         "conditional_detr": ("sigmoid", 2, 2),

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from transformers.loss.loss_deformable_detr import DeformableDetrForObjectDetect
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from detr_dist.errors import UsageError
-from detr_dist.models.criterion import Losses, LossSettings, SetCriterion, StepCounts
+from detr_dist.extensions import LOSSES
+from detr_dist.models.criterion import Losses, LossSettings, Matched, SetCriterion, StepCounts
 from detr_dist.models.matcher import ClassKind
 
 KINDS: list[ClassKind] = ["softmax", "sigmoid"]
@@ -327,3 +329,79 @@ def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
     assert_same(heavier.total - plain.total, 5 * once, tolerance=1e-5)
     with pytest.raises(UsageError, match=r"loss\.weights\.gio.*ce, bbox, giou"):
         reweighted("softmax", gio=1.0)
+
+
+def center_distance(matched: Matched) -> Tensor:
+    """As a user writes it."""
+    difference = matched.boxes_cxcywh[..., :2] - matched.target_boxes_cxcywh[..., :2]
+    return difference.norm(dim=-1).sum(1) / matched.counts.num_boxes_or_one
+
+
+@pytest.fixture
+def own_term(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Matched], Any]], None]:
+    """Registers a term `own` for the test."""
+    return lambda term: monkeypatch.setitem(LOSSES._objects, "own", term)
+
+
+@pytest.mark.parametrize("cuts", [[0, 6], [0, 1, 2, 6]], ids=["at once", "in three micro-batches"])
+def test_a_term_of_ones_own_is_weighted_and_logged_and_sums_over_micro_batches(own_term, cuts) -> None:
+    own_term(center_distance)
+    whole = problem("softmax", MIXED)
+    plain = whole.loss(settings("softmax"))
+    parts = [
+        images(whole, *span).loss(reweighted("softmax", own=0.5), whole.counts) for span in pairwise(cuts)
+    ]
+    summed = {name: sum(part.logged[name] for part in parts) for name in parts[0].logged}
+    assert list(summed) == ["loss", "loss_ce", "loss_bbox", "loss_giou", "loss_own"]
+    found = match_of(whole)
+    assert_same(summed["loss_own"], center_distance(found)[-1])
+    assert_same(summed["loss"], plain.total.detach() + 0.5 * center_distance(found).sum())
+
+
+def match_of(given: Problem) -> Matched:
+    """What the criterion hands to each term."""
+    seen: list[Matched] = []
+
+    def look(matched: Matched) -> Tensor:
+        seen.append(matched)
+        return center_distance(matched)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LOSSES._objects, "look", look)
+        given.loss(reweighted("softmax", look=1.0))
+    return seen[0]
+
+
+def test_a_term_without_weight_is_not_computed_and_one_without_boxes_is_zero(own_term) -> None:
+    own_term(center_distance)
+    assert "own" not in reweighted("softmax", own=0.0).weights
+    empty = problem("softmax", [0, 0]).loss(reweighted("softmax", own=1.0))
+    assert empty.logged["loss_own"] == 0
+    empty.total.backward()
+
+
+@pytest.mark.parametrize(
+    ("term", "returned"),
+    [(lambda matched: matched.logits.mean(), r"\(\)"), (lambda matched: 0.5, "float")],
+    ids=["one number for all layers", "no tensor"],
+)
+def test_a_term_that_returns_something_else_is_one_clear_line(own_term, term, returned: str) -> None:
+    own_term(term)
+    with pytest.raises(UsageError, match=rf"^loss\.weights\.own: .*\({NUM_LAYERS},\).*returned {returned}$"):
+        problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
+
+
+def test_where_predictions_are_not_finite_the_term_that_was_not_before_is_named(own_term) -> None:
+    own_term(lambda matched: (center_distance(matched) * 0).log() - float("inf"))
+    criterion = SetCriterion(reweighted("softmax", own=1.0))
+    for predictions, expected in ((problem("softmax", [2]), ()), (problem("softmax", [0]), ("own",))):
+        if expected:
+            predictions.boxes.data.fill_(float("nan"))
+        losses = criterion(
+            {"pred_logits": predictions.logits, "pred_boxes": predictions.boxes},
+            predictions.labels,
+            predictions.boxes_cxcywh,
+            predictions.num_boxes,
+            predictions.counts,
+        )
+        assert (losses.finite, losses.broken_terms) == (not expected, expected)

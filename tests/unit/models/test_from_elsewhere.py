@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.models.build import trained_detector
-from detr_dist.models.normalization import IMAGENET
+from detr_dist.models.detector import IMAGENET
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "detr": {"d_model": 32},

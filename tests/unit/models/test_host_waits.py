@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from detr_dist.extensions import FAMILIES
 from detr_dist.models import matcher
-from detr_dist.models.architectures import ARCHITECTURES
 from detr_dist.models.criterion import SetCriterion, StepCounts
 
 
@@ -46,7 +46,7 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_step_asks_the_device_nothing(
     tiny_detector, two_images, architecture: str, is_padded: bool
 ) -> None:
@@ -61,7 +61,7 @@ def test_a_step_asks_the_device_nothing(
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     tiny_detector, on_fake_gpu, monkeypatch: pytest.MonkeyPatch, architecture: str, is_padded: bool
 ) -> None:
@@ -107,7 +107,7 @@ def test_a_question_to_the_device_is_noticed(on_fake_gpu) -> None:
     assert questions.asked == ["copy_", "_to_copy", "_to_copy"]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, two_images, architecture: str) -> None:
     detector = tiny_detector(architecture).eval()
     images, _ = two_images

@@ -11,8 +11,7 @@ from detr_dist.config import DataConfig, ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.inference.model import load_model
 from detr_dist.models.build import build_detector
-from detr_dist.models.detector import Detector, plain_network
-from detr_dist.models.normalization import IMAGENET
+from detr_dist.models.detector import IMAGENET, Detector, plain_network
 from detr_dist.tracking.packaging import write_model
 
 CLASS_NAMES = ["player", "ball"]

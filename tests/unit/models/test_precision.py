@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.extensions import FAMILIES
 from detr_dist.models.detector import Detector
 
-VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
+VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 WIDTH_PX = 1333

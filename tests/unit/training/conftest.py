@@ -16,11 +16,10 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
-from detr_dist.training.checkpoint import MANIFEST, Snapshot, take_snapshot, write_checkpoint
-from detr_dist.training.loop import Training
+from detr_dist.training.checkpoint import MANIFEST, RunFacts, Snapshot, take_snapshot, write_checkpoint
+from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.signals import StopSignals
-from detr_dist.training.state import RunFacts, TrainState
 from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import Replicated
 

@@ -24,6 +24,7 @@ from detr_dist.training.checkpoint import (
     OPTIMIZER,
     STATE,
     STRUCTURE,
+    RunFacts,
     Snapshot,
     copy_model,
     newest_checkpoint,
@@ -31,9 +32,8 @@ from detr_dist.training.checkpoint import (
     take_snapshot,
     write_checkpoint,
 )
-from detr_dist.training.loop import Training
+from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.resume import compare_with_saved, with_saved_canvas
-from detr_dist.training.state import RunFacts, TrainState
 
 LISTED = (NETWORK, AVERAGE, OPTIMIZER, STRUCTURE, STATE)
 

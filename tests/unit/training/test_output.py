@@ -5,12 +5,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from harness.commands import REPOSITORY
 
-from detr_dist.config import Config
+from detr_dist.config import Config, LoggingConfig
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.storage import check_writable
 from detr_dist.training.checkpoint import (
@@ -20,7 +21,7 @@ from detr_dist.training.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
-from detr_dist.training.output import bring_best, check_output, make_room, write_results
+from detr_dist.training.output import RunTrackers, bring_best, check_output, leave_results, make_room
 
 SnapshotAt = Callable[..., Snapshot]
 RUN = {"checkpoints", "model", "models", "pictures", "tensorboard", "config.yaml", "results.json"}
@@ -263,10 +264,19 @@ def test_an_output_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Pa
 def test_the_results_are_printed_and_left_with_where_the_run_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_results(tmp_path, {"val_map": 0.123456}, {"run_id": "abc"})
+    settings = LoggingConfig(register_model_as="detector")
+    setup = SimpleNamespace(output_dir=tmp_path, config=SimpleNamespace(logging=settings))
+    trackers = RunTrackers()
+    trackers.mlflow = SimpleNamespace(
+        run_id="abc", uri="http://user:secret@server", register_model=lambda name: print(f"as {name}")
+    )
+    leave_results(setup, {"val_map": 0.123456}, trackers)
     results = json.loads((tmp_path / "results.json").read_text())
+    uri = results.pop("tracking_uri")
     assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc"}
-    assert capsys.readouterr().out.split() == ["val_map", "0.1235"]
+    shown = capsys.readouterr().out
+    assert shown.split()[:4] == ["val_map", "0.1235", "as", "detector"]
+    assert "secret" not in shown + uri
 
 
 def test_an_output_folder_of_the_first_version_is_one_of_runs(tmp_path: Path) -> None:

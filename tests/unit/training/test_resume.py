@@ -14,7 +14,7 @@ from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.training.checkpoint import OPTIMIZER, open_checkpoint
+from detr_dist.training.checkpoint import OPTIMIZER, RunFacts, open_checkpoint
 from detr_dist.training.loop import Training
 from detr_dist.training.optim import build_optimizer
 from detr_dist.training.resume import (
@@ -27,7 +27,6 @@ from detr_dist.training.resume import (
     restore_weights,
     stay_in_place,
 )
-from detr_dist.training.state import RunFacts
 
 DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",

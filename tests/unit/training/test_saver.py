@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.errors import TrainingError
+from detr_dist.training.callback import Callbacks
 from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
 from detr_dist.training.saver import ModelCard, Saver
 
@@ -50,7 +51,11 @@ def new_saver(tmp_path: Path) -> Iterator[NewSaver]:
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None] = not_expected,
     ) -> Saver:
         tracker = None if upload is None else Tracker(upload)
-        savers.append(Saver(tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model))
+        savers.append(
+            Saver(
+                tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model, callbacks=Callbacks()
+            )
+        )
         return savers[-1]
 
     yield make

@@ -37,14 +37,13 @@ def test_the_progress_watchdog_detects_a_gpu_hang_at_the_end_of_an_epoch() -> No
     calls = []
 
     class Host(HostGroup):
-        def pause_watch(self) -> None:
-            calls.append("paused")
-
         def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
             calls.append("exchanged")
             return super().gather_rows(values)
 
-    StepSync(Host(Accelerator(cpu=True)), StopSignals()).check(3, torch.nn.Linear(2, 2))
+    host = Host(Accelerator(cpu=True))
+    host.rendezvous.watch.pause = lambda: calls.append("paused")
+    StepSync(host, StopSignals()).check(3, torch.nn.Linear(2, 2))
     assert calls == ["exchanged", "paused"]  # before the exchange the host has waited for its device
 
 

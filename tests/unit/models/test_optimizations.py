@@ -14,9 +14,9 @@ from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_dist.errors import UsageError
-from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.extensions import FAMILIES
 from detr_dist.models.detector import Detector
-from detr_dist.models.execution import (
+from detr_dist.models.optimizations import (
     _Recomputed,
     check_compiler,
     compile_regions,
@@ -110,7 +110,7 @@ def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:
         learn(detector, 64, 96)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_activations_that_are_computed_again_are_the_same(tiny_detector, architecture: str) -> None:
     plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
     frugal = copy.deepcopy(plain)

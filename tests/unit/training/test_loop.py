@@ -4,8 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from detr_dist.training.loop import Training
-from detr_dist.training.state import TrainState
+from detr_dist.training.loop import Training, TrainState
 
 
 def test_the_best_evaluation_is_kept_and_later_ones_are_counted() -> None:

@@ -2,34 +2,39 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.distributed import HostGroup
-from detr_dist.errors import TrainingError
+from detr_dist.errors import TrainingError, UsageError
 from detr_dist.evaluation.evaluator import Details, Evaluator
 from detr_dist.evaluation.thresholds import known_thresholds
-from detr_dist.models.detector import Detector
-from detr_dist.models.execution import num_compiled_graphs
+from detr_dist.models.optimizations import num_compiled_graphs
+from detr_dist.progress_bar import ProgressBar
 from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.system_metrics import DeviceMonitor
 from detr_dist.tracking.tracker import Trackers
+from detr_dist.training.callback import Callbacks, EvaluationEvent, StepEvent
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
-from detr_dist.training.loop import StepDone, Training
-from detr_dist.training.progress import Progress
-from detr_dist.training.saver import ModelCard, Saver
-from detr_dist.training.state import RunFacts, TrainState
+from detr_dist.training.loop import StepDone, Training, TrainState
+from detr_dist.training.output import RunTrackers
+from detr_dist.training.saver import ModelCard, ModelPacker, Saver
+from detr_dist.training.setup import Setup
+from detr_dist.training.signals import StopSignals
 
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
 """A run ends when more training images than these, in number and of all it asked for, could not be read."""
 
 _logger = logging.getLogger(__name__)
+
+# In a log file, more frequent lines say nothing new.
+_SECONDS_BETWEEN_LINES = 2.0
 
 HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
 """Metrics shown in the line after an evaluation, beside the AP of all and of each class."""
@@ -66,41 +71,94 @@ class PlotWriter:
             )
 
 
-class RunCallbacks:
-    """Logs, evaluates and saves, when the configuration says so. Every method is collective."""
+class Progress:
+    """Shows optimizer steps as they are done. Main process only."""
+
+    def __init__(self, *, first_step: int, total_steps: int) -> None:
+        self._first_step, self._total_steps = first_step, total_steps
+        self._began_at = time.monotonic()
+        self._last_line_at = float("-inf")
+        self._bar = ProgressBar("step", total_steps, completed=first_step)
+
+    def step(self) -> None:
+        """Count one optimizer step."""
+        self._bar.advance()
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the values that were logged at a step."""
+        losses = {name: value for name, value in metrics.items() if name.startswith("train_loss")}
+        parts = [
+            f"{name.removeprefix('train_').replace('loss_', '')} {loss:.4f}" for name, loss in losses.items()
+        ]
+        parts += [
+            f"lr {metrics['learning_rate']:.2e}",
+            f"{metrics['train_images_per_s']:.1f} images/s",
+            f"data wait {metrics['train_data_wait_share']:.0%}",
+        ]
+        self._bar.describe(", ".join(parts))
+        now = time.monotonic()
+        if step == self._total_steps or now - self._last_line_at >= _SECONDS_BETWEEN_LINES:
+            left_s = (now - self._began_at) / (step - self._first_step) * (self._total_steps - step)
+            parts.append(f"time left {timedelta(seconds=round(left_s))}")
+            line = f"step {step}/{self._total_steps}  epoch {metrics['epoch']:.2f}  {'  '.join(parts)}"
+            _logger.info(line, extra={"is_on_screen": self._bar.is_shown})
+            self._last_line_at = now
+
+    def close(self) -> None:
+        """Remove the bar."""
+        self._bar.close()
+
+
+class RunObserver:
+    """Logs, evaluates and saves, when the configuration says so, and notifies the user's callbacks.
+
+    Every method is collective.
+    """
 
     def __init__(
         self,
+        setup: Setup,
         training: Training,
-        detector: Detector,
-        config: Config,
-        *,
-        host: HostGroup,
         groups: GroupStream,
-        evaluator: Evaluator,
-        progress: Progress | None,
-        trackers: Trackers,
-        saver: Saver | None,
-        plots: PlotWriter | None,
-        facts: RunFacts,
+        state: TrainState,
+        signals: StopSignals,
+        *,
+        trackers: RunTrackers,
+        callbacks: Callbacks,
     ) -> None:
-        self._training = training
-        self._detector = detector
-        self._config = config
-        self._host = host
-        self._groups = groups
-        self._evaluator = evaluator
-        self._trackers = trackers
-        # On the main process only; the last one only if it is wanted.
-        self._progress, self._saver, self._plots = progress, saver, plots
+        self._training, self._groups = training, groups
+        self._trackers, self._callbacks = trackers, callbacks
+        self._host, self._config, self._detector = setup.host, setup.config, setup.detector
+        self._facts = replace(setup.facts, mlflow_run_id=trackers.run_id or setup.facts.mlflow_run_id)
+        self._progress: Progress | None = None  # as the next ones on the main process only
+        self._saver: Saver | None = None
+        self._plots: PlotWriter | None = None
+        self._evaluator = Evaluator(
+            setup.val_data,
+            setup.config,
+            setup.accelerator,
+            setup.host,
+            stop_requested=lambda: signals.is_requested,
+        )
+        self._monitor = DeviceMonitor(training.accelerator.device, self._host)
+        if self._host.is_main_process:
+            if self._monitor.notice:
+                _logger.info(self._monitor.notice)
+            files = trackers if trackers.keeps_files else None
+            self._progress = Progress(first_step=state.step, total_steps=training.total_steps)
+            if self._config.evaluation.pictures:
+                self._plots = PlotWriter(setup.val_data, setup.output_dir / "pictures", files)
+            self._saver = Saver(
+                setup.output_dir / "checkpoints",
+                keep_last=self._config.checkpoint.keep_last,
+                tracker=files,
+                callbacks=callbacks,
+                pack_model=ModelPacker(training.average.detector, self._config, setup.output_dir, files).pack,
+            )
         self._details: Details | None = None  # of the evaluation at this epoch's end
-        self._facts = facts
-        self._monitor = DeviceMonitor(training.accelerator.device, host)
-        if self._monitor.notice and host.is_main_process:
-            _logger.info(self._monitor.notice)
         self._is_best = self._was_evaluated = False  # at the end of this epoch
         self._logged_at = time.perf_counter()
-        self._logged_images = 0
+        self._logged_images = 0.0
         self._logged_waited_s = 0.0
         self._paused_s = 0.0  # by evaluation and saving since then
 
@@ -108,10 +166,14 @@ class RunCallbacks:
         if self._progress is not None:
             self._progress.step()
         every, is_last = self._config.logging, state.step == self._training.total_steps
+        metrics: dict[str, float] = {}
         if state.step % every.log_every_steps == 0 or is_last:
-            self._log_losses(state, done)
+            metrics |= self._log_losses(state, done)
         if state.step % every.memory_every_steps == 0 or is_last:
-            self._log_memory(state)
+            memory = self._monitor.read()
+            self._trackers.log_metrics(memory, step=state.step)
+            metrics |= memory
+        self._callbacks.notify(StepEvent(state.step, self._epoch(state), done.learning_rate, metrics))
 
         every_steps = self._config.checkpoint.every_steps
         if every_steps is not None and state.step % every_steps == 0:
@@ -140,7 +202,23 @@ class RunCallbacks:
         if self._host.is_main_process:
             _logger.info(f"evaluation after step {state.step} in {took_s:.1f} s: {headlines}")
         self._details = scores.details
-        self._paused_s += took_s
+        with self._host.failing_together():  # the others wait as long as an own metric takes
+            if scores.details is not None:
+                self._callbacks.notify(self._evaluation_event(state, scores.details))
+        self._paused_s += time.perf_counter() - began_at
+
+    def _evaluation_event(self, state: TrainState, details: Details) -> EvaluationEvent:
+        def log(metrics: Mapping[str, float]) -> None:
+            own = {f"val_{name}": float(value) for name, value in metrics.items()}
+            if taken := own.keys() & {*state.metrics, "val_seconds"}:
+                raise UsageError(
+                    f"the evaluation has {', '.join(sorted(taken))} already; choose another name"
+                )
+            state.metrics |= own
+            self._trackers.log_metrics(own, step=state.step)
+
+        epoch, metrics, data = self._epoch(state), dict(state.metrics), self._evaluator.data
+        return EvaluationEvent(state.step, epoch, metrics, details.records, data, log)
 
     def after_epoch(self, state: TrainState) -> None:
         """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""
@@ -197,8 +275,11 @@ class RunCallbacks:
         """Epochs begun so far, from 1."""
         return -(-state.step // self._training.plan.steps_per_epoch)
 
-    def _log_losses(self, state: TrainState, done: StepDone) -> None:
-        """Log the step's losses, summed over all processes. Waits for the device."""
+    def _epoch(self, state: TrainState) -> float:
+        return state.step / self._training.plan.steps_per_epoch
+
+    def _log_losses(self, state: TrainState, done: StepDone) -> dict[str, float]:
+        """Log and return the step's losses, summed over all processes. Waits for the device."""
         parts = torch.stack([*done.losses.values()])
         sums = self._training.accelerator.reduce(parts, reduction="sum").tolist()
         seen = self._host.gather_rows(
@@ -215,7 +296,7 @@ class RunCallbacks:
         losses = {f"train_{name}": loss for name, loss in zip(done.losses, sums, strict=True)}
         metrics = losses | {
             "learning_rate": done.learning_rate,
-            "epoch": state.step / self._training.plan.steps_per_epoch,
+            "epoch": self._epoch(state),
             "train_images_per_s": (sum(images) - self._logged_images) / elapsed_s,
             "train_data_wait_share": (max(waits) - self._logged_waited_s) / elapsed_s,
         }
@@ -226,9 +307,7 @@ class RunCallbacks:
         self._trackers.log_metrics(metrics, step=state.step)
         if self._progress is not None:
             self._progress.metrics(state.step, metrics)
-
-    def _log_memory(self, state: TrainState) -> None:
-        self._trackers.log_metrics(self._monitor.read(), step=state.step)
+        return metrics
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and continue. What fails until then is raised

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.models.architectures import ARCHITECTURES
+from detr_dist.extensions import FAMILIES
+from detr_dist.models.backbone import unwrapped_body
 from detr_dist.models.build import build_detector, load_network, trained_detector
-from detr_dist.models.detector import Detector, backbone_body, plain_network
+from detr_dist.models.detector import Detector, plain_network
 
 Weights = dict[str, Tensor]
 BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "num_queries": 6}
@@ -45,15 +46,14 @@ def built(path: Path | str, **settings: object) -> Detector:
 
 
 def body_of(detector: Detector) -> nn.Module:
-    body = backbone_body(detector.network)
-    return getattr(body, "_backbone", body)
+    return unwrapped_body(detector.network)
 
 
 def norms_in(module: nn.Module) -> list[nn.Module]:
     return [each for each in module.modules() if "BatchNorm" in type(each).__name__]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_every_architecture_starts_from_the_weights_of_a_file(
     resnet: Weights, architecture: str, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from detr_dist.config import TrainingConfig
 from detr_dist.errors import UsageError
-from detr_dist.training.deepspeed import zero_plugin
+from detr_dist.training.strategy import zero_plugin
 
 SETTINGS = TrainingConfig(batch_size=3, gradient_accumulation_steps=2, gradient_clip=0.5)
 

@@ -1,0 +1,232 @@
+"""The backbone of a detector: where it lies, its pretrained weights, and its batch norm.
+
+The library puts frozen batch norm of its own into every backbone. In timm's EfficientNets, MobileNets and
+others batch norm holds the activation as well, and has its own epsilon: both would be lost, and published
+weights would be of no use. There timm's own batch norm is put back.
+"""
+
+import pickle
+import re
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+
+from detr_dist.config import ModelConfig
+from detr_dist.errors import UsageError
+from detr_dist.text import one_line
+
+_LIBRARYS_EPS = 1e-5
+_KEY = "timm_batch_norm"
+"""Set in a network's configuration, which is saved with it. Networks that were trained without their
+activations have no such mark and stay as they are."""
+WAY_OUT = "give a timm state dict (.safetensors or .pth), or set model.pretrained_backbone=false"
+
+
+def backbone_body(network: PreTrainedModel) -> nn.Module:
+    """Return the backbone with what the library may wrap around timm's."""
+    encoder = network.model.backbone
+    return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
+
+
+def unwrapped_body(network: PreTrainedModel) -> nn.Module:
+    """Return the backbone without what the library may wrap around timm's."""
+    body = backbone_body(network)
+    return cast(nn.Module, getattr(body, "_backbone", body))
+
+
+def check_backbone(network_config: PreTrainedConfig) -> None:
+    """Make sure that timm has the backbone of this configuration, if that is one of timm's.
+
+    Raises:
+        UsageError: it is not registered, or not yet.
+    """
+    config = network_config.backbone_config
+    if config.model_type != "timm_backbone" or ":" in config.backbone:  # of a hub or a folder
+        return
+    import timm  # a network without it is built sooner
+
+    if not timm.is_model(config.backbone):
+        raise UsageError(
+            f"its backbone {config.backbone!r} is not registered with timm; one of your own is by importing "
+            "its module first, in training by training.extensions"
+        )
+
+
+def is_stem(name: str) -> bool:
+    """Return whether a parameter is of a ResNet's stem or first stage, as timm or transformers name it."""
+    timm, transformers = r"(_backbone\.)?(conv1|bn1|layer1)\.", r"embedder\.embedder\.|encoder\.stages\.0\."
+    return re.match(f"{timm}|{transformers}", name) is not None
+
+
+def is_frozen_norm(module: nn.Module) -> bool:
+    """Return whether this is batch norm that learns nothing: each architecture and timm have their own."""
+    return type(module).__name__.endswith(("FrozenBatchNorm2d", "FrozenBatchNormAct2d"))
+
+
+def keeps_timm_norms(network: PreTrainedModel) -> bool:
+    """Return whether the network has timm's batch norm, which the library itself would leave out."""
+    return bool(getattr(network.config, _KEY, False))
+
+
+def mark_timm_norms(network: PreTrainedModel) -> None:
+    """Mark a new network if the library's batch norm would not compute what its backbone's does."""
+    norms = _original_norms(network).values()
+    if any(type(norm) is not nn.BatchNorm2d or norm.eps != _LIBRARYS_EPS for norm in norms):
+        setattr(network.config, _KEY, True)
+
+
+def restore_timm_norms(network: PreTrainedModel) -> None:
+    """Put timm's frozen batch norm, with the same weights, into the backbone of a marked network."""
+    if not keeps_timm_norms(network):
+        return
+    from timm.layers.norm_act import freeze_batch_norm_2d  # only where timm is loaded in any case
+
+    body = unwrapped_body(network)
+    for name, norm in _original_norms(network).items():
+        norm.to_empty(device="cpu").load_state_dict(body.get_submodule(name).state_dict(), strict=False)
+        body.set_submodule(name, freeze_batch_norm_2d(norm))
+
+
+def _original_norms(network: PreTrainedModel) -> dict[str, nn.BatchNorm2d]:
+    """Return the batch norm of the backbone as timm makes it, by name, without memory."""
+    config = network.config.backbone_config
+    if config.model_type != "timm_backbone":
+        return {}
+    with torch.device("meta"):
+        original = AutoBackbone.from_config(config)._backbone
+    return {name: each for name, each in original.named_modules() if isinstance(each, nn.BatchNorm2d)}
+
+
+def thaw_batch_norm(network: PreTrainedModel) -> None:
+    """Put trainable batch norm where there is frozen one, with the same weights and statistics."""
+    body = backbone_body(network)
+    if keeps_timm_norms(network):
+        from timm.layers.norm_act import unfreeze_batch_norm_2d
+
+        unfreeze_batch_norm_2d(body)
+    for name, module in list(body.named_modules()):
+        if is_frozen_norm(module):
+            trainable = nn.BatchNorm2d(len(cast(Tensor, module.weight)))
+            trainable.load_state_dict(module.state_dict(), strict=False)
+            body.set_submodule(name, trainable)
+
+
+def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> None:
+    """Put the weights that `model.pretrained_backbone` names, a file's or timm's, into the backbone.
+
+    Raises:
+        UsageError: they are not available, or not of this backbone.
+    """
+    own = network.config.backbone_config
+    if isinstance(config.pretrained_backbone, str):
+        name = getattr(own, "backbone", None) or own.model_type
+        _load_file(Path(config.pretrained_backbone).expanduser(), unwrapped_body(network), name)
+        return
+    if not isinstance(config.backbone, str):
+        raise UsageError(
+            "model.backbone is a configuration of its own, for which there are no pretrained weights; "
+            "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
+        )
+    import timm  # a network that begins from scratch starts sooner without it
+
+    try:
+        source = timm.create_model(
+            config.backbone, pretrained=True, features_only=True, out_indices=own.out_indices
+        )
+    except Exception as error:  # timm and the hub raise many kinds, from name look-up to a broken download
+        reason = one_line(error)
+        raise UsageError(
+            f"the pretrained weights of backbone {config.backbone} are not available ({reason}); "
+            "set model.pretrained_backbone=false to train without them, or to the path of a file with them"
+        ) from error
+    unwrapped_body(network).load_state_dict(source.state_dict())
+
+
+def _load_file(path: Path, body: nn.Module, backbone: str) -> None:
+    """Put the weights of a timm classification or feature network into `body`, the backbone of a detector.
+
+    `body` is timm's network or the library's own ResNet. Heads in the file are ignored. Nothing but tensors
+    is loaded, so that a file cannot run code.
+
+    Raises:
+        UsageError: naming the file, when it is missing, unreadable, or not of this network.
+    """
+    weights = _read(path)
+    wanted = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
+    parts = tuple(f"{_timm_name(name).split('.')[0]}_" for name in wanted)
+    names = {_flat_name(name): name for name in weights if not _is_counter(name)}
+    found = {key: weights[name] for key, name in names.items()}
+    keys = {name: _flat_name(name) for name in wanted}
+    missing = [name for name, key in keys.items() if key not in found]
+    reshaped = [name for name, key in keys.items() if key in found and found[key].shape != wanted[name].shape]
+    unknown = [names[key] for key in found if key.startswith(parts) and key not in keys.values()]
+    if missing or reshaped or unknown:
+        differences = (
+            (missing, f"of its {len(wanted)} tensors are missing"),
+            (reshaped, "have another shape"),
+            (unknown, "are of layers that it does not have"),
+        )
+        described = ", ".join(f"{len(names)} {what} ({names[0]})" for names, what in differences if names)
+        raise _refusal(
+            path, f"not the weights of backbone {backbone}: {described}", "set model.backbone to match"
+        )
+    damaged = [name for name, key in keys.items() if not bool(torch.isfinite(found[key]).all())]
+    if damaged:
+        raise _refusal(path, f"{len(damaged)} of its tensors contain NaN or Inf ({damaged[0]})", WAY_OUT)
+    body.load_state_dict({name: found[key] for name, key in keys.items()}, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    import timm  # a network that begins from scratch starts sooner without it
+
+    if not path.is_file():
+        what = "a folder; name the file in it" if path.is_dir() else "no such file"
+        raise _refusal(path, f"{what} ({path.absolute()})", WAY_OUT)
+    try:
+        content = timm.models.load_state_dict(str(path), weights_only=True)
+        weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    except Exception as error:  # of what they cannot read torch and safetensors raise nearly everything
+        if isinstance(error.__cause__, pickle.UnpicklingError):
+            reason = (
+                "no state dict, or one with other Python objects, which could run code and were not loaded"
+            )
+        else:
+            reason = f"cannot be read as a state dict ({' '.join(str(error).split())[:200]})"
+        raise _refusal(path, reason, WAY_OUT) from None
+    if not weights:
+        raise _refusal(path, "holds no tensors by name", WAY_OUT)
+    return weights
+
+
+def _refusal(path: Path, reason: str, remedy: str) -> UsageError:
+    return UsageError(f"model.pretrained_backbone {path}: {reason}; {remedy}")
+
+
+def _is_counter(name: str) -> bool:
+    """Whether it counts the batches of batch norm, which no forward pass uses."""
+    return name.endswith("num_batches_tracked")
+
+
+def _flat_name(name: str) -> str:
+    """The same for a network and for its features alone, where timm calls `stages.0` `stages_0`."""
+    return _timm_name(name).replace(".", "_")
+
+
+def _timm_name(name: str) -> str:
+    """The name of a tensor in timm's ResNet, for one in the library's own; others stay as they are."""
+    name = name.removeprefix("resnet.")  # of the library's classification network
+    name = name.replace("embedder.embedder.convolution", "conv1")
+    name = name.replace("embedder.embedder.normalization", "bn1")
+    block = re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)", name)
+    if block is None:
+        return name
+    stage, layer, rest = block.groups()
+    rest = rest.replace("shortcut.convolution", "downsample.0").replace(
+        "shortcut.normalization", "downsample.1"
+    )
+    rest = re.sub(r"layer\.(\d+)\.convolution", lambda found: f"conv{int(found[1]) + 1}", rest)
+    rest = re.sub(r"layer\.(\d+)\.normalization", lambda found: f"bn{int(found[1]) + 1}", rest)
+    return f"layer{int(stage) + 1}.{layer}.{rest}"

@@ -1,0 +1,24 @@
+"""Families of detectors: one file each, which says what sets the family apart and registers it."""
+
+from detr_dist.models.families import conditional_detr, dab_detr, deformable_detr, detr
+from detr_dist.models.families.family import (
+    Family,
+    decoder_rows,
+    family_of,
+    find_family,
+    num_queries_of,
+    register_family,
+)
+
+__all__ = [
+    "Family",
+    "conditional_detr",
+    "dab_detr",
+    "decoder_rows",
+    "deformable_detr",
+    "detr",
+    "family_of",
+    "find_family",
+    "num_queries_of",
+    "register_family",
+]

@@ -1,0 +1,188 @@
+"""What a family of detectors says of itself, and how one is registered and found."""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from detr_dist.config import ModelConfig
+from detr_dist.errors import UsageError
+from detr_dist.extensions import FAMILIES
+from detr_dist.models.criterion import LossSettings
+from detr_dist.models.matcher import ClassKind
+
+SHAPE_OPTIONS = {
+    "hidden_dim": "d_model",
+    "num_encoder_layers": "encoder_layers",
+    "num_decoder_layers": "decoder_layers",
+    "num_queries": "num_queries",
+    "dropout": "dropout",
+}
+LOSS_OPTIONS = {
+    "cost_class": "class_cost",
+    "cost_bbox": "bbox_cost",
+    "cost_giou": "giou_cost",
+    "bbox": "bbox_loss_coefficient",
+    "giou": "giou_loss_coefficient",
+    "eos_coef": "eos_coefficient",
+    "focal_alpha": "focal_alpha",
+}
+FLOAT32_MODULES = (
+    "class_labels_classifier",
+    "class_embed",
+    "bbox_predictor",
+    "bbox_embed",
+    "reference_points",
+    "ref_point_head",
+    "ref_anchor_head",
+)
+_KEY = "detr_dist_family"
+"""In a network's configuration, which is saved with it, where its family is not the package's own."""
+
+
+def decoder_rows(*, outputs_class: Tensor, outputs_coord: Tensor, **_: object) -> dict[str, Tensor]:
+    """Return one row for each decoder layer."""
+    return {"pred_logits": outputs_class, "pred_boxes": outputs_coord}
+
+
+def _nothing(network: PreTrainedModel) -> None:
+    """Leave the network as the library builds it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What sets a family of detectors apart.
+
+    A variant of one that exists is `dataclasses.replace(FAMILY, name="mine", ...)`.
+    """
+
+    name: str
+    """What `model.model_architecture` calls it."""
+    model_type: str
+    """What transformers calls its network, one of those of `AutoModelForObjectDetection`."""
+    loss_kind: ClassKind
+    """How its class logits are read: by a softmax with "no object" last, or by a sigmoid for each class."""
+    weights: Mapping[str, float]
+    """Weights of the terms of its loss, where not the network's configuration (`loss_options`) holds them;
+    `loss.weights` overrides both."""
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the network's configuration for which its paper has another value than transformers."""
+    shape_options: Mapping[str, str] = field(default_factory=SHAPE_OPTIONS.copy)
+    """Which option of the network's configuration a key of the section `model` sets. A key that is left out
+    is refused."""
+    loss_options: Mapping[str, str] = field(default_factory=LOSS_OPTIONS.copy)
+    """Which option of the network's configuration holds a weight of the loss, or another number of
+    `LossSettings`."""
+    class_heads: tuple[str, ...] = ("class_embed",)
+    """Names of the modules that predict classes, anywhere in the network."""
+    float32_modules: tuple[str, ...] = FLOAT32_MODULES
+    """Names of the modules that compute in float32 whatever the autocast: whatever classes, boxes and
+    reference points come from."""
+    masks_attention: bool = True
+    """Whether attention takes a mask [B, 1, 1, S] of what is no padding, made without a question to the
+    device; else the network is left to make what it needs."""
+    prepare: Callable[[PreTrainedModel], None] = _nothing
+    """Called once with the network, for hooks that its training needs."""
+    rows: Callable[..., dict[str, Tensor]] = decoder_rows
+    """Stands where the library computes its loss. Takes what that gets, by keyword: `logits`, `pred_boxes`,
+    `outputs_class`, `outputs_coord` and whatever else the family has. Returns `pred_logits` [R, B, Q, C] and
+    `pred_boxes` [R, B, Q, 4]: R rows of predictions, each of which is matched and learns on its own; the last
+    one is the prediction."""
+
+    def shape_of(self, network_config: PreTrainedConfig) -> dict[str, Any]:
+        """Return hidden_dim, num_queries and so on, as far as the network has them."""
+        return {key: getattr(network_config, option, None) for key, option in self.shape_options.items()}
+
+    def loss_settings(self, network_config: PreTrainedConfig) -> LossSettings:
+        """Return how a network of this configuration is matched and weighed."""
+        known = {
+            name: float(getattr(network_config, option))
+            for name, option in self.loss_options.items()
+            if hasattr(network_config, option)
+        }
+        weights = dict(self.weights)
+        for name in ("bbox", "giou"):
+            if name in known:
+                weights.setdefault(name, known.pop(name))
+        return LossSettings(
+            kind=self.loss_kind,
+            weights=weights,
+            num_classes=cast(int, network_config.num_labels),
+            **known,
+        )
+
+
+def register_family(family: Family) -> None:
+    """Make a family known under its name.
+
+    A module may register its own again with other contents, as a notebook's cell does.
+
+    Raises:
+        UsageError: a family of another module has that name.
+    """
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    FAMILIES.add(family.name, family, origin=(caller, family.name))
+
+
+def find_family(name: str) -> Family:
+    """Return the family that `model.model_architecture` names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    key = "model.model_architecture"
+    family = cast(Family, FAMILIES.find(name, key))
+    if family.name not in FAMILIES.names:  # its models could not be loaded again
+        raise UsageError(f"{key}: {name} is not registered; let its module call register_family")
+    return family
+
+
+def keep_family(network_config: PreTrainedConfig, family: Family) -> None:
+    """Let the network of this configuration be of `family`, also once it is saved and loaded."""
+    if family.name in FAMILIES.built_in:
+        network_config.__dict__.pop(_KEY, None)
+    else:
+        setattr(network_config, _KEY, family.name)
+
+
+def family_of(network_config: PreTrainedConfig) -> Family:
+    """Return the family of the network with this configuration.
+
+    Raises:
+        UsageError: it is none that is known here.
+    """
+    families = [find_family(name) for name in FAMILIES.names]
+    name, model_type = getattr(network_config, _KEY, None), network_config.model_type
+    for family in families:
+        if (family.name == name) if name is not None else (family.model_type == model_type):
+            return family
+    if name is not None:
+        raise UsageError(
+            f"is of the family {name!r}, which is not registered; first import the module that registers it, "
+            "the one that its training named in training.extensions"
+        )
+    known = sorted({family.model_type for family in families})
+    raise UsageError(f"is a {model_type}, none of {', '.join(known)}")
+
+
+def num_queries_of(config: ModelConfig) -> int | None:
+    """Return how many objects the configured model can find in an image, without building it.
+
+    None where only an extension or the pretrained model knows, and it is not available.
+    """
+    if config.num_queries is not None:
+        return config.num_queries
+    if config.model_architecture not in FAMILIES.names:
+        return None
+    family = find_family(config.model_architecture)
+    if config.pretrained is None:
+        network_config = AutoConfig.for_model(family.model_type)
+    else:
+        try:
+            network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        except (OSError, ValueError):
+            return None
+    return cast(int | None, family.shape_of(network_config).get("num_queries"))

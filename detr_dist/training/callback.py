@@ -1,0 +1,151 @@
+"""What users add to a training run: their own code at its steps, evaluations, checkpoints and its end."""
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from detr_dist.data.coco import CocoData
+from detr_dist.errors import UsageError, as_one_line
+from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.tracking.tracker import Status
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a training run achieved and where it is; the same on every process."""
+
+    metrics: dict[str, float]
+    """Of the last evaluation, by their names in MLflow."""
+    run_id: str | None
+    """The run in MLflow, if it is tracked there."""
+    output_dir: Path
+
+    @property
+    def model_dir(self) -> Path:
+        """Return the folder of the best model."""
+        return self.output_dir / "model"
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """An optimizer step is done."""
+
+    step: int
+    """Optimizer steps done so far."""
+    epoch: float
+    """Passes over the training images so far."""
+    learning_rate: float
+    metrics: Mapping[str, float]
+    """What was logged at this step, such as `train_loss`; empty at the steps between."""
+
+
+@dataclass(frozen=True)
+class EvaluationEvent:
+    """The validation images have been evaluated."""
+
+    step: int
+    epoch: float
+    metrics: Mapping[str, float]
+    """By their names in MLflow, such as `val_map`."""
+    detections: DetectionRecords
+    """All detections of all images, as columns: `image_rows`, `boxes_xyxy_px`, `scores`, `labels`."""
+    data: CocoData
+    """The ground truth; `image_rows` of the detections are rows of its images."""
+    _log: Callable[[Mapping[str, float]], None]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the name of each label."""
+        return self.data.class_names
+
+    def log_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add your own metrics to those of this evaluation, each under the name `val_<name>`.
+
+        Raises:
+            UsageError: the evaluation has a metric of that name.
+        """
+        self._log(metrics)
+
+
+@dataclass(frozen=True)
+class CheckpointEvent:
+    """A checkpoint is complete on disk."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """All names under which it was saved, such as `epoch_10`, `best` and `last`; `folder` has the first."""
+    step: int
+
+
+@dataclass(frozen=True)
+class EndEvent:
+    """The run has ended."""
+
+    status: Status
+    """FINISHED, FAILED, or KILLED: asked to stop."""
+    error: BaseException | None
+    """Why it has failed or stopped."""
+    result: RunResult | None
+    """Of a run that has finished."""
+
+
+class Callback:
+    """Base class of what users add to a run; override the moments that you need.
+
+    Called on the main process only, while the others wait. An exception is one warning, and training
+    continues.
+    """
+
+    def on_step(self, event: StepEvent) -> None:
+        """Act after each optimizer step; return at once."""
+
+    def on_evaluation(self, event: EvaluationEvent) -> None:
+        """Act after each evaluation, before its model and checkpoint are saved."""
+
+    def on_checkpoint(self, event: CheckpointEvent) -> None:
+        """Act after a checkpoint was written, in the thread that writes it while training continues."""
+
+    def on_end(self, event: EndEvent) -> None:
+        """Act when the run has ended, for whatever reason."""
+
+
+_METHODS: dict[type, str] = {
+    StepEvent: "on_step",
+    EvaluationEvent: "on_evaluation",
+    CheckpointEvent: "on_checkpoint",
+    EndEvent: "on_end",
+}
+
+
+class Callbacks:
+    """All callbacks of a run.
+
+    Raises:
+        UsageError: one of them is no `Callback`.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
+        self._callbacks = [*callbacks]
+        self._failed: set[tuple[int, str]] = set()
+        for each in self._callbacks:
+            if not isinstance(each, Callback):
+                raise UsageError(f"callback {each!r} is not an instance of a subclass of detr_dist.Callback")
+
+    def notify(self, event: StepEvent | EvaluationEvent | CheckpointEvent | EndEvent) -> None:
+        """Call each callback; what one raises is a warning, the first time that this method of it fails."""
+        method = _METHODS[type(event)]
+        for index, callback in enumerate(self._callbacks):
+            try:
+                getattr(callback, method)(event)
+            except Exception as error:  # of any kind: it is the user's code
+                if (index, method) not in self._failed:
+                    self._failed.add((index, method))
+                    where = traceback.extract_tb(error.__traceback__)[-1]
+                    _logger.warning(
+                        f"callback {type(callback).__name__}.{method} failed ({as_one_line(error)}, "
+                        f"{where.filename}:{where.lineno}); training continues and does not repeat this"
+                    )

@@ -1,0 +1,306 @@
+"""Transforms that a user names in `data.augmentation`."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness.data import write_coco
+from torch import Tensor
+from torchvision.transforms import v2
+
+from detr_dist.config import load_config
+from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.dataset import CocoDetectionDataset, Sample, training_dataset
+from detr_dist.data.loading import BatchLoader, shared_memory_need
+from detr_dist.data.sampling import MicroBatchSampler, StepPlan
+from detr_dist.data.transforms import Example, Mosaic, build_transform, example_of
+from detr_dist.errors import LoaderError, UsageError
+from detr_dist.extensions import TRANSFORMS
+
+NUM_IMAGES = 8
+SOURCE = """
+from detr_dist.data.transforms import Example
+from detr_dist.extensions import register_transform
+
+@register_transform("noise_by_name")
+class Noise:
+    def __call__(self, example, rng):
+        noise = rng.integers(0, 9, tuple(example.image.shape), dtype="uint8")
+        return Example(example.image + example.image.new_tensor(noise), example.boxes, example.labels)
+"""
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(TRANSFORMS, "_objects", dict(TRANSFORMS._objects))
+    return
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
+    folder = tmp_path_factory.mktemp("data") / "train"
+    write_coco(folder, num_images=NUM_IMAGES, with_boxes=lambda i: i % 3, mixed_sizes=True)
+    return load_coco(folder)
+
+
+def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetectionDataset:
+    """Functions and classes among the names are registered as `own_<n>`, n from 0."""
+    own = [name for name in names if not isinstance(name, str)]
+    for number, value in enumerate(own):
+        TRANSFORMS._objects[f"own_{number}"] = value
+    augmentation = [name if isinstance(name, str) else f"own_{own.index(name)}" for name in names]
+    transform = build_transform(augmentation, 64, 96, train)
+    return CocoDetectionDataset(data, transform, seed=3, train=train)
+
+
+def assert_same(one: Sample, other: Sample) -> None:
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.boxes_cxcywh, other.boxes_cxcywh)
+    assert torch.equal(one.labels, other.labels)
+
+
+def speckle(example: Example, rng: np.random.Generator) -> Example:
+    """Draw from the generator, and from torch's own as torchvision's transforms do."""
+    image = v2.ColorJitter(brightness=0.5)(example.image)
+    noise = torch.from_numpy(rng.integers(0, 5, tuple(image.shape), dtype=np.uint8))
+    return Example(image // 2 + noise, example.boxes, example.labels)
+
+
+def as_it_is(example: Example, rng: np.random.Generator) -> Example:
+    rng.random(100)
+    torch.rand(100)
+    return example
+
+
+class Mean:
+    """The mean of an example and two others."""
+
+    num_partners = 2
+
+    def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        assert len(partners) == 2
+        size = list(example.image.shape[-2:])
+        images = [v2.functional.resize(each.image, size).float() for each in (example, *partners)]
+        return Example(torch.stack(images).mean(dim=0).to(torch.uint8), example.boxes, example.labels)
+
+
+def test_a_transform_is_found_by_name_module_and_file(
+    data: CocoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_noise.py").write_text(SOURCE)
+    (tmp_path / "own_noise_file.py").write_text(SOURCE.replace("noise_by_name", "another"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    by_path = dataset(data, "light", "own_noise.Noise")[1, 2]
+    assert_same(dataset(data, "light", "noise_by_name")[1, 2], by_path)
+    assert_same(dataset(data, "light", f"{tmp_path}/own_noise_file.py:Noise")[1, 2], by_path)
+    assert not torch.equal(dataset(data, "light")[1, 2].image, by_path.image)
+
+
+@pytest.mark.parametrize("split", [(2, 2, 1), (1, 2, 2), (2, 1, 2)])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_split_and_any_number_of_workers_give_the_same_samples(
+    data: CocoData, split: tuple[int, int, int], num_workers: int
+) -> None:
+    names = ("detr", speckle, Mean, "mosaic")
+    whole = dataset(data, *names)
+    config = load_config(None, [f"data.num_workers={num_workers}"])
+    plan = StepPlan(len(data), *split)
+    for process_index in range(plan.num_processes):
+        sampler = MicroBatchSampler(plan, 3, process_index, 0, 3, whole.size_hw)
+        need = shared_memory_need(config, data, train=True)
+        loader = BatchLoader(dataset(data, *names), sampler, config.data, pin_memory=False, need=need)
+        for keys, batch in zip(sampler, loader, strict=True):
+            samples = [whole[key] for key in keys]
+            assert batch.image_ids == [sample.image_id for sample in samples]
+            assert torch.equal(batch.boxes_cxcywh, torch.cat([sample.boxes_cxcywh for sample in samples]))
+            for image, (height, width), sample in zip(
+                batch.images, batch.sizes_hw.tolist(), samples, strict=True
+            ):
+                assert torch.equal(image[:, :height, :width], sample.image)
+
+
+@pytest.mark.parametrize("names", [(speckle,), (Mean,), ("mosaic",)])
+def test_a_sample_looks_different_in_another_epoch(data: CocoData, names: tuple[object, ...]) -> None:
+    samples = dataset(data, *names)
+    assert len({samples[epoch, 5].image.numpy().tobytes() for epoch in range(8)}) > 3
+
+
+def test_a_transform_changes_neither_the_recipe_nor_what_the_next_one_draws(data: CocoData) -> None:
+    for row in range(NUM_IMAGES):
+        assert_same(dataset(data, "detr", as_it_is)[0, row], dataset(data, "detr")[0, row])
+        assert_same(dataset(data, speckle, as_it_is)[0, row], dataset(data, "none", speckle)[0, row])
+
+
+def test_places_in_the_list_draw_independently_and_in_order(data: CocoData) -> None:
+    drawn: list[float] = []
+
+    def note(example: Example, rng: np.random.Generator) -> Example:
+        drawn.extend((rng.random(), float(torch.rand(()))))
+        return example
+
+    dataset(data, note, note)[0, 0]
+    first = drawn.copy()
+    assert len(set(drawn)) == 4
+    dataset(data, note)[0, 0]
+    assert drawn[4:] == first[:2]
+
+    def dark(example: Example, rng: np.random.Generator) -> Example:
+        return Example(torch.zeros_like(example.image), example.boxes, example.labels)
+
+    assert int(dataset(data, speckle, dark)[0, 0].image.max()) == 0
+    assert int(dataset(data, dark, speckle)[0, 0].image.max()) > 0
+
+
+def test_global_randomness_is_left_alone(data: CocoData) -> None:
+    before = torch.get_rng_state()
+    dataset(data, speckle)[0, 0]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_partners_are_other_images_as_the_recipe_prepares_them(data: CocoData) -> None:
+    got: list[Example] = []
+
+    def keep(example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        got.extend(partners)
+        return example
+
+    keep.num_partners = NUM_IMAGES - 1  # type: ignore[attr-defined]
+    dataset(data, "detr", speckle, keep)[4, 2]
+    images = [partner.image.numpy().tobytes() for partner in got]
+    expected = [dataset(data, "detr")[4, row].image.numpy().tobytes() for row in range(NUM_IMAGES)]
+    assert sorted(images) == sorted(image for row, image in enumerate(expected) if row != 2)
+
+
+def test_a_partner_that_cannot_be_read_is_replaced_and_reported(tmp_path: Path) -> None:
+    write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
+    data = load_coco(tmp_path / "train")
+    (tmp_path / "train" / "001.jpg").write_text("no image")
+    sample = dataset(data, Mean)[0, 0]
+    assert [row for row, _ in sample.unreadable] == [1]
+
+
+def test_evaluation_applies_no_transform_and_imports_none(data: CocoData) -> None:
+    assert_same(dataset(data, "no.such.module", train=False)[0, 0], dataset(data, "none")[0, 0])
+
+
+def returning(image: Any = None, boxes: Any = None, labels: Any = None) -> Any:
+    """A transform that changes parts of an example."""
+    given = (image, boxes, labels)
+
+    def transform(example: Example, rng: np.random.Generator) -> Any:
+        return Example(
+            *(part if new is None else new(part) for part, new in zip(example, given, strict=True))
+        )
+
+    return transform
+
+
+def raising(example: Example, rng: np.random.Generator) -> Example:
+    raise ValueError("two\nlines")
+
+
+@pytest.mark.parametrize(
+    ("transform", "facts"),
+    [
+        (raising, ["ValueError", "two lines"]),
+        (lambda example, rng: None, ["NoneType", "Example"]),
+        (lambda example, rng: example[:2], ["tuple", "Example"]),
+        (returning(image=lambda image: image.float()), ["image", "float32", "uint8"]),
+        (returning(image=lambda image: image[:, 1:]), ["image", "[3, 60, 96]", "[3, 61, 96]"]),
+        (returning(boxes=lambda boxes: boxes.double()), ["boxes", "float64", "float32"]),
+        (returning(boxes=lambda boxes: boxes[:, :3]), ["boxes", "[2, 3]", "[2, 4]"]),
+        (returning(boxes=lambda boxes: boxes[:1]), ["labels", "[2]", "[1]"]),
+        (returning(boxes=lambda boxes: boxes * float("nan")), ["box", "nan"]),
+        (returning(boxes=lambda boxes: boxes.flip(1)), ["box", "[x1, y1, x2, y2]"]),
+        (returning(labels=lambda labels: labels.int()), ["labels", "int32", "int64"]),
+        (returning(labels=lambda labels: labels + 2), ["labels", "[2, 3]", "0 to 1"]),
+    ],
+)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_transform_does_wrong_is_one_line_with_its_name_and_the_image(
+    data: CocoData, transform: Any, facts: list[str], num_workers: int
+) -> None:
+    config = load_config(None, [f"data.num_workers={num_workers}"])
+    need = shared_memory_need(config, data, train=True)
+    samples = dataset(data, transform)
+    loader = BatchLoader(samples, [[(0, 2)]], config.data, pin_memory=False, need=need)
+    with pytest.raises(LoaderError) as raised:
+        list(loader)
+    message = str(raised.value)
+    assert message.startswith("data.augmentation: own_0 failed on image 12, ")
+    assert "\n" not in message
+    assert not [fact for fact in ("002.jpg", *facts) if fact not in message], message
+
+
+def test_boxes_are_clipped_and_those_without_extent_dropped(data: CocoData) -> None:
+    corners = [[-5.0, -5, 9, 9], [70, 3, 200, 30], [500, 1, 600, 9], [4, 4, 4, 9]]
+    new = returning(boxes=lambda _: torch.tensor(corners), labels=lambda _: torch.tensor([0, 1, 0, 1]))
+    sample = dataset(data, new)[0, 0]
+    height, width = sample.image.shape[-2:]
+    assert sample.labels.tolist() == [0, 1]
+    expected = torch.tensor([[4.5 / width, 4.5 / height], [(70 + width) / 2 / width, 16.5 / height]])
+    torch.testing.assert_close(sample.boxes_cxcywh[:, :2], expected, atol=1e-6, rtol=0)  # float32 near 1
+
+
+class Demanding:
+    def __init__(self, strength: int) -> None: ...
+
+
+def test_what_cannot_be_used_is_an_error_before_anything_is_loaded(data: CocoData) -> None:
+    for names, complaint in (
+        (("absent",), "there is no augmentation 'absent'"),
+        ((Demanding,), "own_0 cannot be instantiated without arguments: TypeError"),
+        ((3,), "own_0 is neither a function nor a class"),
+    ):
+        with pytest.raises(UsageError, match=rf"^data\.augmentation: {complaint}"):
+            dataset(data, *names)
+
+
+def test_more_partners_than_images_are_an_error(tmp_path: Path) -> None:
+    write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
+    config = load_config(None, ["data.augmentation=[light, mosaic]"])
+    with pytest.raises(UsageError, match="mosaic needs 3 other images, but the training data has 3"):
+        training_dataset(load_coco(tmp_path / "train"), config)
+
+
+COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 20]], dtype=torch.uint8)
+
+
+def filled(height: int, width: int, box: list[int], label: int) -> Example:
+    """A dark image with one box that is filled with the colour of its label."""
+    image = torch.full((3, height, width), 20, dtype=torch.uint8)
+    image[:, box[1] : box[3], box[0] : box[2]] = COLOURS[label][:, None, None]
+    return example_of(image, torch.tensor([box]).float(), torch.tensor([label]), (height, width))
+
+
+def extent(image: Tensor, label: int) -> list[int]:
+    """The smallest box, as xyxy, around what has about the colour of a label."""
+    is_coloured = ((image > 120) == (COLOURS[label] > 120)[:, None, None]).all(dim=0)
+    rows, columns = torch.nonzero(is_coloured, as_tuple=True)
+    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
+
+
+def test_a_mosaic_keeps_boxes_around_their_objects() -> None:
+    sizes = [(120, 200), (200, 120), (90, 300), (400, 380)]
+    sources = [filled(*size, [30, 20, 90, 80], label) for label, size in enumerate(sizes)]
+    seen = set()
+    for seed in range(60):
+        image, boxes, labels = Mosaic()(sources[0], np.random.default_rng(seed), sources[1:])
+        assert image.shape == (3, 120, 200)
+        seen |= set(labels.tolist())
+        for box, label in zip(boxes, labels.tolist(), strict=True):
+            if (box[2:] - box[:2]).min() > 4:  # the blur of the resize can leave no colour in less
+                # One pixel for the blur of the resize at an edge, one for its rounding.
+                np.testing.assert_allclose(extent(image, label), box.numpy(), atol=2)
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 33), (40, 2)])
+def test_a_mosaic_of_thin_images_passes(height: int, width: int) -> None:
+    image, no_boxes = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
+    thin = example_of(image, no_boxes, torch.zeros(0, dtype=torch.int64), (height, width))
+    for seed in range(20):
+        assert Mosaic()(thin, np.random.default_rng(seed), [thin] * 3).image.shape == image.shape

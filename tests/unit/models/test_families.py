@@ -1,0 +1,141 @@
+"""A family, a loss term and a backbone of the user's own work like those of the package."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import detr_dist
+from detr_dist.config import ModelConfig
+from detr_dist.errors import UsageError
+from detr_dist.extensions import FAMILIES
+from detr_dist.models.build import load_network, trained_detector
+from detr_dist.models.detector import plain_network
+from detr_dist.models.families import Family, detr, num_queries_of
+
+TABLE = Family(
+    name="table",
+    model_type="table-transformer",
+    loss_kind="softmax",
+    weights={"ce": 3.0, "giou": 4.0},
+    class_heads=("class_labels_classifier",),
+    config_defaults={"class_cost": 2},
+    masks_attention=False,
+    prepare=detr.return_every_layer,
+)
+
+
+@pytest.fixture(autouse=True)
+def registered_again() -> Iterator[None]:
+    """The families as they were before the test."""
+    objects, origins = dict(FAMILIES._objects), dict(FAMILIES._origins)
+    yield
+    FAMILIES._objects, FAMILIES._origins = objects, origins
+
+
+def forget(name: str) -> None:
+    """As in a process that has not imported the module."""
+    del FAMILIES._objects[name]
+
+
+def test_a_family_of_ones_own_learns_and_predicts_the_same_once_it_is_saved(
+    tiny_detector, two_images, tmp_path: Path
+) -> None:
+    detr_dist.register_family(TABLE)
+    detector = tiny_detector("table").train()
+    outputs = detector(*two_images)
+    assert outputs["pred_logits"].shape == (3, 2, 6, 3)
+    torch.stack([output.square().sum() for output in outputs.values()]).sum().backward()
+    assert [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None] == []
+    plain_network(detector).save_pretrained(tmp_path)
+    loaded = trained_detector(load_network("it", str(tmp_path)), ModelConfig(), channels_last=False)
+    assert loaded.family == TABLE
+    assert loaded.loss_settings == detector.loss_settings
+    assert loaded.loss_settings.weights == {"ce": 3.0, "giou": 4.0, "bbox": 5.0}
+    assert loaded.loss_settings.cost_class == 2
+    expected, found = (each.eval()(*two_images)["pred_boxes"] for each in (detector, loaded))
+    # Frozen batch norm rounds otherwise than the one that has learned.
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_a_variant_with_the_same_network_keeps_its_own_recipe(tiny_detector, tmp_path: Path) -> None:
+    detr_dist.register_family(dataclasses.replace(detr.FAMILY, name="heavy", weights={"ce": 7.0}))
+    for name, weight in (("heavy", 7.0), ("detr", 1.0)):
+        plain_network(tiny_detector(name)).save_pretrained(tmp_path / name)
+        network = load_network("it", str(tmp_path / name))
+        detector = trained_detector(network, ModelConfig(), channels_last=False)
+        assert (detector.family.name, detector.loss_settings.weights["ce"]) == (name, weight)
+    assert "family" not in json.dumps(json.loads((tmp_path / "detr" / "config.json").read_text()))
+    forget("heavy")
+    with pytest.raises(
+        UsageError, match=r"^it: is of the family 'heavy', which is not registered; first import"
+    ):
+        load_network("it", str(tmp_path / "heavy"))
+
+
+def test_predictions_become_rows_as_the_family_says(tiny_detector, two_images) -> None:
+    def last_layer_twice(*, logits: torch.Tensor, pred_boxes: torch.Tensor, **_: object) -> dict:
+        return {"pred_logits": torch.stack((logits, logits)), "pred_boxes": torch.stack(2 * (pred_boxes,))}
+
+    detr_dist.register_family(dataclasses.replace(detr.FAMILY, name="twice", rows=last_layer_twice))
+    detector = tiny_detector("twice").eval()
+    assert detector(*two_images)["pred_boxes"].shape == (2, 2, 6, 4)
+
+
+def test_options_that_a_family_lacks_are_refused_by_key(tiny_detector) -> None:
+    options = {
+        key: option for key, option in detr.FAMILY.shape_options.items() if key != "num_encoder_layers"
+    }
+    detr_dist.register_family(dataclasses.replace(detr.FAMILY, name="short", shape_options=options))
+    with pytest.raises(UsageError, match=r"model\.num_encoder_layers: short has no such option"):
+        tiny_detector("short")
+
+
+def test_a_name_belongs_to_the_module_that_registered_it_first() -> None:
+    detr_dist.register_family(TABLE)
+    changed = dataclasses.replace(TABLE, weights={"ce": 1.0})
+    detr_dist.register_family(changed)  # a cell of a notebook, executed again
+    assert FAMILIES.find("table", "key") is changed
+    module = {"__name__": "elsewhere", "family": TABLE, "register_family": detr_dist.register_family}
+    with pytest.raises(UsageError, match="family 'table' exists already"):
+        exec("register_family(family)", module)
+    with pytest.raises(UsageError, match="family 'detr' exists already"):
+        detr_dist.register_family(dataclasses.replace(TABLE, name="detr"))
+
+
+def test_a_family_that_no_extension_has_registered_is_one_clear_line(tiny_detector, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no family 'yours'; known are detr, .*training\.extensions"):
+        tiny_detector("yours")
+    assert num_queries_of(ModelConfig(model_architecture="yours")) is None
+    (tmp_path / "unregistered_family.py").write_text(
+        "from detr_dist.models.families import detr\n"
+        "import dataclasses\nMINE = dataclasses.replace(detr.FAMILY, name='mine')\n"
+    )
+    with pytest.raises(UsageError, match="let its module call register_family"):
+        tiny_detector(f"{tmp_path}/unregistered_family.py:MINE")
+
+
+def test_a_backbone_that_is_registered_with_timm_is_built_saved_and_loaded(
+    tiny_detector, two_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pitch_net(pretrained: bool = False, **options: object) -> torch.nn.Module:
+        return timm.create_model("test_resnet", pretrained=pretrained, **options)
+
+    entry_points = timm.models._registry._model_entrypoints
+    monkeypatch.setitem(entry_points, "pitch_net", pitch_net)
+    detector = tiny_detector("detr", backbone="pitch_net")
+    plain_network(detector).save_pretrained(tmp_path)
+    loaded = trained_detector(load_network("it", str(tmp_path)), ModelConfig(), channels_last=False)
+    expected, found = (each.eval()(*two_images)["pred_boxes"] for each in (detector, loaded))
+    assert torch.allclose(found, expected, atol=1e-6)
+    del entry_points["pitch_net"]
+    with pytest.raises(
+        UsageError, match=r"^it: its backbone 'pitch_net' is not registered with timm; one of"
+    ):
+        load_network("it", str(tmp_path))
+    with pytest.raises(UsageError, match=r"'pitch_net' is not registered with timm.*training\.extensions"):
+        tiny_detector("detr", backbone="pitch_net")
