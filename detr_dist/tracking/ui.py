@@ -63,16 +63,14 @@ def find_tracking_uri(uri: str | None, config_path: Path | None) -> str:
         uri, source = load_config(config_path).logging.mlflow_tracking_uri, f"{config_path}: tracking URI"
     elif uri is None:
         uri, source = os.environ.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
-    if uri:
-        if not _is_there(uri):
-            raise UsageError(
-                f"{source} {uri}: no runs of MLflow in {store_path(uri)}; run this where you trained, or "
-                "give the tracking URI that the training printed"
-            )
-        return uri
-    for uri in (_uri_of_this_project(), "sqlite:///mlflow.db", "file:./mlruns"):
-        if uri and _is_there(uri):
-            return uri
+    if uri and not _is_there(uri):
+        raise UsageError(
+            f"{source} {uri}: no runs of MLflow in {store_path(uri)}; run this where you trained, or give "
+            "the tracking URI that the training printed"
+        )
+    for each in (uri, _uri_of_this_project(), "sqlite:///mlflow.db", "file:./mlruns"):
+        if each and _is_there(each):
+            return each
     raise UsageError(
         f"no runs of MLflow in {Path.cwd()}, neither in mlflow.db nor in mlruns; run this where you trained, "
         "or give the tracking URI that the training printed"
@@ -138,19 +136,16 @@ def find_free_port(host: str, first: int) -> int:
     Raises:
         UsageError: none is free, or `host` is no address of this host.
     """
-    try:
-        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
-        for port in range(first, first + _NUM_PORTS_TO_TRY):
-            try:
-                with socket.create_server((host, port), family=family) as free:
-                    return int(free.getsockname()[1])  # another number for port 0 only, which means any
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"cannot serve at {host}, port {first} ({error}); give another --host or --port"
-        ) from None
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in range(first, first + _NUM_PORTS_TO_TRY):
+        try:
+            with socket.create_server((host, port), family=family) as free:
+                return int(free.getsockname()[1])  # another number for port 0 only, which means any
+        except (OSError, OverflowError) as error:
+            if getattr(error, "errno", None) != errno.EADDRINUSE:
+                raise UsageError(
+                    f"cannot serve at {host}, port {first} ({error}); give another --host or --port"
+                ) from None
     raise UsageError(
         f"ports {first} to {first + _NUM_PORTS_TO_TRY - 1} of {host} are all busy; give another --port"
     )
