@@ -104,12 +104,7 @@ def set_up(
     sources = Sources(host, output_dir, uri, may_clear_up=may_clear_up)
     resumed = sources.checkpoint(resume) if resume is not None else None
     if resumed is not None:
-        began_from = resumed.facts.init_from
-        if init_from is not None and redact(init_from) != redact(str(began_from)):
-            raise UsageError(
-                f"--init-from {init_from}: the run to be resumed started from {began_from}; give that or "
-                "nothing, or another --output-dir for a new run"
-            )
+        _check_origin(init_from, resumed.facts.init_from)
         config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     training = config.training
@@ -160,6 +155,14 @@ def _facts_of(
         val_data_sha256=val_data.fingerprint(),
         versions=_versions(),
     )
+
+
+def _check_origin(init_from: str | None, saved: str | None) -> None:
+    if init_from is not None and redact(init_from) != redact(str(saved)):
+        raise UsageError(
+            f"--init-from {init_from}: the run to be resumed started from {saved}; give that or nothing, or "
+            "another --output-dir for a new run"
+        )
 
 
 def _place(device: torch.device) -> Place:
