@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
-from detr_dist.console import configure_logging, make_robust
+from detr_dist.console import configure_logging, exiting_with_code, make_robust, refuse_empty
 from detr_dist.errors import UsageError
-from detr_dist.exit_codes import exiting_with_code, refuse_empty
 from detr_dist.redaction import redacted_output
 
 app = typer.Typer(

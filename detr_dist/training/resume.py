@@ -1,6 +1,7 @@
 """Resuming from a checkpoint: what may have changed since, and putting everything back in its place."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
 from detr_dist.redaction import redact, redact_value
+from detr_dist.tracking.outbox import with_credentials
 from detr_dist.tracking.uris import is_run_id
 from detr_dist.training.checkpoint import Checkpoint, RunFacts
 
@@ -35,29 +37,25 @@ FREE_KEYS = {
 """What a resumed run may set otherwise; all other keys decide what is learned."""
 
 
-def stay_in_place(config: Config, saved: RunFacts, resume: str) -> Config:
-    """Return `config` with the MLflow store, experiment and name of the run that `--resume` names, where YAML
-    and command line set no others."""
-    if saved.mlflow_run_id is None:
-        return config
-    unset = FROM_ENVIRONMENT.keys() - config.logging.model_fields_set
-    was_found_there = is_run_id(resume) or resume.startswith("runs:/")  # wherever it was before
-    saved_uri = saved.config.logging.mlflow_tracking_uri
-    if was_found_there or redact(config.logging.mlflow_tracking_uri) == redact(saved_uri):
-        unset -= {"mlflow_tracking_uri"}  # the saved one has no credentials
-    own = config.logging.model_copy(update=saved.config.logging.model_dump(include=unset))
-    return config.model_copy(update={"logging": own})
+def keep_settings(config: Config, saved: RunFacts, resume: str, output_dir: Path) -> Config:
+    """Return `config` with settings of the run that `--resume` names, where YAML and command line set none.
 
-
-def with_saved_canvas(config: Config, saved: Config) -> Config:
-    """Return `config` with the saved run's `data.canvas_multiple`, unless it names one itself.
-
-    A run of a version that did not round its canvas continues without rounding.
+    They are MLflow's store, with the credentials that the run's outbox has kept, experiment and run name, and
+    `data.canvas_multiple`: a run of a version that did not round its canvas continues without rounding.
     """
-    if "canvas_multiple" in config.data.model_fields_set:
-        return config
-    data = config.data.model_copy(update={"canvas_multiple": saved.data.canvas_multiple})
-    return config.model_copy(update={"data": data})
+    logging, data = config.logging, config.data
+    if saved.mlflow_run_id is not None:
+        unset = FROM_ENVIRONMENT.keys() - logging.model_fields_set
+        was_found_there = is_run_id(resume) or resume.startswith("runs:/")  # wherever it was before
+        saved_uri = saved.config.logging.mlflow_tracking_uri
+        if was_found_there or redact(logging.mlflow_tracking_uri) == redact(saved_uri):
+            unset -= {"mlflow_tracking_uri"}  # the saved one has no credentials
+        logging = logging.model_copy(update=saved.config.logging.model_dump(include=unset))
+        uri = with_credentials(logging.mlflow_tracking_uri, output_dir / "outbox" / saved.mlflow_run_id)
+        logging = logging.model_copy(update={"mlflow_tracking_uri": uri})
+    if "canvas_multiple" not in data.model_fields_set:
+        data = data.model_copy(update={"canvas_multiple": saved.config.data.canvas_multiple})
+    return config.model_copy(update={"logging": logging, "data": data})
 
 
 def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:

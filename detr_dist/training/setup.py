@@ -20,14 +20,12 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
-from detr_dist.tracking.outbox import with_credentials
 from detr_dist.training.checkpoint import Checkpoint, RunFacts
 from detr_dist.training.resume import (
     compare_with_saved,
     has_other_validation,
+    keep_settings,
     restore_weights,
-    stay_in_place,
-    with_saved_canvas,
 )
 from detr_dist.training.sources import Sources
 from detr_dist.training.strategy import Replicated, strategy_for
@@ -107,7 +105,8 @@ def set_up(
     sources = Sources(host, output_dir, uri, may_clear_up=may_clear_up)
     resumed = sources.checkpoint(resume) if resume is not None else None
     if resumed is not None:
-        config = _config_of_resumed(config, resumed, str(resume), init_from, output_dir)
+        _check_origin(init_from, resumed.facts.init_from)
+        config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     training_dataset(train_data, config)  # a transform that cannot be used is an error at once
     training = config.training
@@ -160,26 +159,12 @@ def _facts_of(
     )
 
 
-def _config_of_resumed(
-    config: Config, resumed: Checkpoint, resume: str, init_from: str | None, output_dir: Path
-) -> Config:
-    """Return `config` with what the resumed run decides where nothing else does."""
-    saved = resumed.facts
-    if init_from is not None and redact(init_from) != redact(str(saved.init_from)):
+def _check_origin(init_from: str | None, saved: str | None) -> None:
+    if init_from is not None and redact(init_from) != redact(str(saved)):
         raise UsageError(
-            f"--init-from {init_from}: the run to be resumed started from {saved.init_from}; give that or "
-            "nothing, or another --output-dir for a new run"
+            f"--init-from {init_from}: the run to be resumed started from {saved}; give that or nothing, or "
+            "another --output-dir for a new run"
         )
-    config = stay_in_place(config, saved, resume)
-    config = _with_credentials(config, output_dir / "outbox" / str(saved.mlflow_run_id))
-    return with_saved_canvas(config, saved.config)
-
-
-def _with_credentials(config: Config, outbox: Path) -> Config:
-    """Return `config` with what the run's outbox alone has kept of its tracking URI."""
-    uri = with_credentials(config.logging.mlflow_tracking_uri, outbox)
-    logging = config.logging.model_copy(update={"mlflow_tracking_uri": uri})
-    return config.model_copy(update={"logging": logging})
 
 
 def _place(device: torch.device) -> Place:

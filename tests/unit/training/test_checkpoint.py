@@ -33,7 +33,7 @@ from detr_dist.training.checkpoint import (
     write_checkpoint,
 )
 from detr_dist.training.loop import Training, TrainState
-from detr_dist.training.resume import compare_with_saved, with_saved_canvas
+from detr_dist.training.resume import compare_with_saved, keep_settings
 
 LISTED = (NETWORK, AVERAGE, OPTIMIZER, STRUCTURE, STATE)
 
@@ -225,12 +225,12 @@ def test_a_run_older_than_canvas_rounding_continues_without_rounding(
     del state["config"]["data"]["canvas_multiple"], state["config"]["training"]["tf32"]
     rewrite(checkpoint, STATE, json.dumps(state).encode())
     saved = open_checkpoint(checkpoint).facts
-    unchanged = replace(facts, config=with_saved_canvas(facts.config, saved.config))
+    unchanged = replace(facts, config=keep_settings(facts.config, saved, "auto", checkpoint))
     assert unchanged.config.data.canvas_multiple == 1
     assert compare_with_saved(saved, unchanged) == []
     named = override_config(facts.config, ["data.canvas_multiple=32"])
     with pytest.raises(UsageError, match=r"data\.canvas_multiple 1 -> 32\. Set it as it was to resume"):
-        compare_with_saved(saved, replace(facts, config=with_saved_canvas(named, saved.config)))
+        compare_with_saved(saved, replace(facts, config=keep_settings(named, saved, "auto", checkpoint)))
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")

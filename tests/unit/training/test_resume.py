@@ -22,10 +22,10 @@ from detr_dist.training.resume import (
     FREE_SECTIONS,
     compare_with_saved,
     has_other_validation,
+    keep_settings,
     restore_average,
     restore_optimizer,
     restore_weights,
-    stay_in_place,
 )
 
 DECIDE_WHAT_IS_LEARNED = {
@@ -102,7 +102,7 @@ def saved_by_torch(content: object) -> bytes:
 
 
 def test_a_resumed_run_keeps_its_store_unless_set_or_found_in_another(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     keys = ("logging.mlflow_tracking_uri=http://own", "logging.mlflow_experiment_name=own")
     saved = run(*keys, mlflow_run_id="1" * 32)
@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_its_store_unless_set_or_found_in_another(
         monkeypatch.setenv(f"MLFLOW_{variable}", "http://other")
 
     def stayed(*overrides: str, resume: str = "auto", of: RunFacts = saved) -> tuple[str, str, str | None]:
-        logging = stay_in_place(load_config(None, overrides), of, resume).logging
+        logging = keep_settings(load_config(None, overrides), of, resume, tmp_path).logging
         return logging.mlflow_tracking_uri, logging.mlflow_experiment_name, logging.mlflow_run_name
 
     assert stayed() == ("http://own", "own", saved.config.logging.mlflow_run_name)
@@ -161,12 +161,14 @@ def test_every_key_of_the_configuration_is_either_free_or_decides() -> None:
     assert len(compare_with_saved(run(), with_another_value(run(), free))) == len(free)
 
 
-def test_credentials_are_no_change_and_the_environments_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_no_change_and_the_environments_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     uri = "http://bob:s3cret@host"
     saved = run("logging.mlflow_tracking_uri=http://host", mlflow_run_id="0" * 32)
     assert compare_with_saved(saved, run(f"logging.mlflow_tracking_uri={uri}")) == []
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    resumed = stay_in_place(load_config(None), saved, "auto")
+    resumed = keep_settings(load_config(None), saved, "auto", tmp_path)
     assert resumed.logging.mlflow_tracking_uri == uri
 
 
