@@ -160,14 +160,7 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
         network_config = AutoConfig.from_pretrained(location, trust_remote_code=False)
         family_of(network_config)
         check_backbone(network_config)
-        network, report = AutoModelForObjectDetection.from_pretrained(
-            location,
-            config=network_config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        network, report = _from_pretrained(location, network_config, use_safetensors=True)
         if report["missing_keys"]:
             raise UsageError(
                 f"lacks {len(report['missing_keys'])} weights, {min(report['missing_keys'])} first"
@@ -182,6 +175,20 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
         ) from error
     restore_timm_norms(network)
     return cast(PreTrainedModel, network.eval())
+
+
+def _from_pretrained(
+    source: str, network_config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Return a network and what became of its weights; code that lies beside them is not run."""
+    return AutoModelForObjectDetection.from_pretrained(  # type: ignore[no-any-return]
+        source,
+        config=network_config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
+        **options,
+    )
 
 
 def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) -> PreTrainedModel:
@@ -210,14 +217,7 @@ def _pretrained_network(config: ModelConfig, family: Family, labels: dict[str, A
         same_classes = class_names_of(network_config) == tuple(labels["id2label"].values())
         for name, value in (_further_options(config, family) | labels).items():
             setattr(network_config, name, value)
-        network, report = AutoModelForObjectDetection.from_pretrained(
-            source,
-            config=network_config,
-            ignore_mismatched_sizes=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+        network, report = _from_pretrained(source, network_config, ignore_mismatched_sizes=True)
         keep_normalization(network.config, normalization_at(source, network.config))
     except UsageError:
         raise
@@ -236,7 +236,7 @@ def _pretrained_network(config: ModelConfig, family: Family, labels: dict[str, A
         )
     if not same_classes:
         _begin_class_heads(network, family, renew=True)
-    return cast(PreTrainedModel, network)
+    return network
 
 
 def _check_pretrained(

@@ -17,23 +17,19 @@ from torch.nn import functional as F
 from detr_dist.boxes import cxcywh_to_xyxy, giou
 from detr_dist.errors import UsageError
 from detr_dist.extensions import LOSSES, register_loss
-from detr_dist.models.matcher import ClassKind, CostWeights, match
+from detr_dist.models.matcher import CostWeights, match
 
 
-@dataclass(frozen=True)
-class LossSettings:
-    """How a family of networks matches and weighs."""
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(CostWeights):
+    """How a family of networks matches and weighs. A softmax class loss is cross entropy, with "no object"
+    last; a sigmoid one focal loss, every class on its own."""
 
-    kind: ClassKind
-    """`softmax`: cross entropy, "no object" last. `sigmoid`: focal loss, every class on its own."""
     weights: Mapping[str, float]
     """Of each term, by its registered name: multiplies a mean over the optimizer step. Other terms are not
     computed."""
     num_classes: int
     """Classes without "no object"."""
-    cost_class: float = 2.0
-    cost_bbox: float = 5.0
-    cost_giou: float = 2.0
     eos_coef: float = 0.1
     """Weight of "no object" in the cross entropy, above 0; softmax only."""
     focal_alpha: float = 0.25
@@ -128,7 +124,6 @@ class SetCriterion:
             name: LOSSES.find(name, f"loss.weights.{name}") for name in self.settings.weights
         }
         self._so_far: Tensor | None = None
-        self._costs = CostWeights(settings.kind, settings.cost_class, settings.cost_bbox, settings.cost_giou)
 
     def __call__(
         self,
@@ -151,7 +146,7 @@ class SetCriterion:
         with torch.autocast(labels.device.type, enabled=False):
             logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
             boxes_cxcywh = boxes_cxcywh.float()
-            found = match(logits, boxes, labels, boxes_cxcywh, num_boxes, weights=self._costs)
+            found = match(logits, boxes, labels, boxes_cxcywh, num_boxes, weights=self.settings)
             num_images, num_queries = logits.shape[1:3]
             pair = (found.layer * num_images + found.image) * num_queries + found.query
             matched = Matched(
@@ -202,7 +197,7 @@ def _checked(name: str, loss: Tensor, logits: Tensor) -> Tensor:
             f"loss.weights.{name}: the term must return a tensor of shape ({logits.shape[0]},), one number "
             f"for each decoder layer, and returned {found}"
         )
-    return loss
+    return loss.float()
 
 
 def _short(name: str) -> str:

@@ -33,11 +33,10 @@ class DeviceMemory:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            height, width = canvas_hw
-            remedies = self._for_training() if is_training else self._for_evaluation()
+            (height, width), remedies = canvas_hw, ", ".join(self._remedies(is_training))
             raise TrainingError(
                 f"out of memory on {self.device} {doing}: {num_images} images on a canvas of "
-                f"{height}x{width} (height x width), {self._peak()}; in this order set {', '.join(remedies)}"
+                f"{height}x{width} (height x width), {self._peak()}; in this order set {remedies}"
             ) from error
 
     def _peak(self) -> str:
@@ -48,33 +47,24 @@ class DeviceMemory:
         peak, total = torch.cuda.max_memory_allocated(self.device), torch.cuda.mem_get_info(self.device)[1]
         return f"peak memory {peak / _GIB:.1f} of {total / _GIB:.1f} GiB"
 
-    def _for_training(self) -> Iterator[str]:
-        """As in docs/performance.md, without what is done already."""
-        settings = self.config.training
-        if not settings.gradient_checkpointing:
+    def _remedies(self, is_training: bool) -> Iterator[str]:
+        """Yield them in the order of docs/performance.md, without what is done already."""
+        settings, edges = self.config.training, self.config.data
+        if is_training and not settings.gradient_checkpointing:
             yield "training.gradient_checkpointing=true"
-        if settings.batch_size > 1:
-            halves = settings.batch_size % 2 == 0
-            batch_size = settings.batch_size // 2 if halves else 1
+        if settings.batch_size > 1 and is_training:
+            batch_size = settings.batch_size // 2 if settings.batch_size % 2 == 0 else 1
             accumulation = settings.gradient_accumulation_steps * settings.batch_size // batch_size
             yield (
                 f"training.batch_size={batch_size} with training.gradient_accumulation_steps={accumulation} "
                 "(the same training)"
             )
+        elif settings.batch_size > 1:
+            yield f"training.batch_size={settings.batch_size // 2}"
         if settings.mixed_precision == "no":
             yield "training.mixed_precision=bf16"
-        yield self._smaller_images()
-        yield "or use ZeRO (docs/distributed.md)"
-
-    def _for_evaluation(self) -> Iterator[str]:
-        if self.config.training.batch_size > 1:
-            yield f"training.batch_size={self.config.training.batch_size // 2}"
-        if self.config.training.mixed_precision == "no":
-            yield "training.mixed_precision=bf16"
-        yield self._smaller_images()
-
-    def _smaller_images(self) -> str:
-        edges = self.config.data
-        return (
+        yield (
             f"data.longest_edge below {edges.longest_edge} and data.shortest_edge below {edges.shortest_edge}"
         )
+        if is_training:
+            yield "or use ZeRO (docs/distributed.md)"

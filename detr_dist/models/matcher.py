@@ -4,6 +4,7 @@ Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all
 layer.
 """
 
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import isfinite
 from typing import Literal, NamedTuple
@@ -24,13 +25,14 @@ _FOCAL_COST_ALPHA = 0.25
 _FOCAL_COST_EPS = 1e-8
 
 
-class CostWeights(NamedTuple):
+@dataclass(frozen=True)
+class CostWeights:
     """What a pair of query and target costs: weights of class, L1 distance and negative generalised IoU."""
 
     kind: ClassKind
-    cost_class: float
-    cost_bbox: float
-    cost_giou: float
+    cost_class: float = 2.0
+    cost_bbox: float = 5.0
+    cost_giou: float = 2.0
 
 
 class Targets(NamedTuple):
