@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
 
@@ -68,14 +69,9 @@ def build_accelerator(
         UsageError: Accelerate's own settings contradict ours, the precision is not available on this device,
             or another number of processes came up than was asked for.
     """
-    _check_launch_settings(mixed_precision, gradient_accumulation_steps)
-    use_cpu = uses_cpu()
-    if mixed_precision == "fp16" and use_cpu:
-        raise UsageError(
-            "training.mixed_precision=fp16 (or accelerate launch's) needs a GPU; use bf16 or no on the CPU"
-        )
+    check_launch_settings(mixed_precision, gradient_accumulation_steps)
     accelerator = Accelerator(
-        cpu=use_cpu and not uses_deepspeed(),
+        cpu=uses_cpu() and not uses_deepspeed(),
         # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
         mixed_precision="no" if uses_deepspeed() else mixed_precision,
         deepspeed_plugin=deepspeed,
@@ -172,6 +168,7 @@ def group_of_processes(stacks_dir: Path | None = None) -> Iterator[PartialState]
         _rendezvous = None
         if is_intact:  # a group that has lost a process could wait for it for minutes
             state.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)  # the next group of this process is new
 
 
 def collective_limit_s() -> float:
@@ -179,8 +176,12 @@ def collective_limit_s() -> float:
     return seconds_from_environment(_COLLECTIVE_LIMIT, COLLECTIVE_LIMIT_S)
 
 
-def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None) -> None:
-    """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
+def check_launch_settings(mixed_precision: str, gradient_accumulation_steps: int | None = None) -> None:
+    """Compare with what `accelerate launch` exports: its settings, and "no" or 1 where its YAML says nothing.
+
+    Raises:
+        UsageError: they contradict ours, or the precision is not available on this device.
+    """
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     if launched not in ("no", mixed_precision):
         raise UsageError(
@@ -197,6 +198,10 @@ def _check_launch_settings(mixed_precision: str, gradient_accumulation_steps: in
             f"gradient accumulation is {accumulation} for accelerate launch, but "
             f"training.gradient_accumulation_steps is {gradient_accumulation_steps}; make them agree or "
             "take it out of Accelerate's settings"
+        )
+    if mixed_precision == "fp16" and uses_cpu():
+        raise UsageError(
+            "training.mixed_precision=fp16 (or accelerate launch's) needs a GPU; use bf16 or no on the CPU"
         )
 
 
