@@ -19,14 +19,8 @@ from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.evaluator import Details, Evaluator
-from detr_dist.inference.model import (
-    TrainedModel,
-    import_overrides,
-    keys_of,
-    load_on_every_process,
-    tracking_uri_for,
-    warn_of_no_effect,
-)
+from detr_dist.inference.model import TrainedModel, open_model
+from detr_dist.inference.overrides import import_overrides, keys_of, tracking_uri_for, warn_of_no_effect
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.redaction import redact
 from detr_dist.storage import check_new, check_writable, write_text
@@ -94,7 +88,7 @@ def _evaluate(
 ) -> EvaluationReport:
     import_overrides(overrides)
     if not isinstance(model, TrainedModel):
-        model = load_on_every_process(str(model), tracking_uri_for(tracking_uri, overrides), host)
+        model = open_model(str(model), tracking_uri_for(tracking_uri, overrides), host)
     config = resolve_precision(model.settings(overrides), host)
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from detr_dist.config import LoggingConfig
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.inference.model import TrainedModel, load_model, tracking_uri_for
+from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
+from detr_dist.inference.overrides import tracking_uri_for
 from detr_dist.storage import check_new, describe_disk_error, new_folder
 from detr_dist.text import one_line
 from detr_dist.tracking.artifacts import register_artifact, run_of, upload_model

@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,23 +17,23 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
-from detr_dist.config import Config, DataConfig, load_config, override_config
-from detr_dist.data.coco import CocoData, unannotated
-from detr_dist.data.images import UnreadableImageError, read_size_hw, rgb_of
+from detr_dist.config import Config, DataConfig, override_config
+from detr_dist.data.coco import CocoData
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, check_launch_settings
 from detr_dist.environment import find_device_problem, keep_segments_expandable, uses_cpu
 from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass, Predicted
 from detr_dist.evaluation.thresholds import known_thresholds
-from detr_dist.extensions import FAMILIES, import_extensions
+from detr_dist.extensions import FAMILIES
+from detr_dist.inference.images import ONE_IMAGE, OneImage, as_data_set
+from detr_dist.inference.overrides import EXTENSIONS_KEY, import_overrides, keys_of, tracking_uri_for
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import Detector, class_names_of
 from detr_dist.models.normalization import Normalization, keep_normalization, normalization_by
@@ -41,24 +42,8 @@ from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
 
-TRACKING_URI_KEY, EXTENSIONS_KEY = "logging.mlflow_tracking_uri", "training.extensions"
-KEYS_WITH_EFFECT = (
-    "data.",
-    "evaluation.score_threshold",
-    TRACKING_URI_KEY,
-    "training.batch_size",
-    "training.channels_last",
-    "training.deterministic",
-    EXTENSIONS_KEY,
-    "training.mixed_precision",
-    "training.tf32",
-)
 DEFAULT_THRESHOLD = 0.5
 """Of a class for which a model brings none."""
-
-OneImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
-"""A path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, or a tensor uint8 [3, H, W]."""
-_ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray, Tensor)
 
 _logger = logging.getLogger(__name__)
 
@@ -120,28 +105,19 @@ class TrainedModel:
             DataError: a file cannot be read.
             UsageError: something else is no image, or an override is wrong.
         """
-        if isinstance(images, _ONE_IMAGE):
+        if isinstance(images, ONE_IMAGE):
             return self.predict([images], threshold=threshold, overrides=overrides)[0]
-        if not isinstance(images, Iterable):
-            raise UsageError(f"no image: {type(images).__name__}; {_IMAGES}")
-        sources = [_source_of(image) for image in images]
+        data, pixels = as_data_set(images, self.class_names)
         config = self.prediction_settings(overrides)
-        least = self.least_scores(config, threshold, overrides)
-        try:
-            sizes_hw = [_size_hw(source) for source in sources]
-        except UnreadableImageError as error:
-            raise DataError(str(error)) from None
-        names = [source if isinstance(source, str) else "" for source in sources]
-        data = unannotated(Path(), names, sizes_hw, self.class_names)
-        pixels = {row: source for row, source in enumerate(sources) if isinstance(source, Tensor)}
+        least_scores = self.least_scores(config, threshold, overrides)
         parts = [DetectionRecords.none()]
         with closing(self.find_objects(data, config, pixels)) as all_predicted:
             for predicted in all_predicted:
                 if predicted.unreadable:
                     raise DataError(min(predicted.unreadable.values()))
-                parts.append(predicted.records.at_least(least))
+                parts.append(predicted.records.at_least(least_scores))
         records = DetectionRecords.concatenate(parts)
-        return [records.of_image(row, self.class_names) for row in range(len(sources))]
+        return [records.of_image(row, self.class_names) for row in range(len(data))]
 
     def find_objects(
         self, data: CocoData, config: Config, pixels: dict[int, Tensor] | None = None
@@ -171,14 +147,14 @@ class TrainedModel:
         configured = config.evaluation.score_threshold
         if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
             threshold = configured
-        if threshold is not None and not 0 <= threshold <= 1:
+        if threshold is None:
+            thresholds, lines = self.thresholds_or_default()
+            for line in lines:
+                _logger.info(line)
+            return np.array(thresholds)
+        if not 0 <= threshold <= 1:
             raise UsageError(f"threshold {threshold}: a least score is from 0 to 1")
-        if threshold is not None:
-            return np.full(len(self.class_names), threshold)
-        thresholds, lines = self.thresholds_or_default()
-        for line in lines:
-            _logger.info(line)
-        return np.array(thresholds)
+        return np.full(len(self.class_names), threshold)
 
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:
         """Return the least score of a detection of each class that the last evaluation in training found, and
@@ -197,10 +173,9 @@ class TrainedModel:
         the overrides are.
         """
         import_overrides(overrides)
-        config = self.config
-        if config.training.mixed_precision == "fp16" and uses_cpu():
-            config = override_config(config, ["training.mixed_precision=no"], only_known_names=False)
-        return override_config(config, overrides, only_known_names=False)
+        if self.config.training.mixed_precision == "fp16" and uses_cpu():
+            overrides = ["training.mixed_precision=no", *overrides]
+        return override_config(self.config, overrides, only_known_names=False)
 
     def prediction_settings(self, overrides: Sequence[str]) -> Config:
         """Return `settings` with a precision that this process, alone, computes in."""
@@ -218,46 +193,6 @@ class TrainedModel:
             detector = trained_detector(deepcopy(self.network), config.model, channels_last=channels_last)
             self._detectors[key] = detector.to(device)
         return self._detectors[key]
-
-
-_IMAGES = (
-    "give a path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, a tensor uint8 [3, H, W], "
-    "or an iterable of these"
-)
-
-
-def _source_of(image: OneImage) -> str | Tensor:
-    """Return the path of an image, or its pixels as uint8 [3, H, W].
-
-    Raises:
-        UsageError: it is neither.
-    """
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, Image.Image):
-        try:
-            return rgb_of(image)
-        except (UnreadableImageError, OSError) as error:
-            raise UsageError(f"a Pillow image cannot be read: {one_line(error)}") from error
-    if not isinstance(image, np.ndarray | Tensor):
-        raise UsageError(f"no image: {type(image).__name__}; {_IMAGES}")
-    shape = tuple(image.shape)
-    if 0 not in shape and isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-        if len(shape) == 2:
-            return pixels.repeat(3, 1, 1)
-        if len(shape) == 3 and shape[2] in (3, 4):
-            return pixels[..., :3].permute(2, 0, 1)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and shape[:-2] == (3,) and 0 not in shape:
-        return image.cpu()
-    raise UsageError(f"no image: {type(image).__name__} {image.dtype} of shape {list(shape)}; {_IMAGES}")
-
-
-def _size_hw(source: str | Tensor) -> tuple[int, int]:
-    if isinstance(source, str):
-        return read_size_hw(Path(source))
-    height, width = source.shape[-2:]
-    return height, width
 
 
 def _device() -> torch.device:
@@ -290,77 +225,47 @@ def load_model(reference: str | os.PathLike[str], *, tracking_uri: str | None = 
         UsageError: there is no such model, or it cannot be used here.
         CheckpointError: the checkpoint is incomplete or corrupt.
     """
-    reference = os.fspath(reference)
+    return open_model(os.fspath(reference), tracking_uri_for(tracking_uri))
+
+
+def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None) -> TrainedModel:
+    """Load a trained model; with `host`, which makes it collective, one process of each node finds and
+    downloads it."""
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
-        return _open(reference, find_model(reference, tracking_uri_for(tracking_uri), Path(scratch)))
-
-
-def load_on_every_process(reference: str, tracking_uri: str, host: HostGroup) -> TrainedModel:
-    """Load a trained model as `load_model` does; one process of each node finds and downloads it.
-
-    Collective.
-    """
-    with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
-        found = host.once_per_machine(lambda: find_model(reference, tracking_uri, Path(scratch)))
-        model = _open(reference, found)
-        host.gather_rows([0.0])  # the files stay until every process has read them
+        find = partial(find_model, reference, tracking_uri, Path(scratch))
+        model = _read(reference, find() if host is None else host.once_per_machine(find))
+        if host is not None:
+            host.gather_rows([0.0])  # the files stay until every process has read them
     return model
 
 
-def keys_of(overrides: Sequence[str]) -> list[str]:
-    """Return the keys of `section.key=value` overrides."""
-    return [each.partition("=")[0] for each in overrides]
-
-
-def _defaults_but(key: str, overrides: Sequence[str]) -> Config:
-    """Return the default configuration with those of the overrides that set `key`."""
-    return load_config(None, [each for each in overrides if each.partition("=")[0] == key])
-
-
-def tracking_uri_for(given: str | None, overrides: Sequence[str] = ()) -> str:
-    """Return the tracking URI among the overrides, else the given one, else the environment's or default."""
-    if given is not None and TRACKING_URI_KEY not in keys_of(overrides):
-        return given
-    return _defaults_but(TRACKING_URI_KEY, overrides).logging.mlflow_tracking_uri
-
-
-def import_overrides(overrides: Sequence[str]) -> None:
-    """Import the extensions that are among the overrides."""
-    import_extensions(_defaults_but(EXTENSIONS_KEY, overrides).training.extensions)
-
-
-def warn_of_no_effect(overrides: Sequence[str]) -> None:
-    """Log a warning for each override that changes nothing about what a trained model does."""
-    for key in keys_of(overrides):
-        if not key.startswith(KEYS_WITH_EFFECT):
-            _logger.warning(f"{key}: has no effect here")
-
-
-def _open(reference: str, found: FoundModel) -> TrainedModel:
+def _read(reference: str, found: FoundModel) -> TrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    folder = Path(found.location)
-    has_mlmodel = (folder / "MLmodel").exists()
+    mlmodel, metadata = Path(found.location) / "MLmodel", dict[str, Any]()
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
-        _check_family(reference, config)
-        return TrainedModel(reference, load_network(reference, found.location), config, metadata, has_mlmodel)
-    metadata = {}
-    if has_mlmodel:
-        metadata = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8")).get("metadata") or {}
+    else:
+        if mlmodel.exists():
+            metadata = yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
+        config = _config_of(reference, metadata)
+    _check_family(reference, config)
+    network = load_network(reference, found.location)
+    if found.checkpoint is None:
+        edges, normalization = _preprocessing(reference, found.location)
+        keep_normalization(network.config, normalization)
+        config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
+    return TrainedModel(reference, network, config, metadata, mlmodel.exists())
+
+
+def _config_of(reference: str, metadata: dict[str, Any]) -> Config:
     try:
-        config = Config.model_validate(metadata.get("config") or {})
+        return Config.model_validate(metadata.get("config") or {})
     except ValidationError:
         _logger.warning(
             f"{reference}: its settings are those of another version of this package; the defaults are used"
         )
-        config = Config()
-    _check_family(reference, config)
-    network = load_network(reference, found.location)
-    edges, normalization = _preprocessing(reference, found.location)
-    keep_normalization(network.config, normalization)
-    config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
-    return TrainedModel(reference, network, config, metadata, has_mlmodel)
+        return Config()
 
 
 def _check_family(reference: str, config: Config) -> None:

@@ -19,7 +19,8 @@ from detr_dist.data.layout import decoded_name, find_images, folded
 from detr_dist.environment import check_environment, launch_numbers
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
 from detr_dist.evaluation.detections import DetectionRecords, Detections, Predicted, coco_results
-from detr_dist.inference.model import import_overrides, load_model, tracking_uri_for, warn_of_no_effect
+from detr_dist.inference.model import open_model
+from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 
@@ -50,7 +51,7 @@ def predict_images(
     if launch_numbers().get("WORLD_SIZE", 1) > 1:
         raise UsageError("predict works in one process; start it without accelerate launch")
     import_overrides(overrides)
-    model = load_model(reference, tracking_uri=tracking_uri_for(tracking_uri, overrides))
+    model = open_model(reference, tracking_uri_for(tracking_uri, overrides))
     config = model.prediction_settings(overrides)
     warn_of_no_effect(overrides)
     least = model.least_scores(config, threshold, overrides)

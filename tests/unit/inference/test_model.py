@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from detr_dist.config import Config
-from detr_dist.errors import DataError, UsageError
+from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detections import Detections
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.models.detector import plain_network
@@ -109,20 +109,20 @@ def test_thresholds_are_those_of_the_model_unless_given(model: TrainedModel, pix
 @pytest.mark.parametrize(
     ("image", "part"),
     [
-        (np.zeros((9, 9, 3)), "ndarray float64 of shape"),
-        (np.zeros((3, 9, 9), np.uint8), "ndarray uint8 of shape [3, 9, 9]"),
-        (np.zeros((2, 9, 9, 3), np.uint8), "shape [2, 9, 9, 3]"),
-        (np.zeros((0, 9, 3), np.uint8), "shape [0, 9, 3]"),
-        (torch.zeros(3, 9, 9), "Tensor torch.float32 of shape [3, 9, 9]"),
-        (torch.zeros(9, 9, 3, dtype=torch.uint8), "Tensor torch.uint8 of shape [9, 9, 3]"),
+        (np.zeros((9, 9, 3)), "ndarray float64 [9, 9, 3]"),
+        (np.zeros((3, 9, 9), np.uint8), "ndarray uint8 [3, 9, 9]"),
+        (np.zeros((2, 9, 9, 3), np.uint8), "uint8 [2, 9, 9, 3]"),
+        (np.zeros((0, 9, 3), np.uint8), "uint8 [0, 9, 3]"),
+        (torch.zeros(3, 9, 9), "Tensor torch.float32 [3, 9, 9]"),
+        (torch.zeros(9, 9, 3, dtype=torch.uint8), "Tensor torch.uint8 [9, 9, 3] is no image; give a path"),
         (Image.fromarray(np.zeros((9, 9), np.float32)), "Pillow's mode F"),
-        (7, "no image: int; give a path"),
-        ([None], "no image: NoneType"),
+        (7, "int is no image; give a path"),
+        ([None], "NoneType is no image"),
     ],
     ids=str,
 )
 def test_what_is_no_image_is_refused_in_one_line(model: TrainedModel, image: object, part: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(DetrDistError) as caught:
         model.predict(image)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
