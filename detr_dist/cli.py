@@ -186,9 +186,9 @@ def evaluate(
     accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the metrics are the same.
     docs/evaluation.md says what they mean.
     """
-    from detr_dist.inference.evaluate import evaluate_model
+    from detr_dist.inference.evaluate import evaluate_to_files
 
-    evaluate_model(
+    evaluate_to_files(
         model,
         data_dir,
         tracking_uri=tracking_uri,
@@ -260,11 +260,9 @@ def export(
     file is compared with torch before it is kept: inputs `pixel_values` (float32, normalised) and
     `pixel_mask` (int64), outputs `logits` and `pred_boxes`.
     """
-    from detr_dist.inference.export import export_model
+    from detr_dist.inference.export import export as run_export
 
-    export_model(
-        model, output_dir, tracking_uri=tracking_uri, onnx=onnx, register_as=register_as, alias=alias
-    )
+    run_export(model, output_dir, tracking_uri=tracking_uri, onnx=onnx, register_as=register_as, alias=alias)
 
 
 @app.command()

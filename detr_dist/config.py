@@ -275,13 +275,14 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     return _resolve(tree, texts, overrides, source=f"{path}: " if path is not None else "")
 
 
-def override_config(config: Config, overrides: Sequence[str]) -> Config:
-    """Return the same configuration with `section.key=value` overrides.
+def override_config(config: Config, overrides: Sequence[str], *, only_known_names: bool = True) -> Config:
+    """Return the same configuration with `section.key=value` overrides. Names of transforms, families and
+    parts of the loss may be unknown here without `only_known_names`.
 
     Raises:
         UsageError: as `load_config`.
     """
-    return _resolve(config.model_dump(), {}, overrides, source="")
+    return _resolve(config.model_dump(), {}, overrides, source="", only_known_names=only_known_names)
 
 
 def ignored_variables(config: Config) -> Iterator[str]:
@@ -294,7 +295,14 @@ def ignored_variables(config: Config) -> Iterator[str]:
             )
 
 
-def _resolve(tree: dict[str, Any], texts: dict[str, Any], overrides: Sequence[str], *, source: str) -> Config:
+def _resolve(
+    tree: dict[str, Any],
+    texts: dict[str, Any],
+    overrides: Sequence[str],
+    *,
+    source: str,
+    only_known_names: bool = True,
+) -> Config:
     for override in overrides:
         keys, value_text = split_override(override)
         value, text = parse_value(override, value_text)
@@ -308,7 +316,7 @@ def _resolve(tree: dict[str, Any], texts: dict[str, Any], overrides: Sequence[st
     try:
         training = tree.get("training")
         extensions = training.get("extensions") if isinstance(training, dict) else None
-        return Config.model_validate(tree, context={"only_known_names": not extensions})
+        return Config.model_validate(tree, context={"only_known_names": only_known_names and not extensions})
     except ValidationError as error:
         raise UsageError("\n".join(source + _describe(problem) for problem in error.errors())) from None
 

@@ -24,6 +24,7 @@ from torch import nn
 from detr_dist.environment import (
     check_environment,
     is_cpu_fallback,
+    restored_environment,
     seconds_from_environment,
     set_environment,
     uses_cpu,
@@ -67,14 +68,9 @@ def build_accelerator(
         UsageError: Accelerate's own settings contradict ours, the precision is not available on this device,
             or another number of processes came up than was asked for.
     """
-    _check_launch_settings(mixed_precision, gradient_accumulation_steps)
-    use_cpu = uses_cpu()
-    if mixed_precision == "fp16" and use_cpu:
-        raise UsageError(
-            "training.mixed_precision=fp16 (or accelerate launch's) needs a GPU; use bf16 or no on the CPU"
-        )
+    check_launch_settings(mixed_precision, gradient_accumulation_steps)
     accelerator = Accelerator(
-        cpu=use_cpu and not uses_deepspeed(),
+        cpu=uses_cpu() and not uses_deepspeed(),
         # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
         mixed_precision="no" if uses_deepspeed() else mixed_precision,
         deepspeed_plugin=deepspeed,
@@ -136,7 +132,7 @@ def group_of_processes(
         TrainingError: another process did not come, or was lost.
     """
     global _rendezvous
-    with _environment_restored():
+    with restored_environment():
         check_environment()
         set_environment(stacks_dir)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
@@ -174,25 +170,17 @@ def group_of_processes(
                 GradientState._reset_state()
 
 
-@contextmanager
-def _environment_restored() -> Iterator[None]:
-    """Leave the environment variables as they were: torch, Accelerate and MLflow are told much by them."""
-    before = dict(os.environ)
-    try:
-        yield
-    finally:
-        for name in os.environ.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
-
-
 def collective_limit_s() -> float:
     """Return how long a collective may wait for another process."""
     return seconds_from_environment(_COLLECTIVE_LIMIT, COLLECTIVE_LIMIT_S)
 
 
-def _check_launch_settings(mixed_precision: str, accumulation: int | None) -> None:
-    """`accelerate launch` exports its settings, and "no" or 1 where its YAML says nothing."""
+def check_launch_settings(mixed_precision: str, accumulation: int | None = None) -> None:
+    """Compare with what `accelerate launch` exports: its settings, and "no" or 1 where its YAML has none.
+
+    Raises:
+        UsageError: they contradict ours, or the precision is not available on this device.
+    """
     for name, key, value, unset in (
         ("MIXED_PRECISION", "mixed_precision", mixed_precision, "no"),
         ("GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", accumulation, "1"),
@@ -203,6 +191,10 @@ def _check_launch_settings(mixed_precision: str, accumulation: int | None) -> No
                 f"{key} is {launched} for accelerate launch, but training.{key} is {value}; set "
                 f"training.{key}={launched} or take it out of Accelerate's settings"
             )
+    if mixed_precision == "fp16" and uses_cpu():
+        raise UsageError(
+            "training.mixed_precision=fp16 (or accelerate launch's) needs a GPU; use bf16 or no on the CPU"
+        )
 
 
 class HostGroup:

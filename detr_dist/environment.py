@@ -4,6 +4,8 @@ import math
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,7 +44,7 @@ def seconds_from_environment(name: str, default: float) -> float:
     return value
 
 
-def _launch_numbers() -> dict[str, int]:
+def launch_numbers() -> dict[str, int]:
     """Return what launchers and MPI have put into the environment.
 
     What is set to nothing, or to -1, is unset: torch and Accelerate would read a number there.
@@ -76,7 +78,7 @@ def check_environment() -> None:
             del os.environ[name]
         if os.environ.get(name, "no").lower() not in _YES | _NO:
             raise UsageError(f"the environment variable {name} is {os.environ[name]!r}; set it to 1 or 0")
-    values = _launch_numbers()
+    values = launch_numbers()
     size = values.get("WORLD_SIZE", 1)
     if size < 1:
         raise UsageError(f"WORLD_SIZE is {size} in the environment; {_WAY_OUT}")
@@ -123,6 +125,18 @@ def set_environment(stacks_dir: Path | None) -> None:
         defaults["TORCH_FR_DUMP_TEMP_FILE"] = str(stacks_dir.absolute() / "nccl_rank_")
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Leave the environment variables as they were: torch, Accelerate and MLflow are told much by them."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def uses_deepspeed() -> bool:

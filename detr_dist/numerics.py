@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,21 +25,37 @@ def set_numerics(settings: TrainingConfig) -> None:
     torch.use_deterministic_algorithms(settings.deterministic, warn_only=True)
 
 
-def resolve_precision(config: Config, host: HostGroup) -> Config:
+@contextmanager
+def temporary_numerics(settings: TrainingConfig) -> Iterator[None]:
+    """Apply `set_numerics` while entered: a notebook, or a training around it, keeps its own."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    tf32 = matmul.allow_tf32, cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    set_numerics(settings)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def resolve_precision(config: Config, host: HostGroup | None = None) -> Config:
     """Return the configuration with a precision in the place of `auto`: that of the launcher, if it was given
     one, else bf16 if the GPUs of all processes compute it natively, else no.
 
-    Collective. Warns where bf16 is asked of a GPU that only emulates it.
+    Collective with `host`; without one, this process is alone. Warns where bf16 is asked of a GPU that only
+    emulates it.
     """
     on_gpu = not uses_cpu() and torch.cuda.is_available()
     is_native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-    all_native = all(native for (native,) in host.gather_rows([is_native]))
+    all_native = is_native if host is None else all(n for (n,) in host.gather_rows([is_native]))
     precision: str = config.training.mixed_precision
     if precision == "auto":
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
         default = "bf16" if all_native else "no"
         precision = launched if launched in ("bf16", "fp16") else default
-    if precision == "bf16" and on_gpu and not all_native and host.is_main_process:
+    if precision == "bf16" and on_gpu and not all_native and (host is None or host.is_main_process):
         _logger.warning(
             "training.mixed_precision=bf16: a GPU of this run only emulates it, which is slow; set fp16 or no"
         )

@@ -192,16 +192,29 @@ def read_unannotated(
             readable.append(name)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    document = {
-        "images": [
-            {"id": id_, "file_name": name, "height": height, "width": width}
-            for id_, (name, (height, width)) in enumerate(zip(readable, sizes_hw, strict=True), start=1)
-        ],
-        "annotations": [],
-        "categories": [{"id": index, "name": name} for index, name in enumerate(class_names)],
-    }
-    records = check_records(document, folder, check_files=False)
-    return to_columns(records, folder, folder, class_names), unreadable
+    return unannotated(folder, readable, sizes_hw, class_names), unreadable
+
+
+def unannotated(
+    folder: Path, names: Sequence[str], sizes_hw: Sequence[tuple[int, int]], class_names: Sequence[str]
+) -> CocoData:
+    """Return a data set, without any box, of images of these sizes, numbered from 1."""
+    return CocoData(
+        annotations_path=folder,
+        images_dir=folder,
+        class_names=tuple(class_names),
+        category_ids=tuple(range(len(class_names))),
+        notices=[],
+        image_ids=np.arange(1, 1 + len(names)),
+        sizes_hw=np.array(sizes_hw, dtype=np.int64).reshape(-1, 2),
+        file_names=np.array([os.fsencode(name) for name in names], dtype=np.bytes_),
+        box_offsets=np.zeros(len(names) + 1, dtype=np.int64),
+        boxes_xywh_px=np.zeros((0, 4)),
+        box_classes=np.zeros(0, dtype=np.int64),
+        iscrowd=np.zeros(0, dtype=np.bool_),
+        areas=np.zeros(0),
+        annotation_ids=np.zeros(0, dtype=np.int64),
+    )
 
 
 def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:

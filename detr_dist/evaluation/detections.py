@@ -1,33 +1,62 @@
-"""What a detector finds in the images of a data set: the pass over the images, and detections as columns."""
+"""What a detector finds in images: one image's detections, those of many as columns, the pass over images."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import Batch, CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader, check_room, shared_memory_need
-from detr_dist.data.sampling import EvaluationBatch, evaluation_batches
+from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample
+from detr_dist.data.loading import BatchLoader, shared_memory_need
+from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
 from detr_dist.data.transforms import build_transform, resized_hw
-from detr_dist.distributed import HostGroup, build_accelerator
+from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
-from detr_dist.numerics import autocast, set_numerics
+from detr_dist.numerics import autocast
 from detr_dist.progress_bar import ProgressBar
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """N objects found in one image, by descending score."""
+
+    boxes_xyxy_px: NDArray[np.float32]
+    """[N, 4], in pixels of the image as it is stored: left, top, right, bottom."""
+    scores: NDArray[np.float32]
+    """[N], in [0, 1]."""
+    labels: NDArray[np.int64]
+    """[N], class indices."""
+    names: tuple[str, ...]
+    """[N], class names."""
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def draw(self, image: Image.Image) -> Image.Image:
+        """Return a copy of the image, in RGB, with the boxes, their classes and scores; the best on top."""
+        copy = image.convert("RGB") if image.mode != "RGB" else image.copy()
+        columns = (self.boxes_xyxy_px.astype(np.float64).tolist(), self.scores, self.labels, self.names)
+        marks = [
+            Mark((left, top, right, bottom), class_colour(int(label)), f"{name} {score:.2f}")
+            for (left, top, right, bottom), score, label, name in zip(*columns, strict=True)
+        ]
+        draw_marks(copy, marks)
+        return copy
+
+
+@dataclass(frozen=True, eq=False)
 class DetectionRecords:
-    """D detections in some images, as columns."""
+    """D detections in some images, as columns; those of an image by descending score."""
 
     evaluated_rows: NDArray[np.int64]
     """Rows in the data set of all images that were evaluated, with or without detections."""
@@ -60,6 +89,17 @@ class DetectionRecords:
         """Return these detections, in this order, of the same images."""
         columns = ("image_rows", "boxes_xyxy_px", "scores", "labels")
         return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+
+    def at_least(self, scores: NDArray[np.float64]) -> "DetectionRecords":
+        """Return the detections that reach the least score of their class; `scores` [C]."""
+        return self.take(np.flatnonzero(self.scores >= scores[self.labels]))
+
+    def of_image(self, row: int, class_names: Sequence[str]) -> Detections:
+        """Return the detections of one image, where those of all are ordered by image."""
+        own = slice(*np.searchsorted(self.image_rows, [row, row + 1]))
+        labels = self.labels[own]
+        names = tuple(class_names[label] for label in labels)
+        return Detections(self.boxes_xyxy_px[own], self.scores[own], labels, names)
 
 
 def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
@@ -97,11 +137,23 @@ class Predicted(NamedTuple):
     """Why the image of a row cannot be read; a black one was evaluated, and has no detections."""
 
 
-def start_inference(config: Config, data: CocoData, host: HostGroup) -> Accelerator:
-    """Build the Accelerator for passes over `data`, if this host has room for them. Collective."""
-    host.once_per_machine(lambda: check_room(shared_memory_need(config, data, train=False)))
-    set_numerics(config.training)
-    return build_accelerator(mixed_precision=config.training.mixed_precision)
+class _Images(CocoDetectionDataset):
+    """The images of a data set, some of which may be in memory instead of a file."""
+
+    def __init__(self, data: CocoData, edges: tuple[int, int], pixels: Mapping[int, Tensor]) -> None:
+        super().__init__(data, build_transform("none", *edges, train=False), seed=0, train=False)
+        self._edges = edges
+        self._pixels = pixels
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        row = key[1]
+        if row not in self._pixels:
+            return super().__getitem__(key)
+        image = self._pixels[row]
+        height, width = image.shape[-2:]
+        resized = F.resize(image, [*resized_hw(height, width, *self._edges)], antialias=True)
+        labels, boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+        return Sample(resized, labels, boxes, int(self.data.image_ids[row]), (height, width))
 
 
 class ImagePass:
@@ -111,23 +163,34 @@ class ImagePass:
     the number of processes, nor on the other images.
     """
 
-    def __init__(self, data: CocoData, config: Config, accelerator: Accelerator) -> None:
-        self._accelerator = accelerator
-        self._memory = DeviceMemory(config, accelerator.device)
+    def __init__(
+        self,
+        data: CocoData,
+        config: Config,
+        device: torch.device,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        pixels: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Prepare the images; `pixels`, uint8 [3, H, W] by row, are of those that are not read from files."""
+        self._device = device
+        self._has_bar = process_index == 0
+        self._memory = DeviceMemory(config, device)
         self._precision = config.training.mixed_precision
         edges = config.data.shortest_edge, config.data.longest_edge
         sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
         self._batches = evaluation_batches(
             sizes_hw,
             config.training.batch_size,
-            num_processes=accelerator.num_processes,
-            process_index=accelerator.process_index,
+            num_processes=num_processes,
+            process_index=process_index,
         )
         self._loader = BatchLoader(
-            CocoDetectionDataset(data, build_transform("none", *edges, train=False), seed=0, train=False),
+            _Images(data, edges, pixels or {}),
             [[(0, index) for index in batch.indices] for batch in self._batches],
             config.data,
-            pin_memory=accelerator.device.type == "cuda",
+            pin_memory=device.type == "cuda",
             need=shared_memory_need(config, data, train=False),
         )
 
@@ -136,12 +199,12 @@ class ImagePass:
         """Yield the predictions of a detector in evaluation mode by batch, with a bar on a terminal."""
         with closing(iter(self._loader)) as batches, ExitStack() as held:
             bar: ProgressBar | None = None
-            if self._accelerator.is_main_process:
+            if self._has_bar and len(self._batches) > 1:
                 bar = held.enter_context(closing(ProgressBar("batches of images", len(self._batches))))
             for planned, batch in zip(self._batches, batches, strict=True):
-                on_device = batch.to(self._accelerator.device)
+                on_device = batch.to(self._device)
                 outputs = self._forward(detector, on_device, planned)
-                sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._accelerator.device)
+                sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._device)
                 detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
                 rows, unreadable = np.array(planned.indices, dtype=np.int64), dict(batch.unreadable)
                 readable = ~np.isin(rows, list(unreadable))
@@ -166,7 +229,7 @@ class ImagePass:
                 canvas_hw=planned.size_hw,
                 is_training=False,
             ),
-            autocast(self._accelerator.device, self._precision),
+            autocast(self._device, self._precision),
             torch.compiler.set_stance("force_eager"),
         ):
             outputs = detector(batch.images, batch.sizes_hw, batch.is_padded)

@@ -111,21 +111,16 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> None:
 
 
 def _frame(mark: Mark, image: Image.Image, width: int) -> Rectangle:
-    """Return where the lines run: around the box, as far as the image reaches."""
-    left, top, right, bottom = mark.box_xyxy_px
-    (first_x, last_x), (first_y, last_y) = (
-        _grown(left, right, image.width, width),
-        _grown(top, bottom, image.height, width),
-    )
-    return first_x, first_y, last_x, last_y
-
-
-def _grown(low: float, high: float, extent: int, width: int) -> tuple[int, int]:
-    """Return the outermost pixels of a box's lines along one axis."""
-    missing = max(MIN_BOX_PX - (high - low), 0) / 2
-    first, last = round(low - missing) - width, round(high + missing) - 1 + width
-    first = min(max(first, 0), max(extent - MIN_BOX_PX, 0))
-    return first, max(min(last, extent - 1), min(first + MIN_BOX_PX, extent) - 1)
+    """Return the outermost pixels of the lines: around the box, as far as the image reaches."""
+    low, high = np.array(mark.box_xyxy_px, dtype=np.float64).reshape(2, 2)
+    extents = np.array(image.size)
+    missing = (MIN_BOX_PX - (high - low)).clip(min=0) / 2
+    first = np.rint(low - missing).astype(int) - width
+    first = first.clip(0, (extents - MIN_BOX_PX).clip(min=0))
+    last = np.rint(high + missing).astype(int) - 1 + width
+    last = np.maximum(np.minimum(last, extents - 1), np.minimum(first + MIN_BOX_PX, extents) - 1)
+    left, top, right, bottom = np.concatenate([first, last]).tolist()
+    return left, top, right, bottom
 
 
 def _draw_dashed(image: Image.Image, frame: Rectangle, width: int, colour: Colour) -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from numpy.typing import NDArray
 from torch import Tensor
 
 from detr_dist.config import Config
@@ -17,7 +18,7 @@ from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
-from detr_dist.evaluation.detections import DetectionRecords, ImagePass
+from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass
 from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
@@ -26,13 +27,48 @@ from detr_dist.text import printable
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Details:
-    """What the metrics of an evaluation come from."""
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """M annotated objects of one image, crowds among them."""
 
+    boxes_xyxy_px: NDArray[np.float64]
+    """[M, 4], in pixels of the image as it is stored."""
+    labels: NDArray[np.int64]
+    """[M], class indices."""
+    iscrowd: NDArray[np.bool_]
+    """[M]."""
+    areas: NDArray[np.float64]
+    """[M], in square pixels, as annotated."""
+
+
+@dataclass(frozen=True, eq=False)
+class Details:
+    """What the metrics of an evaluation come from, for plots and for metrics of one's own.
+
+    `for row in range(len(details)): metric(details.detections(row), details.truth(row))`
+    """
+
+    data: CocoData
+    """N images and their boxes; `image_path(row)`, `image_ids` and `class_names` are among it."""
     records: DetectionRecords
+    """All detections, without any threshold."""
     coco: CocoMetrics
     operating_points: OperatingPoints
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def detections(self, row: int) -> Detections:
+        """Return what was found in the image of this row of the data set, without any threshold."""
+        return self.records.of_image(row, self.data.class_names)
+
+    def truth(self, row: int) -> Truth:
+        """Return what is annotated in that image."""
+        rows = self.data.box_rows(row)
+        boxes = self.data.boxes_xywh_px[rows].copy()
+        boxes[:, 2:] += boxes[:, :2]
+        data = self.data
+        return Truth(boxes, data.box_classes[rows], data.iscrowd[rows], data.areas[rows])
 
 
 @dataclass(frozen=True)
@@ -59,7 +95,7 @@ class Evaluator:
         self,
         data: CocoData,
         config: Config,
-        accelerator: Accelerator,
+        processes: Accelerator | PartialState,
         host: HostGroup,
         *,
         thresholds: Sequence[float | None] | None = None,
@@ -67,7 +103,13 @@ class Evaluator:
     ) -> None:
         """Prepare the data; `thresholds` of each class replace `evaluation.score_threshold`."""
         self.data = data
-        self._images = ImagePass(data, config, accelerator)
+        self._images = ImagePass(
+            data,
+            config,
+            processes.device,
+            num_processes=host.num_processes,
+            process_index=host.process_index,
+        )
         self._stop_requested = stop_requested
         self._thresholds: Thresholds = config.evaluation.score_threshold if thresholds is None else thresholds
         self._loss_weights = config.loss.weights
@@ -122,7 +164,7 @@ class Evaluator:
         points = operating_points(self.data, records, self._thresholds)
         metrics = coco.metrics | points.metrics(self.data.class_names)
         metrics |= losses
-        return Scores(metrics, Details(records, coco, points))
+        return Scores(metrics, Details(self.data, records, coco, points))
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:

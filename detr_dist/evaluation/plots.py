@@ -1,7 +1,7 @@
 """The plots of an evaluation: curves, confusion matrix, AP by size, and the images with most errors."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,9 @@ def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
     return failures
 
 
-@contextmanager
-def figure_style() -> Iterator[None]:
+def figure_style() -> AbstractContextManager[None]:
     """Apply our matplotlib settings while entered, whatever the user's own. They are global meanwhile."""
-    with matplotlib.style.context(["default", STYLE]):
-        yield
+    return matplotlib.style.context(["default", STYLE])
 
 
 def _save(figure: Figure, path: Path) -> None:

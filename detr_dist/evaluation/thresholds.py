@@ -5,7 +5,7 @@ docs/evaluation.md has the definitions, with an example.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,7 @@ Thresholds = float | Literal["auto"] | Sequence[float | None]
 class, where None lets nothing through."""
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """True positives, false positives and false negatives at a threshold."""
 
     tp: int
@@ -145,9 +144,7 @@ class OperatingPoints:
     def overall(self) -> Counts | None:
         """All classes' counts together; None if none has a box."""
         counts = [point.counts for point in self.classes if point is not None]
-        if not counts:
-            return None
-        return Counts(sum(c.tp for c in counts), sum(c.fp for c in counts), sum(c.fn for c in counts))
+        return Counts(*map(sum, zip(*counts, strict=True))) if counts else None
 
     def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
         """Return `precision`, `recall`, `f1`, and for each class with a box `<class>_precision` and so on,
@@ -181,15 +178,13 @@ def operating_points(data: CocoData, records: DetectionRecords, thresholds: Thre
         is_tp = boxes[own] >= 0
         scores, ones = detections.scores[own], is_tp.astype(np.int64)
         curve = Curve.of_steps(scores, ones, 1 - ones, int(num_truth[label]))
-        classes[label] = ClassPoint(_threshold_of(curve, thresholds, label), curve)
+        if isinstance(thresholds, str):
+            threshold = curve.best_threshold()
+        else:
+            threshold = thresholds if isinstance(thresholds, int | float) else thresholds[label]
+        classes[label] = ClassPoint(threshold, curve)
     matches = _match_over_thresholds(data, detections, classes)
     return OperatingPoints(classes, matches, _confusion(data, matches))
-
-
-def _threshold_of(curve: Curve, thresholds: Thresholds, label: int) -> float | None:
-    if isinstance(thresholds, str):
-        return curve.best_threshold()
-    return thresholds if isinstance(thresholds, int | float) else thresholds[label]
 
 
 def _match_over_thresholds(

@@ -1,31 +1,147 @@
-"""`detr-dist evaluate`: any model on any data of its classes, on one process or several."""
+"""Any model on any data of its classes, on one process or several; `detr-dist evaluate` writes the result."""
 
 import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from detr_dist import __version__
-from detr_dist.data.coco import CocoData, load_coco
-from detr_dist.distributed import HostGroup, group_of_processes
+from detr_dist.data.coco import load_coco
+from detr_dist.data.loading import check_room, shared_memory_need
+from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
-from detr_dist.evaluation.detections import coco_results, start_inference
-from detr_dist.evaluation.evaluator import Evaluator, Scores
-from detr_dist.inference.model import keys_of, load_model, tracking_uri_for, warn_of_no_effect
-from detr_dist.numerics import resolve_precision
+from detr_dist.evaluation.detections import coco_results
+from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.inference.model import TrainedModel, open_model
+from detr_dist.inference.overrides import import_overrides, keys_of, tracking_uri_for, warn_of_no_effect
+from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.redaction import redact
 from detr_dist.storage import check_new, check_writable, write_text
 from detr_dist.text import printable
 
 _logger = logging.getLogger(__name__)
 
+_METRICS_OF_CLASS = ("map", "precision", "recall", "f1", "threshold")
 
-def evaluate_model(
+
+@dataclass(frozen=True, eq=False)
+class EvaluationReport:
+    """What an evaluation has found. The same on every process, but for `details`."""
+
+    metrics: dict[str, float]
+    """By their names in a run: `val_map`, `val_<class>_map` and so on; docs/evaluation.md."""
+    per_class: dict[str, dict[str, float]]
+    """`map`, `precision`, `recall`, `f1` and `threshold` by class name, as far as they are defined."""
+    class_names: tuple[str, ...]
+    confusion: NDArray[np.int64]
+    """[C + 1, C + 1], rows truth, columns predicted; the last of each is the background."""
+    facts: dict[str, Any]
+    """How it was evaluated: the model, the data, the settings, the time it took."""
+    details: Details | None
+    """The detections and annotations of every image; on the main process only, None elsewhere."""
+
+
+def evaluate(
+    model: TrainedModel | str | Path,
+    data_dir: str | Path,
+    *,
+    model_thresholds: bool = False,
+    overrides: Sequence[str] = (),
+    tracking_uri: str | None = None,
+) -> EvaluationReport:
+    """Score a model on a data set.
+
+    Collective: under `accelerate launch` or `notebook_launcher` every process evaluates its part of the
+    images.
+
+    Args:
+        model: A loaded model, or what `load_model` takes.
+        data_dir: A data set with the classes of the model, or some of them.
+        model_thresholds: Compute precision, recall and F1 at the thresholds that the model brings from
+            training, and not at the best ones for these data.
+        overrides: `section.key=value`; the other settings are those that the model was trained with.
+        tracking_uri: Where MLflow is, as for `load_model`.
+
+    Raises:
+        DetrDistError: with one clear line, on every process.
+    """
+    with group_of_processes() as processes:
+        return _evaluate(
+            model, Path(data_dir), HostGroup(processes), model_thresholds, overrides, tracking_uri
+        )
+
+
+def _evaluate(
+    model: TrainedModel | str | Path,
+    data_dir: Path,
+    host: HostGroup,
+    model_thresholds: bool,
+    overrides: Sequence[str],
+    tracking_uri: str | None,
+) -> EvaluationReport:
+    import_overrides(overrides)
+    if not isinstance(model, TrainedModel):
+        model = open_model(str(model), tracking_uri_for(tracking_uri, overrides), host)
+    config = resolve_precision(model.settings(overrides), host)
+    if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
+        raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
+    data = load_coco(
+        data_dir, classes=model.class_names, classes_source=model.reference, may_lack_classes=True
+    )
+    host.once_per_machine(lambda: check_room(shared_memory_need(config, data, train=False)))
+    with temporary_numerics(config.training):
+        accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
+        thresholds, notices = model.thresholds_or_default() if model_thresholds else (None, [])
+        evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
+        if host.is_main_process:
+            warn_of_no_effect(overrides)
+            for line in (*notices, *data.notices):
+                _logger.info(line)
+            _logger.info(
+                f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
+                f"{config.training.mixed_precision}) x batch {config.training.batch_size}"
+            )
+        started_at = time.perf_counter()
+        scores = evaluator.evaluate(model.detector(config, accelerator.device))
+    metrics = {f"val_{name}": value for name, value in scores.metrics.items()}
+    return EvaluationReport(
+        metrics=metrics,
+        per_class=_by_class(metrics, data.class_names),
+        class_names=data.class_names,
+        confusion=host.broadcast(scores.details and scores.details.operating_points.confusion),
+        facts={
+            "model": redact(model.reference),
+            **{key: model.metadata.get(key) for key in ("run_id", "epoch", "step")},
+            "evaluated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "detr_dist": __version__,
+            "data": str(data.annotations_path),
+            "num_images": len(data),
+            "num_processes": host.num_processes,
+            "seconds": time.perf_counter() - started_at,
+            "thresholds": "model" if model_thresholds else config.evaluation.score_threshold,
+            "config": config.model_dump(mode="json"),
+        },
+        details=scores.details,
+    )
+
+
+def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+    keys = zip(class_names, metric_names(class_names), strict=True)
+    return {name: _with_prefix(metrics, f"val_{key}_") for name, key in keys}
+
+
+def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name: metrics[prefix + name] for name in _METRICS_OF_CLASS if prefix + name in metrics}
+
+
+def evaluate_to_files(
     reference: str,
     data_dir: Path,
     *,
@@ -36,7 +152,7 @@ def evaluate_model(
     model_thresholds: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Score the model that `reference` names on a data set, and print a table.
+    """Evaluate, print a table, and write the files that were asked for.
 
     Collective.
 
@@ -48,39 +164,10 @@ def evaluate_model(
         with host.failing_together():
             if host.is_main_process:
                 _check_outputs(predictions, report, pictures)
-        model = load_model(reference, tracking_uri_for(tracking_uri, overrides), host)
-        config = resolve_precision(model.settings(overrides), host)
-        if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
-            raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
-        data = load_coco(data_dir, classes=model.class_names, classes_source=reference, may_lack_classes=True)
-        accelerator = start_inference(config, data, host)
-        thresholds, notices = model.thresholds_or_default() if model_thresholds else (None, [])
-        evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
-        if accelerator.is_main_process:
-            warn_of_no_effect(overrides)
-            for line in (*notices, *data.notices):
-                _logger.info(line)
-            _logger.info(
-                f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
-                f"{config.training.mixed_precision}) x batch {config.training.batch_size}"
-            )
-        started_at = time.perf_counter()
-        scores = evaluator.evaluate(model.detector(config).to(accelerator.device))
-        facts = {
-            "model": redact(reference),
-            **{key: model.metadata.get(key) for key in ("run_id", "epoch", "step")},
-            "evaluated_at": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "detr_dist": __version__,
-            "data": str(data.annotations_path),
-            "num_images": len(data),
-            "num_processes": host.num_processes,
-            "seconds": time.perf_counter() - started_at,
-            "thresholds": "model" if model_thresholds else config.evaluation.score_threshold,
-            "config": config.model_dump(mode="json"),
-        }
+        found = _evaluate(reference, data_dir, host, model_thresholds, overrides, tracking_uri)
         with host.failing_together():
             if host.is_main_process:
-                _write(data, scores, facts, predictions=predictions, report=report, pictures=pictures)
+                _write(found, predictions=predictions, report=report, pictures=pictures)
 
 
 def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path | None) -> None:
@@ -96,50 +183,43 @@ def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path
 
 
 def _write(
-    data: CocoData,
-    scores: Scores,
-    facts: dict[str, Any],
-    *,
-    predictions: Path | None,
-    report: Path | None,
-    pictures: Path | None,
+    found: EvaluationReport, *, predictions: Path | None, report: Path | None, pictures: Path | None
 ) -> None:
     """Print the table and write the files that were asked for. Main process."""
-    metrics, details = {f"val_{name}": value for name, value in scores.metrics.items()}, scores.details
-    assert details is not None  # on the main process
-    print("\n".join(metrics_table(data, metrics)))
+    assert found.details is not None  # on the main process
+    data = found.details.data
+    print("\n".join(metrics_table(found)))
     meaning = {"auto": "the best for these data", "model": "those that the model brings"}
-    print(f"thresholds: {meaning.get(facts['thresholds'], facts['thresholds'])}", flush=True)
+    print(f"thresholds: {meaning.get(found.facts['thresholds'], found.facts['thresholds'])}", flush=True)
     if predictions is not None:
-        results = coco_results(data, details.records)
+        results = coco_results(data, found.details.records)
         write_text(predictions, json.dumps(results))
         print(f"{predictions}: {len(results)} detections as COCO results")
     if report is not None:
-        confusion = details.operating_points.confusion.tolist()
-        document = {"metrics": metrics, "class_names": data.class_names, "confusion": confusion, **facts}
+        document = {"metrics": found.metrics, "class_names": found.class_names}
+        document |= {"confusion": found.confusion.tolist(), **found.facts}
         write_text(report, json.dumps(document, indent=2) + "\n")
         print(f"{report}: the metrics, the confusion matrix, and how they were computed")
     if pictures is not None:
         from detr_dist.evaluation.plots import write_plots  # matplotlib: evaluation starts without it
 
-        for failure in write_plots(pictures, data, details):
+        for failure in write_plots(pictures, data, found.details):
             _logger.warning(f"{printable(failure)}; not drawn")
         if pictures.exists():
             print(f"{pictures}: curves, confusion matrix and the images with most errors")
 
 
-def metrics_table(data: CocoData, metrics: dict[str, float]) -> Iterator[str]:
+def metrics_table(found: EvaluationReport) -> Iterator[str]:
     """Yield the metrics for a terminal: a line for each class and one for all, then the rest."""
-    columns = ("map", "precision", "recall", "f1", "threshold")
-    num_boxes = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes).tolist()
-    names = (*data.class_names, "all classes")
-    prefixes = (*(f"val_{name}_" for name in metric_names(data.class_names)), "val_")
+    num_boxes = found.confusion[:-1].sum(axis=1).tolist()  # each box is matched or a false negative
+    names = (*found.class_names, "all classes")
+    prefixes = (*(f"val_{key}_" for key in metric_names(found.class_names)), "val_")
     width = max(map(len, names))
-    yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{name:>11}" for name in ("AP", *columns[1:]))
-    shown = set()
+    titles = ("AP", *_METRICS_OF_CLASS[1:])
+    yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{title:>11}" for title in titles)
     for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
-        keys = [prefix + column for column in columns]
-        shown |= set(keys)
-        cells = "".join(f"{metrics[key]:>11.4f}" if key in metrics else f"{'-':>11}" for key in keys)
-        yield f"{name:<{width}} {boxes:>9}{cells}"
-    yield "  ".join(f"{name} {value:.4f}" for name, value in metrics.items() if name not in shown)
+        own = _with_prefix(found.metrics, prefix)
+        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in _METRICS_OF_CLASS)
+        yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
+    shown = {prefix + metric for prefix in prefixes for metric in _METRICS_OF_CLASS}
+    yield "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items() if name not in shown)

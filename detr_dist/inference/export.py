@@ -1,11 +1,13 @@
-"""`detr-dist export`: any model that can be named, as a folder that needs nothing of this package."""
+"""Any model that can be named, as a folder that needs nothing of this package."""
 
+import logging
 from pathlib import Path
 
 from detr_dist.config import LoggingConfig
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
+from detr_dist.inference.overrides import tracking_uri_for
 from detr_dist.storage import check_new, describe_disk_error, new_folder
 from detr_dist.text import one_line
 from detr_dist.tracking.artifacts import register_artifact, run_of, upload_model
@@ -15,22 +17,36 @@ from detr_dist.tracking.uris import is_artifact_uri
 
 _UPLOAD_TIMEOUT_S = 300
 
+_logger = logging.getLogger(__name__)
 
-def export_model(
-    reference: str,
-    output_dir: Path,
+
+def export(
+    model: TrainedModel | str | Path,
+    output_dir: str | Path,
     *,
-    tracking_uri: str,
     onnx: bool = False,
     register_as: str | None = None,
     alias: str | None = None,
-) -> None:
-    """Write the model that `reference` names into a new folder, and register it where that is asked for.
+    tracking_uri: str | None = None,
+) -> Path:
+    """Write a model into a new folder for MLflow and transformers, which then need nothing of this package.
+
+    Args:
+        model: A loaded model, or what `load_model` takes.
+        output_dir: The folder to make.
+        onnx: Write `model.onnx` as well, for images of any number and size.
+        register_as: Name in MLflow's registry under which it becomes a new version.
+        alias: Alias that then points to the new version.
+        tracking_uri: Where MLflow is, as for `load_model`.
+
+    Returns:
+        The folder.
 
     Raises:
         DetrDistError: with one clear line. The folder is complete or absent; if only the registry fails, it
             is complete.
     """
+    output_dir, tracking_uri = Path(output_dir), tracking_uri_for(tracking_uri)
     check_new("--output-dir", output_dir)
     if alias is not None and register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")
@@ -42,16 +58,16 @@ def export_model(
         open_client(tracking_uri)
     if onnx:
         check_onnx_packages()
-    model = load_model(reference, tracking_uri)
-    _write(model, reference, output_dir, tracking_uri=tracking_uri, onnx=onnx)
+    if not isinstance(model, TrainedModel):
+        model = load_model(model, tracking_uri=tracking_uri)
+    _write(model, output_dir, tracking_uri=tracking_uri, onnx=onnx)
     if register_as is not None:
-        is_model_of_run = model.is_mlflow_model and reference.startswith("runs:/")  # and has its files there
-        uri = reference if is_model_of_run else None
-        _register(output_dir, register_as, alias, uri=uri, source=reference, tracking_uri=tracking_uri)
+        _register(model, output_dir, register_as, alias, tracking_uri)
+    return output_dir
 
 
-def _write(model: TrainedModel, reference: str, output_dir: Path, *, tracking_uri: str, onnx: bool) -> None:
-    run_id = model.metadata.get("run_id")
+def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bool) -> None:
+    reference, run_id = model.reference, model.metadata.get("run_id")
     if is_artifact_uri(reference):
         run_id = run_of(reference, open_client(tracking_uri)) or run_id
     metadata = model.metadata | {"source": reference, "run_id": run_id}
@@ -59,12 +75,7 @@ def _write(model: TrainedModel, reference: str, output_dir: Path, *, tracking_ur
     lines = [f"{output_dir}: {model.network.config.model_type} as MLflow model and transformers folder"]
     try:
         with new_folder(folder) as partial:
-            write_model(
-                model.network,
-                partial,
-                data=model.config.data,
-                metadata=metadata,
-            )
+            write_model(model.network, partial, data=model.config.data, metadata=metadata)
             if onnx:
                 difference = write_onnx(model.network, partial / "model.onnx")
                 lines.append(f"{output_dir / 'model.onnx'}: largest difference to torch {difference:.1e}")
@@ -74,21 +85,20 @@ def _write(model: TrainedModel, reference: str, output_dir: Path, *, tracking_ur
         raise DetrDistError(
             f"--output-dir {output_dir}: cannot be written ({describe_disk_error(error, folder.parent)})"
         ) from error
-    print("\n".join(lines), flush=True)
+    for line in lines:
+        _logger.info(line)
 
 
-def _register(
-    output_dir: Path, name: str, alias: str | None, *, uri: str | None, source: str, tracking_uri: str
-) -> None:
-    """Register the model at `uri`, `runs:/RUN_ID/PATH`, or else upload the folder and register that."""
-    client = open_client(tracking_uri)
+def _register(model: TrainedModel, output_dir: Path, name: str, alias: str | None, tracking_uri: str) -> None:
+    """Register the model that a run has as artifact; upload the folder and register that for any other."""
+    client, reference = open_client(tracking_uri), model.reference
     try:
         with patience(_UPLOAD_TIMEOUT_S):
-            if uri is not None:
-                run_id, _, artifact_path = uri.removeprefix("runs:/").partition("/")
+            if model.is_mlflow_model and reference.startswith("runs:/"):
+                run_id, _, artifact_path = reference.removeprefix("runs:/").partition("/")
             else:
                 experiment = LoggingConfig().mlflow_experiment_name
-                run_id = upload_model(client, output_dir, experiment=experiment, source=source)
+                run_id = upload_model(client, output_dir, experiment=experiment, source=reference)
                 artifact_path = "model"
             version = register_artifact(client, name, run_id, artifact_path)
             if alias is not None:
@@ -99,4 +109,4 @@ def _register(
             f"{output_dir} is complete: give it as --model to register it"
         ) from error
     suffix = f", alias {alias}" if alias is not None else ""
-    print(f"{name} version {version.version}{suffix}: models:/{name}/{version.version}", flush=True)
+    _logger.info(f"{name} version {version.version}{suffix}: models:/{name}/{version.version}")

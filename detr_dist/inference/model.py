@@ -1,25 +1,39 @@
-"""A trained model, wherever it is, with what is known of it."""
+"""A trained model, wherever it is: loaded, with what is known of it, and predicting."""
 
 import json
 import logging
 import math
+import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from copy import deepcopy
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
+import torch
 import yaml
+from numpy.typing import NDArray
 from pydantic import ValidationError
+from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging as transformers_logging
 
-from detr_dist.config import Config, DataConfig, load_config, override_config
-from detr_dist.distributed import HostGroup
-from detr_dist.environment import uses_cpu
-from detr_dist.errors import UsageError
+from detr_dist.config import Config, DataConfig, override_config
+from detr_dist.data.coco import CocoData
+from detr_dist.data.loading import check_room, shared_memory_need
+from detr_dist.distributed import HostGroup, check_launch_settings
+from detr_dist.environment import find_device_problem, restored_environment, set_environment, uses_cpu
+from detr_dist.errors import DataError, UsageError
+from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass, Predicted
 from detr_dist.evaluation.thresholds import known_thresholds
+from detr_dist.extensions import FAMILIES
+from detr_dist.inference.images import ONE_IMAGE, OneImage, as_data_set
+from detr_dist.inference.overrides import EXTENSIONS_KEY, import_overrides, keys_of, tracking_uri_for
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import (
     Detector,
@@ -28,43 +42,124 @@ from detr_dist.models.detector import (
     keep_normalization,
     normalization_by,
 )
+from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
 
-TRACKING_URI_KEY = "logging.mlflow_tracking_uri"
-KEYS_WITH_EFFECT = (
-    "data.",
-    "evaluation.score_threshold",
-    TRACKING_URI_KEY,
-    "training.batch_size",
-    "training.channels_last",
-    "training.deterministic",
-    "training.mixed_precision",
-    "training.tf32",
-)
 DEFAULT_THRESHOLD = 0.5
 """Of a class for which a model brings none."""
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainedModel:
     """A network that detects objects, with how it was trained."""
 
+    reference: str
+    """What it was loaded by."""
     network: PreTrainedModel
-    """On the CPU, in evaluation mode."""
+    """On the CPU, in evaluation mode, as it was saved: predicting works on a copy."""
     config: Config
     """The one it was trained with; for a model from elsewhere the defaults, with its own image sizes."""
     metadata: dict[str, Any]
     """Epoch, step, metrics and so on, as far as they are known."""
     is_mlflow_model: bool
     """Whether its folder is an MLflow model."""
+    _detectors: dict[str, Detector] = field(default_factory=dict, init=False, repr=False)
+    """The one that was used last, by what it depends on."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
         return class_names_of(self.network.config)
+
+    @overload
+    def predict(  # type: ignore[overload-overlap]  # a str is an iterable of str
+        self, images: OneImage, *, threshold: float | None = None, overrides: Sequence[str] = ()
+    ) -> Detections: ...
+
+    @overload
+    def predict(
+        self, images: Iterable[OneImage], *, threshold: float | None = None, overrides: Sequence[str] = ()
+    ) -> list[Detections]: ...
+
+    def predict(
+        self,
+        images: OneImage | Iterable[OneImage],
+        *,
+        threshold: float | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Detections | list[Detections]:
+        """Find objects in one image, or in several: as `detr-dist predict`, to the last bit.
+
+        On the GPU if there is one, where the network stays for the next call. An EXIF rotation is not
+        applied to a file, as in training.
+
+        Args:
+            images: A path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, a tensor uint8
+                [3, H, W], or an iterable of such images.
+            threshold: Least score of a detection; None: that of each class which the model brings from
+                training, else 0.5.
+            overrides: `section.key=value`, e.g. `training.batch_size=16`.
+
+        Returns:
+            The detections of the image; a list of them for an iterable.
+
+        Raises:
+            DataError: a file cannot be read.
+            UsageError: something else is no image, or an override is wrong.
+        """
+        if isinstance(images, ONE_IMAGE):
+            return self.predict([images], threshold=threshold, overrides=overrides)[0]
+        data, pixels = as_data_set(images, self.class_names)
+        config = self.prediction_settings(overrides)
+        least_scores = self.least_scores(config, threshold, overrides)
+        parts = [DetectionRecords.none()]
+        with closing(self.find_objects(data, config, pixels)) as all_predicted:
+            for predicted in all_predicted:
+                if predicted.unreadable:
+                    raise DataError(min(predicted.unreadable.values()))
+                parts.append(predicted.records.at_least(least_scores))
+        records = DetectionRecords.concatenate(parts)
+        return [records.of_image(row, self.class_names) for row in range(len(data))]
+
+    def find_objects(
+        self, data: CocoData, config: Config, pixels: dict[int, Tensor] | None = None
+    ) -> Generator[Predicted]:
+        """Yield what is found in the images of `data` by batch, in this process alone. Close the generator.
+
+        Args:
+            data: The images; their boxes do not matter.
+            config: From `prediction_settings`.
+            pixels: uint8 [3, H, W], by row, of images that are in no file.
+        """
+        if len(data) <= config.training.batch_size:  # to start loader processes would take longer
+            config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+        check_room(shared_memory_need(config, data, train=False))
+        with restored_environment(), temporary_numerics(config.training):
+            set_environment(stacks_dir=None)
+            device = _device()
+            images = ImagePass(data, config, device, pixels=pixels)
+            with closing(images.run(self.detector(config, device))) as all_predicted:
+                yield from all_predicted
+
+    def least_scores(
+        self, config: Config, threshold: float | None, overrides: Sequence[str]
+    ) -> NDArray[np.float64]:
+        """Return the least score of a detection of each class, [C]: `threshold`, or the one among the
+        overrides, or those that the model brings."""
+        configured = config.evaluation.score_threshold
+        if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
+            threshold = configured
+        if threshold is None:
+            thresholds, lines = self.thresholds_or_default()
+            for line in lines:
+                _logger.info(line)
+            return np.array(thresholds)
+        if not 0 <= threshold <= 1:
+            raise UsageError(f"threshold {threshold}: a least score is from 0 to 1")
+        return np.full(len(self.class_names), threshold)
 
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:
         """Return the least score of a detection of each class that the last evaluation in training found, and
@@ -77,76 +172,120 @@ class TrainedModel:
 
     def settings(self, overrides: Sequence[str]) -> Config:
         """Return the configuration it was trained with, as far as this host can follow it, with
-        `section.key=value` overrides."""
-        config = self.config
-        if config.training.mixed_precision == "fp16" and uses_cpu():
-            config = override_config(config, ["training.mixed_precision=no"])
-        return override_config(config, overrides)
+        `section.key=value` overrides.
 
-    def detector(self, config: Config) -> Detector:
-        """Return the network, ready to predict with `config`, which is its own or derived from that."""
-        return trained_detector(self.network, config.model, channels_last=config.training.channels_last)
+        It may name transforms and callbacks that are not there: nothing of it is imported. Extensions among
+        the overrides are.
+        """
+        import_overrides(overrides)
+        if self.config.training.mixed_precision == "fp16" and uses_cpu():
+            overrides = ["training.mixed_precision=no", *overrides]
+        return override_config(self.config, overrides, only_known_names=False)
+
+    def prediction_settings(self, overrides: Sequence[str]) -> Config:
+        """Return `settings` with a precision that this process, alone, computes in."""
+        config = resolve_precision(self.settings(overrides))
+        check_launch_settings(config.training.mixed_precision)
+        return config
+
+    def detector(self, config: Config, device: torch.device) -> Detector:
+        """Return a copy of the network on the device, ready to predict with `config`, which is its own or
+        derived from that. It is kept until another one is asked for."""
+        key = f"{device} {config.training.channels_last} {config.model.model_dump_json()}"
+        if key not in self._detectors:
+            self._detectors.clear()
+            channels_last = config.training.channels_last
+            detector = trained_detector(deepcopy(self.network), config.model, channels_last=channels_last)
+            self._detectors[key] = detector.to(device)
+        return self._detectors[key]
 
 
-def load_model(reference: str, tracking_uri: str, host: HostGroup | None = None) -> TrainedModel:
-    """Load the model that `reference` names (see `find_model`).
+def _device() -> torch.device:
+    """Return the accelerator that this process uses, or the CPU.
 
-    Collective with `host`: one process of each node finds and downloads it.
+    Raises:
+        UsageError: there are not the GPUs that were asked for.
+    """
+    problem = find_device_problem()
+    if problem is not None:
+        raise UsageError(problem)
+    found = None if uses_cpu() else torch.accelerator.current_accelerator()
+    if found is None:
+        return torch.device("cpu")
+    return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def load_model(reference: str | os.PathLike[str], *, tracking_uri: str | None = None) -> TrainedModel:
+    """Load a trained model.
+
+    Nothing that its training imported is imported: a family of your own must be registered before.
+
+    Args:
+        reference: A model's or checkpoint's folder, a run's id (its best model), `runs:/RUN_ID/model`,
+            `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or a hub id.
+        tracking_uri: Where MLflow keeps runs and registry; None: the environment's MLFLOW_TRACKING_URI, or
+            else `sqlite:///mlflow.db`.
 
     Raises:
         UsageError: there is no such model, or it cannot be used here.
         CheckpointError: the checkpoint is incomplete or corrupt.
     """
+    return open_model(os.fspath(reference), tracking_uri_for(tracking_uri))
+
+
+def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None) -> TrainedModel:
+    """Load a trained model; with `host`, which makes it collective, one process of each node finds and
+    downloads it."""
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
-        if host is None:
-            return _open(reference, find_model(reference, tracking_uri, Path(scratch)))
-        found = host.once_per_machine(lambda: find_model(reference, tracking_uri, Path(scratch)))
-        model = _open(reference, found)
-        host.gather_rows([0.0])  # the files stay until every process has read them
+        find = partial(find_model, reference, tracking_uri, Path(scratch))
+        model = _read(reference, find() if host is None else host.once_per_machine(find))
+        if host is not None:
+            host.gather_rows([0.0])  # the files stay until every process has read them
     return model
 
 
-def keys_of(overrides: Sequence[str]) -> list[str]:
-    """Return the keys of `section.key=value` overrides."""
-    return [each.partition("=")[0] for each in overrides]
-
-
-def tracking_uri_for(given: str, overrides: Sequence[str]) -> str:
-    """Return the tracking URI among the overrides, else the given one."""
-    pairs = zip(keys_of(overrides), overrides, strict=True)
-    own = [override for key, override in pairs if key == TRACKING_URI_KEY]
-    return load_config(None, own).logging.mlflow_tracking_uri if own else given
-
-
-def warn_of_no_effect(overrides: Sequence[str]) -> None:
-    """Log a warning for each override that changes nothing about what a trained model does."""
-    for key in keys_of(overrides):
-        if not key.startswith(KEYS_WITH_EFFECT):
-            _logger.warning(f"{key}: has no effect here")
-
-
-def _open(reference: str, found: FoundModel) -> TrainedModel:
+def _read(reference: str, found: FoundModel) -> TrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    network = load_network(reference, found.location)
-    mlmodel = Path(found.location) / "MLmodel"
+    mlmodel, metadata = Path(found.location) / "MLmodel", dict[str, Any]()
     if found.checkpoint is not None:
-        facts = found.checkpoint.facts
-        return TrainedModel(network, facts.config, _metadata_of(found.checkpoint), mlmodel.exists())
-    metadata: dict[str, Any] = {}
-    if mlmodel.exists():
-        metadata = yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
+        config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
+    else:
+        if mlmodel.exists():
+            metadata = yaml.safe_load(mlmodel.read_text(encoding="utf-8")).get("metadata") or {}
+        config = _config_of(reference, metadata)
+    _check_family(reference, config)
+    network = load_network(reference, found.location)
+    if found.checkpoint is None:
+        edges, normalization = _preprocessing(reference, found.location)
+        keep_normalization(network.config, normalization)
+        config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
+    return TrainedModel(reference, network, config, metadata, mlmodel.exists())
+
+
+def _config_of(reference: str, metadata: dict[str, Any]) -> Config:
     try:
-        config = Config.model_validate(metadata.get("config") or {})
+        return Config.model_validate(metadata.get("config") or {})
     except ValidationError:
         _logger.warning(
             f"{reference}: its settings are those of another version of this package; the defaults are used"
         )
-        config = Config()
-    edges, normalization = _preprocessing(reference, found.location)
-    keep_normalization(network.config, normalization)
-    config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
-    return TrainedModel(network, config, metadata, mlmodel.exists())
+        return Config()
+
+
+def _check_family(reference: str, config: Config) -> None:
+    """Refuse a family that is not registered: loading a model imports no code that it names.
+
+    Raises:
+        UsageError: with the names of what its training imported.
+    """
+    family, extensions = config.model.model_architecture, config.training.extensions
+    if family not in FAMILIES.names:
+        trained_with = f"(it was trained with {', '.join(extensions)}) " if extensions else ""
+        raise UsageError(
+            f"{reference}: is of the family {family!r}, which is not registered; import the module that "
+            f"registers it first {trained_with}or give it as {EXTENSIONS_KEY}=[...]"
+        )
 
 
 def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Normalization]:

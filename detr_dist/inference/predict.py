@@ -4,7 +4,6 @@ import errno
 import json
 import logging
 import os
-import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -14,21 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, read_unannotated
-from detr_dist.data.images import decode_rgb, decoded_name, find_images
-from detr_dist.distributed import HostGroup, group_of_processes
+from detr_dist.data.images import decode_rgb, decoded_name, find_images, folded
+from detr_dist.environment import check_environment, launch_numbers
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
-from detr_dist.evaluation.detections import (
-    DetectionRecords,
-    ImagePass,
-    Predicted,
-    coco_results,
-    start_inference,
-)
-from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
-from detr_dist.inference.model import TrainedModel, keys_of, load_model, tracking_uri_for, warn_of_no_effect
-from detr_dist.numerics import resolve_precision
+from detr_dist.evaluation.detections import DetectionRecords, Detections, Predicted, coco_results
+from detr_dist.inference.model import open_model
+from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 
@@ -55,24 +46,21 @@ def predict_images(
     """
     folder, names, skipped = find_images(source)
     _check_output(output_dir, source)
-    with group_of_processes() as processes:
-        if processes.num_processes > 1:
-            raise UsageError("predict works in one process; start it without accelerate launch")
-        host = HostGroup(processes)
-        model = load_model(reference, tracking_uri_for(tracking_uri, overrides), host)
-        config = resolve_precision(model.settings(overrides), host)
-        warn_of_no_effect(overrides)
-        thresholds = _thresholds(model, config, threshold, overrides)
-        if skipped:
-            what = "no images by suffix, hidden, or links in a circle"
-            _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
-        data, unreadable = read_unannotated(folder, names, model.class_names)
-        if len(data):
-            accelerator = start_inference(config, data, host)
-            detector = model.detector(config).to(accelerator.device)
-            with closing(ImagePass(data, config, accelerator).run(detector)) as predicted:
-                records, undecodable = _draw_all(predicted, data, thresholds, output_dir)
-            unreadable += undecodable
+    check_environment()
+    if launch_numbers().get("WORLD_SIZE", 1) > 1:
+        raise UsageError("predict works in one process; start it without accelerate launch")
+    import_overrides(overrides)
+    model = open_model(reference, tracking_uri_for(tracking_uri, overrides))
+    config = model.prediction_settings(overrides)
+    warn_of_no_effect(overrides)
+    least = model.least_scores(config, threshold, overrides)
+    if skipped:
+        what = "no images by suffix, hidden, or links in a circle"
+        _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
+    data, unreadable = read_unannotated(folder, names, model.class_names)
+    with closing(model.find_objects(data, config)) as all_predicted:
+        records, undecodable = _draw_all(all_predicted, data, least, output_dir)
+    unreadable += undecodable
     for reason in sorted(unreadable):
         _logger.warning(f"{printable(reason)}; skipped")
     num_read = len(names) - len(unreadable)
@@ -94,39 +82,30 @@ def _check_output(output_dir: Path, source: Path) -> None:
     check_writable("--output-dir", output_dir)
 
 
-def _thresholds(
-    model: TrainedModel, config: Config, threshold: float | None, overrides: Sequence[str]
-) -> NDArray[np.float64]:
-    """Return the least score of a detection of each class."""
-    configured = config.evaluation.score_threshold
-    if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
-        threshold = configured
-    if threshold is not None:
-        return np.full(len(model.class_names), threshold)
-    thresholds, lines = model.thresholds_or_default()
-    for line in lines:
-        _logger.info(line)
-    return np.array(thresholds)
-
-
 def _draw_all(
-    all_predicted: Iterable[Predicted], data: CocoData, thresholds: NDArray[np.float64], output_dir: Path
+    all_predicted: Iterable[Predicted], data: CocoData, least_scores: NDArray[np.float64], output_dir: Path
 ) -> tuple[DetectionRecords, list[str]]:
     """Draw each batch of images while the next one is computed.
 
     Returns:
-        The detections that reach their class's threshold, and why images cannot be decoded.
+        The detections that reach their class's least score, and why images cannot be decoded.
     """
     copies = _copy_names([os.fsdecode(name) for name in data.file_names])
     parts, undecodable, not_drawn = [DetectionRecords.none()], list[str](), list[str]()
     with ThreadPoolExecutor() as threads:
         drawing: list[Future[str | None]] = []
         for rows, _, _, records, unreadable in all_predicted:
-            parts.append(records.take(np.flatnonzero(records.scores >= thresholds[records.labels])))
+            found = records.at_least(least_scores)
+            parts.append(found)
             undecodable += unreadable.values()
             not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
             drawing = [
-                threads.submit(_draw, output_dir / copies[row], data, row, parts[-1])
+                threads.submit(
+                    _draw,
+                    data.image_path(row),
+                    output_dir / copies[row],
+                    found.of_image(row, data.class_names),
+                )
                 for row in rows
                 if row not in unreadable
             ]
@@ -146,40 +125,29 @@ def _copy_names(names: Sequence[str]) -> list[str]:
     No two are one name to a file system that knows neither case nor composed letters: the later one gets a
     number. Those that keep their names choose first.
     """
-    taken = {_folded(parent) for name in names for parent in PurePath(name).parents}
+    taken = {folded(str(parent)) for name in names for parent in PurePath(name).parents}
     copies: dict[str, str] = {}
     for name in sorted(names, key=lambda name: PurePath(name).suffix.lower() not in _WRITTEN_SUFFIXES):
         usual = PurePath(name if PurePath(name).suffix.lower() in _WRITTEN_SUFFIXES else f"{name}.png")
         copy, number = usual, 1
-        while _folded(copy) in taken:
+        while folded(str(copy)) in taken:
             number += 1
             copy = usual.with_name(f"{usual.stem}-{number}{usual.suffix}")
-        taken.add(_folded(copy))
+        taken.add(folded(str(copy)))
         copies[name] = str(copy)
         if copy != usual:
             _logger.info(printable(f"{name}: drawn as {copy}, as another has its name"))
     return [copies[name] for name in names]
 
 
-def _folded(path: PurePath) -> str:
-    return unicodedata.normalize("NFC", str(path)).casefold()
-
-
-def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> str | None:
-    """Draw a copy of one image with its boxes, the best on top; or return the reason why there is none.
+def _draw(source: Path, path: Path, found: Detections) -> str | None:
+    """Draw a copy of one image with its boxes; or return the reason why there is none.
 
     Raises:
         DetrDistError: nothing can be written there.
     """
-    own = records.take(np.flatnonzero(records.image_rows == row)[::-1])
-    columns = (own.boxes_xyxy_px.astype(np.float64).tolist(), own.scores.tolist(), own.labels.tolist())
-    marks = [
-        Mark((left, top, right, bottom), class_colour(label), f"{data.class_names[label]} {score:.2f}")
-        for (left, top, right, bottom), score, label in zip(*columns, strict=True)
-    ]
     try:
-        image = Image.fromarray(decode_rgb(data.image_path(row)).permute(1, 2, 0).numpy())
-        draw_marks(image, marks)
+        image = found.draw(Image.fromarray(decode_rgb(source).permute(1, 2, 0).numpy()))
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except (
@@ -189,7 +157,7 @@ def _draw(path: Path, data: CocoData, row: int, records: DetectionRecords) -> st
             raise DetrDistError(
                 f"{path}: cannot be written ({describe_disk_error(error, path.parent)})"
             ) from error
-        return f"{data.image_path(row)}: {as_one_line(error)}"
+        return f"{source}: {as_one_line(error)}"
     return None
 
 

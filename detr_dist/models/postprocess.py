@@ -16,7 +16,7 @@ MAX_DETECTIONS = 300
 
 
 @dataclass(frozen=True, slots=True)
-class Detections:
+class RankedDetections:
     """K detections per image by descending score; equal scores keep the order of queries, then classes."""
 
     boxes_xyxy_px: Tensor
@@ -28,7 +28,7 @@ class Detections:
 
 
 @torch.no_grad()
-def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: ClassKind) -> Detections:
+def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: ClassKind) -> RankedDetections:
     """The detections of the last decoder layer, for all images at once and without waiting for the device.
 
     `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh in [0, 1]);
@@ -42,7 +42,7 @@ def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: Cla
         ranked = cxcywh_to_xyxy(boxes).gather(1, query[..., None].expand(-1, -1, 4))
         size_wh = original_sizes_hw.to(boxes).flip(-1)
         limits = torch.cat((size_wh, size_wh), dim=-1)[:, None]
-        return Detections((ranked * limits).clamp(min=0).minimum(limits), scores, labels)
+        return RankedDetections((ranked * limits).clamp(min=0).minimum(limits), scores, labels)
 
 
 def _rank_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -241,11 +241,9 @@ def test_a_failure_of_the_onnx_comparison_leaves_nothing(
     trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detr_dist.errors import DetrDistError
-    from detr_dist.inference.export import export_model
+    from detr_dist.inference.export import export
 
     monkeypatch.setattr("detr_dist.inference.onnx.TOLERANCES", {"logits": 0.0, "pred_boxes": -1.0})
     with pytest.raises(DetrDistError, match="differ from torch's"):
-        export_model(
-            str(trained.folder / "out/model"), tmp_path / "never", tracking_uri="sqlite://", onnx=True
-        )
+        export(trained.folder / "out/model", tmp_path / "never", tracking_uri="sqlite://", onnx=True)
     assert list(tmp_path.iterdir()) == []

@@ -33,7 +33,8 @@ FILES += ["worst_images.jpg"]
 
 
 def details(data: CocoData, records: DetectionRecords) -> Details:
-    return Details(records, compute_coco_metrics(data, records), operating_points(data, records, "auto"))
+    points = operating_points(data, records, "auto")
+    return Details(data, records, compute_coco_metrics(data, records), points)
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:

@@ -52,8 +52,8 @@ def test_fine_tuned_checkpoints_and_models_keep_the_first_normalization(
     write_model(plain, model, data=DataConfig(), metadata={})
     written = json.loads((model / "preprocessor_config.json").read_text())
     assert {name: written[name] for name in HALVES} == HALVES
-    opened = load_model(str(model), "sqlite:///none.db")
-    assert constants(opened.detector(opened.settings([]))) == expected
+    opened = load_model(model)
+    assert constants(opened.detector(opened.settings([]), torch.device("cpu"))) == expected
 
 
 def test_without_an_image_processor_pixels_are_normalized_as_imagenets(published: Path) -> None:

@@ -1,0 +1,71 @@
+"""Images as a user of the Python API hands them over: paths, Pillow images, arrays and tensors."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from detr_dist.data.coco import CocoData, unannotated
+from detr_dist.data.images import UnreadableImageError, read_size_hw, rgb_of
+from detr_dist.errors import DataError, UsageError
+from detr_dist.text import one_line
+
+OneImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
+ONE_IMAGE = (str, os.PathLike, Image.Image, np.ndarray, Tensor)
+"""The same, for `isinstance`."""
+
+_FORMS = (
+    "a path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, a tensor uint8 [3, H, W], or an "
+    "iterable of these"
+)
+
+
+def as_data_set(images: Iterable[OneImage], class_names: Sequence[str]) -> tuple[CocoData, dict[int, Tensor]]:
+    """Return the images as a data set without boxes, and the pixels of those that are in no file, by row.
+
+    Raises:
+        DataError: a file cannot be read.
+        UsageError: something is no image.
+    """
+    if not isinstance(images, Iterable):
+        raise UsageError(f"{type(images).__name__} is no image; give {_FORMS}")
+    names, sizes_hw, pixels = list[str](), list[tuple[int, int]](), dict[int, Tensor]()
+    try:
+        for row, image in enumerate(images):
+            if isinstance(image, str | os.PathLike):
+                names.append(os.fspath(image))
+                sizes_hw.append(read_size_hw(Path(image)))
+            else:
+                names.append("")
+                pixels[row] = _pixels_of(image)
+                sizes_hw.append((pixels[row].shape[1], pixels[row].shape[2]))
+    except UnreadableImageError as error:
+        raise DataError(str(error)) from None
+    return unannotated(Path(), names, sizes_hw, class_names), pixels
+
+
+def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
+    """Return an image as uint8 [3, H, W] on the CPU; transparency is dropped."""
+    if isinstance(image, Image.Image):
+        try:
+            return rgb_of(image)
+        except (UnreadableImageError, OSError) as error:
+            raise DataError(f"a Pillow image cannot be read: {one_line(error)}") from error
+    if not isinstance(image, np.ndarray | Tensor):
+        raise UsageError(f"{type(image).__name__} is no image; give {_FORMS}")
+    shape = tuple(image.shape)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and 0 not in shape:
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        if len(shape) == 2:
+            return pixels.repeat(3, 1, 1)
+        if len(shape) == 3 and shape[2] in (3, 4):
+            return pixels[..., :3].permute(2, 0, 1)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and shape[:-2] == (3,) and 0 not in shape:
+        return image.cpu()
+    kind = f"{type(image).__name__} {image.dtype} {list(shape)}"
+    raise UsageError(f"{kind} is no image; give {_FORMS}")
