@@ -69,9 +69,7 @@ class Batch:
         """Return the same images on a canvas of this size, which must not be smaller."""
         below, right = height - self.images.shape[2], width - self.images.shape[3]
         if below < 0 or right < 0:
-            raise ValueError(
-                f"a canvas of {tuple(self.images.shape[2:])} does not fit into {(height, width)}"
-            )
+            raise ValueError(f"{tuple(self.images.shape[2:])} does not fit into {(height, width)}")
         if not below and not right:
             return self
         return replace(self, images=pad(self.images, (0, right, 0, below)), is_padded=True)
@@ -171,7 +169,10 @@ class CocoDetectionDataset(Dataset[Sample]):
         return self.transform.plan(self.data.size_hw(row), rng)
 
     def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, Example]:
-        """Return an image as the recipe prepares it, and its row; what cannot be read is added."""
+        """Return an image as the recipe prepares it, and its row: in training the first one that can be read.
+
+        What cannot be read is added to `unreadable`.
+        """
         for attempt in range(MAX_UNREADABLE_IN_A_ROW if self.train else 1):
             row = (index + attempt) % len(self)
             plan = self._plan(epoch, row)
@@ -198,6 +199,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         return image
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
+        """Return the image and the boxes of a row after what is planned."""
         boxes_xywh, classes = self.data.training_targets(row)
         boxes_xyxy = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
@@ -211,7 +213,8 @@ class CocoDetectionDataset(Dataset[Sample]):
         chosen = random_numbers(Purpose.PARTNERS, *position).choice(
             len(self) - 1, transform.num_partners, replace=False
         )
-        partners = [self._example(epoch, int(row + 1 + other) % len(self), unreadable)[1] for other in chosen]
+        rows = [(row + 1 + other) % len(self) for other in chosen.tolist()]
+        partners = [self._example(epoch, each, unreadable)[1] for each in rows]
         rng = random_numbers(Purpose.TRANSFORM, *position)
         try:
             return transform(example, rng, partners, self.data.num_classes)
@@ -226,10 +229,8 @@ def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
     Raises:
         UsageError: `data.augmentation` names a transform that cannot be used.
     """
-    settings = config.data
-    transform = build_transform(
-        settings.augmentation, settings.shortest_edge, settings.longest_edge, train=True
-    )
+    edges = config.data.shortest_edge, config.data.longest_edge
+    transform = build_transform(config.data.augmentation, *edges, train=True)
     return CocoDetectionDataset(data, transform, seed=config.training.seed, train=True)
 
 

@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
@@ -77,12 +77,9 @@ def check_room(need: Need) -> None:
             fill it.
     """
     room = _room()
-    if room is None:
-        return
-    total, free = room
-    if total < num_local_processes() * need.at_least:
+    if room is not None and room[0] < num_local_processes() * need.at_least:
         raise LoaderError(f"shared memory is too small: {_describe_room(need)}")
-    if free < num_local_processes() * need.at_most:
+    if room is not None and room[1] < num_local_processes() * need.at_most:
         _logger.warning(f"shared memory may run out: {_describe_room(need)}")
 
 
@@ -107,7 +104,7 @@ class BatchLoader:
         num_workers = num_loader_processes(config.num_workers)
         self._failures: SimpleQueue[DetrDistError] | None
         self._failures = multiprocessing.SimpleQueue() if num_workers else None
-        with _quiet():
+        with warnings.catch_warnings(action="ignore"):  # of more processes than cores: as the user asked for
             self._loader: DataLoader[Any] = DataLoader(
                 _Batches(dataset, need, self._failures),
                 sampler=batch_sampler,
@@ -137,7 +134,7 @@ class BatchLoader:
         before = set(multiprocessing.active_children())
         handler = signal.getsignal(signal.SIGCHLD)
         try:
-            with _quiet():
+            with warnings.catch_warnings(action="ignore"):
                 return iter(self._loader)
         except Exception as error:
             raise failure("starting the loader processes failed", error) from None
@@ -156,8 +153,7 @@ class BatchLoader:
         if (death := self._death(processes)) is not None:
             return death
         try:
-            item: Batch | DetrDistError | None = next(batches, None)
-            return item
+            return next(batches, None)
         except Exception as error:
             return self._death(processes) or failure("loading images failed", error)
 
@@ -216,12 +212,6 @@ class _Batches(Dataset[Batch | DetrDistError]):
             if is_loader and room is not None and room[1] < num_bytes:
                 return LoaderError(f"shared memory ran out: {_describe_room(self._need)}")
             return failure("putting a batch together failed", error)
-
-
-def _quiet() -> AbstractContextManager[Any]:
-    """Suppress torch's warning of more loader processes than cores: that is what the user, or the host where
-    the model was trained, asked for."""
-    return warnings.catch_warnings(action="ignore")
 
 
 def _unchanged(batch: Any) -> Any:

@@ -165,17 +165,18 @@ def build_transform(
     Raises:
         UsageError: in training, a transform cannot be found or instantiated.
     """
-    if not train:
-        return DetectionTransform("none", shortest_edge, longest_edge)
-    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    names = _names(augmentation) if train else []
     beside = tuple(_find_transform(name) for name in names if name not in RECIPES)
-    return DetectionTransform(recipe_of(augmentation), shortest_edge, longest_edge, beside)
+    return DetectionTransform(recipe_of(names), shortest_edge, longest_edge, beside)
 
 
 def recipe_of(augmentation: Augmentation) -> str:
     """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`."""
-    names = [augmentation] if isinstance(augmentation, str) else augmentation
-    return next((name for name in names if name in RECIPES), "none")
+    return next((name for name in _names(augmentation) if name in RECIPES), "none")
+
+
+def _names(augmentation: Augmentation) -> list[str]:
+    return [augmentation] if isinstance(augmentation, str) else augmentation
 
 
 def _find_transform(name: str) -> NamedTransform:
@@ -196,15 +197,15 @@ def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Exam
     if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(r, Tensor) for r in result)):
         raise DataError(f"it returned a {type(result).__name__} in place of an Example of three tensors")
     image, boxes, labels = result
+    num_boxes = len(boxes) if boxes.ndim else 1
     for name, tensor, dtype, shape in (
-        ("image", image, torch.uint8, (3, *size_hw)),
-        ("boxes", boxes, torch.float32, (len(boxes) if boxes.ndim else 1, 4)),
-        ("labels", labels, torch.int64, (len(boxes) if boxes.ndim else 1,)),
+        ("image", image, torch.uint8, [3, *size_hw]),
+        ("boxes", boxes, torch.float32, [num_boxes, 4]),
+        ("labels", labels, torch.int64, [num_boxes]),
     ):
-        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
-            raise DataError(
-                f"it returned {name} of {tensor.dtype} {list(tensor.shape)} in place of {dtype} {list(shape)}"
-            )
+        wanted, given = f"{dtype} {shape}", f"{tensor.dtype} {list(tensor.shape)}"
+        if given != wanted:
+            raise DataError(f"it returned {name} of {given} in place of {wanted}")
     is_wrong = ~(boxes.isfinite().all(dim=1) & (boxes[:, :2] <= boxes[:, 2:]).all(dim=1))
     if is_wrong.any():
         raise DataError(f"it returned the box {boxes[is_wrong][0].tolist()}; boxes are [x1, y1, x2, y2]")
