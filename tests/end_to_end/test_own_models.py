@@ -96,7 +96,7 @@ def test_they_train_evaluate_save_resume_load_again_and_predict(place: Workplace
     refused = place.run(
         "predict", "--model", "out/model", "--input", easy_data / "val", "--output-dir", "found"
     )
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "'table_detr', which is not registered" in refused.stderr.splitlines()[-1]
     with pytest.raises(UsageError, match="'table_detr', which is not registered; first import the module"):
         load_network("it", str(place.folder / "out/model"))
