@@ -1,0 +1,75 @@
+"""Make the images of the README from the quickstart's run: detections, and the run in MLflow.
+
+Run `bash scripts/quickstart.sh` first. Needs Chromium and the packages of `pip install -e '.[dev]'`.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+import detr_dist as dd
+
+REPOSITORY = Path(__file__).parents[1]
+IMAGES = REPOSITORY / "docs" / "images"
+MODEL = REPOSITORY / "models" / "quickstart"
+SCENES = REPOSITORY / "datasets" / "quickstart" / "val"
+
+
+def draw_detections(num_scenes: int = 2) -> None:
+    """Draw what the model finds in the first validation scenes that have a ball, side by side."""
+    model = dd.load_model(MODEL / "model")
+    drawn = []
+    for path in sorted(SCENES.glob("*.jpg")):
+        found = model.predict(path)
+        if "ball" in found.names:
+            drawn.append(np.asarray(found.draw(Image.open(path)).resize((640, 400))))
+        if len(drawn) == num_scenes:
+            break
+    Image.fromarray(np.concatenate(drawn, axis=1)).save(IMAGES / "detections.jpg", quality=85)
+
+
+def show_mlflow() -> None:
+    """Take a screenshot of the run's metrics in MLflow's own pages."""
+    run = json.loads((MODEL / "results.json").read_text(encoding="utf-8"))
+    server = subprocess.Popen(
+        ["bash", "scripts/start_mlflow_ui.sh", run["tracking_uri"], "--port", "5055"],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    try:
+        address = next(m[0] for line in server.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        experiment = experiment_of(run["tracking_uri"], run["run_id"])
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+            page = browser.new_page(viewport={"width": 1500, "height": 850})
+            page.goto(f"{address}/#/experiments/{experiment}/runs/{run['run_id']}/model-metrics")
+            page.get_by_text("val_map", exact=True).first.wait_for(timeout=60_000)
+            page.wait_for_timeout(4000)  # until the curves are drawn
+            page.screenshot(path=IMAGES / "mlflow.png")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def experiment_of(tracking_uri: str, run_id: str) -> str:
+    """Return the id of the run's experiment."""
+    from mlflow import MlflowClient
+
+    return str(MlflowClient(tracking_uri).get_run(run_id).info.experiment_id)
+
+
+if __name__ == "__main__":
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    draw_detections()
+    show_mlflow()
