@@ -111,11 +111,13 @@ def _evaluate(
         started_at = time.perf_counter()
         scores = evaluator.evaluate(model.detector(config, accelerator.device))
     metrics = {f"val_{name}": value for name, value in scores.metrics.items()}
+    details = scores.details
+    confusion = None if details is None else details.operating_points.confusion
     return EvaluationReport(
         metrics=metrics,
         per_class=_by_class(metrics, data.class_names),
         class_names=data.class_names,
-        confusion=host.broadcast(scores.details and scores.details.operating_points.confusion),
+        confusion=host.broadcast(confusion),
         facts={
             "model": redact(model.reference),
             **{key: model.metadata.get(key) for key in ("run_id", "epoch", "step")},
@@ -128,7 +130,7 @@ def _evaluate(
             "thresholds": "model" if model_thresholds else config.evaluation.score_threshold,
             "config": config.model_dump(mode="json"),
         },
-        details=scores.details,
+        details=details,
     )
 
 
