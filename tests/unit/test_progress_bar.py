@@ -24,7 +24,7 @@ outer.close()
 """
 
 
-def test_elsewhere_than_on_a_terminal_there_is_no_bar(monkeypatch) -> None:
+def test_without_a_terminal_there_is_no_bar(monkeypatch) -> None:
     environment = os.environ | {"FORCE_COLOR": "1"}  # as CI sets it
     shown = subprocess.run(
         [sys.executable, "-c", SHOWS_A_BAR], capture_output=True, text=True, env=environment, check=True
@@ -32,7 +32,7 @@ def test_elsewhere_than_on_a_terminal_there_is_no_bar(monkeypatch) -> None:
     assert (shown.stdout, shown.stderr) == ("a line\n", "an error\n")
 
 
-def test_on_a_terminal_the_bar_leaves_standard_error_and_the_cursor_alone() -> None:
+def test_on_a_terminal_the_bar_does_not_affect_stderr_or_the_cursor() -> None:
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SHOWS_A_BAR],

@@ -75,9 +75,7 @@ def pictures(batches: list[Batch]) -> list[torch.Tensor]:
     ]
 
 
-def test_a_sample_looks_the_same_from_any_process_and_in_any_batch(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_a_sample_is_the_same_in_any_process_and_any_batch(document: Document, write_coco: WriteCoco) -> None:
     dataset = make_dataset(write_coco(document), "detr")
     alone, inside, outside = (batches_of(dataset, *how) for how in ((0, 1), (0, 4), (2, 3)))
     for other in (inside, outside):
@@ -88,9 +86,7 @@ def test_a_sample_looks_the_same_from_any_process_and_in_any_batch(
             assert torch.equal(one, same)
 
 
-def test_a_sample_looks_different_in_another_epoch_and_with_another_seed(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_a_sample_differs_between_epochs_and_seeds(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     looks = {
         (seed, epoch): make_dataset(folder, "light", seed=seed)[epoch, 0].image.numpy().tobytes()
@@ -202,7 +198,7 @@ def test_evaluation_decodes_at_the_full_scale(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
-def test_no_picture_is_reduced_below_what_its_transform_asks_for(
+def test_no_image_is_decoded_smaller_than_its_transform_needs(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation
 ) -> None:
     sizes_hw = [(64, 96), (65, 97), (127, 190), (131, 300), (300, 131), (500, 500), (801, 1203), (97, 1000)]
@@ -228,7 +224,7 @@ def test_no_picture_is_reduced_below_what_its_transform_asks_for(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
-def test_the_size_of_a_sample_is_known_before_it_is_made(
+def test_the_size_of_a_sample_is_known_before_loading(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation
 ) -> None:
     dataset = make_dataset(write_coco(document), augmentation)
@@ -236,7 +232,7 @@ def test_the_size_of_a_sample_is_known_before_it_is_made(
         assert dataset.size_hw(key) == tuple(dataset[key].image.shape[-2:])
 
 
-def test_reading_leaves_global_randomness_alone(document: Document, write_coco: WriteCoco) -> None:
+def test_reading_does_not_change_the_global_random_state(document: Document, write_coco: WriteCoco) -> None:
     dataset = make_dataset(write_coco(document), "detr")
     torch_state = torch.get_rng_state()
     numpy_state = json.dumps(np.random.get_state()[1].tolist())  # noqa: NPY002
@@ -298,7 +294,7 @@ def test_a_batch_without_any_box_has_empty_targets() -> None:
     assert batch.num_boxes == [0, 0]
 
 
-def test_a_larger_canvas_changes_nothing_but_the_margin() -> None:
+def test_a_larger_canvas_changes_only_the_margin() -> None:
     batch = collate(SAMPLES).pad_to(64, 64)
     assert batch.images.shape == (3, 3, 64, 64)
     assert_holds(batch, SAMPLES)
@@ -309,7 +305,7 @@ def test_a_smaller_canvas_is_refused() -> None:
         collate(SAMPLES).pad_to(64, 6)
 
 
-def test_moving_a_batch_keeps_all_of_it() -> None:
+def test_moving_a_batch_keeps_all_its_fields() -> None:
     batch = collate(SAMPLES)
     moved = batch.to("cpu")
     assert_holds(moved, SAMPLES)
@@ -317,7 +313,7 @@ def test_moving_a_batch_keeps_all_of_it() -> None:
     assert batch.to("meta").images.device.type == "meta"
 
 
-def test_a_batch_survives_the_way_out_of_a_loader_process() -> None:
+def test_a_batch_is_unchanged_by_the_transfer_from_a_loader_process() -> None:
     loader = DataLoader(
         SAMPLES, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="fork"
     )

@@ -30,7 +30,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         ("a.tiff", "RGB"),
     ],
 )
-def test_every_format_becomes_the_rgb_that_pillow_sees(tmp_path: Path, name: str, mode: str) -> None:
+def test_every_format_is_decoded_to_the_rgb_of_pillow(tmp_path: Path, name: str, mode: str) -> None:
     Image.fromarray(COLOURS).convert(mode).save(tmp_path / name)
     decoded = decode_rgb(tmp_path / name).permute(1, 2, 0).numpy()
     expected = np.array(Image.open(tmp_path / name).convert("RGB"))
@@ -167,7 +167,7 @@ def test_pixels_without_a_defined_white_are_an_error_that_names_the_mode(
 
 
 @pytest.mark.parametrize("mode", sorted({*Image.MODES, "I;16B", "I;16L", "I;16N", "La"} - {"F"}))
-def test_black_grey_and_white_are_what_they_are_in_every_mode(mode: str) -> None:
+def test_black_grey_and_white_are_preserved_in_every_mode(mode: str) -> None:
     levels = [0, 255] if mode == "1" else [0, 153, 255]  # a palette of Pillow's has it
     grey = np.array([levels], dtype=np.uint8)
     if mode.startswith("I;16"):
@@ -195,14 +195,14 @@ def test_colours_under_transparency_are_not_darkened(tmp_path: Path) -> None:
         assert np.abs(decoded - expected).max() <= 2 * mode.endswith("a"), mode
 
 
-def test_pillows_limit_of_pixels_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_of_pillow_does_not_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
         assert decode_rgb(tmp_path / name).shape == (3, 20, 30)
 
 
-def test_more_pixels_than_our_limit_are_unreadable_in_every_format(
+def test_more_pixels_than_the_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
@@ -213,7 +213,7 @@ def test_more_pixels_than_our_limit_are_unreadable_in_every_format(
             decode_rgb(tmp_path / name)
 
 
-def test_of_an_animation_the_first_picture_counts(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert decode_rgb(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
@@ -226,7 +226,7 @@ def test_an_exif_rotation_is_not_applied(tmp_path: Path) -> None:
     assert decode_rgb(tmp_path / "turned.jpg").shape == (3, 20, 30)
 
 
-def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
     (tmp_path / "empty.jpg").write_bytes(b"")
@@ -276,7 +276,7 @@ def test_a_large_jpeg_is_decoded_at_the_smallest_sufficient_scale(
 @pytest.mark.parametrize("quality", [75, 95])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 @pytest.mark.parametrize("progressive", [True, False])
-def test_after_the_resize_a_reduced_picture_is_nearly_the_whole_one(
+def test_reduced_and_full_decoding_are_nearly_equal_after_the_resize(
     tmp_path: Path, quality: int, subsampling: str, progressive: bool
 ) -> None:
     path = tmp_path / "a.jpg"

@@ -123,12 +123,12 @@ def test_any_split_and_any_number_of_workers_give_the_same_samples(
 
 
 @pytest.mark.parametrize("names", [(speckle,), (Mean,), ("mosaic",)])
-def test_a_sample_looks_different_in_another_epoch(data: CocoData, names: tuple[object, ...]) -> None:
+def test_a_sample_differs_between_epochs(data: CocoData, names: tuple[object, ...]) -> None:
     samples = dataset(data, *names)
     assert len({samples[epoch, 5].image.numpy().tobytes() for epoch in range(8)}) > 3
 
 
-def test_a_transform_changes_neither_the_recipe_nor_what_the_next_one_draws(data: CocoData) -> None:
+def test_a_transform_does_not_affect_the_random_numbers_of_others(data: CocoData) -> None:
     for row in range(NUM_IMAGES):
         assert_same(dataset(data, "detr", as_it_is)[0, row], dataset(data, "detr")[0, row])
         assert_same(dataset(data, speckle, as_it_is)[0, row], dataset(data, "none", speckle)[0, row])
@@ -154,7 +154,7 @@ def test_places_in_the_list_draw_independently_and_in_order(data: CocoData) -> N
     assert int(dataset(data, dark, speckle)[0, 0].image.max()) > 0
 
 
-def test_global_randomness_is_left_alone(data: CocoData) -> None:
+def test_the_global_random_state_is_unchanged(data: CocoData) -> None:
     before = torch.get_rng_state()
     dataset(data, speckle)[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
@@ -174,7 +174,7 @@ def test_partners_are_other_images_as_the_recipe_prepares_them(data: CocoData) -
     assert sorted(images) == sorted(image for row, image in enumerate(expected) if row != 2)
 
 
-def test_a_partner_that_cannot_be_read_is_replaced_and_reported(tmp_path: Path) -> None:
+def test_an_unreadable_partner_is_replaced_and_reported(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
     data = load_coco(tmp_path / "train")
     (tmp_path / "train" / "001.jpg").write_text("no image")
@@ -220,7 +220,7 @@ def raising(example: Example, rng: np.random.Generator) -> Example:
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_a_transform_does_wrong_is_one_line_with_its_name_and_the_image(
+def test_a_transform_error_is_one_line_with_its_name_and_the_image(
     data: CocoData, transform: Any, facts: list[str], num_workers: int
 ) -> None:
     config = load_config(None, [f"data.num_workers={num_workers}"])
@@ -249,7 +249,7 @@ class Demanding:
     def __init__(self, strength: int) -> None: ...
 
 
-def test_what_cannot_be_used_is_an_error_before_anything_is_loaded(data: CocoData) -> None:
+def test_an_unusable_transform_is_an_error_before_data_are_loaded(data: CocoData) -> None:
     for names, complaint in (
         (("absent",), "there is no augmentation 'absent'"),
         ((Demanding,), "own_0 cannot be instantiated without arguments: TypeError"),

@@ -26,7 +26,7 @@ def errors_alone(data: CocoData, records: DetectionRecords, image: int) -> int:
     return int(confusion.sum() - confusion.trace()) - elsewhere
 
 
-def test_the_images_with_most_errors_come_first(scene: Scene) -> None:
+def test_images_with_the_most_errors_come_first(scene: Scene) -> None:
     data, records = scene
     errors = image_errors(data, operating_points(data, records, 0.5).matches)
     expected = [errors_alone(data, records, image) for image in range(len(data))]
@@ -34,7 +34,7 @@ def test_the_images_with_most_errors_come_first(scene: Scene) -> None:
     assert sum(errors.values()).tolist() == expected
 
 
-def test_the_errors_are_those_of_the_confusion_matrix(scene: Scene) -> None:
+def test_error_counts_equal_those_of_the_confusion_matrix(scene: Scene) -> None:
     data, records = scene
     points = operating_points(data, records, "auto")
     errors, classes = image_errors(data, points.matches), points.confusion[:-1, :-1]

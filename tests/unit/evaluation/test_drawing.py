@@ -55,7 +55,7 @@ def test_a_dashed_line_runs_where_a_solid_one_does_with_gaps() -> None:
     assert 0.5 < dashes.sum() / solid.sum() < 0.7  # three of five
 
 
-def test_a_caption_is_whole_wherever_the_box_is() -> None:
+def test_a_caption_is_complete_wherever_the_box_is() -> None:
     picture = blank(300, 400)
     areas = {
         int(drawn(picture, (left, top, left + 20, top + 20), "goal post 0.87").sum())
@@ -65,7 +65,7 @@ def test_a_caption_is_whole_wherever_the_box_is() -> None:
     assert len(areas) == 1
 
 
-def test_captions_of_equal_boxes_do_not_cover_one_another() -> None:
+def test_captions_of_equal_boxes_do_not_overlap() -> None:
     boxes = torch.tensor([[100.0, 100, 160, 160]]).expand(2, 4)
     picture = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
     first = draw_boxes(blank(300, 300), boxes[:1], ["player 0.70"], [RED])
@@ -76,7 +76,7 @@ def test_captions_of_equal_boxes_do_not_cover_one_another() -> None:
     assert of_colour(picture, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
 
 
-def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
+def test_a_box_of_one_pixel_is_drawn_around_the_pixel() -> None:
     mask = drawn(blank(200, 200), (100.0, 50, 101, 51), "")
     rows, columns = np.nonzero(mask.numpy())
     assert np.ptp(rows) >= 6
@@ -84,7 +84,7 @@ def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
     assert not mask[50, 100]
 
 
-def test_a_box_that_fills_the_picture_is_seen() -> None:
+def test_a_box_that_fills_the_image_is_visible() -> None:
     mask = drawn(blank(40, 60), (0.0, 0, 60, 40), "")
     assert mask[0].all()
     assert mask[-1].all()
@@ -92,7 +92,7 @@ def test_a_box_that_fills_the_picture_is_seen() -> None:
     assert mask[:, -1].all()
 
 
-def test_lines_and_letters_grow_with_the_picture() -> None:
+def test_line_width_and_font_size_grow_with_the_image() -> None:
     small = drawn(blank(900, 900), (300.0, 300, 600, 600), "ball").sum() / 900**2
     large = drawn(blank(2700, 2700), (900.0, 900, 1800, 1800), "ball").sum() / 2700**2
     assert 0.9 < small / large < 1.1  # pixels are whole, letters have hinting
@@ -104,11 +104,11 @@ def test_a_long_caption_is_shortened_and_omitted_where_it_does_not_fit() -> None
     assert torch.equal(drawn(blank(8, 8), (2.0, 2, 5, 5), "caption"), without)
 
 
-def test_no_boxes_leave_the_picture_as_it_was() -> None:
+def test_without_boxes_the_image_is_unchanged() -> None:
     assert torch.equal(draw_boxes(blank(20, 20), torch.zeros(0, 4), [], []), blank(20, 20))
 
 
-def test_eighty_classes_have_colours_that_differ() -> None:
+def test_eighty_classes_have_distinct_colours() -> None:
     colours = np.array([class_colour(index) for index in range(80)], dtype=float)
     distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(80)
     assert distances.min() > 50
@@ -116,7 +116,7 @@ def test_eighty_classes_have_colours_that_differ() -> None:
     assert isinstance(class_colour(5000), tuple)
 
 
-def test_names_are_cut_to_what_the_font_shows() -> None:
+def test_names_keep_only_characters_that_the_font_has() -> None:
     assert drawable("player") == "player"
     assert drawable("a very long name of a class", limit=11) == "a ver…class"
     assert class_label(3, "サッカー") == "class 3"

@@ -106,7 +106,7 @@ def test_an_image_counts_at_most_as_many_boxes_as_there_are_queries(data: CocoDa
     assert evaluated(settings, data, detector)["loss_ce"] == pytest.approx(np.log(3), rel=1e-6)
 
 
-def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None:
+def test_curves_and_confusion_matrix_come_with_the_metrics(data: CocoData) -> None:
     settings = config()
     accelerator = Accelerator(cpu=True)
     scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
@@ -118,7 +118,7 @@ def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None
     assert points.confusion[:2].sum() == len(data.box_classes) - 1
 
 
-def test_an_image_that_cannot_be_read_has_boxes_and_no_detections(
+def test_an_unreadable_image_has_boxes_and_no_detections(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data / "val", tmp_path / "val")
@@ -135,7 +135,7 @@ def test_an_image_that_cannot_be_read_has_boxes_and_no_detections(
     assert line.startswith(f"warning: {tmp_path / 'val' / '003.jpg'}: ")
 
 
-def test_weights_that_give_no_numbers_are_an_error(data: CocoData) -> None:
+def test_weights_with_non_finite_outputs_are_an_error(data: CocoData) -> None:
     settings = config()
     detector = new_detector(settings, data)
     torch.nn.init.constant_(detector.network.class_labels_classifier.bias, float("nan"))

@@ -61,14 +61,14 @@ def test_a_trace_that_fixes_the_image_size_is_refused_by_the_comparison(
         write_onnx(tiny_network("deformable_detr"), tmp_path / "model.onnx")
 
 
-def test_a_network_whose_outputs_are_not_numbers_is_refused(tiny_network, tmp_path: Path) -> None:
+def test_a_network_with_non_finite_outputs_is_refused(tiny_network, tmp_path: Path) -> None:
     network = tiny_network("detr")
     torch.nn.init.constant_(network.class_labels_classifier.bias, float("nan"))
     with pytest.raises(DetrDistError, match="logits of this detr differ from torch's by nan"):
         write_onnx(network, tmp_path / "model.onnx")
 
 
-def test_a_network_that_cannot_be_traced_is_one_line(
+def test_a_network_that_cannot_be_traced_fails_with_one_line(
     tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = tiny_network("detr")

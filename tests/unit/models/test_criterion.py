@@ -125,9 +125,7 @@ def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_boxes", [MIXED, [20] * 4, [0, 0, 3], [1], [0, 0], [NUM_QUERIES, 2]])
-def test_losses_and_gradients_equal_the_librarys_in_one_process(
-    kind: ClassKind, num_boxes: list[int]
-) -> None:
+def test_losses_and_gradients_equal_those_of_transformers(kind: ClassKind, num_boxes: list[int]) -> None:
     for seed in range(3):
         ours = problem(kind, num_boxes, seed)
         library = ours.fresh()
@@ -145,7 +143,7 @@ def test_losses_and_gradients_equal_the_librarys_in_one_process(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKind) -> None:
+def test_every_setting_has_the_same_effect_as_in_transformers(kind: ClassKind) -> None:
     unusual = LossSettings(
         kind=kind,
         cost_class=3.0,
@@ -161,7 +159,7 @@ def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> None:
+def test_the_class_weight_multiplies_only_the_class_loss(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     once, thrice = settings(kind), reweighted(kind, ce=3.0)
     no_ce = reweighted(kind, ce=0.0)
@@ -173,7 +171,7 @@ def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cuts", [[3], [1, 2, 4], [1, 2, 3, 4, 5]])
-def test_shares_of_micro_batches_sum_to_the_loss_of_the_whole_batch(kind: ClassKind, cuts: list[int]) -> None:
+def test_micro_batch_losses_sum_to_the_loss_of_the_batch(kind: ClassKind, cuts: list[int]) -> None:
     whole = problem(kind, MIXED)
     split = whole.fresh()
     expected = whole.loss(settings(kind))
@@ -233,9 +231,7 @@ def test_decoder_layers_do_not_influence_each_other(kind: ClassKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["logits", "boxes"])
 @pytest.mark.parametrize("num_boxes", [MIXED, [0] * 6])
-def test_predictions_that_are_not_finite_are_reported(
-    kind: ClassKind, where: str, num_boxes: list[int]
-) -> None:
+def test_non_finite_predictions_are_reported(kind: ClassKind, where: str, num_boxes: list[int]) -> None:
     given = problem(kind, num_boxes)
     with torch.no_grad():
         getattr(given, where)[1, 4, 3, 0] = float("nan")  # image 4 has no box
@@ -243,7 +239,7 @@ def test_predictions_that_are_not_finite_are_reported(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_under_autocast_the_maths_is_that_of_float32(kind: ClassKind) -> None:
+def test_losses_are_computed_in_float32_under_autocast(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     half = replace(
         given, logits=given.logits.detach().bfloat16(), boxes=given.boxes.detach().bfloat16()
@@ -302,7 +298,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None:
+def test_the_host_reads_no_scalar_from_the_device(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     with HostReads() as reads:
         given.loss(settings(kind)).total.backward()
@@ -313,7 +309,7 @@ def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_that_disagree_are_refused(kind: ClassKind) -> None:
+def test_mismatched_shapes_are_refused(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     with pytest.raises(ValueError, match="class columns"):
         given.loss(replace(settings(kind), num_classes=NUM_CLASSES + 1))
@@ -344,7 +340,7 @@ def own_term(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Matched], A
 
 
 @pytest.mark.parametrize("cuts", [[0, 6], [0, 1, 2, 6]], ids=["at once", "in three micro-batches"])
-def test_a_term_of_ones_own_is_weighted_and_logged_and_sums_over_micro_batches(own_term, cuts) -> None:
+def test_a_custom_term_is_weighted_logged_and_summed_over_micro_batches(own_term, cuts) -> None:
     own_term(center_distance)
     whole = problem("softmax", MIXED)
     plain = whole.loss(settings("softmax"))
@@ -372,7 +368,7 @@ def match_of(given: Problem) -> Matched:
     return seen[0]
 
 
-def test_a_term_without_weight_is_not_computed_and_one_without_boxes_is_zero(own_term) -> None:
+def test_a_term_needs_a_weight_and_is_zero_without_boxes(own_term) -> None:
     own_term(center_distance)
     assert "own" not in reweighted("softmax", own=0.0).weights
     empty = problem("softmax", [0, 0]).loss(reweighted("softmax", own=1.0))
@@ -385,13 +381,13 @@ def test_a_term_without_weight_is_not_computed_and_one_without_boxes_is_zero(own
     [(lambda matched: matched.logits.mean(), r"\(\)"), (lambda matched: 0.5, "float")],
     ids=["one number for all layers", "no tensor"],
 )
-def test_a_term_that_returns_something_else_is_one_clear_line(own_term, term, returned: str) -> None:
+def test_a_term_with_a_wrong_return_value_fails_with_one_line(own_term, term, returned: str) -> None:
     own_term(term)
     with pytest.raises(UsageError, match=rf"^loss\.weights\.own: .*\({NUM_LAYERS},\).*returned {returned}$"):
         problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
 
 
-def test_where_predictions_are_not_finite_the_term_that_was_not_before_is_named(own_term) -> None:
+def test_a_term_that_was_not_finite_before_the_predictions_is_named(own_term) -> None:
     own_term(lambda matched: (center_distance(matched) * 0).log() - float("inf"))
     criterion = SetCriterion(reweighted("softmax", own=1.0))
     for predictions, expected in ((problem("softmax", [2]), ()), (problem("softmax", [0]), ("own",))):

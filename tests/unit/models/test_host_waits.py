@@ -47,7 +47,7 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_a_step_asks_the_device_nothing(
+def test_a_step_reads_nothing_from_the_device(
     tiny_detector, two_images, architecture: str, is_padded: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
@@ -92,7 +92,7 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     assert questions.asked == (["_to_copy"] if architecture == "deformable_detr" else [])
 
 
-def test_a_question_to_the_device_is_noticed(on_fake_gpu) -> None:
+def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
     with Questions() as questions:
         bool(torch.ones(3).isfinite().all())
         torch.ones(3)[torch.tensor([True, False, True])]

@@ -35,7 +35,7 @@ def predict(detector: Detector, precision: torch.dtype) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
-def test_bf16_puts_no_prediction_on_its_grid(detector: Detector, train: bool) -> None:
+def test_predictions_under_bf16_are_not_rounded_to_bf16(detector: Detector, train: bool) -> None:
     found = predict(detector.train(train), torch.bfloat16)
     for name, values in found.items():
         assert values.dtype == torch.float32, name
@@ -53,7 +53,7 @@ def test_bf16_moves_boxes_by_less_than_a_third_of_a_pixel(detector: Detector) ->
 
 
 @torch.no_grad()
-def test_a_copys_heads_have_weights_of_their_own(detector: Detector) -> None:
+def test_the_heads_of_a_copy_have_their_own_weights(detector: Detector) -> None:
     average = copy.deepcopy(detector.eval())
     before = predict(average, torch.float32)
     for parameter in detector.parameters():

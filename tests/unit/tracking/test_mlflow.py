@@ -56,7 +56,7 @@ def test_a_run_that_fails_before_its_outbox_opens_ends_within_seconds(
     assert "could not be closed" in capsys.readouterr().out
 
 
-def test_a_request_that_outlives_the_run_keeps_its_time_outs(
+def test_a_request_that_outlives_the_run_keeps_its_timeouts(
     tracker: MLflowTracker,
     port: socket.socket,
     tmp_path: Path,
@@ -135,7 +135,7 @@ def test_a_uri_names_one_store_from_every_folder_and_how_to_view_it(
 
 @pytest.mark.parametrize("store", ["sqlite:///{}.db?timeout=60", "file:./mlruns"])
 @pytest.mark.parametrize("name", ["run #3", "50%25 off?", "é ü;a"])
-def test_every_name_of_a_folder_keeps_its_runs_in_it(
+def test_runs_are_stored_in_a_folder_under_any_of_its_names(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, name: str, store: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -176,6 +176,6 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
         "sqlite:////a?b=c?/mlflow.db",
     ],
 )
-def test_a_uri_that_would_be_cut_off_is_refused(uri: str) -> None:
+def test_a_uri_that_would_be_truncated_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(uri)}.*%3F"):
         open_client(uri)

@@ -158,14 +158,14 @@ def of_driver(read: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in read.items() if "gpu" in name and "/" in name}
 
 
-def test_a_gpu_has_the_drivers_number_and_not_that_of_cuda_visible_devices(start: Start) -> None:
+def test_a_gpu_is_numbered_by_the_driver_not_by_cuda_visible_devices(start: Start) -> None:
     driver = Driver(*(Gpu(UUIDS[i], used_gib=10 + i, busy=50 + i) for i in range(4)))
     assert of_driver(start(driver, visible="2").read) == {
         "memory_gpu_used_gb/node1/2": 12.0, "utilization_gpu_percent/node1/2": 52.0
     }  # fmt: skip
 
 
-def test_a_mig_instance_has_a_number_of_its_own_and_no_utilisation(start: Start) -> None:
+def test_a_mig_instance_has_its_own_number_and_no_utilisation(start: Start) -> None:
     instances = [Gpu(UUIDS[4], used_gib=3, busy=None), Gpu(UUIDS[5], used_gib=4, busy=None)]
     driver = Driver(Gpu(UUIDS[0]), Gpu(UUIDS[1], used_gib=7, busy=None, instances=instances))
     process = start(driver, visible=f"MIG-{UUIDS[5]}")
@@ -189,7 +189,7 @@ def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Star
     }  # fmt: skip
 
 
-def test_two_processes_on_one_gpu_make_one_metric_of_it(start: Start) -> None:
+def test_two_processes_on_one_gpu_log_one_metric(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0], used_gib=5, busy=80))
     other = start(driver)
     driver.gpus[0].used_gib = 4
@@ -198,7 +198,7 @@ def test_two_processes_on_one_gpu_make_one_metric_of_it(start: Start) -> None:
     }  # fmt: skip
 
 
-def test_gpus_that_are_number_0_to_each_of_their_processes_are_told_apart(start: Start) -> None:
+def test_gpus_that_are_number_0_in_each_process_are_distinguished(start: Start) -> None:
     first, second = (Driver(Gpu(UUIDS[i], used_gib=i, busy=None)) for i in (2, 3))
     elsewhere = start(Driver(Gpu(UUIDS[5], used_gib=5, busy=None)), machine="node2")
     other = start(second, start(first))  # every process knows of all others
@@ -211,7 +211,7 @@ def test_gpus_that_are_number_0_to_each_of_their_processes_are_told_apart(start:
 
 
 @pytest.mark.parametrize("is_installed", [False, True], ids=["no driver", "another driver's GPU"])
-def test_without_the_driver_torchs_figures_stay_and_one_line_says_so(
+def test_without_the_driver_torch_metrics_stay_and_one_line_is_logged(
     is_installed: bool, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(is_installed=is_installed)
@@ -225,14 +225,14 @@ def test_without_the_driver_torchs_figures_stay_and_one_line_says_so(
     assert driver.num_users == 0
 
 
-def test_the_machines_without_a_driver_are_named_by_the_main_process(start: Start) -> None:
+def test_the_main_process_names_the_nodes_without_a_driver(start: Start) -> None:
     others = [start(Driver(is_installed=False), machine=f"node{i}", visible="GPU-x") for i in (3, 2, 2)]
     process = start(Driver(Gpu(UUIDS[0])), *others)
     assert "on node2, node3: " in process.monitor.notice
     assert len(of_driver(process.read)) == 2
 
 
-def test_a_gpu_that_is_lost_is_left_out_until_it_is_back(start: Start) -> None:
+def test_a_lost_gpu_is_omitted_until_it_returns(start: Start) -> None:
     gpu = Gpu(UUIDS[0], used_gib=1, busy=90)
     process = start(Driver(gpu))
     gpu.is_lost = True
@@ -243,7 +243,7 @@ def test_a_gpu_that_is_lost_is_left_out_until_it_is_back(start: Start) -> None:
     assert len(of_driver(process.monitor.read())) == 2
 
 
-def test_the_driver_is_given_back_at_the_end_once(start: Start) -> None:
+def test_the_driver_is_shut_down_once_at_the_end(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0]))
     driver.num_users = 1  # somebody else in this process
     process = start(driver)
@@ -252,7 +252,7 @@ def test_the_driver_is_given_back_at_the_end_once(start: Start) -> None:
     assert driver.num_users == 1
 
 
-def test_a_driver_that_is_gone_at_the_end_is_no_error(start: Start) -> None:
+def test_a_driver_that_is_missing_at_the_end_is_no_error(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0]))
     process = start(driver)
     driver.num_users = 0
@@ -260,7 +260,7 @@ def test_a_driver_that_is_gone_at_the_end_is_no_error(start: Start) -> None:
     assert driver.num_users == 0
 
 
-def test_on_the_cpu_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_the_driver_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(Gpu(UUIDS[0]))
     monkeypatch.setattr(pynvml, "nvmlInit", driver.nvmlInit)
     monkeypatch.setattr(socket, "gethostname", lambda: "node1")
@@ -273,7 +273,7 @@ def test_on_the_cpu_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert "no CUDA device" in monitor.notice
 
 
-def test_the_memory_of_a_process_includes_that_of_the_processes_it_started() -> None:
+def test_the_memory_of_a_process_includes_its_child_processes() -> None:
     monitor = DeviceMonitor(CPU, Company([]))  # type: ignore[arg-type]
     alone = monitor.read()["memory_ram_gb"]
     hold = "import sys; held = b'x' * 2**28; print('ready', flush=True); sys.stdin.read()"

@@ -25,7 +25,7 @@ def test_the_best_evaluation_is_kept_and_later_ones_are_counted() -> None:
     assert state.metrics == {"val_map": 0.2, "val_ball_map": 0.5}
 
 
-def test_on_other_data_the_best_starts_anew_and_the_progress_stays() -> None:
+def test_on_other_data_the_best_is_reset_and_the_progress_kept() -> None:
     state = TrainState(20, 20, best_map=0.9, best_step=10, evaluations_since_best=3, metrics={"val_map": 0.5})
     anew = state.without_best()
     assert anew == TrainState(20, 20, metrics={"val_map": 0.5})
@@ -52,7 +52,7 @@ def test_a_run_is_over_when_its_last_epoch_is_closed(
 @pytest.mark.parametrize(
     ("patience", "evaluations", "over"), [(0, 100, False), (3, 2, False), (3, 3, True), (3, 4, True)]
 )
-def test_a_run_is_over_when_its_patience_is(
+def test_a_run_is_over_when_its_patience_is_exhausted(
     training: Training, patience: int, evaluations: int, over: bool
 ) -> None:
     state = TrainState(10, 10, evaluations_since_best=evaluations)

@@ -172,7 +172,7 @@ def test_an_epoch_that_saves_only_the_model_does_not_copy_the_optimizer(
 
 
 @pytest.mark.usefixtures("no_detections")
-def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(
+def test_callbacks_are_notified_of_steps_evaluations_and_checkpoints(
     observe: Callable[..., RunObserver], tmp_path: Path
 ) -> None:
     recorder, logged = Recorder(), Logged()
@@ -203,7 +203,7 @@ def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(
 
 
 @pytest.mark.usefixtures("no_detections")
-def test_a_callback_that_fails_is_one_warning_for_each_of_its_methods(
+def test_a_failing_callback_gives_one_warning_for_each_of_its_methods(
     observe: Callable[..., RunObserver], messages: list[str]
 ) -> None:
     recorder = Recorder()
@@ -221,7 +221,7 @@ def test_a_callback_that_fails_is_one_warning_for_each_of_its_methods(
     assert len(recorder.events) == 4
 
 
-def test_ctrl_c_in_a_callback_is_no_failure_of_it() -> None:
+def test_ctrl_c_in_a_callback_is_not_treated_as_its_failure() -> None:
     class Interrupted(Callback):
         def on_end(self, event: EndEvent) -> None:
             raise KeyboardInterrupt
@@ -230,12 +230,12 @@ def test_ctrl_c_in_a_callback_is_no_failure_of_it() -> None:
         Callbacks([Interrupted()]).notify(EndEvent("FINISHED", None, None))
 
 
-def test_a_class_in_the_place_of_a_callback_is_refused() -> None:
+def test_a_class_instead_of_a_callback_is_refused() -> None:
     with pytest.raises(UsageError, match="Recorder"):
         Callbacks([Recorder])
 
 
-def test_callbacks_of_the_configuration_are_made_without_arguments(tmp_path: Path) -> None:
+def test_configured_callbacks_are_created_without_arguments(tmp_path: Path) -> None:
     path = tmp_path / "own_callbacks.py"
     path.write_text("class Fine: ...\nclass NeedsOne:\n    def __init__(self, value): ...\n")
     made = instantiate(f"{path}:Fine", "training.callbacks")

@@ -87,7 +87,7 @@ def test_weights_that_are_not_finite_are_found_before_anything_is_saved(step_syn
         step_sync.check(1, layer)
 
 
-def test_data_that_fail_stop_the_step_with_their_own_words(step_sync: StepSync) -> None:
+def test_a_data_error_stops_the_step_with_its_own_message(step_sync: StepSync) -> None:
     def broken():
         raise DataError("the disk is gone")
         yield
@@ -96,7 +96,7 @@ def test_data_that_fail_stop_the_step_with_their_own_words(step_sync: StepSync) 
         step_sync.next_step(0, broken())
 
 
-def test_a_request_to_stop_ends_it_before_the_next_step_is_begun() -> None:
+def test_a_stop_request_takes_effect_before_the_next_step() -> None:
     signals = StopSignals()
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), signals)
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
