@@ -40,7 +40,7 @@ def test_an_earlier_checkpoint_is_resumed_in_its_own_folder(earlier) -> None:
 
 
 @pytest.mark.parametrize("model", ["out/model", "out/checkpoints/epoch_2"])
-def test_an_earlier_model_or_checkpoint_gives_the_score_of_its_time(earlier, model: str) -> None:
+def test_an_earlier_model_or_checkpoint_keeps_its_score(earlier, model: str) -> None:
     evaluated = earlier.run("evaluate", "--model", model, "--data-dir", "val", "--report", "report.json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((earlier.folder / "report.json").read_text())["metrics"]

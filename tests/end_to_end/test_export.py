@@ -74,7 +74,7 @@ def error_of(finished: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.slow
-def test_the_model_of_a_run_is_exported_registered_and_loads_everywhere(trained, run_id, at_home) -> None:
+def test_a_model_of_a_run_is_exported_registered_and_loads_everywhere(trained, run_id, at_home) -> None:
     import mlflow
     from transformers import AutoModelForObjectDetection, pipeline
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_exported_with_averaged_weights_and_registered(
 
 
 @pytest.mark.slow
-def test_an_export_loads_where_this_package_is_not_installed(trained, tmp_path: Path) -> None:
+def test_an_export_loads_without_this_package(trained, tmp_path: Path) -> None:
     finished = trained.run("export", "--model", "out/model", "--output-dir", tmp_path / "export")
     assert finished.returncode == 0, finished.stderr
     script = """
@@ -186,7 +186,7 @@ print(type(network).__module__, tuple(outputs.pred_boxes.shape))
         ("half", "half: cannot be loaded (lacks"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_one_line_and_leaves_nothing(trained, model: str, part: str) -> None:
+def test_an_unavailable_model_fails_with_one_line_and_leaves_no_files(trained, model: str, part: str) -> None:
     spoilt = trained.folder / model
     if "/" not in model and not spoilt.exists():
         shutil.copytree(trained.folder / "out" / "model", spoilt)
@@ -226,18 +226,18 @@ def lose_weights(folder: Path) -> None:
         ),
     ],
 )
-def test_options_that_cannot_be_are_one_line_before_anything_is_done(trained, options, part: str) -> None:
+def test_invalid_options_fail_with_one_line_before_anything_is_written(trained, options, part: str) -> None:
     before = sorted(trained.folder.iterdir())
     assert part in error_of(trained.run("export", "--model", "out/model", *options))
     assert sorted(trained.folder.iterdir()) == before
 
 
-def test_the_wrong_path_of_a_first_model_is_told_before_training(trained, tiny_data: Path) -> None:
+def test_a_wrong_path_in_init_from_is_reported_before_training(trained, tiny_data: Path) -> None:
     finished = trained.train(tiny_data, "--init-from", "out/modle", output="never")
     assert "out/modle: no such folder" in error_of(finished)
 
 
-def test_a_failure_of_the_onnx_comparison_leaves_nothing(
+def test_a_failed_onnx_comparison_leaves_no_files(
     trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detr_dist.errors import DetrDistError

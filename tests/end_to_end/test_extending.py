@@ -41,7 +41,7 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_each_extension_works_as_it_stands_on_the_page(place: Workplace, title: str) -> None:
+def test_each_documented_extension_works_unchanged(place: Workplace, title: str) -> None:
     write_files(SECTIONS[title], place.folder)
     (command,) = commands_in(SECTIONS[title])
     output = Path(command[command.index("--output-dir") + 1])

@@ -160,7 +160,7 @@ def artifact_names() -> str:
 
 
 @pytest.mark.slow
-def test_every_command_and_every_snippet_runs(followed: Followed) -> None:
+def test_every_command_and_snippet_runs(followed: Followed) -> None:
     _, *others = commands()
     for command in [command for command in others if command[0] == "detr-dist"]:
         if command[1] == "prune":  # takes away what the snippets load
@@ -184,13 +184,13 @@ def test_every_command_and_every_snippet_runs(followed: Followed) -> None:
     assert left == {"models/epoch_9", "models/epoch_10"}
 
 
-def test_the_guide_has_no_command_that_is_not_run() -> None:
+def test_every_command_in_the_guide_is_tested() -> None:
     """The pages are opened by test_ui.py."""
     others = [command for command in commands() if command[0] not in ("python", "detr-dist")]
     assert others == [["bash", "scripts/start_mlflow_ui.sh"]]
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_its_settings_are_valid(block: str, tmp_path: Path) -> None:
+def test_the_settings_in_the_guide_are_valid(block: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(block)
     assert load_config(tmp_path / "settings.yaml").logging.mlflow_experiment_name == "detr_training"

@@ -40,7 +40,7 @@ def predict(
     return json.loads((place.folder / output / "predictions.json").read_text()), finished
 
 
-def test_all_images_of_a_folder_are_drawn_and_unreadable_ones_are_named(trained) -> None:
+def test_all_images_of_a_folder_are_drawn_and_unreadable_ones_reported(trained) -> None:
     results, finished = predict(trained, "found", "--input", "pictures", "--threshold", "0")
     drawn = {
         str(path.relative_to(trained.folder / "found")) for path in (trained.folder / "found").rglob("*.*")
@@ -95,7 +95,7 @@ def test_no_image_is_skipped_silently_and_no_copy_overwrites_another(trained, ea
     assert "80 detections in 10 images, 1 skipped" in finished.stdout
 
 
-def test_a_picture_that_cannot_be_drawn_costs_no_detection(trained, easy_data: Path) -> None:
+def test_a_failed_drawing_loses_no_detections(trained, easy_data: Path) -> None:
     source = trained.folder / "long"
     source.mkdir()
     for name in ("x" * 250 + ".ppm", "a.png"):  # no room for .png behind it
@@ -106,7 +106,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_detection(trained, easy_data: P
     assert "warning: 1 images could not be drawn, first long/xxx" in finished.stdout
 
 
-def test_the_detections_are_those_of_an_evaluation(trained, easy_data: Path) -> None:
+def test_detections_equal_those_of_an_evaluation(trained, easy_data: Path) -> None:
     """The pictures are the validation images, bit for bit."""
     evaluated = trained.run(
         *("evaluate", "--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "all.json")
@@ -121,7 +121,7 @@ def test_the_detections_are_those_of_an_evaluation(trained, easy_data: Path) -> 
     assert {each["category_name"] for each in results} <= {"player", "ball"}
 
 
-def test_only_what_reaches_its_class_s_threshold_counts(trained, easy_data: Path) -> None:
+def test_only_detections_above_their_class_threshold_are_kept(trained, easy_data: Path) -> None:
     everything, _ = predict(trained, "everything", "--input", easy_data / "val", "--threshold", "0")
     thresholds = {
         name: trained.results()["metrics"].get(f"val_{name}_threshold", 0.5) for name in ("player", "ball")
@@ -132,7 +132,7 @@ def test_only_what_reaches_its_class_s_threshold_counts(trained, easy_data: Path
     assert ("the model brings no threshold for" in finished.stdout) == bool(unknown)
 
 
-def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
+def test_a_single_image_with_any_name_is_accepted(trained, easy_data: Path) -> None:
     (trained.folder / "picture").write_bytes((easy_data / "val" / "000.jpg").read_bytes())
     results, _ = predict(trained, "single", "--input", "picture", "--threshold", "0")
     assert {(each["image_id"], each["file_name"]) for each in results} == {(1, "picture")}
@@ -154,7 +154,9 @@ def test_one_picture_of_any_name_will_do(trained, easy_data: Path) -> None:
         (("--input", "pictures", "--model", "out/modle"), 2, "out/modle: no such folder"),
     ],
 )
-def test_what_cannot_be_is_one_line(trained, arguments: tuple[str, ...], code: int, part: str) -> None:
+def test_invalid_arguments_fail_with_one_line(
+    trained, arguments: tuple[str, ...], code: int, part: str
+) -> None:
     finished = trained.run("predict", "--model", "out/model", "--output-dir", "never", *arguments)
     assert finished.returncode == code, finished.stderr
     (line,) = finished.stderr.splitlines()

@@ -116,7 +116,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
         ),
     ],
 )
-def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
+def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
     workplace, uninterrupted, tiny_data: Path, num_processes: int, hows: tuple[signal.Signals, ...]
 ) -> None:
     resume = "auto"
@@ -159,7 +159,7 @@ def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data: Path) -> None:
+def test_changing_num_processes_between_resumes_trains_the_same(workplace, tiny_data: Path) -> None:
     """One process that accumulates twice makes the micro-batches of two, so that even dropout is the same."""
     splits = {2: "training.gradient_accumulation_steps=1", 1: "training.gradient_accumulation_steps=2"}
     common = ("training.num_epochs=4", "data.augmentation=detr", "model.freeze_batch_norm=true")
@@ -184,7 +184,7 @@ def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data
     ]
 
 
-def test_on_other_validation_data_the_best_starts_anew(workplace, tiny_data: Path) -> None:
+def test_with_other_validation_data_the_best_score_is_reset(workplace, tiny_data: Path) -> None:
     quiet = ("logging.mlflow=false", "evaluation.every_epochs=1", "training.early_stopping_patience=2")
     assert workplace.train(tiny_data, *quiet).returncode == 0
     last = workplace.folder / "out" / "checkpoints" / "last"
@@ -248,7 +248,9 @@ def saved_step(checkpoints_dir: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in checkpoints_dir.glob("step_*")), default=0)
 
 
-def test_a_full_disk_is_reported_and_damages_nothing(workplace, tiny_data: Path, messages: list[str]) -> None:
+def test_a_full_disk_is_reported_and_corrupts_no_checkpoint(
+    workplace, tiny_data: Path, messages: list[str]
+) -> None:
     disk = workplace.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk], check=False)
@@ -318,7 +320,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused_and_skipped_by_auto(copied,
     assert "step_10 at step 10, 40 samples seen" in passed.stdout
 
 
-def test_an_incompatible_config_is_one_error_that_names_the_keys(copied, tiny_data: Path) -> None:
+def test_an_incompatible_config_fails_with_one_error_that_names_the_keys(copied, tiny_data: Path) -> None:
     refused = copied.train(
         tiny_data,
         "training.max_steps=12",
@@ -339,7 +341,7 @@ def test_an_incompatible_config_is_one_error_that_names_the_keys(copied, tiny_da
     assert (copied.folder / "out" / "checkpoints" / "last").exists()
 
 
-def test_a_finished_run_has_nothing_left_to_do_until_it_is_given_more(copied, tiny_data: Path) -> None:
+def test_a_finished_run_does_nothing_unless_it_gets_more_steps(copied, tiny_data: Path) -> None:
     overrides = ("training.num_epochs=2", "training.ema_decay=0.9", "--resume", "auto")
     again = copied.train(tiny_data, "training.max_steps=12", *overrides)
     assert again.returncode == 0, again.stderr
@@ -352,7 +354,7 @@ def test_a_finished_run_has_nothing_left_to_do_until_it_is_given_more(copied, ti
     assert newest_run(copied).data.tags["resumed_at_steps"] == "12"
 
 
-def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_data: Path) -> None:
+def test_init_from_loads_the_averaged_weights_and_starts_a_new_run(copied, tiny_data: Path) -> None:
     run_id = copied.results()["run_id"]
     for number, source in enumerate(("out/checkpoints/last", f"runs:/{run_id}/model")):
         output = f"next_{number}"
@@ -376,7 +378,7 @@ def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_
             assert torch.allclose(tensor, averaged[key], atol=1e-6), key
 
 
-def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
+def test_an_impossible_resume_fails_with_one_line(workplace, tiny_data: Path) -> None:
     for resume, part in (
         ("nowhere", "--resume nowhere: not an existing folder"),
         ("0" * 32, f"MLflow run {'0' * 32} is not available"),
@@ -391,7 +393,7 @@ def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
     assert "leave one of them out" in both.stderr
 
 
-def test_a_file_of_backbone_weights_is_needed_for_the_first_step_only(workplace, tiny_data: Path) -> None:
+def test_a_backbone_weights_file_is_needed_only_at_the_start(workplace, tiny_data: Path) -> None:
     backbone = yaml.safe_load(workplace.config.read_text())["model"]["backbone"]
     weights = ResNetBackbone(ResNetConfig(**backbone)).state_dict()
     torch.save(weights, workplace.folder / "r50.pth")
@@ -417,7 +419,7 @@ def test_a_file_of_backbone_weights_is_needed_for_the_first_step_only(workplace,
     assert "model.pretrained_backbone r50.pth: no such file" in again.stderr
 
 
-def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_data: Path) -> None:
+def test_patience_ends_a_run_and_is_kept_across_a_resume(workplace, tiny_data: Path) -> None:
     overrides = (
         "training.num_epochs=9",
         "training.early_stopping_patience=3",
@@ -434,9 +436,7 @@ def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_da
 
 
 @pytest.mark.dist
-def test_a_killed_process_ends_the_other_in_a_minute_without_corrupt_files(
-    workplace, tiny_data: Path
-) -> None:
+def test_a_killed_process_ends_the_other_and_corrupts_no_files(workplace, tiny_data: Path) -> None:
     process = workplace.start(
         tiny_data,
         "training.num_epochs=10000",

@@ -247,7 +247,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
 
 
 @pytest.mark.slow
-def test_a_folder_is_served_too_and_a_termination_leaves_no_process(tmp_path: Path) -> None:
+def test_a_folder_is_served_and_termination_leaves_no_process(tmp_path: Path) -> None:
     experiment = tmp_path / "mlruns" / "7"
     experiment.mkdir(parents=True)
     written = {"experiment_id": "7", "name": "in_a_folder", "artifact_location": str(experiment)}
@@ -257,7 +257,7 @@ def test_a_folder_is_served_too_and_a_termination_leaves_no_process(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tiny_data: Path) -> None:
+def test_the_command_printed_after_training_opens_a_folder(workplace, tiny_data: Path) -> None:
     trained = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
     assert trained.returncode == 0, trained.stderr
     (command,) = re.findall("^see it with: (.*)", trained.stdout, re.MULTILINE)
@@ -289,7 +289,7 @@ def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tin
     ],
     ids=["nothing here", "no database", "no folder", "no server"],
 )
-def test_with_nothing_to_show_one_error_line_appears_and_nothing_is_made(
+def test_with_nothing_to_show_one_error_is_printed_and_no_file_created(
     tmp_path: Path, arguments: tuple[str, ...], added: dict[str, str], complaint: str
 ) -> None:
     finished = run_script(tmp_path, *arguments, **added)
