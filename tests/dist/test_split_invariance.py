@@ -17,7 +17,7 @@ SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 imag
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
+def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
     for name, (num_processes, batch_size, accumulation) in SPLITS.items():
         finished = workplace.train(
             tiny_data,

@@ -161,7 +161,7 @@ def test_a_resumed_zero_run_equals_the_uninterrupted_run_bit_for_bit(
         pytest.param("one", "deepspeed_zero2_offload", 2, id="one process, then two that offload"),
     ],
 )
-def test_a_run_may_change_its_number_of_processes_and_its_stage(
+def test_a_resumed_run_may_change_num_processes_and_zero_stage(
     runs, tiny_data: Path, source: str, launch_config: str, num_processes: int
 ) -> None:
     output = f"{source}_then_{launch_config}"

@@ -135,7 +135,7 @@ def test_a_process_that_dies_at_start_is_named_as_missing(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_in_the_middle_is_named_by_the_other(nodes: Nodes, killed: int) -> None:
+def test_a_process_killed_during_training_is_named_by_the_other(nodes: Nodes, killed: int) -> None:
     for node in (0, 1):
         nodes.start(node)
     nodes.wait_for_step()
@@ -169,7 +169,7 @@ def test_a_stopped_process_is_named_and_killed_by_the_launcher(nodes: Nodes) -> 
     assert status_of_the_run(nodes) == "FAILED"
 
 
-def test_a_process_that_hangs_is_named_and_ends_itself(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_hanging_process_is_named_and_ends_itself(nodes: Nodes, tmp_path: Path) -> None:
     first = sorted((nodes.data / "train").glob("*.jpg"))[0]
     data = tmp_path / "data"
     for path in (nodes.data / "train").iterdir():
@@ -198,7 +198,7 @@ def test_missing_gpus_stop_all_processes_before_anything_is_loaded(nodes: Nodes)
         assert line.startswith(f"[process {node}] error: CUDA_VISIBLE_DEVICES names 2 GPUs (998,999), but")
 
 
-def test_gpus_that_are_missing_on_one_machine_stop_the_other(nodes: Nodes) -> None:
+def test_missing_gpus_on_one_node_stop_the_other_node(nodes: Nodes) -> None:
     nodes.start(0)
     nodes.start(1, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="999")
     assert nodes.codes() == [2, 2]

@@ -128,7 +128,7 @@ def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted
     assert not list(place.folder.glob("*.stopped"))
 
 
-def test_a_warned_job_is_requeued_and_ends_with_the_uninterrupted_result(
+def test_a_preempted_job_is_requeued_and_gives_the_uninterrupted_result(
     workplace, submit, slurm, uninterrupted
 ) -> None:
     job = submit(workplace)
@@ -152,7 +152,7 @@ def test_a_warned_job_is_requeued_and_ends_with_the_uninterrupted_result(
         assert torch.equal(weights[key], tensor), key
 
 
-def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slurm) -> None:
+def test_a_job_that_loses_a_node_is_requeued_and_completes(workplace, submit, slurm) -> None:
     job = submit(workplace, "training.batch_size=2", sbatch=("--nodes", "2", "--gpus-per-node", "1"))
     job.wait_until(lambda: job.step() >= 3)
     slurm.kill_node(slurm.names[1])
@@ -167,7 +167,7 @@ def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slu
     assert steps(workplace) == list(range(1, NUM_STEPS + 1))
 
 
-def test_a_job_that_fails_stays_failed_and_names_the_line_to_look_at(workplace, submit, slurm) -> None:
+def test_a_failed_job_stays_failed_and_names_the_relevant_line(workplace, submit, slurm) -> None:
     job = submit(workplace, "training.learning_rat=1", sbatch=())
     job.wait_for_end()
     assert job.state == "FAILED", job.everything
@@ -178,7 +178,7 @@ def test_a_job_that_fails_stays_failed_and_names_the_line_to_look_at(workplace, 
     assert Path(found[1]).read_text().splitlines()[int(found[2]) - 1] == found[3]
 
 
-def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(workplace, submit, slurm) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(workplace, submit, slurm) -> None:
     job = submit(workplace, sbatch=())
     job.wait_until(lambda: job.step() >= 3)
     slurm.run("scancel", job.id)
@@ -253,7 +253,7 @@ def test_a_job_that_never_saves_a_newer_checkpoint_stops_being_requeued(slurm, s
     assert "three starts have ended without a newer checkpoint (stopped)" in log
 
 
-def test_a_warning_that_comes_while_a_node_is_prepared_is_survived(tmp_path: Path) -> None:
+def test_a_stop_signal_while_a_node_is_prepared_is_handled(tmp_path: Path) -> None:
     launch = tmp_path / "launch" / "slurm"
     shutil.copytree(SUBMIT.parent, launch)
     (launch / "site.env").write_text(f'prepare_node() {{ PATH="{tmp_path}:$PATH"; sleep 2; }}\n')
@@ -292,11 +292,11 @@ def examples() -> list[str]:
 
 
 @pytest.mark.parametrize("command", examples())
-def test_slurm_takes_the_options_of_the_examples(command: str, slurm) -> None:
+def test_slurm_accepts_the_options_of_the_examples(command: str, slurm) -> None:
     tried = command.replace("submit.sh", "submit.sh --test-only")
     assert " to start at " in slurm.run("bash", "-c", f"({tried}) 2>&1", cwd=REPOSITORY)
 
 
-def test_without_options_of_the_trainer_nothing_is_submitted(slurm) -> None:
+def test_without_training_options_nothing_is_submitted(slurm) -> None:
     assert "they come after --" in slurm.run("bash", "-c", f"! bash '{SUBMIT}' --nodes 2 2>&1")
     assert "Submit a training to Slurm" in slurm.run("bash", str(SUBMIT), "--help")
