@@ -1,4 +1,4 @@
-"""The same data, seed and global batch give the same training however it is split."""
+"""The same data, seed and global batch give the same training however the batch is split."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""When training ends it is over, and only the main process has talked to MLflow."""
+"""Training cleans up at its end, and only the main process connects to MLflow."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,7 @@
-"""ZeRO trains as DDP and one process do, and what it saves is as whole and as plain. Real DeepSpeed, over gloo.
+"""ZeRO gives the results of DDP and of one process, and saves complete files in the standard format.
 
-The shipped files of `accelerate launch` are what is started. All runs see the same 8 images a step.
+Uses real DeepSpeed over gloo and the shipped files of `accelerate launch`. All runs see the same 8 images a
+step.
 """
 
 import json
@@ -38,8 +39,10 @@ FIGURES = (*LOSSES, "learning_rate", "val_loss")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """A workplace and its runs of ten steps: `one` process, two with `ddp`, and two with each file of ZeRO, of
-    which `deepspeed_zero2` alone does not accumulate."""
+    """Run ten steps each with `one` process, with `ddp` in two, and with each ZeRO file in two.
+
+    Only `deepspeed_zero2` does not accumulate.
+    """
     place = new_workplace(tmp_path_factory.mktemp("zero"))
 
     def train(output: str, *overrides: str, launch_config: str = "multi_cpu", num_processes: int = 2) -> None:
@@ -69,7 +72,7 @@ def is_same(first: Path, second: Path) -> bool:
 
 
 def difference(runs, output: str, other: str, name: str) -> float:
-    """Of the weights at the end, as a share of what the last five steps change."""
+    """Return how much the final weights differ, as a fraction of the change of the last five steps."""
 
     def weights(run: str, checkpoint: str) -> torch.Tensor:
         tensors = load_file(runs.folder / run / "checkpoints" / checkpoint / name)
@@ -190,7 +193,7 @@ def test_a_resumed_run_may_change_num_processes_and_zero_stage(
 def test_without_ema_stage_3_evaluates_and_saves_the_trained_weights(
     runs, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, with batch norm that is trained, in a family whose layers share weights."""
+    """Use bfloat16, trained batch norm and a family whose layers share weights."""
     finished = runs.train(
         tiny_data,
         "model.model_architecture=deformable_detr",

@@ -1,4 +1,4 @@
-"""Bad input gets one clear line and a non-zero exit code before training begins, on every process."""
+"""Bad input gives one clear line and a non-zero exit code before training starts, on every process."""
 
 import json
 import shutil

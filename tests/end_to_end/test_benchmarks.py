@@ -1,4 +1,4 @@
-"""The benchmarks measure what users train, and the check for GPUs works where there is none."""
+"""The benchmarks measure what users train, and the GPU check works without a GPU."""
 
 import argparse
 import json

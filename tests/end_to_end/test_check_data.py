@@ -1,4 +1,4 @@
-"""`detr-dist check-data` as a person or a script runs it, and what training says by itself."""
+"""`detr-dist check-data` as a person or a script runs it, and the warnings of training."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ Document = dict[str, Any]
 
 
 def write_split(folder: Path, document: Document, first_seed: int) -> None:
-    """A picture for each image, all different."""
+    """Write a split with a different image for each entry."""
     folder.mkdir(parents=True)
     for i, image in enumerate(document["images"]):
         colours = np.random.default_rng(first_seed + i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -35,7 +35,7 @@ def sound_document(num_images: int = 8) -> Document:
 
 @pytest.fixture
 def spoiled(tmp_path: Path) -> Path:
-    """`train` and `val` with one of each fault that can stand beside the others."""
+    """Write `train` and `val` with one of each fault that can occur together with the others."""
     train, val = sound_document(16), sound_document()
     boxes = train["annotations"]
     boxes += [{"id": 100 + i, "image_id": 9, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(12)]

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is still read: a checkpoint, a model, an outbox (tests/data/version_0_1)."""
+"""Files of version 0.1 are still read: a checkpoint, a model, an outbox (tests/data/version_0_1)."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ WRITTEN = REPOSITORY / "tests" / "data" / "version_0_1"
 
 @pytest.fixture
 def earlier(workplace):
-    """A workplace with a copy of what the earlier version wrote."""
+    """Return a workplace with a copy of the files of the earlier version."""
     shutil.copytree(WRITTEN, workplace.folder, dirs_exist_ok=True)
     return workplace
 

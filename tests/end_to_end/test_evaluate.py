@@ -1,4 +1,4 @@
-"""`detr-dist evaluate` gives what training logged, however the model is named, on any number of processes."""
+"""`detr-dist evaluate` gives the metrics of training for every model reference and number of processes."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
-    """A run whose only evaluation is at its end, with averaged weights and trained batch norm."""
+    """Train a run with one evaluation, at its end, with averaged weights and trained batch norm."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     settings = (
         *("training.max_steps=120", "training.num_epochs=5", "training.ema_decay=0.9"),
@@ -54,7 +54,7 @@ def test_every_model_reference_gives_the_metrics_of_the_run(trained, easy_data: 
 
 @pytest.fixture(scope="module")
 def alone(trained, easy_data: Path) -> tuple[dict, list[dict]]:
-    """Report and predictions of one process with one image at a time, and more loaders than cores."""
+    """Return report and predictions of one process with one image at a time and more loaders than cores."""
     arguments = ("--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "new/alone.json")
     report = report_of(trained, *arguments, "training.batch_size=1", "data.num_workers=9")
     return report, json.loads((trained.folder / "new" / "alone.json").read_text())
@@ -122,7 +122,7 @@ def test_invalid_arguments_fail_with_one_line(
 
 @pytest.fixture
 def val(easy_data: Path, tmp_path: Path) -> dict:
-    """The document of the validation data, to be changed before `tmp_path` is used as data."""
+    """Return the document of the validation data, to be changed before `tmp_path` is used as data."""
     for each in (easy_data / "val").glob("*.jpg"):
         (tmp_path / each.name).symlink_to(each)
     return json.loads((easy_data / "val" / "_annotations.coco.json").read_text())
@@ -151,7 +151,7 @@ def test_a_class_unknown_to_the_data_has_no_metrics(trained, val: dict, tmp_path
 
 
 def test_a_setting_that_conflicts_with_the_defaults_can_be_overridden(trained, easy_data: Path) -> None:
-    """The model was trained with 64 to 96 pixels; by default the shortest edge is 800."""
+    """Use a model trained with 64 to 96 pixels; the default shortest edge is 800."""
     report = report_of(
         trained, "--model", "out/model", "--data-dir", easy_data / "val", "data.longest_edge=90"
     )

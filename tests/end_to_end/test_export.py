@@ -1,4 +1,4 @@
-"""A trained model leaves for production: every way to name it, and every way to load it there."""
+"""A trained model is exported from every model reference and loads in every supported way."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ IMAGE = Image.new("RGB", (96, 80), "green")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, tiny_data: Path):
-    """A run of two epochs with averaged weights; tests only read it and make folders beside."""
+    """Train two epochs with averaged weights; tests only read the run and add folders next to it."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     settings = ("training.max_steps=4", "training.ema_decay=0.9", "evaluation.every_epochs=1")
     finished = place.train(tiny_data, *settings)
@@ -33,7 +33,7 @@ def run_id(trained) -> str:
 
 @pytest.fixture
 def at_home(trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow's own functions, as a user calls them in the folder where the run was."""
+    """Use MLflow's own functions, as a user calls them in the folder of the run."""
     import mlflow
 
     monkeypatch.chdir(trained.folder)

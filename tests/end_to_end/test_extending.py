@@ -1,4 +1,4 @@
-"""docs/extending.md as a reader follows it: each file is written and each command run as it stands there."""
+"""docs/extending.md as a reader follows it: each file is written and each command run unchanged."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ HAS_STEPS = ("training.max_steps=2", "training.num_epochs=1", "logging.log_every
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Workplace:
-    """A folder with generated scenes and a configuration that stands for the quickstart's, to save time."""
+    """Return a folder with generated scenes and a small configuration instead of the quickstart's."""
     place = new_workplace(tmp_path_factory.mktemp("extending"))
     config = TINY_CONFIG | {"model": TINY_CONFIG["model"] | {"num_queries": 60}}
     (place.folder / "configs").mkdir()

@@ -49,7 +49,7 @@ def commands() -> list[list[str]]:
 
 
 def names_in_table(title: str) -> set[str]:
-    """The names that stand in the first two columns of the table below a title."""
+    """Return the names in the first two columns of the table below a title."""
     rows = re.search(rf"### {title}\n\n(.*?)\n\n", GUIDE, flags=re.DOTALL)
     assert rows is not None
     cells = [row.split("|")[1:3] for row in rows[1].splitlines()[2:]]
@@ -58,7 +58,7 @@ def names_in_table(title: str) -> set[str]:
 
 @dataclass
 class Followed:
-    """A folder like a user's clone, in which the guide's run has been done."""
+    """Folder like a user's clone, in which the run of the guide was done."""
 
     place: object
     uri: str
@@ -73,7 +73,7 @@ class Followed:
         return MlflowClient(self.uri)
 
     def run(self, command: list[str]) -> None:
-        """A command of ours, as it stands in the guide."""
+        """Run a `detr-dist` command exactly as in the guide."""
         arguments = command[2:] if command[0] == "python" else command[1:]
         arguments = [argument.replace("RUN_ID", self.run_id) for argument in arguments]
         finished = self.place.run(*arguments, environment={"MLFLOW_TRACKING_URI": self.uri})
@@ -185,7 +185,7 @@ def test_every_command_and_snippet_runs(followed: Followed) -> None:
 
 
 def test_every_command_in_the_guide_is_tested() -> None:
-    """The pages are opened by test_ui.py."""
+    """Leave out the pages, which test_ui.py opens."""
     others = [command for command in commands() if command[0] not in ("python", "detr-dist")]
     assert others == [["bash", "scripts/start_mlflow_ui.sh"]]
 

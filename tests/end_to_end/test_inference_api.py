@@ -1,4 +1,4 @@
-"""A notebook that loads, predicts, evaluates and exports does what the commands do, in one process."""
+"""A notebook that loads, predicts, evaluates and exports gives the results of the commands."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from detr_dist.inference.model import TrainedModel, load_model
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
-    """A run of a few steps."""
+    """Train a run of a few steps."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(easy_data, "training.max_steps=4")
     assert finished.returncode == 0, finished.stderr
@@ -76,8 +76,7 @@ def test_a_custom_metric_sees_every_image(report: EvaluationReport) -> None:
 
 
 def test_a_call_leaves_no_global_state(model, easy_data: Path, tmp_path: Path, capfd) -> None:
-    """No process group, no state of Accelerate, no handler of messages, no change of what torch computes in;
-    nothing is printed."""
+    """Check process group, Accelerate state, logging handlers and torch settings; nothing is printed."""
     logging.getLogger("detr_dist").handlers.clear()  # as in a notebook
     for batch_size in (2, 3):
         overrides = [f"training.batch_size={batch_size}", "training.tf32=false"]

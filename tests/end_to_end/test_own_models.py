@@ -1,4 +1,4 @@
-"""One file of a user's adds a family, a term of the loss and a backbone; everything works with them."""
+"""One user file adds a family, a loss term and a backbone, and every command works with them."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""`detr-dist predict` finds what evaluation finds, draws it, and passes over what it cannot read."""
+"""`detr-dist predict` finds and draws the detections of an evaluation, and skips unreadable files."""
 
 import json
 import os
@@ -13,8 +13,10 @@ from PIL import Image
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
-    """A run of a few steps, and the folder `pictures`: those of the validation data, in two folders, of
-    several formats, with files that are no pictures."""
+    """Train a few steps, and write the validation images to `pictures`.
+
+    They are in two folders and several formats, together with files that are no images.
+    """
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(easy_data, "training.max_steps=4")
     assert finished.returncode == 0, finished.stderr
@@ -107,7 +109,7 @@ def test_a_failed_drawing_loses_no_detections(trained, easy_data: Path) -> None:
 
 
 def test_detections_equal_those_of_an_evaluation(trained, easy_data: Path) -> None:
-    """The pictures are the validation images, bit for bit."""
+    """Predict on the validation images, bit for bit."""
     evaluated = trained.run(
         *("evaluate", "--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "all.json")
     )

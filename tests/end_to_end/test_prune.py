@@ -1,4 +1,4 @@
-"""Old checkpoints and epoch models go, when it is asked for, and nothing else does."""
+"""`detr-dist prune` deletes old checkpoints and epoch models on request, and nothing else."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """Four epochs with a checkpoint each, of which only the newest three are kept."""
+    """Train four epochs with a checkpoint each, of which the newest three are kept."""
     place = new_workplace(tmp_path_factory.mktemp("pruned"))
     finished = place.train(
         tiny_data,

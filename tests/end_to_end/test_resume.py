@@ -1,4 +1,4 @@
-"""A run that is stopped or killed, and goes on as if it had not been."""
+"""A run that is stopped or killed resumes with the same results as an uninterrupted run."""
 
 import json
 import os
@@ -41,7 +41,7 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")
 
 
 def logged_step(workplace) -> int:
-    """The last optimizer step that MLflow has a loss of, in its newest run that has any."""
+    """Return the last optimizer step with a loss in MLflow, of its newest run that has any."""
     with sqlite3.connect(f"file:{workplace.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
         (step,) = database.execute("SELECT MAX(step) FROM metrics WHERE key = 'train_loss'").fetchone()
     return step or 0
@@ -60,14 +60,17 @@ def wait_until(condition: Callable[[], bool], process, workplace) -> None:
 
 
 def trainers(process, num_processes: int) -> list[psutil.Process]:
-    """The training processes, without launcher and loader processes, in the order of their start."""
+    """Return the training processes, without launcher and loader processes, in the order of their start."""
     started = psutil.Process(process.pid)
     return [started] if num_processes == 1 else started.children()
 
 
 def stop(process, how: signal.Signals, num_processes: int) -> None:
-    """End a run: SIGKILL takes everything at once, SIGUSR1 goes to the last training process alone, the
-    others to what was started (a launcher passes them on)."""
+    """End a run with a signal.
+
+    SIGKILL ends all processes at once, SIGUSR1 is sent only to the last training process, the others to the
+    started process (a launcher forwards them).
+    """
     if how == signal.SIGKILL:
         started = psutil.Process(process.pid)
         for each in [started, *started.children(recursive=True)]:
@@ -88,7 +91,7 @@ def newest_run(workplace):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """By number of processes: a run from beginning to end."""
+    """Return an uninterrupted run for each number of processes."""
     places = {}
 
     def run(num_processes: int):
@@ -160,7 +163,7 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_changing_num_processes_between_resumes_trains_the_same(workplace, tiny_data: Path) -> None:
-    """One process that accumulates twice makes the micro-batches of two, so that even dropout is the same."""
+    """Accumulate twice in one process: its micro-batches, and so its dropout, equal those of two."""
     splits = {2: "training.gradient_accumulation_steps=1", 1: "training.gradient_accumulation_steps=2"}
     common = ("training.num_epochs=4", "data.augmentation=detr", "model.freeze_batch_norm=true")
     finished = workplace.train(tiny_data, *common, splits[2], output="whole", num_processes=2)
@@ -278,7 +281,7 @@ def test_a_full_disk_is_reported_and_corrupts_no_checkpoint(
 
 @pytest.fixture(scope="module")
 def stopped_early(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """A finished run of 12 steps, one epoch and a bit, with averaged weights."""
+    """Finish a run of 12 steps, a little more than one epoch, with averaged weights."""
     place = new_workplace(tmp_path_factory.mktemp("stopped_early"))
     finished = place.train(
         tiny_data,
@@ -293,7 +296,7 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
 
 @pytest.fixture
 def copied(stopped_early, tmp_path: Path, command_server):
-    """A copy of that run to spoil. Its MLflow artifacts stay where they were."""
+    """Return a copy of that run that may be changed. Its MLflow artifacts stay in place."""
     folder = Path(shutil.copytree(stopped_early.folder, tmp_path / "copy"))
     return type(stopped_early)(folder, command_server)
 

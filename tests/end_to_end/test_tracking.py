@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away while a run is tracked there, and what comes to it in the end."""
+"""A real MLflow server that fails while a run is tracked there, and what it receives in the end."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CHECKPOINTS_OFTEN = (
 
 @pytest.fixture
 def server(mlflow_server):
-    """It runs, whatever the test before did to it."""
+    """Return a running server, whatever the test before did to it."""
     mlflow_server.start()
     return mlflow_server
 
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], bool], process, workplace) -> None:
 
 
 def records(workplace) -> list[dict]:
-    """What the run has put into its outbox."""
+    """Return the records in the outbox of the run."""
     path = workplace.folder / "out" / "outbox" / tracked_run(workplace) / "records.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
@@ -70,7 +70,7 @@ def tracked_run(workplace) -> str:
 
 @contextmanager
 def frozen(process) -> Iterator[None]:
-    """The run does nothing meanwhile: how long a server takes to start is not what is tested."""
+    """Suspend the run, so that the start-up time of a server does not matter."""
     started = psutil.Process(process.pid)
     started.suspend()
     try:
@@ -80,7 +80,7 @@ def frozen(process) -> Iterator[None]:
 
 
 def start_and_cut_off(workplace, server, data: Path, *overrides: str):
-    """A run in the middle of which the server is killed."""
+    """Start a run and kill its server during training."""
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     process = workplace.start(data, *CHECKPOINTS_OFTEN, uri, *overrides)
     outbox_dir = workplace.folder / "out" / "outbox"
@@ -93,7 +93,7 @@ def start_and_cut_off(workplace, server, data: Path, *overrides: str):
 
 
 def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = STEPS // 10) -> None:
-    """Each step once, checkpoints and models as they lie in the output folder, of epochs the last."""
+    """Check for each step once, the checkpoints and models on disk, and the last epoch models."""
     assert server.client.get_run(run_id).info.status == "FINISHED"
     losses = server.losses(run_id)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -195,7 +195,7 @@ def test_a_resume_from_a_copy_delivers_the_queue_of_the_killed_run(
 
 
 def listening(port: int) -> socket.socket:
-    """As soon as what had the port is gone: a server that was killed may take a moment."""
+    """Listen on the port as soon as it is free: a killed server may take a moment to release it."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -208,7 +208,7 @@ def listening(port: int) -> socket.socket:
 
 @contextmanager
 def silent_server(port: int) -> Iterator[list[object]]:
-    """Accepts connections and never says a word."""
+    """Accept connections and never answer."""
     accepted: list[socket.socket] = []
 
     def accept(listener: socket.socket) -> None:
@@ -232,7 +232,7 @@ def silent_server(port: int) -> Iterator[list[object]]:
 
 @contextmanager
 def failing_server(port: int) -> Iterator[list[object]]:
-    """Answers 500 to everything."""
+    """Answer 500 to every request."""
     asked: list[object] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -362,7 +362,7 @@ def test_a_run_is_found_under_any_name_of_its_folder(tmp_path: Path, new_workpla
 
 
 def with_variables(workplace, data: Path, *overrides: str, **variables: str):
-    """Train, with MLflow's variables set."""
+    """Train with MLflow's variables set."""
     arguments = (*workplace._training(data, "out"), *overrides)
     finished = workplace.run(*arguments, environment=variables)
     assert finished.returncode == 0, finished.stderr

@@ -1,4 +1,4 @@
-"""A real run, seen through MLflow and the output folder."""
+"""A real run, as MLflow and the output folder show it."""
 
 import json
 import re
@@ -48,7 +48,7 @@ GUIDE_METRICS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """Two epochs in two processes, evaluated and saved at each, with TensorBoard and loader processes."""
+    """Train two epochs in two processes, evaluated and saved each, with TensorBoard and loaders."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(
         tiny_data,

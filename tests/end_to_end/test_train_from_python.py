@@ -1,4 +1,4 @@
-"""Training from Python: the same as the command, again and again in one process, and in a notebook's way."""
+"""Training from Python: equal to the command, repeatable in one process, and usable in a notebook."""
 
 import json
 import subprocess

@@ -1,6 +1,6 @@
-"""What a person sees of two trainings in MLflow's pages, in a real Chromium, by scripts/start_mlflow_ui.sh.
+"""MLflow's pages of two training runs in a real Chromium, opened by scripts/start_mlflow_ui.sh.
 
-Pictures of the pages go to out/ui, or to the folder that DETR_DIST_TEST_OUTPUT names.
+Screenshots of the pages go to out/ui, or to the folder in DETR_DIST_TEST_OUTPUT.
 """
 
 import json
@@ -49,8 +49,10 @@ def run_script(folder: Path, *arguments: str, **added: str) -> subprocess.Comple
 
 @contextmanager
 def served(folder: Path, *arguments: str, end: signal.Signals) -> Iterator[str]:
-    """The address that the script prints, when the pages are there. Then ends the script with a signal, and
-    sees to it that it leaves no process."""
+    """Yield the address that the script prints, once the pages respond.
+
+    Then end the script with a signal, and check that it leaves no process.
+    """
     log = folder / "ui.log"
     with log.open("w") as file:
         script = subprocess.Popen(
@@ -101,7 +103,7 @@ def experiments(address: str) -> list[dict[str, str]]:
 
 
 def write_easy_data(folder: Path, num_images: int) -> None:
-    """A bright square at the same place in every picture, which a tiny network finds in 20 steps."""
+    """Write images with a bright square in one place, which a tiny network detects after 20 steps."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(num_images)
     images, annotations = [], []
@@ -118,7 +120,7 @@ def write_easy_data(folder: Path, num_images: int) -> None:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory, new_workplace):
-    """A workplace where two trainings ended, each named as its output folder."""
+    """Return a workplace with two finished training runs, each named after its output folder."""
     place = new_workplace(tmp_path_factory.mktemp("two_runs"))
     data = place.folder / "data"
     write_easy_data(data / "train", 40)
@@ -140,7 +142,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, new_workplace):
 
 @pytest.fixture(scope="module")
 def ui(two_runs) -> Iterator[str]:
-    """Address of the pages; the port that was asked for is another program's."""
+    """Return the address of the pages; another program occupies the requested port."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with served(two_runs.folder, "--port", str(port), end=signal.SIGINT) as address:
@@ -157,7 +159,7 @@ def without(what: str) -> None:
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A page in a Chromium for which the internet does not exist."""
+    """Return a page in a Chromium without access to the internet."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -184,7 +186,7 @@ def picture(page, name: str) -> None:
 
 
 def middle_of(element) -> float:
-    """How far down the page it is, in pixels."""
+    """Return the vertical position of an element on the page, in pixels."""
     box = element.bounding_box()
     return float(box["y"] + box["height"] / 2)
 

@@ -42,7 +42,7 @@ TINY_CONFIG = {
 def write_coco(
     folder: Path, *, num_images: int, with_boxes: Callable[[int], int], mixed_sizes: bool, seed: int = 0
 ) -> None:
-    """A COCO folder of noise pictures; image i has `with_boxes(i)` boxes, in turns of players and balls."""
+    """Write a COCO folder of noise images; image i has `with_boxes(i)` boxes, players and balls in turn."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     images, annotations = [], []
@@ -69,10 +69,10 @@ def write_coco(
 
 
 def ground_truth(data: CocoData) -> dict[str, Any]:
-    """COCO's form of a data set, for pycocotools, with class indices as category ids.
+    """Return a data set in COCO's format, for pycocotools, with class indices as category ids.
 
     Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation ranks
-    detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no match".
+    detections of equal score. Annotations are numbered from 1: pycocotools uses id 0 for "no match".
     """
     ranks = data.image_ranks
     columns = (data.box_classes, data.boxes_xywh_px, data.areas, data.iscrowd.astype(int))

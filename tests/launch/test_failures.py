@@ -1,7 +1,7 @@
-"""What goes wrong in one process ends the run in all: soon, with one line each, and a non-zero code.
+"""A failure of one process ends the run in all: quickly, with one line each, and a non-zero code.
 
-Most processes are started as a launcher would start them on two hosts, by what it sets in the environment;
-where it is the launcher that matters there is a real one.
+Most processes are started like those of a launcher on two hosts, by the variables in the environment. Where
+the launcher itself matters, a real one is used.
 """
 
 import os
@@ -31,7 +31,7 @@ LIMITS = {"DETR_DIST_FORM_LIMIT_S": "8", "DETR_DIST_COLLECTIVE_LIMIT_S": "6"}
 
 @dataclass
 class Nodes:
-    """Two processes of a run, each as on a host of its own, or one launcher of both."""
+    """Two processes of a run, each as on its own host, or one launcher of both."""
 
     workplace: object
     data: Path
@@ -52,7 +52,7 @@ class Nodes:
         return ["train", *config, *folders, *LONG, *overrides]
 
     def start(self, node: int, *overrides: str, train_dir: Path | None = None, **environment: str) -> None:
-        """The process of a machine, as a launcher starts it: with a store in that of the first machine."""
+        """Start the process of a node like a launcher, with a store in the process of the first node."""
         self.store = self.store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         launched = {
             "RANK": str(node),
@@ -96,7 +96,7 @@ class Nodes:
         self.began_at = time.monotonic()
 
     def codes(self) -> list[int]:
-        """How all ended, within the time they have."""
+        """Return the exit codes of all, within their time limit."""
         return [command.wait(PATIENCE_S - (time.monotonic() - self.began_at)) for command in self.commands]
 
     def stacks(self, rank: int) -> str:

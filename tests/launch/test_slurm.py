@@ -1,4 +1,4 @@
-"""The shipped scripts on a real Slurm: training on two nodes, warned, robbed of a node, failing."""
+"""The shipped scripts on a real Slurm: training on two nodes, preemption, loss of a node, failures."""
 
 import os
 import re
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @dataclass
 class Job:
-    """A training that was submitted from a workplace, and what can be seen of it from outside."""
+    """Submitted training run of a workplace, as others can observe it."""
 
     slurm: object
     folder: Path
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What the batch script says."""
+        """Return the output of the batch script."""
         path = self.folder / f"detr-dist-{self.id}.out"
         return path.read_text() if path.exists() else ""
 
@@ -57,13 +57,13 @@ class Job:
         return str(self.slurm.job(self.id)["JobState"])
 
     def note_status(self) -> None:
-        """Note what MLflow says of the run, when that has changed."""
+        """Record the status of the run in MLflow when it has changed."""
         for (status,) in self._ask("SELECT status FROM runs"):
             if [status] != self.statuses[-1:]:
                 self.statuses.append(status)
 
     def step(self) -> int:
-        """The last one that MLflow has a loss of."""
+        """Return the last step with a loss in MLflow."""
         ((step,),) = self._ask("SELECT MAX(step) FROM metrics WHERE key = 'train_loss'")
         return step or 0
 
@@ -86,7 +86,7 @@ class Job:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Path:
-    """Generated matches."""
+    """Generate scenes."""
     place = new_workplace(tmp_path_factory.mktemp("scenes"))
     finished = place.run("make-data", "data", "--num-train", "24", "--num-val", "4")
     assert finished.returncode == 0, finished.stderr
@@ -95,7 +95,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Path:
 
 @pytest.fixture(scope="session")
 def submit(slurm, scenes: Path):
-    """Submit a training from a workplace, with options of sbatch and of the trainer."""
+    """Submit a training run from a workplace, with options of sbatch and of the trainer."""
 
     def start(workplace, *training: str, sbatch: tuple[str, ...] = TWO_BY_TWO, script: Path = SUBMIT) -> Job:
         data = ("--train-dir", scenes / "train", "--val-dir", scenes / "val", "--output-dir", "out")
@@ -209,8 +209,10 @@ exit 1
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tuple[Path, str]]:
-    """Folder and id of two jobs at a time, from repositories with the settings of a site, and with these in
-    the place of the launcher: Slurm holds a requeued job for half a minute."""
+    """Submit jobs with site settings and a script in place of the launcher, and return folder and id of each.
+
+    Two run at a time: Slurm holds a requeued job for half a minute.
+    """
     jobs = {}
     for launcher in (THREE_STARTS, NEVER_SAVES):
         folder = tmp_path_factory.mktemp("stand_in")
@@ -285,7 +287,7 @@ def test_the_job_script_alone_works_only_in_a_repository_folder(tmp_path: Path, 
 
 
 def examples() -> list[str]:
-    """The commands in the documentation that submit something."""
+    """Return the documented commands that submit a job."""
     texts = [(REPOSITORY / "docs" / "slurm.md").read_text(), SUBMIT.read_text().replace("\n# ", "\n")]
     found = re.findall(r"^ *(bash launch/slurm/submit\.sh (?:.*\\\n)*.*)$", "\n".join(texts), re.MULTILINE)
     return [command for command in found if "[" not in command and "..." not in command]

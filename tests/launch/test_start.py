@@ -1,4 +1,4 @@
-"""Before training: what would run where is said, also without training; and how to start on one machine."""
+"""The report before training, also as a dry run; and how to start on one host."""
 
 import json
 import os
@@ -94,7 +94,7 @@ NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2, "mul
 
 
 def test_every_accelerate_config_is_tested() -> None:
-    """Those of DeepSpeed in tests/dist/test_zero.py."""
+    """Leave out those of DeepSpeed, which tests/dist/test_zero.py uses."""
     names = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
     assert {name for name in names if not name.startswith("deepspeed_")} == NUM_PROCESSES.keys()
 

@@ -1,4 +1,4 @@
-"""A tiny member of the family, of any architecture."""
+"""A tiny detector of any architecture."""
 
 from collections.abc import Callable
 
@@ -30,7 +30,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_detector() -> Callable[..., Detector]:
-    """Builds one; settings of the model section may follow."""
+    """Return a function that builds one; it accepts settings of the model section."""
 
     def build(architecture: str, **settings: object) -> Detector:
         torch.manual_seed(0)
@@ -42,7 +42,7 @@ def tiny_detector() -> Callable[..., Detector]:
 
 @pytest.fixture
 def two_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of 64 x 96 and 50 x 70 on one canvas."""
+    """Return images of 64 x 96 and 50 x 70 on one canvas, and their sizes."""
     images = torch.randint(
         0, 255, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and what stays out of a quick start."""
+"""The imports between folders of the package, and the libraries that a quick start does not load."""
 
 import ast
 import subprocess
@@ -82,7 +82,7 @@ NAMES_THAT_SAY_NOTHING = {"common", "helpers", "misc", "utils"}
 
 
 def imported_by(path: Path, package: Path) -> Iterator[str]:
-    """Full names of what a module imports anywhere, in its functions too; `from a import b` gives `a.b`."""
+    """Return full names of all imports of a module, in its functions too; `from a import b` gives `a.b`."""
     own_package = [package.name, *path.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -94,7 +94,7 @@ def imported_by(path: Path, package: Path) -> Iterator[str]:
 
 
 def violations(package: Path) -> list[str]:
-    """One line for each import that the rules above forbid."""
+    """Return one line for each import that the rules above forbid."""
     found = []
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
@@ -114,7 +114,7 @@ def violations(package: Path) -> list[str]:
 
 
 def modules_loaded_by(*arguments: str) -> set[str]:
-    """Top-level names of all that a fresh Python imports to run the arguments, which must succeed."""
+    """Return top-level names of all that a fresh Python imports to run the arguments, which must succeed."""
     command = [sys.executable, "-X", "importtime", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     lines = finished.stderr.splitlines()

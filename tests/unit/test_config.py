@@ -1,4 +1,4 @@
-"""Configuration: what ships loads, what is wrong is named."""
+"""Configuration: shipped files load, and errors name what is wrong."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Standard output and error take any character, and outlive their reader."""
+"""Standard output and error accept any character, and a reader may close them."""
 
 import io
 import json
@@ -85,7 +85,7 @@ def test_output_without_a_reader_is_dropped(options: tuple[str, ...], tmp_path: 
 def test_the_log_file_is_complete_and_console_output_is_unchanged(
     level: int, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in Python code of a user, who has configured the root logger."""
+    """Configure the root logger, as Python code of a user may do."""
     package, root, received = logging.getLogger("detr_dist"), logging.getLogger(), []
     monkeypatch.setattr(package, "handlers", [])
     monkeypatch.setattr(package, "propagate", True)

@@ -1,4 +1,4 @@
-"""In which precision a run computes, and how exactly."""
+"""The precision and the numerical settings of a run."""
 
 import os
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from detr_dist.numerics import resolve_precision, set_numerics
 
 @pytest.fixture
 def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test sets is as before afterwards."""
+    """Restore the settings that a test changes."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
@@ -27,7 +27,7 @@ def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """torch believes in a GPU that computes bf16 natively."""
+    """Make torch report a GPU that computes bf16 natively."""
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)

@@ -1,4 +1,4 @@
-"""Which GPUs were asked for, and whether they are there."""
+"""The GPUs that were requested, and whether they exist."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def num_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two; what there is in truth must not matter here."""
+    """Make torch report two GPUs, whatever the host really has."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
 

@@ -1,4 +1,4 @@
-"""What users add: names in registries, objects by path, modules imported once."""
+"""User extensions: names in registries, objects by path, modules imported once."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from detr_dist.extensions import LOSSES, TRANSFORMS, Registry, import_extensions
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A user's file in the working directory, whose name is free afterwards."""
+    """Write a user's file in the working directory, and remove its module afterwards."""
     monkeypatch.chdir(tmp_path)
     Path("my_own_things.py").write_text(
         "executions = []\nexecutions.append(1)\nclass Thing:\n    value = 7\n", encoding="utf-8"

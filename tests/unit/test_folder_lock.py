@@ -31,7 +31,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """A process that holds the lock until it is killed, and its child, which lives on."""
+    """Start a process that holds the lock until it is killed, and a child of it that keeps running."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What is shipped beside the package: scripts, YAML files, metadata."""
+"""Files that are shipped with the package: scripts, YAML files, metadata."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def shown(path: Path) -> str:
 
 
 def tool(name: str) -> str:
-    """Path of a development tool, its environment activated or not; without it skips, in CI fails."""
+    """Return the path of a development tool, in any environment; skip without it, in CI fail."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is not None:
         return found

@@ -1,4 +1,4 @@
-"""What is written of addresses and settings holds no credentials, and everything else stays as it is."""
+"""Written addresses and settings hold no credentials, and everything else is unchanged."""
 
 import sys
 

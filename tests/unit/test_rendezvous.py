@@ -1,4 +1,4 @@
-"""Who is named when a process does not come, stops with an error, or is stuck."""
+"""The process that does not start, stops with an error, or hangs is named."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from detr_dist.rendezvous import Rendezvous, StallWatch
 
 @pytest.fixture
 def second_process(monkeypatch: pytest.MonkeyPatch) -> torch.distributed.PrefixStore:
-    """The store of a launcher of two processes, as the second one sees it; this one is the first."""
+    """Return the store of a launcher of two processes, as the second one sees it; this one is the first."""
     agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launched = {
         "WORLD_SIZE": "2",

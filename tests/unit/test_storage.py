@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, also after a kill."""
+"""Folders are complete or absent, also after a kill."""
 
 import itertools
 import os
@@ -46,7 +46,7 @@ OLD, NEW = {"a": "old a", "c": "old c"}, {"a": "new a", "b": "new b"}
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """Puts back the mask of this process that a test sets."""
+    """Restore the mask of this process that a test sets."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -67,8 +67,10 @@ def hidden(parent: Path) -> list[str]:
 
 
 def after_kills(operation: str, parent: Path, before: dict[str, dict[str, str]]) -> Iterator[Path]:
-    """The folder on which `operation` was killed at its first moment, its second and so on, repaired; at last
-    that of the one that got to its end."""
+    """Yield the repaired folder after a kill of `operation` at each of its moments.
+
+    The last one is the folder of the operation that completed.
+    """
     for moment in itertools.count():
         place = parent / str(moment)
         place.mkdir()

@@ -1,4 +1,4 @@
-"""What the checks of a data set find, and what they leave alone."""
+"""The findings of the data set checks, and the data that they accept."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
 
 
 def kinds(report: Report) -> dict[str, int]:
-    """Of all splits together; no kind may be found twice."""
+    """Return the findings of all splits together, each kind at most once."""
     findings = [finding for findings in report.findings.values() for finding in findings]
     assert len({f.kind for f in findings}) == len(findings)
     return {finding.kind: finding.count for finding in findings}
@@ -180,7 +180,7 @@ def test_duplicates_equal_those_of_a_comparison_of_all_pairs(
 def test_boxes_are_counted_by_class_and_size_after_the_resize(
     document: Document, write_coco: WriteCoco
 ) -> None:
-    """60x40 becomes 120x80, so sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
+    """Resize 60x40 to 120x80, so that sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
     data = load_coco(write_coco(document))
     statistics = statistics_of(data, CheckSettings(80, 1333, None))
     assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
@@ -191,7 +191,7 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
 def test_sizes_are_measured_after_the_resize_of_training(
     size_hw: tuple[int, int], document: Document, write_coco: WriteCoco
 ) -> None:
-    """Within 1 %: here the resized picture is not rounded to whole pixels."""
+    """Compare within 1 %: the resized image is not rounded to whole pixels here."""
     height, width = size_hw
     document["images"] = [NEW_IMAGE | {"height": height, "width": width}]
     document["annotations"] = [NEW_BOX | {"image_id": 9, "bbox": [0, 0, width, height]}]

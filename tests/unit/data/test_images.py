@@ -47,7 +47,7 @@ RGB_LEVELS = np.stack([LEVELS, LEVELS[::-1], LEVELS[:, ::-1]], axis=-1)
 
 
 def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
-    """16 bits per colour, which Pillow writes of grey ones only."""
+    """Write 16 bits per colour, which Pillow only writes for grey images."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
@@ -62,7 +62,7 @@ def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
 
 
 def write_tiff(path: Path, pixels: bytes, bits: list[int], *, photometric: int = 1, order: str = "<") -> None:
-    """Of LEVELS' size and without compression, in the variants that Pillow reads and does not write."""
+    """Write an uncompressed image of LEVELS' size in variants that Pillow reads but does not write."""
     num_entries, mark = 9, b"II*\0" if order == "<" else b"MM\0*"
     bits_at = 8 + 2 + 12 * num_entries + 4
     pixels_at = bits_at + 2 * len(bits)
@@ -82,7 +82,7 @@ def write_tiff(path: Path, pixels: bytes, bits: list[int], *, photometric: int =
 
 
 def in_twelve_bits(values: np.ndarray) -> bytes:
-    """Two values in three bytes."""
+    """Pack two values into three bytes."""
     pairs = values.reshape(-1, 2).astype(np.uint32)
     packed = (pairs[:, 0] << 12) | pairs[:, 1]
     return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
@@ -237,7 +237,7 @@ def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
 
 
 def photograph(height: int, width: int) -> Image.Image:
-    """Noise of some scales, the finest without colour: cameras resolve less of it, JPEG keeps less of it."""
+    """Return noise of several scales, the finest without colour, as cameras and JPEG give it."""
     rng = np.random.default_rng(height)
     picture = np.zeros((height, width, 3), np.float32)
     for cell, num_colours in ((40, 3), (10, 3), (2, 1)):

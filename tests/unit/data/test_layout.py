@@ -1,4 +1,4 @@
-"""Images are found whatever Pillow calls their format, once each, and the skipped files are known."""
+"""Images in every format of Pillow are found once each, and skipped files are known."""
 
 import os
 import struct

@@ -1,4 +1,4 @@
-"""Whatever goes wrong while images are loaded is one error, and no loader process is left."""
+"""Any failure while images are loaded is one error, and no loader process is left."""
 
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ class Usage(NamedTuple):
 
 
 class Faulty(CocoDetectionDataset):
-    """Does something else than load the second image of the data set."""
+    """Data set whose second image causes a fault instead of being loaded."""
 
     def __init__(self, data: CocoData, fault: Callable[[], object]) -> None:
         super().__init__(data, build_transform("none", 32, 64, train=True), seed=0, train=True)
@@ -58,7 +58,7 @@ def raising(error: Exception) -> Callable[[], None]:
 
 
 def children() -> set[BaseProcess]:
-    """All of this process; other tests may have left some."""
+    """Return the children of this process; other tests may have left some."""
     return set(multiprocessing.active_children())
 
 
@@ -75,7 +75,7 @@ def data(document: Document, write_coco: WriteCoco) -> CocoData:
 
 @pytest.fixture
 def loader(data: CocoData) -> Callable[..., BatchLoader]:
-    """Of three batches of one image each; the fault is in the second one."""
+    """Return a function that builds a loader of three one-image batches, with a fault in the second."""
 
     def build(fault: Callable[[], object], num_workers: int) -> BatchLoader:
         config = settings(num_workers)
@@ -88,7 +88,7 @@ def loader(data: CocoData) -> Callable[..., BatchLoader]:
 
 @pytest.fixture(autouse=True)
 def torch_has_no_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process; a loader of another test may have set torch's handler of SIGCHLD."""
+    """Remove torch's handler of SIGCHLD, which a loader of another test may have set."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
@@ -96,7 +96,7 @@ def torch_has_no_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def failure_of(loader: BatchLoader, *, after_s: float = 0.0) -> Exception:
-    """What ends the loading, to be kept as a caller may keep it; `after_s` later than the first batch."""
+    """Return the error that ends the loading, kept as by a caller; `after_s` later than the first batch."""
     before = children()
     with pytest.raises((DataError, LoaderError)) as raised:
         [time.sleep(after_s) for _ in loader]
@@ -203,7 +203,7 @@ def raising_always(shape: tuple[int, ...]) -> torch.Tensor:
 def test_shared_memory_is_compared_with_the_need_of_all_processes(
     total, free, num_processes, outcome, data, monkeypatch, capsys
 ) -> None:
-    """Two loaders with 4 batches each ahead, and one in use: 9 times 8.2 MiB."""
+    """Expect two loaders with 4 batches each ahead, and one in use: 9 times 8.2 MiB."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * MIB, 0, free * MIB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
     overrides = ["data.num_workers=2", "training.batch_size=3", "data.augmentation=none"]

@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
 
 
 def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetectionDataset:
-    """Functions and classes among the names are registered as `own_<n>`, n from 0."""
+    """Build a data set; functions and classes among the names are registered as `own_<n>`, n from 0."""
     own = [name for name in names if not isinstance(name, str)]
     for number, value in enumerate(own):
         TRANSFORMS._objects[f"own_{number}"] = value
@@ -76,7 +76,7 @@ def as_it_is(example: Example, rng: np.random.Generator) -> Example:
 
 
 class Mean:
-    """The mean of an example and two others."""
+    """Mean of an example and two others."""
 
     num_partners = 2
 
@@ -187,7 +187,7 @@ def test_evaluation_applies_no_transform_and_imports_none(data: CocoData) -> Non
 
 
 def returning(image: Any = None, boxes: Any = None, labels: Any = None) -> Any:
-    """A transform that changes parts of an example."""
+    """Return a transform that changes parts of an example."""
     given = (image, boxes, labels)
 
     def transform(example: Example, rng: np.random.Generator) -> Any:
@@ -270,14 +270,14 @@ COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 
 
 
 def filled(height: int, width: int, box: list[int], label: int) -> Example:
-    """A dark image with one box that is filled with the colour of its label."""
+    """Return a dark image with one box that is filled with the colour of its label."""
     image = torch.full((3, height, width), 20, dtype=torch.uint8)
     image[:, box[1] : box[3], box[0] : box[2]] = COLOURS[label][:, None, None]
     return example_of(image, torch.tensor([box]).float(), torch.tensor([label]), (height, width))
 
 
 def extent(image: Tensor, label: int) -> list[int]:
-    """The smallest box, as xyxy, around what has about the colour of a label."""
+    """Return the smallest box, as xyxy, around the pixels with about the colour of a label."""
     is_coloured = ((image > 120) == (COLOURS[label] > 120)[:, None, None]).all(dim=0)
     rows, columns = torch.nonzero(is_coloured, as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]

@@ -29,7 +29,7 @@ NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 def steps(
     plan: StepPlan, *, seed: int = 5, start_step: int = 0, size_hw: SizeOf | None = None
 ) -> Iterator[list[list[SampleKey]]]:
-    """For every optimizer step the keys of each process, in the order of its micro-batches."""
+    """Yield for every optimizer step the keys of each process, in the order of its micro-batches."""
     num_steps = NUM_STEPS - start_step
     streams = []
     for process_index in range(plan.num_processes):
@@ -75,7 +75,7 @@ def test_no_sample_comes_twice_in_an_epoch() -> None:
 
 
 def size_of(key: SampleKey) -> tuple[int, int]:
-    """Of three shapes, by chance for each epoch as an augmentation would."""
+    """Return one of three shapes, random in each epoch like an augmentation."""
     return SHAPES[random_numbers(Purpose.AUGMENT, 0, *key).integers(3)]
 
 

@@ -1,4 +1,4 @@
-"""Generated match scenes: same seed, same bytes; boxes hold what can be seen; folders are whole or absent."""
+"""Generated match scenes: equal seeds give equal bytes, and boxes cover the visible pixels."""
 
 import json
 from pathlib import Path
@@ -131,7 +131,7 @@ def test_there_is_at_most_one_ball_and_it_is_large_enough_to_learn(scenes: list[
 
 
 def boxes_of_squares(*places_px: tuple[float, float]) -> list[synthetic.BoxXywh | None]:
-    """Boxes of opaque squares of 10 px with their bottom centre at these places, later ones in front."""
+    """Return boxes of opaque squares of 10 px with these bottom centres, later ones in front."""
     square = Image.new("RGBA", (10 * SUPERSAMPLING, 10 * SUPERSAMPLING), (255, 255, 255, 255))
     things = [synthetic._Thing(PLAYER_ID, square, column, row) for column, row in places_px]
     owners = synthetic._compose(Image.new("RGB", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING)), things)

@@ -16,7 +16,7 @@ from detr_dist.data.transforms import (
 
 
 def scene(boxes: list[list[float]], height: int = 120, width: int = 200) -> Example:
-    """A dark picture in which box number n is filled with a light colour of its own."""
+    """Return a dark image in which each box is filled with its own light colour."""
     image = torch.full((3, height, width), 20, dtype=torch.uint8)
     for left, top, right, bottom in boxes:
         image[:, int(top) : int(bottom), int(left) : int(right)] = 220
@@ -31,13 +31,13 @@ def transformed(transform: DetectionTransform, example: Example, rng: np.random.
 
 
 def light_extent(image: Tensor) -> list[int]:
-    """The smallest box, as xyxy, around what is light."""
+    """Return the smallest box, as xyxy, around the light pixels."""
     rows, columns = torch.nonzero(image.float().mean(0) > 0.5 * float(image.max()), as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
 
 
 def interleaved(image: Tensor) -> Tensor:
-    """The same picture in the memory order of a decoder."""
+    """Return the same image in the memory layout of a decoder."""
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 

@@ -1,4 +1,4 @@
-"""The worst images come first, and what is wrong in them is marked."""
+"""The images with the most errors come first, and their errors are marked."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ BOX, ON_BOX, ELSEWHERE = (100, 100, 120, 120), (100, 100, 220, 220), (250, 250, 
 
 
 def errors_alone(data: CocoData, records: DetectionRecords, image: int) -> int:
-    """Of an image, by an evaluation of its detections only: whatever is elsewhere is then missed."""
+    """Return the errors of one image, with all boxes elsewhere as false negatives."""
     own = records.take(np.flatnonzero(records.image_rows == image))
     confusion = operating_points(data, own, 0.5).confusion
     elsewhere = int((~data.iscrowd & (data.image_rows != image)).sum())
@@ -54,7 +54,7 @@ def test_errors_are_described_in_words(new_scene) -> None:
 
 
 def with_files(data: CocoData, folder: Path, *names: str) -> CocoData:
-    """As if its images had these names; those that have a suffix are written, grey and 400 pixels wide."""
+    """Return the data with these file names; those with a suffix are written, grey and 400 pixels wide."""
     for name in filter(lambda name: "." in name, names):
         Image.new("RGB", (400, 400), (90, 90, 90)).save(folder / name)
     return replace(data, images_dir=folder, file_names=np.array([name.encode() for name in names]))
@@ -72,7 +72,7 @@ def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
 
 
 def tiles(sheet: Image.Image) -> Image.Image:
-    """Of a sheet of one row, without its head and what is written under the tiles."""
+    """Return the tiles of a sheet of one row, without its head and the text under the tiles."""
     top = sheet.height - 480 - 2 * module.LINE - module.GAP
     return sheet.crop((0, top, sheet.width, top + 480))
 

@@ -1,4 +1,4 @@
-"""Boxes and captions in a picture: seen, and inside it."""
+"""Boxes and captions are visible and inside the image."""
 
 from collections.abc import Sequence
 from dataclasses import replace

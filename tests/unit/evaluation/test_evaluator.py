@@ -22,7 +22,7 @@ from detr_dist.models.detector import Detector
 
 @pytest.fixture(scope="module")
 def data(tiny_data: Path) -> CocoData:
-    """Seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
+    """Return seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
     data = load_coco(tiny_data / "val")
     iscrowd = np.zeros_like(data.iscrowd)
     iscrowd[0] = True

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation say what its figures say, and nothing in them is cut off."""
+"""The plots of an evaluation show its metrics, and nothing in them is cut off."""
 
 import warnings
 from itertools import pairwise
@@ -38,7 +38,7 @@ def details(data: CocoData, records: DetectionRecords) -> Details:
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
-    """The four; where texts are is known once they are drawn."""
+    """Return the four plots, drawn, so that the positions of texts are known."""
     data, found = scene[0], details(*scene)
     points = found.operating_points
     with figure_style():
@@ -58,7 +58,7 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def classes_scene(new_scene, class_names: list[str]) -> Scene:
-    """Boxes of every class and size, found, missed, invented and confused."""
+    """Return boxes of every class and size: true and false positives, false negatives, misclassified."""
     num_classes = len(class_names)
     boxes, detections = [], []
     for label in range(num_classes):
@@ -111,7 +111,7 @@ def test_the_plots_fit_on_a_screen(num_classes: int, new_scene, tmp_path: Path) 
 
 
 def settings() -> dict[str, object]:
-    """All but the backend, which is not known before somebody asks."""
+    """Return all settings but the backend, which is unset until first use."""
     return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
 
 

@@ -1,4 +1,4 @@
-"""Precision, recall, F1, thresholds and confusions equal the definition, written as loops."""
+"""Precision, recall, F1, thresholds and the confusion matrix equal the definition, written as loops."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def slow_iou(detection: np.ndarray, truth_xywh: np.ndarray, crowd: bool) -> floa
 def slow_match(
     data: CocoData, records: DetectionRecords, rows: list[int], by_class: bool
 ) -> dict[int, int | str | None]:
-    """For each detection of `rows` its box, None, or "crowd"."""
+    """Return for each detection of `rows` its box, None, or "crowd"."""
     outcome: dict[int, int | str | None] = {}
     for image in range(len(data)):
         taken = set()
@@ -59,7 +59,7 @@ def slow_match(
 
 
 def considered(records: DetectionRecords) -> list[int]:
-    """The hundred best of each image and class."""
+    """Return the hundred best detections of each image and class."""
     rows = []
     for image in set(records.image_rows.tolist()):
         for label in set(records.labels.tolist()):
@@ -79,7 +79,7 @@ def slow_counts(
 
 
 def slow_best_threshold(data: CocoData, records: DetectionRecords, label: int) -> float:
-    """Tries the scores of all detections that are not in a crowd, each from the beginning."""
+    """Try the score of each detection outside a crowd, with a new calculation each time."""
     rows = [row for row in considered(records) if records.labels[row] == label]
     outcomes = slow_match(data, records, rows, by_class=True)
     best, best_f1 = 0.0, -1.0
@@ -233,7 +233,7 @@ def test_overall_metrics_count_every_box_once(scene: Scene) -> None:
 
 
 def rows_under(heading: str) -> Iterator[list[str]]:
-    """The cells of the table under a heading of the document, without its header."""
+    """Return the cells of the table under a heading of the document, without its header."""
     text = DOCUMENT.read_text().partition(f"### {heading}\n")[2]
     table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert table is not None, heading

@@ -1,4 +1,4 @@
-"""A loaded model predicts on images in any form, and does not care what its training imported."""
+"""A loaded model predicts on every type of image, without the extensions of its training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ SETTINGS = {"data": EDGES, "training": {"batch_size": 2}}
 
 @pytest.fixture
 def saved(tiny_detector: Callable, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a model; its training's configuration may be given."""
+    """Return a function that writes a model, with a configuration of its training."""
 
     def write(config: dict | None = None) -> Path:
         settings = Config.model_validate(SETTINGS)
@@ -158,7 +158,7 @@ def test_a_drawing_is_a_copy_with_the_boxes(model: TrainedModel, pixels: np.ndar
 def test_extensions_of_the_training_are_not_imported(
     saved: Callable[..., Path], pixels: np.ndarray, tmp_path: Path
 ) -> None:
-    """Names that are registered in training alone; a file that must not be executed."""
+    """Use names that only the training registers, and a file that must not be executed."""
     (tmp_path / "mine.py").write_text("raise SystemExit('was imported')")
     training = {"batch_size": 2, "callbacks": ["gone.Callback"], "extensions": [str(tmp_path / "mine.py")]}
     for extensions in ({}, {"extensions": []}):

@@ -1,4 +1,4 @@
-"""Every member of the family as ONNX: the same predictions as torch at any number and size of images."""
+"""Every family as ONNX: the predictions of torch at any number and size of images."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,7 +21,7 @@ VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
 
 @pytest.fixture
 def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
-    """Builds the library's own; options of its configuration may follow."""
+    """Return a function that builds a network of the library; it accepts options of its configuration."""
 
     def build(architecture: str, **overrides: object) -> PreTrainedModel:
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -12,13 +12,13 @@ from detr_dist.models.detector import Detector
 
 @pytest.fixture
 def detector(tiny_detector) -> Detector:
-    """One whose decoder layers share their heads."""
+    """Return a detector whose decoder layers share their heads."""
     return tiny_detector("deformable_detr").train()
 
 
 @torch.no_grad()
 def train(detector: Detector, step: int) -> None:
-    """Moves every weight and the statistics of batch norm, as an optimizer step would."""
+    """Change every weight and the batch norm statistics, as an optimizer step does."""
     generator = torch.Generator().manual_seed(step)
     for parameter in detector.parameters():
         parameter += torch.randn(parameter.shape, generator=generator)

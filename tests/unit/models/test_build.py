@@ -1,4 +1,4 @@
-"""Every member of the family comes out as one kind of module, with what its paper says."""
+"""Every family is built as one kind of module, with the settings of its paper."""
 
 import pytest
 import timm

@@ -40,7 +40,7 @@ def reweighted(kind: ClassKind, **weights: float) -> LossSettings:
 
 @dataclass
 class Problem:
-    """Predictions that collect gradients, and what they are compared with."""
+    """Predictions that collect gradients, and their targets."""
 
     logits: Tensor
     boxes: Tensor
@@ -58,7 +58,7 @@ class Problem:
         return criterion(outputs, self.labels, self.boxes_cxcywh, self.num_boxes, counts or self.counts)
 
     def fresh(self) -> "Problem":
-        """The same problem with gradients of its own."""
+        """Return the same problem with its own gradients."""
         logits, boxes = (value.detach().clone().requires_grad_() for value in (self.logits, self.boxes))
         return replace(self, logits=logits, boxes=boxes)
 
@@ -74,7 +74,7 @@ def problem(kind: ClassKind, num_boxes: list[int], seed: int = 0) -> Problem:
 
 
 def images(whole: Problem, first: int, last: int) -> Problem:
-    """The micro-batch of images `first` to `last` - 1, which hands its gradients on to the whole batch."""
+    """Return the micro-batch of images `first` to `last` - 1, which passes its gradients to the batch."""
     start, stop = sum(whole.num_boxes[:first]), sum(whole.num_boxes[:last])
     return Problem(
         whole.logits[:, first:last],
@@ -118,7 +118,7 @@ def grads(given: Problem) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Equal to `tolerance` of the largest value: float32 sums of a few hundred terms in another order."""
+    """Compare to `tolerance` of the largest value: float32 sums of a few hundred terms in another order."""
     largest = expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * largest)
 
@@ -282,7 +282,7 @@ def test_a_box_without_extent_keeps_loss_and_gradients_finite(kind: ClassKind) -
 
 
 class HostReads(TorchDispatchMode):
-    """Names of the operations that make the host wait for a value on the device."""
+    """Records the operations that make the host wait for a value on the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -328,14 +328,14 @@ def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
 
 
 def center_distance(matched: Matched) -> Tensor:
-    """As a user writes it."""
+    """Return the distance of box centres, as a term that a user writes."""
     difference = matched.boxes_cxcywh[..., :2] - matched.target_boxes_cxcywh[..., :2]
     return difference.norm(dim=-1).sum(1) / matched.counts.num_boxes_or_one
 
 
 @pytest.fixture
 def own_term(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Matched], Any]], None]:
-    """Registers a term `own` for the test."""
+    """Return a function that registers a term `own` for the test."""
     return lambda term: monkeypatch.setitem(LOSSES._objects, "own", term)
 
 
@@ -355,7 +355,7 @@ def test_a_custom_term_is_weighted_logged_and_summed_over_micro_batches(own_term
 
 
 def match_of(given: Problem) -> Matched:
-    """What the criterion hands to each term."""
+    """Return the matches that the criterion passes to each term."""
     seen: list[Matched] = []
 
     def look(matched: Matched) -> Tensor:

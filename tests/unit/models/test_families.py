@@ -1,4 +1,4 @@
-"""A family, a loss term and a backbone of the user's own work like those of the package."""
+"""A family, a loss term and a backbone of the user work like those of the package."""
 
 import dataclasses
 import json
@@ -31,14 +31,14 @@ TABLE = Family(
 
 @pytest.fixture(autouse=True)
 def registered_again() -> Iterator[None]:
-    """The families as they were before the test."""
+    """Restore the families after the test."""
     objects, origins = dict(FAMILIES._objects), dict(FAMILIES._origins)
     yield
     FAMILIES._objects, FAMILIES._origins = objects, origins
 
 
 def forget(name: str) -> None:
-    """As in a process that has not imported the module."""
+    """Remove a module, as in a process that has not imported it."""
     del FAMILIES._objects[name]
 
 

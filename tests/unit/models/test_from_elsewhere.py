@@ -1,4 +1,4 @@
-"""Networks that transformers alone has made predict the same here, bit by bit."""
+"""Networks that were saved by transformers alone predict the same here, bit for bit."""
 
 from pathlib import Path
 from typing import Any

@@ -15,9 +15,11 @@ from detr_dist.models.criterion import SetCriterion, StepCounts
 
 
 class Questions(TorchDispatchMode):
-    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to
-    continue, whose shape depends on values, or whose tensors are on two devices. The last ones show only on a
-    GPU, real or fake."""
+    """Records the operations for which a GPU would let the host wait.
+
+    Those are operations whose result Python needs to continue, whose shape depends on values, or whose
+    tensors are on two devices. The last ones show only on a GPU, real or fake.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
@@ -39,8 +41,11 @@ class Questions(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to transformers 5.17 each layer of Conditional DETR's decoder draws whether it is left out, whatever
-    the probability. The number is the host's, so that nothing waits, which does not show where all is."""
+    """Disable random layer drop in the decoder of Conditional DETR.
+
+    Up to transformers 5.17 each layer draws a random number, whatever the probability. It is on the host, so
+    nothing waits for it, but with all tensors on one device that does not show.
+    """
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **how: 1.0 if size == ([],) else rand(*size, **how))
 

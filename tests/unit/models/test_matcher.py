@@ -29,7 +29,7 @@ def targets(num_boxes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of(matches: Matches) -> set[tuple[int, int, int, int]]:
-    """Layer, image, query, target of every pair."""
+    """Return layer, image, query and target of every pair."""
     return set(zip(*(index.flatten().tolist() for index in matches[:4]), strict=True))
 
 
@@ -48,7 +48,7 @@ def test_every_image_gets_as_many_pairs_as_queries_or_targets_allow(kind: ClassK
 
 
 def slow_cost(kind: ClassKind, logits: Tensor, box: Tensor, label: int, target_box: Tensor) -> float:
-    """The published cost of one query with one target, in float64."""
+    """Return the published cost of one query with one target, in float64."""
     logits, box, target_box = logits.double(), box.double(), target_box.double()
     if kind == "softmax":
         class_cost = -logits.softmax(-1)[label]

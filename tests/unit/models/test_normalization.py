@@ -20,7 +20,7 @@ HALVES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}
 
 @pytest.fixture
 def published(tiny_detector, tmp_path: Path) -> Path:
-    """A detector as transformers alone would have saved it, whose pixels are not normalized as ImageNet's."""
+    """Save a detector with transformers alone, without ImageNet's normalization."""
     folder = tmp_path / "published"
     plain_network(tiny_detector("detr")).save_pretrained(folder)
     DetrImageProcessor(**HALVES).save_pretrained(folder)

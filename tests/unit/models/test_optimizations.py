@@ -26,7 +26,7 @@ from detr_dist.models.optimizations import (
 
 
 def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True) -> dict[str, Tensor]:
-    """Predictions, and the gradients of all parameters."""
+    """Return predictions, and the gradients of all parameters."""
     generator = torch.Generator().manual_seed(height)
     images = torch.randint(0, 255, (2, 3, height, width), dtype=torch.uint8, generator=generator)
     sizes_hw = torch.tensor([[height, width], [height - 9 * is_padded, width]])
@@ -145,7 +145,7 @@ def test_less_memory_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, 
 
 
 def kept_bytes(detector: Detector) -> int:
-    """Of activations, after a forward pass."""
+    """Return the bytes of activations that a forward pass keeps."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

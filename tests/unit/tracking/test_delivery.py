@@ -1,4 +1,4 @@
-"""What an outbox holds comes to a real MLflow store once, whatever happens on the way."""
+"""The records of an outbox reach a real MLflow store once, whatever happens in between."""
 
 import itertools
 import logging
@@ -26,7 +26,7 @@ from detr_dist.tracking.store import patience
 
 @dataclass
 class Sender:
-    """An outbox, and the MLflow run that it is for."""
+    """Outbox, and the MLflow run that it belongs to."""
 
     outbox: Outbox
     client: MlflowClient
@@ -35,11 +35,11 @@ class Sender:
     clock: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000))
 
     def log(self, step: int, **values: float) -> None:
-        """Note metrics at a moment of their own, as a run does."""
+        """Record metrics with their own timestamp, as a run does."""
         self.outbox.append("metrics", step=step, at_ms=next(self.clock), values=values)
 
     def delivery(self, client: MlflowClient | None = None) -> Delivery:
-        """As a new process would begin one."""
+        """Return a delivery like that of a new process."""
         return Delivery(OutboxReader(self.outbox.folder), client or self.client)
 
     def deliver(self, client: MlflowClient | None = None) -> None:
@@ -71,7 +71,7 @@ class Sender:
 def sender(
     request: pytest.FixtureRequest, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Sender]:
-    """To both kinds of local store: a database swallows an entry that it has already, files do not."""
+    """Use both kinds of local store: a database ignores an entry that it already has, files do not."""
     if request.param == "database":
         shutil.copy(empty_store, tmp_path / "mlflow.db")
         uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -92,7 +92,7 @@ def sender(
 
 @pytest.fixture
 def new_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of files, each with its name and `content` in it."""
+    """Return a function that makes a folder of files, each with its name and `content` in it."""
     numbers = itertools.count()
 
     def make(*names: str, content: str = "") -> Path:
@@ -107,7 +107,7 @@ def new_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 class Away(MlflowClient):
-    """A server that breaks off in the middle of the first `num_times` batches, or does not even get them."""
+    """Server that loses the connection during the first `num_times` batches, or before it receives them."""
 
     def __init__(self, uri: str, *, num_times: int, applies: bool) -> None:
         super().__init__(uri)
@@ -470,7 +470,7 @@ def test_folders_that_retention_would_delete_are_not_uploaded(
 
 
 class WithoutRights(MlflowClient):
-    """A user who may log, but neither register nor delete."""
+    """User who may log, but neither register nor delete."""
 
     def create_registered_model(self, *_: Any, **__: Any) -> Any:
         raise MlflowException("no right to register", error_code=PERMISSION_DENIED)
@@ -539,7 +539,7 @@ def test_files_in_the_store_are_available_through_mlflow(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks, and tries again, after milliseconds."""
+    """Poll and retry after milliseconds."""
     monkeypatch.setattr(delivery_module, "_LOOK_EVERY_S", 0.001)
     monkeypatch.setattr(delivery_module, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(delivery_module, "_LONGEST_PAUSE_S", 0.01)

@@ -1,4 +1,4 @@
-"""A tracker whose server is away, and what is said of a tracking URI."""
+"""A tracker whose server is unavailable, and the messages about a tracking URI."""
 
 import os
 import re
@@ -28,7 +28,7 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Refuses connections until it listens; then takes them and never says a word."""
+    """Return a port that refuses connections until it listens; then it accepts them and never answers."""
     for name in (TIMEOUT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
         monkeypatch.setenv(name, "")  # to be put back as it was
         monkeypatch.delenv(name)
@@ -39,7 +39,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def tracker(port: socket.socket) -> MLflowTracker:
-    """Of a run that goes on, which needs no server."""
+    """Return the tracker of a resumed run, which needs no server."""
     uri = f"http://127.0.0.1:{port.getsockname()[1]}"
     return MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri), run_id="0" * 32, known_uri=uri)
 

@@ -1,4 +1,4 @@
-"""What waits for MLflow outlives crashes, deletions and whoever else would deliver it."""
+"""Queued records and folders survive crashes, deletions and other processes that deliver them."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def outbox(folder: Path) -> Iterator[Outbox]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder to upload, with a folder in it."""
+    """Make a folder to upload, with a folder in it."""
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "a").write_text("a")
@@ -42,7 +42,7 @@ def steps_in(folder: Path, cursor: str = "values") -> list[int]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The folders that wait, as their records name them."""
+    """Return the queued folders, as named in their records."""
     return [content["name"] for _, content, _ in OutboxReader(folder).records("folders")]
 
 

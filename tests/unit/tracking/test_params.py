@@ -1,4 +1,4 @@
-"""No setting is missing from a run's params, and each keeps the name of the guide."""
+"""Every setting is among the params of a run, under its documented name."""
 
 from detr_dist.config import Config, LoggingConfig
 from detr_dist.tracking.params import config_params

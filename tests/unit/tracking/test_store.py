@@ -1,4 +1,4 @@
-"""Several runs that open, make and change one MLflow store at the same moment."""
+"""Several runs that open, create and change one MLflow store at the same time."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What is read of machines and GPUs, and under which names, whatever the driver numbers, hides or refuses."""
+"""The metrics of hosts and GPUs and their names, whatever the driver numbers, hides or refuses."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ UUIDS = [f"{i}{i}{i}{i}0000-1111-2222-3333-444444444444" for i in range(8)]
 
 @dataclass(eq=False)
 class Gpu:
-    """A GPU, or an instance of one under MIG: then `busy` is None, as NVML does not tell it."""
+    """GPU, or an instance of one under MIG: then `busy` is None, as NVML does not report it."""
 
     uuid: str
     used_gib: float = 0.0
@@ -34,9 +34,9 @@ class Gpu:
 
 
 class Driver:
-    """The part of NVML that is asked here, on a machine with these GPUs. There is none here for real.
+    """Subset of NVML that the package uses, for a node with these GPUs. There is no real one here.
 
-    As NVML does, it counts what the process may see, however CUDA_VISIBLE_DEVICES chooses from that.
+    As in NVML, the count is that of visible GPUs, independent of CUDA_VISIBLE_DEVICES.
     """
 
     def __init__(self, *gpus: Gpu, is_installed: bool = True) -> None:
@@ -83,7 +83,7 @@ class Driver:
         return SimpleNamespace(gpu=handle.busy, memory=0)
 
     def cuda_uuid(self, device: torch.device) -> str:
-        """The bare UUID of a torch device, as CUDA chooses it."""
+        """Return the bare UUID of a torch device, as CUDA chooses it."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(len(self.gpus))))
         chosen = visible.split(",")[device.index]
         return self.gpus[int(chosen)].uuid if chosen.isdigit() else chosen.split("-", 1)[1]
@@ -96,7 +96,7 @@ class Driver:
 
 
 class Company:
-    """The main process's side of a run with other processes, which were started before."""
+    """Main process of a run with other processes, which were started before."""
 
     def __init__(self, others: Sequence["Process"]) -> None:
         self.others = others
@@ -124,7 +124,7 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Begins a process of a run on a machine, and reads once."""
+    """Start a process of a run on a node, and read once."""
 
     def start_one(
         driver: Driver,
@@ -290,7 +290,7 @@ def test_the_memory_of_a_process_includes_its_child_processes() -> None:
 def test_an_mlflow_file_store_accepts_every_metric_for_any_host_name(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The narrowest of the stores: a metric is a file there, so no name may be another's folder."""
+    """Use the strictest store: a metric is a file there, so no name may be another's folder."""
     read = start(Driver(Gpu(UUIDS[0], used_gib=1)), machine="Jörg's/pc:1").read
     assert len(read) == 6
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")

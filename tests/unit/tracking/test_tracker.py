@@ -1,4 +1,4 @@
-"""Trackers that are not MLflow's, and what becomes of the log of a run."""
+"""Trackers other than MLflow's, and the log file of a run."""
 
 import errno
 import logging
@@ -17,7 +17,7 @@ _logger = logging.getLogger("detr_dist.tests")
 
 
 class Notebook(Tracker):
-    """As a stranger would write one, who wants no files but the log."""
+    """User's tracker that accepts no files but the log."""
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def notebook() -> Notebook:
 
 @pytest.fixture
 def forget_modules() -> Iterator[None]:
-    """Forget what a test imports from its own folder."""
+    """Remove the modules that a test imports from its own folder."""
     known = set(sys.modules)
     yield
     for name in set(sys.modules) - known:
@@ -142,7 +142,7 @@ def test_the_first_of_two_threads_that_close_a_run_decides_its_status(
 
 
 class FullDisk(OwnTracker):
-    """Whatever it is told needs room that is not there."""
+    """Tracker for whose output there is no space."""
 
     def _fail(self, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -151,7 +151,7 @@ class FullDisk(OwnTracker):
 
 
 class Broken(Tracker):
-    """Whatever it is told raises."""
+    """Tracker that raises in every method."""
 
     def _fail(self, *_: Any, **__: Any) -> None:
         raise KeyError("api_key")

@@ -1,4 +1,4 @@
-"""Which store the pages are opened on, and at which port."""
+"""The store that the pages are opened on, and their port."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A checkpoint shows whether it is whole, and nothing in it is ever executed."""
+"""A checkpoint shows whether it is complete, and nothing in it is ever executed."""
 
 import json
 import os
@@ -42,7 +42,7 @@ Rewrite = Callable[[Path, str, bytes], None]
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

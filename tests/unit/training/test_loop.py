@@ -1,4 +1,4 @@
-"""Where a run stands: which evaluation was the best, and whether it is over."""
+"""The progress of a run: its best evaluation, and whether it is over."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What is saved at the end of an epoch, and what the user's callbacks are told."""
+"""The files saved at the end of an epoch, and the notifications of the user's callbacks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ from detr_dist.training.signals import StopSignals
 
 
 class CountingOptimizer:
-    """Counts how often what it remembers is asked for."""
+    """Optimizer that counts the requests for its state."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -48,7 +48,7 @@ class CountingOptimizer:
 
 
 class Logged(Tracker):
-    """Keeps the metrics."""
+    """Tracker that keeps the metrics."""
 
     def __init__(self) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
@@ -73,7 +73,7 @@ class Recorder(Callback):
 
 
 class Broken(Callback):
-    """Fails in each method."""
+    """Callback that fails in each method."""
 
     def on_step(self, event: StepEvent) -> None:
         raise ZeroDivisionError("by zero")
@@ -95,7 +95,7 @@ def observe(
     tiny_data: Path,
     optimizer: CountingOptimizer,
 ) -> Iterator[Callable[..., RunObserver]]:
-    """Observes a run in `tmp_path` whose epochs have 10 steps; a checkpoint is due after every second."""
+    """Observe a run in `tmp_path` whose epochs have 10 steps; a checkpoint is due after every second."""
     config = facts.config.model_copy(
         update={
             "checkpoint": CheckpointConfig(every_epochs=2),
@@ -139,7 +139,7 @@ def observe(
 
 @pytest.fixture
 def no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations that find nothing, at once."""
+    """Replace evaluations by ones that find nothing, without delay."""
     details = Details(DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)

@@ -1,4 +1,4 @@
-"""Which parameters learn how fast, and when."""
+"""The learning rate of each parameter, and its schedule."""
 
 import pytest
 import torch

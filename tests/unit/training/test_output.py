@@ -1,4 +1,4 @@
-"""An output folder holds one run: what belongs to another is set aside, and nothing of it is deleted."""
+"""An output folder holds one run: files of another are set aside, and none of them is deleted."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ OTHERS = {"mlflow.db", "notes"}
 
 @pytest.fixture
 def output_dir(tmp_path: Path, snapshot_at: SnapshotAt) -> Path:
-    """Of a run of two epochs, the first of which was the better one; and of its user."""
+    """Write the files of a run of two epochs, of which the first was better, and those of a user."""
     folder = tmp_path / "out"
     for names, step, closed_step in (
         (["epoch_1", "best"], 10, 10),

@@ -1,4 +1,4 @@
-"""What may change between two parts of a run, and putting back what was saved."""
+"""What may change between two parts of a run, and restoring what was saved."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +61,7 @@ DECIDE_WHAT_IS_LEARNED = {
 
 
 def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
-    """The facts of a run with these settings."""
+    """Return the facts of a run with these settings."""
     config = load_config(None, overrides)
     settings = config.training
     plan = StepPlan(80, settings.batch_size, num_processes, settings.gradient_accumulation_steps)
@@ -80,7 +80,7 @@ def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
 
 
 def with_another_value(facts: RunFacts, keys: set[str]) -> RunFacts:
-    """These settings are something else, whatever it is."""
+    """Return the run with other values of these settings."""
     config = facts.config
     for key in keys:
         section, name = key.split(".")

@@ -1,4 +1,4 @@
-"""Checkpoints and models are written, pruned and uploaded behind the back of the training."""
+"""Checkpoints and models are written, pruned and uploaded in the background."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ NewSaver = Callable[..., Saver]
 
 
 class Tracker:
-    """Stands in for one that is on its way to a server."""
+    """Stand-in for a tracker whose uploads take time."""
 
     def __init__(self, upload: Callable[[Path, str], None]) -> None:
         self._upload = upload

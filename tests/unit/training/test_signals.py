@@ -1,4 +1,4 @@
-"""Signals ask, and do nothing else; only a repeated Ctrl-C ends the process."""
+"""Signals only record a request; only a repeated Ctrl-C ends the process."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What a model reference names: folders, checkpoints, hub ids, and what can be none of them."""
+"""Model references: folders, checkpoints, hub ids, and invalid ones."""
 
 from pathlib import Path
 

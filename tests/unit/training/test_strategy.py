@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and contradictions between its settings and ours."""
+"""The settings passed to DeepSpeed, and contradictions between its settings and ours."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SETTINGS = TrainingConfig(batch_size=3, gradient_accumulation_steps=2, gradient_
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """As `accelerate launch` would: with a stage and further variables, or with a file of DeepSpeed's own."""
+    """Set variables like `accelerate launch`: a stage and further variables, or a file of DeepSpeed's own."""
 
     def launch(stage: int = 2, file: dict[str, object] | None = None, **variables: str) -> None:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")

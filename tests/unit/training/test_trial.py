@@ -1,4 +1,4 @@
-"""The largest batch is tried before the first step, and leaves nothing behind."""
+"""The largest batch is tried before the first step, and changes nothing."""
 
 import copy
 from dataclasses import replace
@@ -22,7 +22,7 @@ BATCH = {"num_images": 2, "num_boxes": 3, "canvas_hw": (64, 96)}
 
 
 def everything(training: Training) -> list[Tensor]:
-    """Weights, buffers, their average, what the optimizer remembers, and the state of random numbers."""
+    """Return weights, buffers, their average, the optimizer state, and the state of random numbers."""
     states = (training.model.state_dict(), training.average.detector.state_dict())
     moments = [value for state in training.optimizer.state.values() for value in state.values()]
     tensors = [*(tensor for state in states for tensor in state.values()), *moments, torch.get_rng_state()]
