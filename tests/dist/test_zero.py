@@ -34,7 +34,7 @@ QUARTERS = ("training.batch_size=2", "training.gradient_accumulation_steps=2")  
 # is really different, such as no clipping, is 1.8.
 WEIGHTS_TOLERANCE = 0.03
 LOSSES = tuple(f"train_{loss}" for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
-FIGURES = (*LOSSES, "learning_rate", "val_loss")
+METRICS = (*LOSSES, "learning_rate", "val_loss")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +67,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Pat
 
 
 def is_same(first: Path, second: Path) -> bool:
-    ours, theirs = load_file(first), load_file(second)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    found, other = load_file(first), load_file(second)
+    return found.keys() == other.keys() and all(torch.equal(found[key], other[key]) for key in found)
 
 
 def difference(runs, output: str, other: str, name: str) -> float:
@@ -93,11 +93,11 @@ def last(runs, output: str) -> Path:
 @pytest.mark.parametrize("name", ZERO)
 def test_each_zero_stage_gives_the_results_of_ddp_and_of_one_process(runs, name: str) -> None:
     for other in ("ddp", "one"):
-        for figure in FIGURES:
+        for metric in METRICS:
             # Sums in another order, and convolutions over other batch sizes: float32 rounding, nothing more.
-            assert runs.history(figure, name) == [
-                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in runs.history(figure, other)
-            ], (figure, other)
+            assert runs.history(metric, name) == [
+                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in runs.history(metric, other)
+            ], (metric, other)
         for weights in ("model.safetensors", "ema.safetensors"):
             assert difference(runs, name, other, weights) < WEIGHTS_TOLERANCE, (other, weights)
     assert difference(runs, "unclipped", "one", "model.safetensors") > 1
@@ -145,13 +145,13 @@ def test_a_resumed_zero_run_equals_the_uninterrupted_run_bit_for_bit(
     assert "at step 5," in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
         assert is_same(last(runs, output) / weights, last(runs, name) / weights), weights
-    ours, whole = (
+    found, expected = (
         torch.load(last(runs, each) / "optimizer.pt", weights_only=True)["optimizer"] for each in (output, name)
     )
-    assert ours.keys() == whole.keys()
-    for index, memory in whole.items():
-        for what, tensor in memory.items():
-            assert torch.equal(ours[index][what], tensor), (index, what)
+    assert found.keys() == expected.keys()
+    for index, state in expected.items():
+        for what, tensor in state.items():
+            assert torch.equal(found[index][what], tensor), (index, what)
 
 
 @pytest.mark.dist
@@ -183,7 +183,7 @@ def test_a_resumed_run_may_change_num_processes_and_zero_stage(
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "changed since: ZeRO stage" in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
-        # A memory of the optimizer that was lost would be as much as the change itself.
+        # A lost optimizer state would differ as much as the change itself.
         assert difference(runs, output, "one", weights) < WEIGHTS_TOLERANCE, weights
 
 

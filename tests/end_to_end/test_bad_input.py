@@ -80,8 +80,8 @@ def error_lines(workplace, data: Path, capsys, *overrides: str) -> tuple[int, li
 
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_unusable_data_fails_with_one_line_that_names_the_culprit(name, workplace, data, capsys) -> None:
-    spoil, culprit = BAD_DATA[name]
-    spoil(data)
+    corrupt, culprit = BAD_DATA[name]
+    corrupt(data)
     code, lines = error_lines(workplace, data, capsys)
     assert code == 1
     assert len(lines) == 1
@@ -123,11 +123,11 @@ def test_all_wrong_settings_are_reported_together(workplace, data, capsys) -> No
 
 
 def test_boxes_are_clipped_and_empty_boxes_dropped_with_a_warning(workplace, data) -> None:
-    def spoil(document: Document) -> None:
+    def corrupt(document: Document) -> None:
         document["annotations"][0]["bbox"] = [-5, 2, 20, 20]
         document["annotations"][1]["bbox"] = [300, 300, 10, 10]
 
-    edit(data / "train" / JSON, spoil)
+    edit(data / "train" / JSON, corrupt)
     finished = workplace.train(data, "training.max_steps=1", "logging.mlflow=false")
     assert finished.returncode == 0, finished.stderr
     clipped, dropped = (
@@ -150,7 +150,7 @@ def test_every_process_reports_the_error_and_none_hangs(workplace, data) -> None
 @pytest.mark.dist
 def test_an_error_on_one_process_during_training_is_reported_on_all(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     finished = workplace.train(data, "logging.mlflow=false", "data.num_workers=1", num_processes=2)
     assert finished.returncode != 0
     for process in (0, 1):
@@ -172,7 +172,7 @@ def test_a_failing_transform_is_named_with_its_image_on_every_process(workplace,
 
 def test_an_error_in_a_loader_process_fails_the_run_with_one_line(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     finished = workplace.train(data, "data.num_workers=2")
     assert finished.returncode == 1
     (line,) = finished.stderr.splitlines()

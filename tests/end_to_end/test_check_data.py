@@ -34,7 +34,7 @@ def sound_document(num_images: int = 8) -> Document:
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> Path:
+def faulty(tmp_path: Path) -> Path:
     """Write `train` and `val` with one of each fault that can occur together with the others."""
     train, val = sound_document(16), sound_document()
     boxes = train["annotations"]
@@ -68,7 +68,7 @@ def spoiled(tmp_path: Path) -> Path:
     (tmp_path / "train" / JSON).write_text(json.dumps(train))
 
     (tmp_path / "train" / "1.jpg").unlink()
-    (tmp_path / "train" / "2.jpg").write_bytes(b"no picture")
+    (tmp_path / "train" / "2.jpg").write_bytes(b"no image")
     shutil.copy(tmp_path / "train" / "5.jpg", tmp_path / "train" / "6.jpg")
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -112,7 +112,7 @@ FAULTS_OF_VAL = {
 }
 
 
-def test_each_fault_is_found_exactly_once(workplace, spoiled: Path) -> None:
+def test_each_fault_is_found_exactly_once(workplace, faulty: Path) -> None:
     settings = ("model.num_queries=6", "data.shortest_edge=80")
     finished = workplace.run("check-data", "--json", "train", "val", *settings)
     assert finished.returncode == 1
@@ -126,7 +126,7 @@ def test_each_fault_is_found_exactly_once(workplace, spoiled: Path) -> None:
     assert found == expected
 
 
-def test_the_text_report_lists_the_same_findings_and_ends_with_the_verdict(workplace, spoiled: Path) -> None:
+def test_the_text_report_lists_the_same_findings_and_ends_with_the_verdict(workplace, faulty: Path) -> None:
     settings = ("model.num_queries=6", "data.shortest_edge=80")
     report = json.loads(workplace.run("check-data", "--json", "train", "val", *settings).stdout)
     finished = workplace.run("check-data", "train", "val", *settings)
@@ -137,12 +137,12 @@ def test_the_text_report_lists_the_same_findings_and_ends_with_the_verdict(workp
     assert finished.stderr == ""
 
 
-def test_quick_reports_the_faults_that_need_no_image(workplace, spoiled: Path) -> None:
+def test_quick_reports_the_faults_that_need_no_image(workplace, faulty: Path) -> None:
     report = json.loads(workplace.run("check-data", "--json", "--quick", "train", "val").stdout)
     found = {finding["kind"] for finding in report["findings"]}
     assert {"missing_image", "unknown_image", "classes_differ", "box_outside"} <= found
-    needs_pictures = {"unreadable_image", "wrong_size", "exif_rotation", "duplicate_picture"}
-    assert not found & (needs_pictures | {"picture_in_two_splits", "lookalike_in_two_splits"})
+    need_images = {"unreadable_image", "wrong_size", "exif_rotation", "duplicate_picture"}
+    assert not found & (need_images | {"picture_in_two_splits", "lookalike_in_two_splits"})
     assert report["opened_pictures"] is False
 
 

@@ -80,10 +80,10 @@ def test_num_processes_and_batch_size_change_no_result(
         assert other["score"] == pytest.approx(one["score"], abs=1e-6)  # float32
         assert other["bbox"] == pytest.approx(one["bbox"], abs=1e-3)  # in pixels of up to 120
     assert report["confusion"] == expected_report["confusion"]
-    figures, expected_figures = report["metrics"], expected_report["metrics"]
-    assert figures == pytest.approx(expected_figures, abs=1e-5)  # losses of about 10, scores as thresholds
-    ranking = [name for name in figures if not re.search("loss|threshold", name)]
-    assert [figures[name] for name in ranking] == [expected_figures[name] for name in ranking]
+    metrics, expected_metrics = report["metrics"], expected_report["metrics"]
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)  # losses of about 10, scores as thresholds
+    ranking = [name for name in metrics if not re.search("loss|threshold", name)]
+    assert [metrics[name] for name in ranking] == [expected_metrics[name] for name in ranking]
 
 
 def test_thresholds_of_the_model_replace_the_best_thresholds(trained, easy_data: Path) -> None:

@@ -187,10 +187,10 @@ print(type(network).__module__, tuple(outputs.pred_boxes.shape))
     ],
 )
 def test_an_unavailable_model_fails_with_one_line_and_leaves_no_files(trained, model: str, part: str) -> None:
-    spoilt = trained.folder / model
-    if "/" not in model and not spoilt.exists():
-        shutil.copytree(trained.folder / "out" / "model", spoilt)
-        {"pickle_only": lose_safetensors, "no_processor": lose_processor, "half": lose_weights}[model](spoilt)
+    broken = trained.folder / model
+    if "/" not in model and not broken.exists():
+        shutil.copytree(trained.folder / "out" / "model", broken)
+        {"pickle_only": lose_safetensors, "no_processor": lose_processor, "half": lose_weights}[model](broken)
     before = sorted(trained.folder.iterdir())
     finished = trained.run("export", "--model", model, "--output-dir", "never")
     assert part in error_of(finished)

@@ -44,10 +44,10 @@ def test_a_run_keeps_the_configured_number_of_checkpoints(place) -> None:
 
 def test_without_delete_it_only_lists_what_it_would_delete(place) -> None:
     before = checkpoints(place), artifacts(place, "models")
-    said = place.run("prune", "out", "--keep-last", "2")
-    assert said.returncode == 0, said.stderr
+    listed = place.run("prune", "out", "--keep-last", "2")
+    assert listed.returncode == 0, listed.stderr
     run_id = place.results()["run_id"]
-    lines = said.stdout.splitlines()
+    lines = listed.stdout.splitlines()
     assert {line.split("MiB")[1].strip() for line in lines[:-1]} == {
         "out/checkpoints/epoch_2", f"runs:/{run_id}/checkpoints/epoch_2", f"runs:/{run_id}/models/epoch_2"
     }  # fmt: skip
@@ -96,13 +96,13 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_has_nothing_to_prune(workplace,
     overrides = ("training.batch_size=2", "training.num_epochs=4", "checkpoint.every_epochs=1")
     cut_short = workplace.train(tiny_data, *overrides, "training.max_steps=24")  # of 20 steps an epoch
     assert cut_short.returncode == 0, cut_short.stderr
-    going_on = workplace.start(tiny_data, *overrides, "--resume", "auto")
+    resumed = workplace.start(tiny_data, *overrides, "--resume", "auto")
     log = workplace.folder / "log"
     while not log.exists() or "step 25/80" not in log.read_text():
-        assert going_on.poll() is None, log.read_text()
+        assert resumed.poll() is None, log.read_text()
         time.sleep(0.01)
-    going_on.send_signal(signal.SIGTERM)  # saves `last`, and no model
-    assert going_on.wait(timeout=60) == 75
+    resumed.send_signal(signal.SIGTERM)  # saves `last`, and no model
+    assert resumed.wait(timeout=60) == 75
     (run_id,) = [path.name for path in (workplace.folder / "out" / "outbox").iterdir()]
     assert artifacts(workplace, "models", run_id) == {"models/epoch_1", "models/epoch_2"}
     pruned = workplace.run("prune", run_id, "--keep-last", "2")

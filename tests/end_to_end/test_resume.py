@@ -146,16 +146,16 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
     assert newest_run(workplace).info.status == "FINISHED"
-    whole = uninterrupted(num_processes)
+    complete = uninterrupted(num_processes)
     for metric in (*PER_STEP, "val_map", "val_f1", "val_loss"):
-        assert workplace.history(metric) == whole.history(metric), metric
+        assert workplace.history(metric) == complete.history(metric), metric
     assert [step for step, _ in workplace.history("train_loss")] == list(range(1, STEPS + 1))
-    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, whole))
+    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, complete))
     for name in WEIGHTS:
         weights = load_file(last / name)
         for key, tensor in load_file(expected / name).items():
             assert torch.equal(weights[key], tensor), (name, key)
-    assert workplace.results()["metrics"] == whole.results()["metrics"]
+    assert workplace.results()["metrics"] == complete.results()["metrics"]
     assert (workplace.folder / "out" / "model" / "config.json").exists()
 
 
@@ -166,7 +166,7 @@ def test_changing_num_processes_between_resumes_trains_the_same(workplace, tiny_
     """Accumulate twice in one process: its micro-batches, and so its dropout, equal those of two."""
     splits = {2: "training.gradient_accumulation_steps=1", 1: "training.gradient_accumulation_steps=2"}
     common = ("training.num_epochs=4", "data.augmentation=detr", "model.freeze_batch_norm=true")
-    finished = workplace.train(tiny_data, *common, splits[2], output="whole", num_processes=2)
+    finished = workplace.train(tiny_data, *common, splits[2], output="expected", num_processes=2)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for num_processes, steps in ((2, 7), (1, 13), (2, 20)):  # of 20, five an epoch
         finished = workplace.train(
@@ -183,7 +183,7 @@ def test_changing_num_processes_between_resumes_trains_the_same(workplace, tiny_
     assert "training.gradient_accumulation_steps 2 -> 1" in finished.stdout
     # Sums in another order: float32 rounding, nothing more.
     assert workplace.history("train_loss") == [
-        (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "whole")
+        (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "expected")
     ]
 
 

@@ -186,7 +186,7 @@ def test_a_resume_from_a_copy_delivers_the_queue_of_the_killed_run(
         shutil.copytree(workplace.folder / "out" / name, copy / name)
     server.start()
     last_step = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["step"]
-    assert server.num_steps(run_id) < last_step, "there is nothing to be missed"
+    assert server.num_steps(run_id) < last_step, "the server has already received everything"
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     resumed = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "copy")
     assert resumed.returncode == 0, resumed.stderr

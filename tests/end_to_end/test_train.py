@@ -33,7 +33,7 @@ GUIDE_PARAMS = {
     "prefetch_factor",
 }
 GUIDE_VAL_METRICS = {
-    f"val_{of}{figure}" for of in ("", "player_", "ball_") for figure in ("map", "precision", "recall", "f1")
+    f"val_{of}{metric}" for of in ("", "player_", "ball_") for metric in ("map", "precision", "recall", "f1")
 }
 GUIDE_METRICS = {
     "train_loss",
@@ -233,8 +233,8 @@ def test_an_image_that_breaks_during_training_is_replaced_and_reported(
     workplace, tiny_data: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    (data / "train" / "005.jpg").write_bytes(b"not a picture")
-    (data / "val" / "002.jpg").write_bytes(b"not a picture")
+    (data / "train" / "005.jpg").write_bytes(b"not an image")
+    (data / "val" / "002.jpg").write_bytes(b"not an image")
     finished = workplace.train(data, "logging.mlflow=false", "training.batch_size=8")
     assert finished.returncode == 0, finished.stderr
     assert "005.jpg" in finished.stdout

@@ -179,7 +179,7 @@ def chromium():
         browser.close()
 
 
-def picture(page, name: str) -> None:
+def take_screenshot(page, name: str) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(500)  # what still moves: menus that close, the tree that unfolds
     page.screenshot(path=OUTPUT / f"{name}.png")
@@ -217,13 +217,13 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     # Rows come in one order in all parts of the table; MLflow may round what it shows.
     shown = dict(zip(names, map(float, cells.all_inner_texts()), strict=True))
     assert shown == pytest.approx(val_map, abs=0.001)
-    picture(page, "runs")
+    take_screenshot(page, "runs")
 
     page.get_by_role("checkbox", name="Select all runs").click()
     page.get_by_role("button", name="Compare", exact=True).click()
     for name in val_map:
         page.get_by_text(name, exact=True).first.wait_for()
-    picture(page, "compare")
+    take_screenshot(page, "compare")
     first = page.get_by_role("link", name="epoch", exact=True)
     first.scroll_into_view_if_needed()
     top = middle_of(first)
@@ -233,7 +233,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     while not (row.count() and middle_of(row) < top + 240):
         page.mouse.wheel(0, 10)
         page.wait_for_timeout(30)
-    picture(page, "compare_metrics")
+    take_screenshot(page, "compare_metrics")
     for value in val_map.values():
         same_values = page.get_by_text(f"{value:.3g}", exact=True).all()
         assert any(abs(middle_of(each) - middle_of(row)) < 22 for each in same_values), "a row has 45 pixels"
@@ -245,7 +245,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
         page.get_by_label(folder, exact=True).click()
         for name in content:
             page.get_by_label(name, exact=True).wait_for()
-    picture(page, "artifacts")
+    take_screenshot(page, "artifacts")
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 300
-"""For one command: far more than it takes, also where several test runs share a machine."""
+"""Limit of one command: far more than it takes, even if several test runs share a host."""
 
 
 def launcher(num_processes: int, config_name: str = "multi_cpu") -> tuple[str, ...]:

@@ -100,8 +100,8 @@ def submit(slurm, scenes: Path):
     def start(workplace, *training: str, sbatch: tuple[str, ...] = TWO_BY_TWO, script: Path = SUBMIT) -> Job:
         data = ("--train-dir", scenes / "train", "--val-dir", scenes / "val", "--output-dir", "out")
         options = ("--config", "tiny.yaml", *map(str, data), *SETTINGS, *training)
-        told = slurm.run("bash", str(script), *sbatch, "--", *options, cwd=workplace.folder)
-        return Job(slurm, workplace.folder, told.split()[-1])
+        printed = slurm.run("bash", str(script), *sbatch, "--", *options, cwd=workplace.folder)
+        return Job(slurm, workplace.folder, printed.split()[-1])
 
     return start
 
@@ -143,10 +143,10 @@ def test_a_preempted_job_is_requeued_and_gives_the_uninterrupted_result(
     assert 3 <= int(stopped_at[1]) < NUM_STEPS
     assert job.statuses == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
 
-    whole, _ = uninterrupted
-    assert workplace.history("train_loss") == whole.history("train_loss")
+    expected_run, _ = uninterrupted
+    assert workplace.history("train_loss") == expected_run.history("train_loss")
     assert steps(workplace) == list(range(1, NUM_STEPS + 1))
-    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, whole))
+    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, expected_run))
     weights = load_file(last / "model.safetensors")
     for key, tensor in load_file(expected / "model.safetensors").items():
         assert torch.equal(weights[key], tensor), key
@@ -195,7 +195,7 @@ export ACCELERATE_CONFIG_FILE=mine.yaml
 """
 # Is stopped before it has saved anything, then after it has, then finishes.
 THREE_STARTS = """#!/usr/bin/env bash
-echo "told: $*"
+echo "arguments: $*"
 [[ "$SLURM_NODEID" == 1 || "$DETR_DIST_START" == 3 ]] && exit
 [[ "$DETR_DIST_START" == 2 ]] && echo '  "step": 5,' >out/checkpoints/last/state.json
 echo "stopped" >"$DETR_DIST_STOPPED_FILE"
@@ -209,9 +209,9 @@ exit 1
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tuple[Path, str]]:
-    """Submit jobs with site settings and a script in place of the launcher, and return folder and id of each.
+    """Submit two jobs with site settings and a script as launcher, and return folder and id of each.
 
-    Two run at a time: Slurm holds a requeued job for half a minute.
+    They run at the same time, because Slurm holds a requeued job for half a minute.
     """
     jobs = {}
     for launcher in (THREE_STARTS, NEVER_SAVES):
@@ -225,8 +225,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tupl
         (folder / "out" / "checkpoints" / "last").mkdir(parents=True)  # of an earlier run
         (folder / "out" / "checkpoints" / "last" / "state.json").write_text('{\n  "step": 9,\n}\n')
         options = ("--output-dir=out", "--resume", "runs:/abc/checkpoints/last")
-        said = slurm.run("bash", str(launch / "submit.sh"), "--", *options, cwd=folder)
-        jobs[launcher] = folder, said.split()[-1]
+        printed = slurm.run("bash", str(launch / "submit.sh"), "--", *options, cwd=folder)
+        jobs[launcher] = folder, printed.split()[-1]
     return jobs
 
 
@@ -235,7 +235,7 @@ def test_site_settings_apply_and_resume_is_used_until_the_job_has_saved(slurm, s
     assert slurm.wait_for_end(job_id, 240)["JobState"] == "COMPLETED", slurm.logs()
     for node in (0, 1):
         lines = (folder / f"mine-{job_id}.node-{node}.out").read_text().splitlines()
-        starts = [line for line in lines if "told" in line]
+        starts = [line for line in lines if "arguments: " in line]
         for line in starts:
             assert "--config_file mine.yaml" in line
             assert f"--num_machines 2 --num_processes 6 --machine_rank {node}" in line

@@ -49,8 +49,8 @@ def test_the_reported_sizes_equal_those_of_the_files(workplace, tiny_data: Path)
     )
     finished = workplace.train(tiny_data, *settings)
     assert finished.returncode == 0, finished.stderr
-    (said,) = [line for line in finished.stdout.splitlines() if " a checkpoint takes about " in line]
-    *_, checkpoint, _, _, _, model, _ = said.split()
+    (line,) = [line for line in finished.stdout.splitlines() if " a checkpoint takes about " in line]
+    *_, checkpoint, _, _, _, model, _ = line.split()
 
     def mib(folder: Path) -> float:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
@@ -108,13 +108,13 @@ def test_each_accelerate_config_trains_with_its_number_of_processes(
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
     settings = yaml.safe_load(config.read_text())
     assert settings["num_processes"] == NUM_PROCESSES[name]
-    machines, port = [], free_port()
+    processes, port = [], free_port()
     for rank in range(settings["num_machines"]):
         several = ("--machine_rank", str(rank), "--main_process_port", str(port))
         several = several if settings["num_machines"] > 1 else ()
         command = ["-m", "accelerate.commands.launch", "--config_file", config, *several]
         script = [REPOSITORY / "scripts" / "train_detr.py", *options(workplace, tiny_data)]
-        machines.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, *command, *script, "training.num_epochs=2", "training.max_steps=10"],
                 cwd=workplace.folder,
@@ -125,9 +125,9 @@ def test_each_accelerate_config_trains_with_its_number_of_processes(
             )
         )
     printed = ""
-    for machine in machines:
-        printed += machine.communicate(timeout=300)[0]
-        assert machine.returncode == 0, printed[-2000:]
+    for process in processes:
+        printed += process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed[-2000:]
     assert f"{NUM_PROCESSES[name]} process" in printed
     assert ("(world size 2) on 1 node, DDP" in printed) == (NUM_PROCESSES[name] == 2)
     assert " 10 steps in all" in printed

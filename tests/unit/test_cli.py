@@ -129,10 +129,10 @@ def test_a_stopped_run_is_reported_once_and_exits_with_75(
         raise StopRequested("asked to stop at step 3: saved")
 
     monkeypatch.setattr("detr_dist.cli.load_config", stopped)
-    for rank, said in (("0", "asked to stop at step 3: saved\n"), ("1", "")):
+    for rank, expected in (("0", "asked to stop at step 3: saved\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         code, _, error = run(capsys, "train", "--train-dir", "a", "--val-dir", "b", "--output-dir", "c")
-        assert (code, error) == (75, said)
+        assert (code, error) == (75, expected)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])

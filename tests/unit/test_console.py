@@ -80,7 +80,7 @@ def test_output_without_a_reader_is_dropped(options: tuple[str, ...], tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("level", "shown"), [(logging.WARNING, ["warned"]), (logging.INFO, ["told", "warned"])]
+    ("level", "shown"), [(logging.WARNING, ["warned"]), (logging.INFO, ["informed", "warned"])]
 )
 def test_the_log_file_is_complete_and_console_output_is_unchanged(
     level: int, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -97,15 +97,15 @@ def test_the_log_file_is_complete_and_console_output_is_unchanged(
     root.setLevel(level)
     try:
         file = log_to_file(tmp_path / "train.log")
-        for each in ("told", "warned"):
-            (package.info if each == "told" else package.warning)(each)
+        for each in ("informed", "warned"):
+            (package.info if each == "informed" else package.warning)(each)
         file.close()
         package.info("later")
         package.warning("later, too")
     finally:
         root.setLevel(before)
     lines = (tmp_path / "train.log").read_text().splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["told", "warning: warned"]
+    assert [line.split(" ", 2)[2] for line in lines] == ["informed", "warning: warned"]
     assert [each for each in received if "later" not in each] == shown
     assert ("later" in received) is (level == logging.INFO)
     assert (package.handlers, package.level, package.propagate) == ([], logging.NOTSET, True)

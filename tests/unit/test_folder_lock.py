@@ -94,4 +94,4 @@ def test_a_lock_that_fails_for_another_reason_is_an_error(
 
     monkeypatch.setattr(fcntl, "lockf", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
-        pytest.fail("went on")
+        pytest.fail("continued")

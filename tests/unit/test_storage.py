@@ -138,10 +138,10 @@ def test_a_repair_does_not_touch_complete_folders(tmp_path: Path) -> None:
 
 
 def test_a_repair_reports_incomplete_folders(tmp_path: Path) -> None:
-    for name in (".whole.replaced", ".cut.partial", "cut", ".first.partial"):
+    for name in (".complete.replaced", ".cut.partial", "cut", ".first.partial"):
         write(tmp_path / name, OLD)
     assert sorted(finish_interrupted(tmp_path)) == ["cut", "first"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "cut"]
 
 
 def test_a_new_folder_replaces_the_old_one_when_it_is_complete(tmp_path: Path) -> None:

@@ -48,11 +48,11 @@ def document_fixture() -> Document:
 def write_coco(tmp_path: Path) -> WriteCoco:
     """Return a function that writes a document and, by default, images of the sizes in it."""
 
-    def write(document: Document, name: str = "train", *, pictures: bool = True) -> Path:
+    def write(document: Document, name: str = "train", *, with_images: bool = True) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "_annotations.coco.json").write_text(json.dumps(document))
-        for image in document["images"] if pictures else []:
+        for image in document["images"] if with_images else []:
             path = folder / image["file_name"]
             path.parent.mkdir(parents=True, exist_ok=True)
             colours = np.random.default_rng(image["id"]).integers(0, 256, (4, 6, 3), dtype=np.uint8)

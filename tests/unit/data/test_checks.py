@@ -82,9 +82,9 @@ ERRORS: dict[str, tuple[Callable[[Document], object], str]] = {
 def test_refused_annotations_are_one_error_and_the_rest_is_counted(
     name: str, document: Document, write_coco: WriteCoco
 ) -> None:
-    spoil, kind = ERRORS[name]
-    spoil(document)
-    folder = write_coco(document, pictures=False)
+    corrupt, kind = ERRORS[name]
+    corrupt(document)
+    folder = write_coco(document, with_images=False)
     with pytest.raises(DataError) as raised:
         load_coco(folder, check_files=False)
     for i in (3, 5, 7):
@@ -113,7 +113,7 @@ def test_boxes_of_a_faulty_image_are_not_reported_separately(
     document: Document, write_coco: WriteCoco
 ) -> None:
     document["images"][1]["width"] = 0
-    report = check(write_coco(document, pictures=False))
+    report = check(write_coco(document, with_images=False))
     assert "unknown_image" not in kinds(report)
     (statistics,) = report.statistics.values()
     assert (statistics.num_images, statistics.num_boxes) == (2, 1)
@@ -243,7 +243,7 @@ def test_training_data_without_boxes_are_one_error(document: Document, write_coc
 
 
 def test_boxes_in_corner_format_are_recognised(document: Document, write_coco: WriteCoco) -> None:
-    right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of a picture of 60 x 40
+    right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of an image of 60 x 40
     document["annotations"] += [right_most | {"id": 100 + i, "bbox": [30, 2 * i, 58, 39]} for i in range(9)]
     found = kinds(check(write_coco(document), model={"num_queries": 20}))
     assert found.pop("boxes_as_corners") == 9
@@ -261,7 +261,7 @@ def test_sizes_missing_in_the_json_are_read_from_the_files(document: Document, w
         del image["width"]
     folder = write_coco(document)
     assert kinds(check(folder)) == {"no_size": 3}
-    (folder / "7.jpg").write_bytes(b"no picture")
+    (folder / "7.jpg").write_bytes(b"no image")
     assert kinds(check(folder)) == {"no_size": 3, "unreadable_image": 1}
 
 
@@ -270,8 +270,8 @@ def test_missing_damaged_or_differently_sized_images_are_named(
 ) -> None:
     folder = write_coco(document)
     (folder / "7.jpg").unlink()
-    whole = (folder / "3.jpg").read_bytes()
-    (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    complete = (folder / "3.jpg").read_bytes()
+    (folder / "3.jpg").write_bytes(complete[: len(complete) // 2])
     Image.open(folder / "5.jpg").resize((50, 40)).save(folder / "5.jpg")
     report = check(folder, open_images=True)
     assert kinds(report) == {"missing_image": 1, "unreadable_image": 1, "wrong_size": 1}

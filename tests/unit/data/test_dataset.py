@@ -67,7 +67,7 @@ def batches_of(dataset: CocoDetectionDataset, num_workers: int, batch_size: int)
     )
 
 
-def pictures(batches: list[Batch]) -> list[torch.Tensor]:
+def unpadded_images(batches: list[Batch]) -> list[torch.Tensor]:
     return [
         image[:, :height, :width].clone()
         for batch in batches
@@ -79,7 +79,7 @@ def test_a_sample_is_the_same_in_any_process_and_any_batch(document: Document, w
     dataset = make_dataset(write_coco(document), "detr")
     alone, inside, outside = (batches_of(dataset, *how) for how in ((0, 1), (0, 4), (2, 3)))
     for other in (inside, outside):
-        for one, same in zip(pictures(alone), pictures(other), strict=True):
+        for one, same in zip(unpadded_images(alone), unpadded_images(other), strict=True):
             assert torch.equal(one, same)
         for name in ("boxes_cxcywh", "labels"):
             one, same = (torch.cat([getattr(b, name) for b in batches]) for batches in (alone, other))
@@ -93,7 +93,7 @@ def test_a_sample_differs_between_epochs_and_seeds(document: Document, write_coc
         for seed in range(6)
         for epoch in range(6)
     }
-    # A quarter is the picture and a quarter its mirror image, unchanged; the others have their own colours.
+    # A quarter is the image and a quarter its mirror image, unchanged; the others have their own colours.
     assert len(set(looks.values())) > 10
     for fixed in range(6):
         assert len({looks[fixed, epoch] for epoch in range(6)}) > 1
@@ -122,7 +122,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_in_training(
 def test_an_unreadable_image_is_black_in_evaluation(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     dataset = make_dataset(folder, train=False)
-    (folder / "3.jpg").write_text("no picture")
+    (folder / "3.jpg").write_text("no image")
     sample = dataset[0, 1]
     assert sample.image_id == 3
     assert sample.image.shape == (3, 32, 48)
@@ -172,14 +172,14 @@ def test_reduced_scale_decoding_keeps_boxes_and_crops_and_most_pixels(
     monkeypatch.setattr("detr_dist.data.dataset.decode_reduced", lambda *_: None)
     num_equal = 0
     for key, sample in zip(keys, as_always, strict=True):
-        whole = dataset[key]
-        assert sample.image.shape == whole.image.shape
-        assert torch.equal(sample.boxes_cxcywh, whole.boxes_cxcywh)
-        assert torch.equal(sample.labels, whole.labels)
+        full = dataset[key]
+        assert sample.image.shape == full.image.shape
+        assert torch.equal(sample.boxes_cxcywh, full.boxes_cxcywh)
+        assert torch.equal(sample.labels, full.labels)
         assert sample.original_size_hw == (400, 600)
         # Colours that fill many pixels: both ways differ in rounding, and by a few levels at edges.
-        assert float((sample.image.float() - whole.image.float()).abs().mean()) < 1
-        num_equal += torch.equal(sample.image, whole.image)
+        assert float((sample.image.float() - full.image.float()).abs().mean()) < 1
+        num_equal += torch.equal(sample.image, full.image)
     # Half of `detr`'s are crops; 4.7 is a standard deviation.
     assert (25 < num_equal < 65) if augmentation == "detr" else num_equal == 0
 

@@ -230,7 +230,7 @@ def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     for name in ("cut.jpg", "empty.jpg", "text.jpg", "nowhere.jpg", "."):
         with pytest.raises(UnreadableImageError, match=str(tmp_path)):
             decode_rgb(tmp_path / name)
@@ -239,14 +239,14 @@ def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
 def photograph(height: int, width: int) -> Image.Image:
     """Return noise of several scales, the finest without colour, as cameras and JPEG give it."""
     rng = np.random.default_rng(height)
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for cell, num_colours in ((40, 3), (10, 3), (2, 1)):
         coarse = rng.integers(0, 256, (height // cell + 1, width // cell + 1, num_colours), dtype=np.uint8)
         octave = Image.fromarray(coarse.repeat(3 // num_colours, axis=2)).resize(
             (width, height), Image.Resampling.BICUBIC
         )
-        picture += np.asarray(octave) * min(1, cell / 20)
-    return Image.fromarray((picture * (255 / picture.max())).astype(np.uint8))
+        image += np.asarray(octave) * min(1, cell / 20)
+    return Image.fromarray((image * (255 / image.max())).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -281,13 +281,13 @@ def test_reduced_and_full_decoding_are_nearly_equal_after_the_resize(
 ) -> None:
     path = tmp_path / "a.jpg"
     photograph(720, 1280).save(path, quality=quality, subsampling=subsampling, progressive=progressive)
-    whole = decode_rgb(path)
+    full = decode_rgb(path)
     for needed_hw in ((144, 256), (300, 533), (60, 107)):
         reduced = decode_reduced(path, (720, 1280), needed_hw)
         assert reduced is not None
         one, other, shifted = (
             F.resize(image, list(needed_hw), antialias=True).float()
-            for image in (reduced, whole, whole.roll(1, dims=2))
+            for image in (reduced, full, full.roll(1, dims=2))
         )
         difference = (one - other).abs()
         # Both are rounded to whole levels twice, and differ in how they blend the finest detail.
@@ -297,17 +297,17 @@ def test_reduced_and_full_decoding_are_nearly_equal_after_the_resize(
 
 
 def test_only_intact_colour_jpegs_of_annotated_size_are_decoded_reduced(tmp_path: Path) -> None:
-    picture = photograph(400, 600)
+    image = photograph(400, 600)
     others = {"grey.jpg": "L", "cmyk.jpg": "CMYK", "a.png": "RGB", "a.webp": "RGB"}
     for name, mode in others.items():
-        picture.convert(mode).save(tmp_path / name)
-    picture.save(tmp_path / "whole.jpg")
+        image.convert(mode).save(tmp_path / name)
+    image.save(tmp_path / "whole.jpg")
     encoded = (tmp_path / "whole.jpg").read_bytes()
-    for share in (0.02, 0.5, 0.99):
-        (tmp_path / f"cut_{share}.jpg").write_bytes(encoded[: int(share * len(encoded))])
-    (tmp_path / "text.jpg").write_text("no picture")
+    for fraction in (0.02, 0.5, 0.99):
+        (tmp_path / f"cut_{fraction}.jpg").write_bytes(encoded[: int(fraction * len(encoded))])
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "png.jpg").write_bytes((tmp_path / "a.png").read_bytes())
-    picture.save(tmp_path / "uneven.jpg", subsampling="4:2:2")
+    image.save(tmp_path / "uneven.jpg", subsampling="4:2:2")
     names = [path.name for path in tmp_path.iterdir() if path.name != "whole.jpg"]
     assert len(names) == 10
     for name in (*names, "nowhere.jpg", "."):

@@ -21,11 +21,11 @@ def touch(folder: Path, *names: str) -> None:
 
 def test_exactly_the_formats_that_pillow_decodes_are_images(tmp_path: Path) -> None:
     suffixes = (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp", ".mpo")
-    pictures = [f"a{suffix}" for suffix in suffixes]
+    images = [f"a{suffix}" for suffix in suffixes]
     others = ["a.txt", "a.json", "a.mp4", "a.mpg", "a.h5", "a.pdf", "a", ".jpg", "._a.jpg"]
-    touch(tmp_path, *pictures, *others)
+    touch(tmp_path, *images, *others)
     found = find_images(tmp_path)
-    assert found.names == sorted(pictures)
+    assert found.names == sorted(images)
     assert found.left_out == sorted(others)
 
 
@@ -82,6 +82,6 @@ def test_the_size_of_two_hundred_megapixels_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere.png", "text.png", ".", "nul\0.png"])
 def test_a_file_without_a_size_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UnreadableImageError, match=str(tmp_path)):
         read_size_hw(tmp_path / name)

@@ -105,15 +105,15 @@ def test_any_split_and_any_number_of_workers_give_the_same_samples(
     data: CocoData, split: tuple[int, int, int], num_workers: int
 ) -> None:
     names = ("detr", speckle, Mean, "mosaic")
-    whole = dataset(data, *names)
+    complete = dataset(data, *names)
     config = load_config(None, [f"data.num_workers={num_workers}"])
     plan = StepPlan(len(data), *split)
     for process_index in range(plan.num_processes):
-        sampler = MicroBatchSampler(plan, 3, process_index, 0, 3, whole.size_hw)
+        sampler = MicroBatchSampler(plan, 3, process_index, 0, 3, complete.size_hw)
         need = shared_memory_need(config, data, train=True)
         loader = BatchLoader(dataset(data, *names), sampler, config.data, pin_memory=False, need=need)
         for keys, batch in zip(sampler, loader, strict=True):
-            samples = [whole[key] for key in keys]
+            samples = [complete[key] for key in keys]
             assert batch.image_ids == [sample.image_id for sample in samples]
             assert torch.equal(batch.boxes_cxcywh, torch.cat([sample.boxes_cxcywh for sample in samples]))
             for image, (height, width), sample in zip(

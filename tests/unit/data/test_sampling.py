@@ -47,12 +47,12 @@ def steps(
 def test_every_split_of_a_global_batch_has_the_same_samples(
     batch_size: int, num_processes: int, accumulation: int
 ) -> None:
-    whole = StepPlan(NUM_SAMPLES, 24, 1, 1)
+    complete = StepPlan(NUM_SAMPLES, 24, 1, 1)
     split = StepPlan(NUM_SAMPLES, batch_size, num_processes, accumulation)
     assert split.steps_per_epoch == 4
     assert split.num_dropped == 4
     for size_hw in (None, size_of):
-        streams = steps(whole, size_hw=size_hw), steps(split, size_hw=size_hw)
+        streams = steps(complete, size_hw=size_hw), steps(split, size_hw=size_hw)
         for one, several in zip(*streams, strict=True):
             assert list(chain.from_iterable(several)) == one[0], (
                 "process by process, in the order of the whole"
@@ -63,8 +63,8 @@ def test_every_split_of_a_global_batch_has_the_same_samples(
 def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(start_step: int) -> None:
     plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
     for size_hw in (None, size_of):
-        whole = list(steps(plan, size_hw=size_hw))
-        assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == whole[start_step:]
+        complete = list(steps(plan, size_hw=size_hw))
+        assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == complete[start_step:]
 
 
 def test_no_sample_comes_twice_in_an_epoch() -> None:
@@ -204,17 +204,17 @@ SIZES_HW = [(750, 1333), (800, 1066), (1333, 750), (768, 1340), (800, 800), (769
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 40])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_evaluation_groups_by_size_and_has_every_image_once(num_processes: int, batch_size: int) -> None:
-    shares = [
+    parts = [
         evaluation_batches(SIZES_HW, batch_size, num_processes=num_processes, process_index=index)
         for index in range(num_processes)
     ]
-    batches = list(chain.from_iterable(shares))
+    batches = list(chain.from_iterable(parts))
     assert sorted(i for batch in batches for i in batch.indices) == list(range(len(SIZES_HW)))
     for size_hw, indices in batches:
         assert 0 < len(indices) <= batch_size
         for index in indices:
             assert size_hw == SIZES_HW[index]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_evaluation_starts_with_the_largest_batches() -> None:

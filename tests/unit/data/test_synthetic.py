@@ -56,9 +56,9 @@ def test_the_same_seed_writes_the_same_bytes(data_dir: Path, tmp_path: Path) -> 
 
 def test_another_seed_writes_other_images(data_dir: Path, tmp_path: Path) -> None:
     make_data(tmp_path, num_train=6, num_val=3, seed=2)
-    ours, theirs = contents(tmp_path), contents(data_dir)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name] != theirs[name] for name in ours)
+    first, second = contents(tmp_path), contents(data_dir)
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first)
 
 
 def test_a_scene_does_not_depend_on_the_number_of_scenes(data_dir: Path, tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_a_scene_does_not_depend_on_the_number_of_scenes(data_dir: Path, tmp_pat
 
 def test_train_and_val_have_no_image_in_common(data_dir: Path) -> None:
     files = contents(data_dir)
-    pictures = [content for name, content in files.items() if name.endswith(".jpg")]
-    assert len(pictures) == len(set(pictures)) == 9
+    images = [content for name, content in files.items() if name.endswith(".jpg")]
+    assert len(images) == len(set(images)) == 9
 
 
 @pytest.mark.parametrize(("split", "num_images"), [("train", 6), ("val", 3)])
@@ -85,8 +85,8 @@ def test_a_split_is_a_complete_coco_data_set(data_dir: Path, split: str, num_ima
     assert len({item["id"] for item in document["images"]}) == len(document["images"]) == num_images
     assert len({item["id"] for item in document["annotations"]}) == len(document["annotations"]) > 0
     for item in document["images"]:
-        with Image.open(data_dir / split / item["file_name"]) as picture:
-            assert (picture.format, picture.mode, picture.size) == (
+        with Image.open(data_dir / split / item["file_name"]) as image:
+            assert (image.format, image.mode, image.size) == (
                 "JPEG",
                 "RGB",
                 (item["width"], item["height"]),
@@ -111,7 +111,7 @@ def test_every_box_has_an_extent_and_lies_inside_its_image(scenes: list[Scene]) 
 def test_some_scenes_lack_the_ball_or_the_players_or_both(scenes: list[Scene]) -> None:
     no_ball = np.array([BALL_ID not in scene.category_ids for scene in scenes])
     no_player = np.array([PLAYER_ID not in scene.category_ids for scene in scenes])
-    # four standard deviations of a share of 240 draws; hidden objects add a little to the first
+    # four standard deviations of a fraction of 240 draws; hidden objects add a little to the first
     assert 0.06 < no_ball.mean() < 0.26
     assert 0.004 < no_player.mean() < 0.12
     assert any(not draw_scene(np.random.default_rng([0, 0, index])).category_ids for index in range(200))

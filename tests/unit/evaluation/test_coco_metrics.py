@@ -16,7 +16,7 @@ from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics, metric_names
 from detr_dist.evaluation.detections import DetectionRecords, coco_results
 
-# In the order of COCOeval.stats, which goes on with the recall by size.
+# In the order of COCOeval.stats, where the recall by size follows.
 STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
 
 
@@ -42,21 +42,21 @@ def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
 def test_every_metric_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
     expected = reference(data, records)
-    figures = compute_coco_metrics(data, records)
-    metrics = dict(figures.metrics)
+    scores = compute_coco_metrics(data, records)
+    metrics = dict(scores.metrics)
     for name, value in zip(STATS, expected.stats[:9], strict=True):
         assert metrics.pop(name) == pytest.approx(value, abs=1e-12), name  # the same sums in float64
     assert list(metrics) == ["player_map", "ball_map", "goal_post_map"]  # the others have no single box
     for index, value in enumerate(metrics.values()):
         of_class = expected.eval["precision"][:, :, index, 0, -1]
         assert value == pytest.approx(of_class.mean(), abs=1e-12)
-        for size, ap in enumerate(figures.ap_by_size[index], start=1):
+        for size, ap in enumerate(scores.ap_by_size[index], start=1):
             of_size = expected.eval["precision"][:, :, index, size, -1]
             assert ap == pytest.approx(
                 of_size.mean() if (of_size > -1).any() else np.nan, abs=1e-12, nan_ok=True
             )
-    assert np.isnan(figures.ap_by_size[3:]).all()
-    assert figures.ap_by_size.shape == (data.num_classes, len(SIZES))
+    assert np.isnan(scores.ap_by_size[3:]).all()
+    assert scores.ap_by_size.shape == (data.num_classes, len(SIZES))
 
 
 def test_pycocotools_gives_the_same_from_files_with_other_ids(

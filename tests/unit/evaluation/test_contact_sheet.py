@@ -60,7 +60,7 @@ def with_files(data: CocoData, folder: Path, *names: str) -> CocoData:
     return replace(data, images_dir=folder, file_names=np.array([name.encode() for name in names]))
 
 
-def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
+def colours_in(tile_image: Image.Image) -> set[tuple[int, int, int]]:
     marks = (
         module.FALSE_NEGATIVE,
         module.FALSE_POSITIVE,
@@ -68,7 +68,7 @@ def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
         module.TRUE_POSITIVE,
         module.CROWD,
     )
-    return {colour for _, colour in picture.getcolors(2**24) if colour in marks}
+    return {colour for _, colour in tile_image.getcolors(2**24) if colour in marks}
 
 
 def tiles(sheet: Image.Image) -> Image.Image:
@@ -111,7 +111,7 @@ def test_an_image_that_cannot_be_read_is_an_empty_tile(new_scene, tmp_path: Path
     boxes = [(0, 0, BOX, False), (1, 0, BOX, False), (2, 0, BOX, False)]
     data, records = new_scene(3, ["player"], boxes, [])
     data = with_files(data, tmp_path, "good.png", "gone", "broken")
-    (tmp_path / "broken").write_bytes(b"no picture")
+    (tmp_path / "broken").write_bytes(b"no image")
     row = tiles(contact_sheet(data, operating_points(data, records, 0.5).matches))
     pitch = module.TILE_WIDTH + module.GAP
     each = [row.crop((module.GAP + i * pitch, 0, (i + 1) * pitch, 480)) for i in range(3)]

@@ -18,22 +18,22 @@ def blank(height: int, width: int) -> Tensor:
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: Sequence[Colour]) -> Tensor:
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    canvas = Image.fromarray(image.permute(1, 2, 0).numpy())
     columns = zip(boxes.tolist(), colours, captions, strict=True)
-    draw_marks(picture, [Mark(tuple(box), colour, caption) for box, colour, caption in columns])
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    draw_marks(canvas, [Mark(tuple(box), colour, caption) for box, colour, caption in columns])
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def changed(before: Tensor, after: Tensor) -> Tensor:
     return (before != after).any(dim=0)
 
 
-def drawn(picture: Tensor, box: tuple[float, ...], caption: str) -> Tensor:
-    return changed(picture, draw_boxes(picture, torch.tensor([box]), [caption], [RED]))
+def drawn(canvas: Tensor, box: tuple[float, ...], caption: str) -> Tensor:
+    return changed(canvas, draw_boxes(canvas, torch.tensor([box]), [caption], [RED]))
 
 
-def of_colour(picture: Tensor, colour: tuple[int, int, int]) -> int:
-    return int((picture == torch.tensor(colour)[:, None, None]).all(dim=0).sum())
+def of_colour(canvas: Tensor, colour: tuple[int, int, int]) -> int:
+    return int((canvas == torch.tensor(colour)[:, None, None]).all(dim=0).sum())
 
 
 def test_lines_run_around_the_box() -> None:
@@ -46,19 +46,19 @@ def test_lines_run_around_the_box() -> None:
 
 
 def test_a_dashed_line_runs_where_a_solid_one_does_with_gaps() -> None:
-    picture, mark = Image.new("RGB", (300, 300)), Mark((100.0, 120, 200, 220), RED)
-    dashed = picture.copy()
-    draw_marks(picture, [mark])
+    canvas, mark = Image.new("RGB", (300, 300)), Mark((100.0, 120, 200, 220), RED)
+    dashed = canvas.copy()
+    draw_marks(canvas, [mark])
     draw_marks(dashed, [replace(mark, dashed=True)])
-    solid, dashes = (np.asarray(each)[:, :, 0] > 0 for each in (picture, dashed))
+    solid, dashes = (np.asarray(each)[:, :, 0] > 0 for each in (canvas, dashed))
     assert not (dashes & ~solid).any()
     assert 0.5 < dashes.sum() / solid.sum() < 0.7  # three of five
 
 
 def test_a_caption_is_complete_wherever_the_box_is() -> None:
-    picture = blank(300, 400)
+    canvas = blank(300, 400)
     areas = {
-        int(drawn(picture, (left, top, left + 20, top + 20), "goal post 0.87").sum())
+        int(drawn(canvas, (left, top, left + 20, top + 20), "goal post 0.87").sum())
         for left in (4.0, 190, 376)
         for top in (4.0, 140, 276)
     }
@@ -67,13 +67,13 @@ def test_a_caption_is_complete_wherever_the_box_is() -> None:
 
 def test_captions_of_equal_boxes_do_not_overlap() -> None:
     boxes = torch.tensor([[100.0, 100, 160, 160]]).expand(2, 4)
-    picture = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
+    canvas = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
     first = draw_boxes(blank(300, 300), boxes[:1], ["player 0.70"], [RED])
     second = draw_boxes(blank(300, 300), boxes[:1], ["ball 0.60"], [BLUE])
     frame = draw_boxes(blank(300, 300), boxes[:1], [""], [BLUE])
-    assert of_colour(picture, RED) == of_colour(first, RED)
+    assert of_colour(canvas, RED) == of_colour(first, RED)
     # The first box lies on top, so of the second one the caption is left, all of it.
-    assert of_colour(picture, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
+    assert of_colour(canvas, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
 
 
 def test_a_box_of_one_pixel_is_drawn_around_the_pixel() -> None:
@@ -95,7 +95,7 @@ def test_a_box_that_fills_the_image_is_visible() -> None:
 def test_line_width_and_font_size_grow_with_the_image() -> None:
     small = drawn(blank(900, 900), (300.0, 300, 600, 600), "ball").sum() / 900**2
     large = drawn(blank(2700, 2700), (900.0, 900, 1800, 1800), "ball").sum() / 2700**2
-    assert 0.9 < small / large < 1.1  # pixels are whole, letters have hinting
+    assert 0.9 < small / large < 1.1  # pixels are integers, letters have hinting
 
 
 def test_a_long_caption_is_shortened_and_omitted_where_it_does_not_fit() -> None:

@@ -38,7 +38,7 @@ def details(data: CocoData, records: DetectionRecords) -> Details:
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
-    """Return the four plots, drawn, so that the positions of texts are known."""
+    """Return the four plots; only after drawing are the positions of texts known."""
     data, found = scene[0], details(*scene)
     points = found.operating_points
     with figure_style():
@@ -105,9 +105,9 @@ def test_the_plots_fit_on_a_screen(num_classes: int, new_scene, tmp_path: Path) 
     data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
     assert write_plots(tmp_path / "plots", data, details(data, records)) == []
     for name in FILES:
-        with Image.open(tmp_path / "plots" / name) as picture:
-            assert picture.size == picture.convert("L").size
-            assert 300 <= min(picture.size) <= max(picture.size) <= 2600
+        with Image.open(tmp_path / "plots" / name) as plot:
+            assert plot.size == plot.convert("L").size
+            assert 300 <= min(plot.size) <= max(plot.size) <= 2600
 
 
 def settings() -> dict[str, object]:
@@ -121,8 +121,8 @@ def test_matplotlib_settings_are_unchanged(new_scene, tmp_path: Path) -> None:
         before = settings()
         write_plots(tmp_path / "plots", data, details(data, records))
         assert settings() == before
-    with Image.open(tmp_path / "plots" / FILES[0]) as picture:
-        assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
+    with Image.open(tmp_path / "plots" / FILES[0]) as plot:
+        assert (255, 0, 0) not in {colour for _, colour in plot.getcolors(2**24)}  # nor are they used
 
 
 def test_a_plot_that_fails_does_not_prevent_the_others(
@@ -175,18 +175,18 @@ def test_plots_are_written_without_boxes_or_detections(boxes, detections, new_sc
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_plots(tmp_path / "plots", scene[0], details(*scene))
-    said = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
-    assert [("no boxes to find" in each) for each in said] == [not boxes] * 4
-    assert ("player: no detections" in said[0]) == (bool(boxes) and not detections)
+    shown = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
+    assert [("no boxes to find" in each) for each in shown] == [not boxes] * 4
+    assert ("player: no detections" in shown[0]) == (bool(boxes) and not detections)
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(FILES)
 
 
 def test_a_class_without_boxes_is_in_no_curve_and_no_table(scene: Scene) -> None:
     for figure in figures(scene):
-        said = " ".join(text.get_text() for text in texts(figure))
-        assert "goal post" in said
-        assert "never seen" not in said
-        assert "crowds only" not in said
+        shown = " ".join(text.get_text() for text in texts(figure))
+        assert "goal post" in shown
+        assert "never seen" not in shown
+        assert "crowds only" not in shown
 
 
 def test_the_best_and_worst_of_many_classes_are_labelled(new_scene) -> None:

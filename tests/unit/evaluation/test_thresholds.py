@@ -135,8 +135,8 @@ def test_the_curve_gives_the_metrics_at_each_threshold(scene: Scene) -> None:
     for label, point in enumerate(operating_points(data, records, "auto").classes[:3]):
         curve = point.curve
         assert (np.diff(curve.thresholds) < 0).all()
-        figures = zip(curve.thresholds, curve.precision, curve.recall, curve.f1, strict=True)
-        for threshold, precision, recall, f1 in list(figures)[::9]:
+        numbers = zip(curve.thresholds, curve.precision, curve.recall, curve.f1, strict=True)
+        for threshold, precision, recall, f1 in list(numbers)[::9]:
             tp, fp, fn = slow_counts(data, records, label, threshold)
             # One division each, of the same whole numbers.
             assert (precision, recall) == (tp / (tp + fp), tp / (tp + fn))
@@ -255,15 +255,15 @@ def test_the_documented_example_is_correct(new_scene) -> None:
     for name, point in zip(names, points.classes, strict=True):
         rows = [row for row in rows_under("Best thresholds") if row[0] == name]
         curve = point.curve
-        for row, *figures in zip(
+        for row, *numbers in zip(
             rows, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
         ):
-            assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in figures]
-            assert ("**" in row[1]) == (figures[0] == point.threshold)
+            assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in numbers]
+            assert ("**" in row[1]) == (numbers[0] == point.threshold)
     metrics = points.metrics(names)
     for name, *values in rows_under("Metrics"):
         prefix = "" if name == "all" else f"{name}_"
-        keys = [f"{prefix}{figure}" for figure in ("precision", "recall", "f1")]
+        keys = [f"{prefix}{metric}" for metric in ("precision", "recall", "f1")]
         assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name
     confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusion matrix")]
     assert points.confusion.tolist() == confusion

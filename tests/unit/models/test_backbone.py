@@ -145,7 +145,7 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def spoil(path: Path, position: slice) -> None:
+def corrupt(path: Path, position: slice) -> None:
     content = path.read_bytes()
     path.write_bytes(content[position])
 
@@ -165,9 +165,9 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Weights, Trap], object], str]] = {
         "run code",
     ),
     "malicious pickle": (lambda path, weights, trap: path.write_bytes(pickle.dumps(trap, 2)), "run code"),
-    "a whole module": (lambda path, weights, trap: torch.save(nn.Linear(2, 2), path), "run code"),
+    "a complete module": (lambda path, weights, trap: torch.save(nn.Linear(2, 2), path), "run code"),
     "cut short": (
-        lambda path, weights, trap: (torch.save(weights, path), spoil(path, slice(0, 100_000))),
+        lambda path, weights, trap: (torch.save(weights, path), corrupt(path, slice(0, 100_000))),
         "state dict",
     ),
     "NaN": (

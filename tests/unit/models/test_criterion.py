@@ -73,15 +73,15 @@ def problem(kind: ClassKind, num_boxes: list[int], seed: int = 0) -> Problem:
     return Problem(logits.requires_grad_(), boxes.requires_grad_(), labels, boxes_cxcywh, num_boxes)
 
 
-def images(whole: Problem, first: int, last: int) -> Problem:
+def images(batch: Problem, first: int, last: int) -> Problem:
     """Return the micro-batch of images `first` to `last` - 1, which passes its gradients to the batch."""
-    start, stop = sum(whole.num_boxes[:first]), sum(whole.num_boxes[:last])
+    start, stop = sum(batch.num_boxes[:first]), sum(batch.num_boxes[:last])
     return Problem(
-        whole.logits[:, first:last],
-        whole.boxes[:, first:last],
-        whole.labels[start:stop],
-        whole.boxes_cxcywh[start:stop],
-        whole.num_boxes[first:last],
+        batch.logits[:, first:last],
+        batch.boxes[:, first:last],
+        batch.labels[start:stop],
+        batch.boxes_cxcywh[start:stop],
+        batch.num_boxes[first:last],
     )
 
 
@@ -172,25 +172,21 @@ def test_the_class_weight_multiplies_only_the_class_loss(kind: ClassKind) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cuts", [[3], [1, 2, 4], [1, 2, 3, 4, 5]])
 def test_micro_batch_losses_sum_to_the_loss_of_the_batch(kind: ClassKind, cuts: list[int]) -> None:
-    whole = problem(kind, MIXED)
-    split = whole.fresh()
-    expected = whole.loss(settings(kind))
+    batch = problem(kind, MIXED)
+    split = batch.fresh()
+    expected = batch.loss(settings(kind))
     expected.total.backward()
     edges = [0, *cuts, len(MIXED)]
-    shares = []
+    parts = []
     for first, last in pairwise(edges):
-        share = images(split, first, last).loss(settings(kind), whole.counts)
-        share.total.backward()
-        shares.append(share)
-    assert_same(torch.stack([share.total.detach() for share in shares]).sum(), expected.total.detach())
-    assert_same(torch.stack([share.logged["loss_ce"] for share in shares]).sum(), expected.logged["loss_ce"])
-    assert_same(
-        torch.stack([share.logged["loss_bbox"] for share in shares]).sum(), expected.logged["loss_bbox"]
-    )
-    assert_same(
-        torch.stack([share.logged["loss_giou"] for share in shares]).sum(), expected.logged["loss_giou"]
-    )
-    for found, wanted in zip(grads(split), grads(whole), strict=True):
+        part = images(split, first, last).loss(settings(kind), batch.counts)
+        part.total.backward()
+        parts.append(part)
+    assert_same(torch.stack([part.total.detach() for part in parts]).sum(), expected.total.detach())
+    assert_same(torch.stack([part.logged["loss_ce"] for part in parts]).sum(), expected.logged["loss_ce"])
+    assert_same(torch.stack([part.logged["loss_bbox"] for part in parts]).sum(), expected.logged["loss_bbox"])
+    assert_same(torch.stack([part.logged["loss_giou"] for part in parts]).sum(), expected.logged["loss_giou"])
+    for found, wanted in zip(grads(split), grads(batch), strict=True):
         assert_same(found, wanted)
 
 
@@ -342,14 +338,14 @@ def own_term(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Matched], A
 @pytest.mark.parametrize("cuts", [[0, 6], [0, 1, 2, 6]], ids=["at once", "in three micro-batches"])
 def test_a_custom_term_is_weighted_logged_and_summed_over_micro_batches(own_term, cuts) -> None:
     own_term(center_distance)
-    whole = problem("softmax", MIXED)
-    plain = whole.loss(settings("softmax"))
+    batch = problem("softmax", MIXED)
+    plain = batch.loss(settings("softmax"))
     parts = [
-        images(whole, *span).loss(reweighted("softmax", own=0.5), whole.counts) for span in pairwise(cuts)
+        images(batch, *span).loss(reweighted("softmax", own=0.5), batch.counts) for span in pairwise(cuts)
     ]
     summed = {name: sum(part.logged[name] for part in parts) for name in parts[0].logged}
     assert list(summed) == ["loss", "loss_ce", "loss_bbox", "loss_giou", "loss_own"]
-    found = match_of(whole)
+    found = match_of(batch)
     assert_same(summed["loss_own"], center_distance(found)[-1])
     assert_same(summed["loss"], plain.total.detach() + 0.5 * center_distance(found).sum())
 

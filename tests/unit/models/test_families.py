@@ -38,7 +38,7 @@ def registered_again() -> Iterator[None]:
 
 
 def forget(name: str) -> None:
-    """Remove a module, as in a process that has not imported it."""
+    """Unregister a family, as in a process that has not imported its module."""
     del FAMILIES._objects[name]
 
 

@@ -136,12 +136,12 @@ def test_trained_batch_norm_counts_each_batch_once(tiny_detector, freeze: bool) 
         assert torch.equal(frugal.get_buffer(name), buffer), name
 
 
-@pytest.mark.parametrize(("freeze", "share"), [(True, 0.7), (False, 0.99)])
-def test_less_memory_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, share: float) -> None:
+@pytest.mark.parametrize(("freeze", "fraction"), [(True, 0.7), (False, 0.99)])
+def test_less_memory_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, fraction: float) -> None:
     detector = tiny_detector("detr", backbone="resnet18", freeze_batch_norm=freeze).train()
     before = kept_bytes(detector)
     recompute_activations(detector.network)
-    assert kept_bytes(detector) < share * before
+    assert kept_bytes(detector) < fraction * before
 
 
 def kept_bytes(detector: Detector) -> int:

@@ -31,7 +31,7 @@ class Sender:
     outbox: Outbox
     client: MlflowClient
     run_id: str
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     clock: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000))
 
     def log(self, step: int, **values: float) -> None:
@@ -84,7 +84,7 @@ def sender(
     outbox = Outbox(tmp_path / "outbox", Address(uri, run_id))
     sender = Sender(outbox, client, run_id)
     listener = logging.Handler()
-    listener.emit = lambda record: sender.said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: sender.messages.append(record.getMessage())  # type: ignore[method-assign]
     monkeypatch.setattr(logging.getLogger("detr_dist.tracking"), "handlers", [listener])
     yield sender
     outbox.close()
@@ -138,7 +138,7 @@ def test_everything_is_delivered_once(sender: Sender) -> None:
     assert sender.history("rate") == [(step, 1.0) for step in range(1, 4)]
     assert sender.run.data.params == {"learning_rate": "0.1"}
     assert sender.run.data.tags["note"] == "second"
-    assert sender.said == []
+    assert sender.messages == []
 
 
 @pytest.mark.parametrize("what_is_left", ["nothing", "an older one"])
@@ -160,7 +160,7 @@ def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 8)]
     assert sender.history("rate") == [(step, 1.0) for step in (4, 5, 6)]
     assert sender.run.data.params == {"learning_rate": "0.1"}
-    assert sender.said == []
+    assert sender.messages == []
 
 
 def test_unreadable_cursors_are_treated_as_missing(sender: Sender) -> None:
@@ -175,12 +175,12 @@ def test_unreadable_cursors_are_treated_as_missing(sender: Sender) -> None:
 def test_records_after_those_lost_in_a_power_cut_are_delivered(sender: Sender) -> None:
     sender.log(1, loss=0.1)
     records_path = sender.outbox.folder / "records.jsonl"
-    whole = records_path.read_bytes()
+    content = records_path.read_bytes()
     for step in (2, 3):
         sender.log(step, loss=step / 10)
     sender.deliver()
     sender.outbox.close()
-    records_path.write_bytes(whole)
+    records_path.write_bytes(content)
     sender.outbox = Outbox(sender.outbox.folder, OutboxReader(sender.outbox.folder).address)
     sender.log(4, loss=0.4)
     sender.deliver()
@@ -233,7 +233,7 @@ def test_the_first_value_of_a_param_is_kept(sender: Sender) -> None:
     sender.outbox.append("params", values={"max_steps": "20", "new": "1"})
     sender.deliver()
     assert sender.run.data.params == {"max_steps": "10", "new": "1"}
-    assert sender.said == []
+    assert sender.messages == []
 
 
 def test_the_first_value_of_a_delayed_param_is_kept(sender: Sender) -> None:
@@ -254,7 +254,7 @@ def test_more_values_than_mlflow_accepts_are_sent_in_several_batches(sender: Sen
     run = sender.run
     assert len(run.data.params) == 250
     assert len([name for name in run.data.tags if name.startswith("tag_")]) == 250
-    assert sender.said == []
+    assert sender.messages == []
 
 
 @pytest.mark.parametrize("kind", ["metrics", "params", "tags"])
@@ -292,7 +292,7 @@ def test_a_value_refused_by_mlflow_is_reported_once_and_blocks_nothing(
     assert sender.run.data.params == {"learning_rate": "0.1"}
     assert sender.run.data.tags["note"] == "after it"
     assert sender.run.info.status == "FINISHED"
-    (warning,) = sender.said
+    (warning,) = sender.messages
     assert name in warning
     assert "refuses" in warning
     assert "\n" not in warning
@@ -315,7 +315,7 @@ def test_only_the_refused_values_of_a_record_are_lost(sender: Sender, kind: str)
     assert not set(bad) & values.keys()
     if kind == "metrics":
         assert sender.history("last") == [(1, 1.0), (2, 2.0)]
-    (warning,) = sender.said
+    (warning,) = sender.messages
     assert all(name in warning for name in bad)
     assert "good_" not in warning
 
@@ -332,7 +332,7 @@ def test_values_longer_than_mlflow_accepts_are_truncated(
     assert sender.run.data.params["class_names"] == "?, ball"
     assert sender.run.data.params["long"] == "x" * 6000
     assert sender.run.data.tags["long"] == "x" * 5000
-    assert sender.said == []
+    assert sender.messages == []
 
 
 def test_nan_is_delivered_like_any_other_value(sender: Sender) -> None:
@@ -485,7 +485,7 @@ def test_a_permanent_refusal_is_reported_and_blocks_nothing(sender: Sender) -> N
     sender.outbox.append("status", status="FINISHED")
     sender.deliver(WithoutRights(sender.client.tracking_uri))
     assert sender.run.info.status == "FINISHED"
-    assert [line.split(" {")[0] for line in sender.said] == [
+    assert [line.split(" {")[0] for line in sender.messages] == [
         "MLflow refuses retention", "MLflow refuses registration"
     ]  # fmt: skip
 
@@ -555,7 +555,7 @@ def test_an_outage_and_its_end_are_each_reported_once(sender: Sender) -> None:
         time.sleep(0.005)
     assert thread.end(patience_s=60) == 0
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 12)]
-    away, back = sender.said
+    away, back = sender.messages
     assert away.startswith("MLflow cannot be reached (the connection is gone)")
     assert back == "MLflow can be reached again"
 

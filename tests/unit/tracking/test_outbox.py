@@ -68,22 +68,22 @@ def test_records_of_an_earlier_process_stay(outbox: Outbox, folder: Path) -> Non
     assert OutboxReader(folder).address == elsewhere
 
 
-@pytest.mark.parametrize("num_whole", [0, 2])
-@pytest.mark.parametrize("num_torn_bytes", [1, 20, 10_000])
+@pytest.mark.parametrize("num_complete", [0, 2])
+@pytest.mark.parametrize("num_written_bytes", [1, 20, 10_000])
 def test_a_line_truncated_by_a_crash_is_dropped_and_the_next_is_intact(
-    outbox: Outbox, folder: Path, num_whole: int, num_torn_bytes: int
+    outbox: Outbox, folder: Path, num_complete: int, num_written_bytes: int
 ) -> None:
-    for step in range(num_whole):
+    for step in range(num_complete):
         outbox.append("metrics", step=step)
     outbox.close()
-    torn = json.dumps({"kind": "metrics", "step": 99, "values": {"x" * 20_000: 1.0}})[:num_torn_bytes]
+    truncated = json.dumps({"kind": "metrics", "step": 99, "values": {"x" * 20_000: 1.0}})[:num_written_bytes]
     with (folder / "records.jsonl").open("a") as file:
-        file.write(torn)
-    assert steps_in(folder) == [*range(num_whole)]
+        file.write(truncated)
+    assert steps_in(folder) == [*range(num_complete)]
     again = Outbox(folder, ADDRESS)
     again.append("metrics", step=100)
     again.close()
-    assert steps_in(folder) == [*range(num_whole), 100]
+    assert steps_in(folder) == [*range(num_complete), 100]
 
 
 def test_a_reader_does_not_use_an_incomplete_line(outbox: Outbox, folder: Path) -> None:

@@ -100,12 +100,12 @@ class Company:
 
     def __init__(self, others: Sequence["Process"]) -> None:
         self.others = others
-        self.told: Any = None
+        self.announced: Any = None
         self.sent: Any = None
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        self.told = value
-        return [value, *(other.company.told for other in self.others)]
+        self.announced = value
+        return [value, *(other.company.announced for other in self.others)]
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.sent = value
@@ -129,7 +129,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     def start_one(
         driver: Driver,
         *others: Process,
-        machine: str = "node1",
+        host: str = "node1",
         visible: str | None = None,
         allocated_gib: float = 1.0,
     ) -> Process:
@@ -138,7 +138,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        monkeypatch.setattr(socket, "gethostname", lambda: machine)
+        monkeypatch.setattr(socket, "gethostname", lambda: host)
         stand_ins = {
             "get_device_properties": lambda device: SimpleNamespace(uuid=driver.cuda_uuid(device)),
             "max_memory_allocated": lambda device: allocated_gib * GIB,
@@ -176,8 +176,8 @@ def test_a_mig_instance_has_its_own_number_and_no_utilisation(start: Start) -> N
 def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Start) -> None:
     first, second = (Driver(*(Gpu(UUIDS[i + j], used_gib=i + j) for j in (0, 1))) for i in (0, 2))
     others = [
-        start(second, machine="node2", visible="1,0", allocated_gib=3),
-        start(second, machine="node2", visible="0", allocated_gib=4),
+        start(second, host="node2", visible="1,0", allocated_gib=3),
+        start(second, host="node2", visible="0", allocated_gib=4),
         start(first, visible="1", allocated_gib=2),
     ]
     read = start(first, *others, visible="0").read
@@ -200,7 +200,7 @@ def test_two_processes_on_one_gpu_log_one_metric(start: Start) -> None:
 
 def test_gpus_that_are_number_0_in_each_process_are_distinguished(start: Start) -> None:
     first, second = (Driver(Gpu(UUIDS[i], used_gib=i, busy=None)) for i in (2, 3))
-    elsewhere = start(Driver(Gpu(UUIDS[5], used_gib=5, busy=None)), machine="node2")
+    elsewhere = start(Driver(Gpu(UUIDS[5], used_gib=5, busy=None)), host="node2")
     other = start(second, start(first))  # every process knows of all others
     read = start(first, other, elsewhere).read
     assert of_driver(read) == {
@@ -226,7 +226,7 @@ def test_without_the_driver_torch_metrics_stay_and_one_line_is_logged(
 
 
 def test_the_main_process_names_the_nodes_without_a_driver(start: Start) -> None:
-    others = [start(Driver(is_installed=False), machine=f"node{i}", visible="GPU-x") for i in (3, 2, 2)]
+    others = [start(Driver(is_installed=False), host=f"node{i}", visible="GPU-x") for i in (3, 2, 2)]
     process = start(Driver(Gpu(UUIDS[0])), *others)
     assert "on node2, node3: " in process.monitor.notice
     assert len(of_driver(process.read)) == 2
@@ -291,7 +291,7 @@ def test_an_mlflow_file_store_accepts_every_metric_for_any_host_name(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Use the strictest store: a metric is a file there, so no name may be another's folder."""
-    read = start(Driver(Gpu(UUIDS[0], used_gib=1)), machine="Jörg's/pc:1").read
+    read = start(Driver(Gpu(UUIDS[0], used_gib=1)), host="Jörg's/pc:1").read
     assert len(read) == 6
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(tmp_path.as_uri())

@@ -161,7 +161,8 @@ def test_one_flipped_byte_anywhere_in_the_manifest_is_refused(checkpoint: Path) 
 def test_a_file_that_is_missing_or_cut_short_is_named(name: str, checkpoint: Path) -> None:
     path = checkpoint / name
     content = path.read_bytes()
-    for length in (len(content) - 2, len(content) // 2, 0):  # a manifest without its last line end is whole
+    # A manifest without its last line end is complete.
+    for length in (len(content) - 2, len(content) // 2, 0):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=str(path)):
             open_checkpoint(checkpoint)

@@ -22,7 +22,7 @@ with StopSignals() as signals:
     time.sleep(float(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
-    print("goes on", flush=True)
+    print("continues", flush=True)
 """
 
 
@@ -92,7 +92,7 @@ def test_exit_does_not_wait_for_forked_processes() -> None:
 
 def test_a_second_interrupt_within_half_a_second_is_the_same_request() -> None:
     process = interrupt_twice(pause_s=0)
-    assert (process.returncode, process.stdout) == (0, "SIGINT\ngoes on\n")
+    assert (process.returncode, process.stdout) == (0, "SIGINT\ncontinues\n")
 
 
 def test_a_later_interrupt_ends_the_process_at_once() -> None:
@@ -106,7 +106,7 @@ def test_a_later_signal_of_another_kind_is_ignored() -> None:
     )
     command = [sys.executable, "-c", script, "0.7"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (process.returncode, process.stdout) == (0, "SIGTERM\ngoes on\n")
+    assert (process.returncode, process.stdout) == (0, "SIGTERM\ncontinues\n")
 
 
 def test_a_marker_file_is_written_for_schedulers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

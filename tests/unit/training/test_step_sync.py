@@ -58,10 +58,10 @@ def test_counts_and_canvas_cover_all_micro_batches(step_sync: StepSync) -> None:
 @pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
 def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
-    whole = batch(40, 60, [1, 1, 1], [1, 2, 3])
-    whole.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
+    together = batch(40, 60, [1, 1, 1], [1, 2, 3])
+    together.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
     parts = [batch(40, 60, [1], [1]), batch(40, 50, [1], [2]), batch(30, 60, [1], [3])]
-    canvases = {step_sync.next_step(0, iter([group])).canvas_hw for group in ([whole], parts)}
+    canvases = {step_sync.next_step(0, iter([group])).canvas_hw for group in ([together], parts)}
     assert canvases == {(64, 64)}
     of_one_size = [batch(40, 60, [1], [1]), batch(40, 60, [1, 1], [2, 3])]
     expected = (40, 60) if rule.keep_one_size else (64, 64)

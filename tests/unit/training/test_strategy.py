@@ -49,13 +49,13 @@ def test_unset_launcher_values_are_filled_from_our_configuration(
     launched(3, file)
     plugin = zero_plugin(SETTINGS.model_copy(update={"mixed_precision": "bf16"}), 4)
     assert plugin is not None
-    told = plugin.deepspeed_config
-    assert (told["train_micro_batch_size_per_gpu"], told["train_batch_size"]) == (3, 24)
-    assert (told["gradient_accumulation_steps"], told["gradient_clipping"]) == (2, 0.5)
-    assert told["zero_optimization"]["stage"] == 3
-    assert "auto" not in told["zero_optimization"].values()
-    assert "bf16" not in told
-    assert told["torch_autocast"] == {
+    settings = plugin.deepspeed_config
+    assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (3, 24)
+    assert (settings["gradient_accumulation_steps"], settings["gradient_clipping"]) == (2, 0.5)
+    assert settings["zero_optimization"]["stage"] == 3
+    assert "auto" not in settings["zero_optimization"].values()
+    assert "bf16" not in settings
+    assert settings["torch_autocast"] == {
         "enabled": True,
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],
