@@ -10,17 +10,18 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData
 
+TINY_BACKBONE: dict[str, Any] = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage4"],
+}
 TINY_CONFIG = {
     "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 96, "augmentation": "none"},
     "model": {
-        "backbone": {
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 16, 16],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage4"],
-        },
+        "backbone": TINY_BACKBONE,
         "pretrained_backbone": False,
         "hidden_dim": 32,
         "num_encoder_layers": 1,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import ModelConfig
 from detr_dist.models.build import build_detector
@@ -11,14 +12,7 @@ from detr_dist.models.detector import Detector
 
 CLASS_NAMES = ["player", "ball"]
 TINY = {
-    "backbone": {
-        "model_type": "resnet",
-        "layer_type": "basic",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage2", "stage3", "stage4"],
-    },
+    "backbone": TINY_BACKBONE | {"out_features": ["stage2", "stage3", "stage4"]},
     "pretrained_backbone": False,
     "hidden_dim": 32,
     "num_encoder_layers": 1,

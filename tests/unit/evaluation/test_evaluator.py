@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, load_coco
@@ -35,14 +36,7 @@ def config(architecture: str = "detr", *, batch_size: int = 3, num_queries: int 
             "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 64},
             "model": {
                 "model_architecture": architecture,
-                "backbone": {
-                    "model_type": "resnet",
-                    "layer_type": "basic",
-                    "embedding_size": 8,
-                    "hidden_sizes": [8, 8, 8, 8],
-                    "depths": [1, 1, 1, 1],
-                    "out_features": ["stage4"],
-                },
+                "backbone": TINY_BACKBONE | {"hidden_sizes": [8, 8, 8, 8]},
                 "pretrained_backbone": False,
                 "hidden_dim": 32,
                 "num_encoder_layers": 1,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import Config, ModelConfig, TrainingConfig
 from detr_dist.data.sampling import StepPlan
@@ -29,14 +30,7 @@ CLASS_NAMES = ["player", "ball"]
 @pytest.fixture(scope="session")
 def tiny_model() -> ModelConfig:
     return ModelConfig(
-        backbone={
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 8, 8],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage4"],
-        },
+        backbone=TINY_BACKBONE | {"hidden_sizes": [8, 8, 8, 8]},
         pretrained_backbone=False,
         hidden_dim=32,
         num_encoder_layers=1,
