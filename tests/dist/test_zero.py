@@ -29,9 +29,9 @@ AVERAGED = "training.ema_decay=0.9"
 WHOLE = ("training.batch_size=8", "training.gradient_accumulation_steps=1")
 HALVES = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 QUARTERS = ("training.batch_size=2", "training.gradient_accumulation_steps=2")  # per process of two
-# Of the change that the last five steps make. Rounding as well: where a gradient is next to nothing (1e-9 in the first
-# decoder layer) it still decides what AdamW does. Seen: 0.001 for DDP against one process, 0.008 for offloading; what
-# is really different, such as no clipping, is 1.8.
+# A fraction of the change of the last five steps. It allows for rounding: AdamW takes a full step even where a gradient
+# is nearly zero (1e-9 in the first decoder layer). Measured: 0.001 for DDP against one process, 0.008 for offloading;
+# a real difference, such as no clipping, gives 1.8.
 WEIGHTS_TOLERANCE = 0.03
 LOSSES = tuple(f"train_{loss}" for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
 METRICS = (*LOSSES, "learning_rate", "val_loss")

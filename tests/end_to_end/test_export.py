@@ -145,7 +145,7 @@ def test_a_checkpoint_is_exported_with_averaged_weights_and_registered(
     best = metadata(trained.folder / "out" / "model")
     assert metadata(folder) == best | {"source": "out/checkpoints/best", "run_id": run_id}
 
-    shutil.rmtree(folder)  # the registry has files of its own
+    shutil.rmtree(folder)  # the registry has its own files
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(tracking_uri)
     predict(mlflow.pytorch.load_model("models:/from_checkpoint/1"))
@@ -157,7 +157,7 @@ def test_an_export_loads_without_this_package(trained, tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     script = """
 import sys
-sys.modules["detr_dist"] = None  # to import it fails, as if it were not there
+sys.modules["detr_dist"] = None  # importing it fails
 import mlflow.pytorch, torch
 network = mlflow.pytorch.load_model(sys.argv[1])
 outputs = network(pixel_values=torch.zeros(1, 3, 64, 96), pixel_mask=torch.ones(1, 64, 96))

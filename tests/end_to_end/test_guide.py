@@ -19,7 +19,7 @@ from detr_dist.config import load_config
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = (REPOSITORY / "docs" / "mlflow.md").read_text()
 
-# What was asked for: complete, and nothing that the run or our guide may lack.
+# The required names, which both the run and the guide must have.
 PARAMS = {
     "batch_size", "learning_rate", "num_epochs", "weight_decay", "gradient_clip", "mixed_precision",
     "gradient_accumulation_steps", "compile_model", "channels_last", "model_architecture", "backbone",
@@ -134,8 +134,7 @@ def test_the_logged_metrics_are_the_required_and_documented_ones(followed: Follo
     patterns = [re.sub("<.*?>", r"[\\w.-]+", name) for name in named]
     assert [name for name in logged if not any(re.fullmatch(each, name) for each in patterns)] == []
     absent = {name for name in for_classes if "<" not in name} - logged
-    # Nothing is compiled, no box here is that large, and of a class of which nothing is found there is no
-    # threshold.
+    # Nothing is compiled, no box is that large, and a class without detections has no threshold.
     assert absent - ON_GPUS <= {
         "compiled_graphs", "val_map_medium", "val_map_large", "val_player_threshold", "val_ball_threshold"
     }  # fmt: skip
@@ -163,7 +162,7 @@ def artifact_names() -> str:
 def test_every_command_and_snippet_runs(followed: Followed) -> None:
     _, *others = commands()
     for command in [command for command in others if command[0] == "detr-dist"]:
-        if command[1] == "prune":  # takes away what the snippets load
+        if command[1] == "prune":  # deletes what the snippets load
             continue
         followed.run(command)
     snippets = "\n".join(blocks("python"))

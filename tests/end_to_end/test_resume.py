@@ -364,13 +364,13 @@ def test_init_from_loads_the_averaged_weights_and_starts_a_new_run(copied, tiny_
         finished = copied.train(
             tiny_data,
             "training.max_steps=1",
-            "training.learning_rate=1e-30",  # what is saved is what was taken
+            "training.learning_rate=1e-30",  # so that the saved weights equal the loaded ones
             "training.learning_rate_backbone=1e-30",
             "model.freeze_batch_norm=true",
             "--init-from",
             source,
             "--resume",
-            "auto",  # nothing there: what a scheduler repeats may begin like this
+            "auto",  # no checkpoint yet: a scheduler repeats the command of the first start
             output=output,
         )
         assert finished.returncode == 0, finished.stderr

@@ -181,7 +181,7 @@ def chromium():
 
 def take_screenshot(page, name: str) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    page.wait_for_timeout(500)  # what still moves: menus that close, the tree that unfolds
+    page.wait_for_timeout(500)  # animations of menus and of the tree
     page.screenshot(path=OUTPUT / f"{name}.png")
 
 
@@ -201,7 +201,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     (experiment_id,) = (e["experiment_id"] for e in experiments(ui) if e["name"] == "detr_training")
     runs_page = f"{ui}/#/experiments/{experiment_id}/runs"
     page.goto(runs_page)
-    for name in val_map:  # until they are there, a menu that opens closes again
+    for name in val_map:  # before they are loaded, an opened menu closes again
         page.get_by_role("link", name=name, exact=True).wait_for()
     # The assistant takes a quarter of the page.
     page.get_by_role("button", name="Close", exact=True).click()
@@ -229,7 +229,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     top = middle_of(first)
     page.mouse.move(first.bounding_box()["x"] + 700, top)
     row = page.get_by_role("link", name="val_map", exact=True)
-    # The table shows 300 pixels at a time. In MLflow 3.17 its names stay one turn of the wheel behind.
+    # The table shows 300 pixels at a time. In MLflow 3.17 its names scroll one wheel step late.
     while not (row.count() and middle_of(row) < top + 240):
         page.mouse.wheel(0, 10)
         page.wait_for_timeout(30)

@@ -176,7 +176,7 @@ def test_a_hanging_process_is_named_and_ends_itself(nodes: Nodes, tmp_path: Path
         (data / "train").mkdir(parents=True, exist_ok=True)
         (data / "train" / path.name).hardlink_to(path)
     (data / "train" / first.name).unlink()
-    os.mkfifo(data / "train" / first.name)  # to open it takes until somebody writes
+    os.mkfifo(data / "train" / first.name)  # opening it blocks until another process writes
     for node in (0, 1):
         nodes.start(node, train_dir=data / "train", DETR_DIST_COLLECTIVE_LIMIT_S="4")
     assert nodes.codes() == [1, 1]

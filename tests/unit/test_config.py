@@ -28,7 +28,7 @@ def test_an_unquoted_no_in_yaml_means_full_precision(tmp_path: Path) -> None:
     assert load_config(path).training.mixed_precision == "no"
 
 
-def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None:
+def test_an_override_changes_a_key_of_a_mapping_or_replaces_it() -> None:
     deep = load_config(None, ["model.config_overrides.encoder_ffn_dim=64", "training.learning_rate=5e-4"])
     assert deep.model.config_overrides == {"encoder_ffn_dim": 64}
     assert deep.training.learning_rate == 5e-4

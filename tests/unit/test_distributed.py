@@ -17,7 +17,7 @@ from detr_dist.numerics import resolve_precision, set_numerics
 @pytest.fixture
 def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Restore the settings that a test changes."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
@@ -74,7 +74,7 @@ def test_the_timeout_allows_for_processes_that_compile(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), UsageError("wrong")], ids=repr)
-def test_a_process_can_join_again_and_with_another_precision(error: BaseException | None) -> None:
+def test_a_process_can_rejoin_with_another_precision(error: BaseException | None) -> None:
     before = dict(os.environ)
     ended = nullcontext() if error is None else pytest.raises(type(error))
     with ended, group_of_processes(may_compile=True):

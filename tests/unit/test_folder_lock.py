@@ -65,7 +65,7 @@ def test_a_lock_ends_with_its_process_even_if_a_forked_child_lives(
     with locked(tmp_path):
         assert child.is_running()
         assert child.status() != psutil.STATUS_ZOMBIE
-    with locked(tmp_path):  # and it is given back
+    with locked(tmp_path):  # the lock was released
         pass
 
 

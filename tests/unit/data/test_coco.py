@@ -303,7 +303,7 @@ def test_absolute_file_names_are_found(document: Document, write_coco: WriteCoco
         ("7.jpg", "C:\\data\\7.jpg", [": C:", "absolute"]),
     ],
 )
-def test_a_file_under_a_name_that_looks_the_same_is_shown(
+def test_a_file_whose_name_looks_the_same_is_shown(
     document: Document, write_coco: WriteCoco, on_disk: str, in_json: str, shown: list[str]
 ) -> None:
     document["images"][0]["file_name"] = on_disk
@@ -317,7 +317,7 @@ def test_a_file_under_a_name_that_looks_the_same_is_shown(
     assert shown[0] in str(caught.value)
 
 
-def test_class_names_that_look_the_same_are_told_apart(document: Document, write_coco: WriteCoco) -> None:
+def test_class_names_that_look_the_same_are_distinguished(document: Document, write_coco: WriteCoco) -> None:
     document["categories"][0]["name"] = "caf\u00e9"
     train = load_coco(write_coco(document))
     document["categories"][0]["name"] = "cafe\u0301"

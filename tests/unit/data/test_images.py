@@ -206,7 +206,7 @@ def test_more_pixels_than_the_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # set back to what it was
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored after the test
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)
         with pytest.raises(UnreadableImageError, match=f"{name}: .*600 pixels"):

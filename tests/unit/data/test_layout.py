@@ -36,7 +36,7 @@ def test_every_format_that_pillow_writes_and_reads_has_a_known_suffix() -> None:
     }  # fmt: skip
 
 
-def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+def test_links_are_followed_without_endless_loops(tmp_path: Path) -> None:
     source = tmp_path / "in"
     touch(source, "a.png", "one/b.png", "two/c.png")
     touch(tmp_path, "elsewhere/d.png", "elsewhere/deeper/e.png")

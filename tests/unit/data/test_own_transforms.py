@@ -134,7 +134,7 @@ def test_a_transform_does_not_affect_the_random_numbers_of_others(data: CocoData
         assert_same(dataset(data, speckle, as_it_is)[0, row], dataset(data, "none", speckle)[0, row])
 
 
-def test_places_in_the_list_draw_independently_and_in_order(data: CocoData) -> None:
+def test_list_entries_draw_independently_and_in_order(data: CocoData) -> None:
     drawn: list[float] = []
 
     def note(example: Example, rng: np.random.Generator) -> Example:
@@ -160,7 +160,7 @@ def test_the_global_random_state_is_unchanged(data: CocoData) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_partners_are_other_images_as_the_recipe_prepares_them(data: CocoData) -> None:
+def test_partners_are_other_images_prepared_by_the_recipe(data: CocoData) -> None:
     got: list[Example] = []
 
     def keep(example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
@@ -299,7 +299,7 @@ def test_a_mosaic_keeps_boxes_around_their_objects() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 33), (40, 2)])
-def test_a_mosaic_of_thin_images_passes(height: int, width: int) -> None:
+def test_a_mosaic_of_thin_images_is_accepted(height: int, width: int) -> None:
     image, no_boxes = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
     thin = example_of(image, no_boxes, torch.zeros(0, dtype=torch.int64), (height, width))
     for seed in range(20):

@@ -67,7 +67,7 @@ def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(start_step: int) 
         assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == complete[start_step:]
 
 
-def test_no_sample_comes_twice_in_an_epoch() -> None:
+def test_no_sample_appears_twice_in_an_epoch() -> None:
     plan = StepPlan(NUM_SAMPLES, 3, 4, 2)
     keys = [key for step in steps(plan) for process in step for key in process]
     assert len(set(keys)) == len(keys) == NUM_STEPS * 24

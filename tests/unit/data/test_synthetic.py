@@ -221,7 +221,7 @@ def test_a_run_that_fails_leaves_no_split_behind(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/train"])
-def test_a_file_in_the_way_is_named(tmp_path: Path, blocked: str) -> None:
+def test_a_file_that_blocks_the_folder_is_named(tmp_path: Path, blocked: str) -> None:
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("a file")
     with pytest.raises(UsageError, match=str(tmp_path / "out")):

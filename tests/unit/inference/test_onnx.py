@@ -31,9 +31,7 @@ def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_onnxruntime_predicts_as_torch_does_at_untraced_sizes(
-    tiny_network, variant: str, tmp_path: Path
-) -> None:
+def test_onnxruntime_equals_torch_at_untraced_sizes(tiny_network, variant: str, tmp_path: Path) -> None:
     architecture, overrides = VARIANTS[variant]
     network = tiny_network(architecture, **overrides)
     assert write_onnx(network, tmp_path / "model.onnx") < 1e-5

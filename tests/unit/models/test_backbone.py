@@ -129,7 +129,7 @@ def test_the_transformers_resnet_computes_the_same_as_that_of_timm(
         (found,) = body_of(detector.eval())(pixels).feature_maps
     # Another order of the same float32 sums: frozen batch norm multiplies once.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    # What the library itself saves is taken too.
+    # Files that the library itself saves are accepted, too.
     torch.save({f"resnet.{k}": v for k, v in body_of(detector).state_dict().items()}, tmp_path / "own.pth")
     again = body_of(built(tmp_path / "own.pth", backbone=own | {"hidden_sizes": hidden_sizes}))
     assert all(map(torch.equal, again.state_dict().values(), body_of(detector).state_dict().values()))

@@ -86,7 +86,7 @@ def test_no_other_assignment_costs_less(kind: ClassKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_in_a_batch_match_as_they_do_alone(kind: ClassKind) -> None:
+def test_matches_do_not_depend_on_the_rest_of_the_batch(kind: ClassKind) -> None:
     num_boxes = [4, 0, 7, 1]
     pred_logits, pred_boxes = predictions(kind, 4, 12)
     labels, boxes = targets(num_boxes)

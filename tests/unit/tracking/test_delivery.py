@@ -141,8 +141,8 @@ def test_everything_is_delivered_once(sender: Sender) -> None:
     assert sender.messages == []
 
 
-@pytest.mark.parametrize("what_is_left", ["nothing", "an older one"])
-def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what_is_left: str) -> None:
+@pytest.mark.parametrize("remaining", ["nothing", "an older one"])
+def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, remaining: str) -> None:
     sender.outbox.append("params", values={"learning_rate": "0.1"})
     for step in (1, 2, 3):
         sender.log(step, loss=step / 10)
@@ -151,7 +151,7 @@ def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what
     for step in (4, 5, 6):
         sender.log(step, loss=step / 10, rate=1.0)
     sender.deliver()
-    if what_is_left == "nothing":
+    if remaining == "nothing":
         sender.cursors_path.unlink()
     else:
         sender.cursors_path.write_text(older)
@@ -436,7 +436,7 @@ def test_a_resumed_run_is_running_until_it_ends_and_keeps_its_last_error(
     assert sender.run.data.tags["error"] == "the third"
     assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
     assert sender.run.data.tags["resumed_with"] == "step 7: seed 1 -> 2"
-    sender.cursors_path.unlink()  # as after a power cut: all is gone through again
+    sender.cursors_path.unlink()  # as after a power cut: all records are read again
     sender.deliver()
     assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
     assert sender.run.data.tags["error"] == "the third"
@@ -448,7 +448,7 @@ def test_retention_keeps_the_newest_epoch_folders_and_all_other_folders(
     for name in ("epoch_2", "epoch_9", "epoch_10", "epoch_12", "best"):
         sender.outbox.append_folder(new_folder("a", "b/c"), f"models/{name}")
     sender.deliver()
-    sender.outbox.append_retention("models", newest=10, keep=1)  # 12 is of a future that was given up
+    sender.outbox.append_retention("models", newest=10, keep=1)  # 12 is abandoned
     sender.outbox.append_retention("checkpoints", newest=10, keep=1)  # of which there are none
     sender.deliver()
     left = {path.name for path in (sender.artifacts_dir / "models").iterdir()}
@@ -510,7 +510,7 @@ def test_in_a_local_store_files_take_no_additional_space(
     sender.deliver()
     for name in ("a", "inner/b"):
         assert (sender.artifacts_dir / "model" / name).samefile(source / name)
-    # The next one takes the place of a name, and never writes into the file that others share.
+    # A newer file replaces the name, and does not write into the file that other names share.
     newer = new_folder("a", content=" newer")
     sender.outbox.append_folder(newer, "model")
     sender.deliver()

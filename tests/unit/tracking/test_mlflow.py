@@ -30,7 +30,7 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
     """Return a port that refuses connections until it listens; then it accepts them and never answers."""
     for name in (TIMEOUT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -125,7 +125,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
         ("uc:http://host", "uc:http://host", "at uc:http://host"),
     ],
 )
-def test_a_uri_names_one_store_from_every_folder_and_how_to_view_it(
+def test_a_uri_means_one_store_in_every_folder_with_its_view_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, absolute: str, way: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

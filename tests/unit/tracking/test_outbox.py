@@ -125,7 +125,7 @@ def test_a_queued_folder_is_kept_if_the_original_is_deleted_or_replaced(
     assert record.content["last"] == "a"
     waiting = folder / "files" / record.content["name"]
     for name in ("a", "inner/b"):
-        assert (waiting / name).samefile(source / name)  # it costs no room
+        assert (waiting / name).samefile(source / name)  # takes no additional space
     replacement = source / ".a.partial"
     replacement.write_text("newer")
     replacement.replace(source / "a")
@@ -156,7 +156,7 @@ def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "b").samefile(tmp_path / "a")
 
 
-def test_a_newer_folder_replaces_a_waiting_one_for_the_same_place(
+def test_a_newer_folder_replaces_a_queued_one_for_the_same_path(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "checkpoints/last")
@@ -200,7 +200,7 @@ def test_a_folder_whose_upload_fails_is_kept_for_the_next_attempt(
     again = Outbox(folder, ADDRESS)
     again.append_folder(source, "model")
     again.close()
-    assert len({name, *names_in(folder)}) == 2  # a number is given once
+    assert len({name, *names_in(folder)}) == 2  # a number is used once
     with OutboxReader(folder).uploading(name) as taken:
         assert taken is not None
         assert (taken / "a").read_text() == "a"

@@ -245,7 +245,7 @@ def test_a_lost_gpu_is_omitted_until_it_returns(start: Start) -> None:
 
 def test_the_driver_is_shut_down_once_at_the_end(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0]))
-    driver.num_users = 1  # somebody else in this process
+    driver.num_users = 1  # another user in this process
     process = start(driver)
     assert driver.num_users == 2
     process.monitor.close()

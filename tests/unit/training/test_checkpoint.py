@@ -246,7 +246,7 @@ def test_an_optimizer_file_that_would_run_code_is_refused_and_runs_nothing(
 
 
 @pytest.mark.parametrize("kind", TRAPS)
-def test_the_traps_of_these_tests_are_real(kind: str, tmp_path: Path) -> None:
+def test_the_malicious_files_of_these_tests_do_run_code(kind: str, tmp_path: Path) -> None:
     content, sprung = TRAPS[kind](Trap(tmp_path / "sprung")), tmp_path / "sprung"
     if kind.startswith("torch.save"):
         torch.load(BytesIO(content), weights_only=False)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("check_what_is_left.py")
+SCRIPT = Path(__file__).with_name("check_cleanup.py")
 
 
 @pytest.mark.dist
