@@ -1,4 +1,4 @@
-"""Fixtures that tests of several folders share; what they are made of is in `harness`."""
+"""Fixtures that tests of several folders share; the code behind them is in `harness`."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from detr_dist.console import configure_logging
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`train` (40 images, most of them without boxes) and `val` (7 images), of several shapes."""
+    """Write `train` (40 images, most of them without boxes) and `val` (7 images), of several shapes."""
     folder = tmp_path_factory.mktemp("tiny_data")
     write_coco(
         folder / "train", num_images=40, with_boxes=lambda i: 3 if i % 10 == 0 else 0, mixed_sizes=True
@@ -34,7 +34,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def easy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Like `tiny_data`, but each class is always nearly at the same place: a hundred steps find it."""
+    """Write a variant of `tiny_data` with objects of a class in nearly one place, learned in 100 steps."""
     folder = tmp_path_factory.mktemp("easy_data")
     for seed, (split, num_images) in enumerate({"train": 96, "val": 7}.items()):
         write_coco(
@@ -52,7 +52,7 @@ def easy_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: making one takes MLflow seconds, copying it nothing."""
+    """Create an MLflow database without runs: creating one takes seconds, copying it no time."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -62,7 +62,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mlflow_server(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Iterator[MLflowServer]:
-    """It has to be started, as a test may have killed it."""
+    """Return a server that each test must start, as an earlier test may have killed it."""
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(empty_store, folder / "mlflow.db")
     server = MLflowServer(folder)
@@ -79,7 +79,7 @@ def command_server() -> Iterator[CommandServer]:
 
 @pytest.fixture(scope="session")
 def new_workplace(empty_store: Path, command_server: CommandServer) -> Callable[[Path], Workplace]:
-    """Makes a workplace in an existing folder, for fixtures that several tests share."""
+    """Return a function that makes a workplace in an existing folder, for shared fixtures."""
 
     def make(folder: Path) -> Workplace:
         shutil.copy(empty_store, folder / "mlflow.db")
@@ -102,7 +102,7 @@ def on_fake_gpu() -> Callable[[torch.nn.Module], AbstractContextManager[None]]:
 
 @pytest.fixture(autouse=True)
 def messages_are_printed() -> None:
-    """As by every command."""
+    """Configure logging as every command does."""
     configure_logging()
 
 
@@ -117,7 +117,7 @@ class _Collector(logging.Handler):
 
 @pytest.fixture
 def messages() -> Iterator[list[str]]:
-    """What the package logs during the test."""
+    """Return the messages that the package logs during the test."""
     collector = _Collector()
     logging.getLogger("detr_dist").addHandler(collector)
     yield collector.messages
@@ -126,7 +126,7 @@ def messages() -> Iterator[list[str]]:
 
 @pytest.fixture(autouse=True)
 def environment_is_restored() -> Iterator[None]:
-    """As one test found it, for the next: MLflow writes its tracking URI into the environment."""
+    """Restore the environment after each test: MLflow writes its tracking URI into it."""
     before = dict(os.environ)
     yield
     if "mlflow" in sys.modules:

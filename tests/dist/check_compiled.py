@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` with 2 processes: what is compiled learns the same as what is not, under DDP."""
+"""Check in 2 processes of `accelerate launch` that compiled layers learn the same as others under DDP."""
 
 import copy
 
@@ -10,7 +10,7 @@ from detr_dist.models.optimizations import compile_regions, num_compiled_graphs
 
 
 class Network(nn.Module):
-    """Of the library's shape, with as little as possible to compile: C++ takes its time."""
+    """Network with the layout of the library's, reduced to the minimum because compiling C++ takes long."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run under `accelerate launch` with 2 processes: buffers that differ are the main process's after synchronising."""
+"""Check in 2 processes of `accelerate launch` that buffers equal the main process's after synchronising."""
 
 import copy
 
@@ -10,7 +10,7 @@ from detr_dist.training.strategy import Replicated
 
 
 class Network(nn.Module):
-    """Batch norm that learns, called as a detector is."""
+    """Network of one trained batch norm, called like a detector."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""Trains like `detr-dist train` with the same arguments, but the device of the last process has no memory left for
-its third batch. There is no such device here: the error is torch's own, and raised by hand."""
+"""Train like `detr-dist train`, but let the last process run out of device memory at its third batch.
+
+There is no such device here: the error is torch's own, raised by hand.
+"""
 
 import os
 import sys

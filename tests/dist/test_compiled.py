@@ -1,4 +1,4 @@
-"""What is compiled by torch's own backend, under DDP."""
+"""Compiled layers under DDP, with torch's own backend."""
 
 import os
 import shutil

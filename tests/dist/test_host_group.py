@@ -1,4 +1,4 @@
-"""The small talk between processes, with two real ones."""
+"""Host-side collectives, with two real processes."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A device that runs out of memory in the middle ends all processes, each with a line that says why."""
+"""A device that runs out of memory during training ends all processes, each with a line about the reason."""
 
 from pathlib import Path
 

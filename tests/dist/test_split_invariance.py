@@ -1,4 +1,4 @@
-"""The same data, seed and global batch give the same training however it is split."""
+"""The same data, seed and global batch give the same training however the batch is split."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 imag
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
+def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
     for name, (num_processes, batch_size, accumulation) in SPLITS.items():
         finished = workplace.train(
             tiny_data,
@@ -34,15 +34,15 @@ def test_processes_and_accumulation_change_neither_losses_nor_weights(workplace,
             num_processes=num_processes,
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
-    whole = {metric: workplace.history(metric, "one_process") for metric in LOSSES}
-    steps_without_any_box = [value for _, value in whole["train_loss_bbox"] if value == 0]
+    expected = {metric: workplace.history(metric, "one_process") for metric in LOSSES}
+    steps_without_any_box = [value for _, value in expected["train_loss_bbox"] if value == 0]
     assert 0 < len(steps_without_any_box) < 10
     weights = load_file(workplace.folder / "one_process" / "model" / "model.safetensors")
     for name in list(SPLITS)[1:]:
         for metric in LOSSES:
             # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
             assert workplace.history(metric, name) == [
-                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in whole[metric]
+                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in expected[metric]
             ]
         split_weights = load_file(workplace.folder / name / "model" / "model.safetensors")
         for key, tensor in weights.items():

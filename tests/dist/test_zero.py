@@ -1,6 +1,7 @@
-"""ZeRO trains as DDP and one process do, and what it saves is as whole and as plain. Real DeepSpeed, over gloo.
+"""ZeRO gives the results of DDP and of one process, and saves complete files in the standard format.
 
-The shipped files of `accelerate launch` are what is started. All runs see the same 8 images a step.
+Uses real DeepSpeed over gloo and the shipped files of `accelerate launch`. All runs see the same 8 images a
+step.
 """
 
 import json
@@ -28,18 +29,20 @@ AVERAGED = "training.ema_decay=0.9"
 WHOLE = ("training.batch_size=8", "training.gradient_accumulation_steps=1")
 HALVES = ("training.batch_size=4", "training.gradient_accumulation_steps=1")
 QUARTERS = ("training.batch_size=2", "training.gradient_accumulation_steps=2")  # per process of two
-# Of the change that the last five steps make. Rounding as well: where a gradient is next to nothing (1e-9 in the first
-# decoder layer) it still decides what AdamW does. Seen: 0.001 for DDP against one process, 0.008 for offloading; what
-# is really different, such as no clipping, is 1.8.
+# A fraction of the change of the last five steps. It allows for rounding: AdamW takes a full step even where a gradient
+# is nearly zero (1e-9 in the first decoder layer). Measured: 0.001 for DDP against one process, 0.008 for offloading;
+# a real difference, such as no clipping, gives 1.8.
 WEIGHTS_TOLERANCE = 0.03
 LOSSES = tuple(f"train_{loss}" for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
-FIGURES = (*LOSSES, "learning_rate", "val_loss")
+METRICS = (*LOSSES, "learning_rate", "val_loss")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """A workplace and its runs of ten steps: `one` process, two with `ddp`, and two with each file of ZeRO, of
-    which `deepspeed_zero2` alone does not accumulate."""
+    """Run ten steps each with `one` process, with `ddp` in two, and with each ZeRO file in two.
+
+    Only `deepspeed_zero2` does not accumulate.
+    """
     place = new_workplace(tmp_path_factory.mktemp("zero"))
 
     def train(output: str, *overrides: str, launch_config: str = "multi_cpu", num_processes: int = 2) -> None:
@@ -64,12 +67,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Pat
 
 
 def is_same(first: Path, second: Path) -> bool:
-    ours, theirs = load_file(first), load_file(second)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    found, other = load_file(first), load_file(second)
+    return found.keys() == other.keys() and all(torch.equal(found[key], other[key]) for key in found)
 
 
 def difference(runs, output: str, other: str, name: str) -> float:
-    """Of the weights at the end, as a share of what the last five steps change."""
+    """Return how much the final weights differ, as a fraction of the change of the last five steps."""
 
     def weights(run: str, checkpoint: str) -> torch.Tensor:
         tensors = load_file(runs.folder / run / "checkpoints" / checkpoint / name)
@@ -90,11 +93,11 @@ def last(runs, output: str) -> Path:
 @pytest.mark.parametrize("name", ZERO)
 def test_each_zero_stage_gives_the_results_of_ddp_and_of_one_process(runs, name: str) -> None:
     for other in ("ddp", "one"):
-        for figure in FIGURES:
+        for metric in METRICS:
             # Sums in another order, and convolutions over other batch sizes: float32 rounding, nothing more.
-            assert runs.history(figure, name) == [
-                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in runs.history(figure, other)
-            ], (figure, other)
+            assert runs.history(metric, name) == [
+                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in runs.history(metric, other)
+            ], (metric, other)
         for weights in ("model.safetensors", "ema.safetensors"):
             assert difference(runs, name, other, weights) < WEIGHTS_TOLERANCE, (other, weights)
     assert difference(runs, "unclipped", "one", "model.safetensors") > 1
@@ -142,13 +145,13 @@ def test_a_resumed_zero_run_equals_the_uninterrupted_run_bit_for_bit(
     assert "at step 5," in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
         assert is_same(last(runs, output) / weights, last(runs, name) / weights), weights
-    ours, whole = (
+    found, expected = (
         torch.load(last(runs, each) / "optimizer.pt", weights_only=True)["optimizer"] for each in (output, name)
     )
-    assert ours.keys() == whole.keys()
-    for index, memory in whole.items():
-        for what, tensor in memory.items():
-            assert torch.equal(ours[index][what], tensor), (index, what)
+    assert found.keys() == expected.keys()
+    for index, state in expected.items():
+        for what, tensor in state.items():
+            assert torch.equal(found[index][what], tensor), (index, what)
 
 
 @pytest.mark.dist
@@ -161,7 +164,7 @@ def test_a_resumed_zero_run_equals_the_uninterrupted_run_bit_for_bit(
         pytest.param("one", "deepspeed_zero2_offload", 2, id="one process, then two that offload"),
     ],
 )
-def test_a_run_may_change_its_number_of_processes_and_its_stage(
+def test_a_resumed_run_may_change_num_processes_and_zero_stage(
     runs, tiny_data: Path, source: str, launch_config: str, num_processes: int
 ) -> None:
     output = f"{source}_then_{launch_config}"
@@ -180,7 +183,7 @@ def test_a_run_may_change_its_number_of_processes_and_its_stage(
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert "changed since: ZeRO stage" in finished.stdout
     for weights in ("model.safetensors", "ema.safetensors"):
-        # A memory of the optimizer that was lost would be as much as the change itself.
+        # A lost optimizer state would differ as much as the change itself.
         assert difference(runs, output, "one", weights) < WEIGHTS_TOLERANCE, weights
 
 
@@ -190,7 +193,7 @@ def test_a_run_may_change_its_number_of_processes_and_its_stage(
 def test_without_ema_stage_3_evaluates_and_saves_the_trained_weights(
     runs, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16, with batch norm that is trained, in a family whose layers share weights."""
+    """Use bfloat16, trained batch norm and a family whose layers share weights."""
     finished = runs.train(
         tiny_data,
         "model.model_architecture=deformable_detr",

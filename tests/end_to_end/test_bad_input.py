@@ -1,4 +1,4 @@
-"""Bad input gets one clear line and a non-zero exit code before training begins, on every process."""
+"""Bad input gives one clear line and a non-zero exit code before training starts, on every process."""
 
 import json
 import shutil
@@ -79,9 +79,9 @@ def error_lines(workplace, data: Path, capsys, *overrides: str) -> tuple[int, li
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_unusable_data_is_one_line_that_names_the_culprit(name, workplace, data, capsys) -> None:
-    spoil, culprit = BAD_DATA[name]
-    spoil(data)
+def test_unusable_data_fails_with_one_line_that_names_the_culprit(name, workplace, data, capsys) -> None:
+    corrupt, culprit = BAD_DATA[name]
+    corrupt(data)
     code, lines = error_lines(workplace, data, capsys)
     assert code == 1
     assert len(lines) == 1
@@ -108,7 +108,7 @@ def test_unusable_data_is_one_line_that_names_the_culprit(name, workplace, data,
         ("model.pretrained=/no/such/folder", 2, "/no/such/folder"),
     ],
 )
-def test_a_setting_that_cannot_be_is_one_line(override, code, fragment, workplace, data, capsys) -> None:
+def test_an_invalid_setting_fails_with_one_line(override, code, fragment, workplace, data, capsys) -> None:
     found, lines = error_lines(workplace, data, capsys, override)
     assert (found, len(lines)) == (code, 1), lines
     assert fragment in lines[0]
@@ -122,12 +122,12 @@ def test_all_wrong_settings_are_reported_together(workplace, data, capsys) -> No
     assert len(lines) == 3
 
 
-def test_boxes_outside_are_clipped_and_empty_ones_dropped_with_a_warning(workplace, data) -> None:
-    def spoil(document: Document) -> None:
+def test_boxes_are_clipped_and_empty_boxes_dropped_with_a_warning(workplace, data) -> None:
+    def corrupt(document: Document) -> None:
         document["annotations"][0]["bbox"] = [-5, 2, 20, 20]
         document["annotations"][1]["bbox"] = [300, 300, 10, 10]
 
-    edit(data / "train" / JSON, spoil)
+    edit(data / "train" / JSON, corrupt)
     finished = workplace.train(data, "training.max_steps=1", "logging.mlflow=false")
     assert finished.returncode == 0, finished.stderr
     clipped, dropped = (
@@ -138,7 +138,7 @@ def test_boxes_outside_are_clipped_and_empty_ones_dropped_with_a_warning(workpla
 
 
 @pytest.mark.dist
-def test_every_process_says_what_is_wrong_and_none_hangs(workplace, data) -> None:
+def test_every_process_reports_the_error_and_none_hangs(workplace, data) -> None:
     (data / "train" / "003.jpg").unlink()
     finished = workplace.train(data, num_processes=2)
     assert finished.returncode != 0
@@ -148,9 +148,9 @@ def test_every_process_says_what_is_wrong_and_none_hangs(workplace, data) -> Non
 
 
 @pytest.mark.dist
-def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data) -> None:
+def test_an_error_on_one_process_during_training_is_reported_on_all(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     finished = workplace.train(data, "logging.mlflow=false", "data.num_workers=1", num_processes=2)
     assert finished.returncode != 0
     for process in (0, 1):
@@ -159,7 +159,7 @@ def test_what_breaks_on_one_process_in_the_middle_is_said_on_all(workplace, data
 
 
 @pytest.mark.dist
-def test_a_transform_that_fails_is_named_with_its_image_on_every_process(workplace, data) -> None:
+def test_a_failing_transform_is_named_with_its_image_on_every_process(workplace, data) -> None:
     (workplace.folder / "own.py").write_text("def fail(example, rng):\n    raise ValueError('mine')\n")
     overrides = "logging.mlflow=false", "data.num_workers=1", "data.augmentation=[light, mosaic, own.py:fail]"
     finished = workplace.train(data, *overrides, num_processes=2)
@@ -172,7 +172,7 @@ def test_a_transform_that_fails_is_named_with_its_image_on_every_process(workpla
 
 def test_an_error_in_a_loader_process_fails_the_run_with_one_line(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
-        path.write_bytes(b"not a picture")
+        path.write_bytes(b"not an image")
     finished = workplace.train(data, "data.num_workers=2")
     assert finished.returncode == 1
     (line,) = finished.stderr.splitlines()

@@ -1,4 +1,4 @@
-"""The benchmarks measure what users train, and the check for GPUs works where there is none."""
+"""The benchmarks measure what users train, and the GPU check works without a GPU."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)  # a minute where nothing else runs
-def test_every_step_of_the_gpu_check_runs_small_or_says_why_not(tmp_path: Path) -> None:
+def test_every_step_of_the_gpu_check_runs_or_reports_why_not(tmp_path: Path) -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         ["bash", BENCHMARKS / "gpu_check.sh", BENCHMARKS.parents[1], tmp_path],
@@ -64,7 +64,7 @@ def test_every_step_of_the_gpu_check_runs_small_or_says_why_not(tmp_path: Path) 
     assert figures["resume"]["losses_apart"] == figures["deterministic"]["deterministic_losses_apart"] == 0
 
 
-def test_a_step_of_the_gpu_check_that_fails_hangs_or_dies_is_one_line(
+def test_a_gpu_check_step_that_fails_hangs_or_dies_is_one_line(
     benchmarks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(check) -> None:
@@ -126,7 +126,7 @@ def test_activations_of_all_architectures_are_counted_without_a_gpu(
     assert all(row["float32 checkpointing"] < row["float32"] for row in rows.values())
 
 
-def test_on_a_gpu_the_training_step_is_that_of_the_network_users_train(benchmarks, tmp_path: Path) -> None:
+def test_on_a_gpu_the_benchmark_trains_the_network_that_users_train(benchmarks, tmp_path: Path) -> None:
     options = argparse.Namespace(device="cuda", config=None, overrides=[])
     config = benchmarks.train_step.configure(options, tmp_path)
     assert config.training.batch_size == 8

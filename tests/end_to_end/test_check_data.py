@@ -1,4 +1,4 @@
-"""`detr-dist check-data` as a person or a script runs it, and what training says by itself."""
+"""`detr-dist check-data` as a person or a script runs it, and the warnings of training."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ Document = dict[str, Any]
 
 
 def write_split(folder: Path, document: Document, first_seed: int) -> None:
-    """A picture for each image, all different."""
+    """Write a split with a different image for each entry."""
     folder.mkdir(parents=True)
     for i, image in enumerate(document["images"]):
         colours = np.random.default_rng(first_seed + i).integers(0, 256, (4, 6, 3), dtype=np.uint8)
@@ -34,8 +34,8 @@ def sound_document(num_images: int = 8) -> Document:
 
 
 @pytest.fixture
-def spoiled(tmp_path: Path) -> Path:
-    """`train` and `val` with one of each fault that can stand beside the others."""
+def faulty(tmp_path: Path) -> Path:
+    """Write `train` and `val` with one of each fault that can occur together with the others."""
     train, val = sound_document(16), sound_document()
     boxes = train["annotations"]
     boxes += [{"id": 100 + i, "image_id": 9, "category_id": 1, "bbox": [1, 1, 9, 9]} for i in range(12)]
@@ -68,7 +68,7 @@ def spoiled(tmp_path: Path) -> Path:
     (tmp_path / "train" / JSON).write_text(json.dumps(train))
 
     (tmp_path / "train" / "1.jpg").unlink()
-    (tmp_path / "train" / "2.jpg").write_bytes(b"no picture")
+    (tmp_path / "train" / "2.jpg").write_bytes(b"no image")
     shutil.copy(tmp_path / "train" / "5.jpg", tmp_path / "train" / "6.jpg")
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -112,7 +112,7 @@ FAULTS_OF_VAL = {
 }
 
 
-def test_each_fault_is_found_once_and_nothing_else(workplace, spoiled: Path) -> None:
+def test_each_fault_is_found_exactly_once(workplace, faulty: Path) -> None:
     settings = ("model.num_queries=6", "data.shortest_edge=80")
     finished = workplace.run("check-data", "--json", "train", "val", *settings)
     assert finished.returncode == 1
@@ -126,7 +126,7 @@ def test_each_fault_is_found_once_and_nothing_else(workplace, spoiled: Path) -> 
     assert found == expected
 
 
-def test_the_text_says_the_same_and_ends_with_the_verdict(workplace, spoiled: Path) -> None:
+def test_the_text_report_lists_the_same_findings_and_ends_with_the_verdict(workplace, faulty: Path) -> None:
     settings = ("model.num_queries=6", "data.shortest_edge=80")
     report = json.loads(workplace.run("check-data", "--json", "train", "val", *settings).stdout)
     finished = workplace.run("check-data", "train", "val", *settings)
@@ -137,12 +137,12 @@ def test_the_text_says_the_same_and_ends_with_the_verdict(workplace, spoiled: Pa
     assert finished.stderr == ""
 
 
-def test_quick_finds_what_needs_no_picture(workplace, spoiled: Path) -> None:
+def test_quick_reports_the_faults_that_need_no_image(workplace, faulty: Path) -> None:
     report = json.loads(workplace.run("check-data", "--json", "--quick", "train", "val").stdout)
     found = {finding["kind"] for finding in report["findings"]}
     assert {"missing_image", "unknown_image", "classes_differ", "box_outside"} <= found
-    needs_pictures = {"unreadable_image", "wrong_size", "exif_rotation", "duplicate_picture"}
-    assert not found & (needs_pictures | {"picture_in_two_splits", "lookalike_in_two_splits"})
+    need_images = {"unreadable_image", "wrong_size", "exif_rotation", "duplicate_picture"}
+    assert not found & (need_images | {"picture_in_two_splits", "lookalike_in_two_splits"})
     assert report["opened_pictures"] is False
 
 
@@ -161,7 +161,7 @@ def test_generated_scenes_have_no_findings(workplace) -> None:
         assert int(counts[1]) == sum(map(int, counts[2:]))
 
 
-def test_warnings_alone_are_no_failure(workplace) -> None:
+def test_warnings_alone_exit_with_success(workplace) -> None:
     document = sound_document()
     document["annotations"][0]["bbox"] = [-5, 5, 20, 20]
     write_split(workplace.folder / "a=b", document, 0)
@@ -181,7 +181,7 @@ def test_warnings_alone_are_no_failure(workplace) -> None:
         (["list"], 1, "holds a list"),
     ],
 )
-def test_what_cannot_be_checked_is_one_line(arguments, code, fragment, workplace) -> None:
+def test_data_that_cannot_be_checked_fails_with_one_line(arguments, code, fragment, workplace) -> None:
     write_split(workplace.folder / "train", sound_document(), 0)
     (workplace.folder / "no_json").mkdir()
     for name, text in (("broken", '{"images": [}'), ("list", "[]")):
@@ -194,7 +194,7 @@ def test_what_cannot_be_checked_is_one_line(arguments, code, fragment, workplace
     assert fragment in line
 
 
-def test_training_says_before_the_first_step_what_is_odd_in_the_numbers(workplace) -> None:
+def test_training_warns_of_suspicious_annotations_before_the_first_step(workplace) -> None:
     train, val = sound_document(), sound_document()
     train["annotations"].append(train["annotations"][0] | {"id": 100, "bbox": [5, 5, 20, 20.5]})
     val["annotations"][1]["category_id"] = 1

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is still read: a checkpoint, a model, an outbox (tests/data/version_0_1)."""
+"""Files of version 0.1 are still read: a checkpoint, a model, an outbox (tests/data/version_0_1)."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ WRITTEN = REPOSITORY / "tests" / "data" / "version_0_1"
 
 @pytest.fixture
 def earlier(workplace):
-    """A workplace with a copy of what the earlier version wrote."""
+    """Return a workplace with a copy of the files of the earlier version."""
     shutil.copytree(WRITTEN, workplace.folder, dirs_exist_ok=True)
     return workplace
 
@@ -40,7 +40,7 @@ def test_an_earlier_checkpoint_is_resumed_in_its_own_folder(earlier) -> None:
 
 
 @pytest.mark.parametrize("model", ["out/model", "out/checkpoints/epoch_2"])
-def test_an_earlier_model_or_checkpoint_gives_the_score_of_its_time(earlier, model: str) -> None:
+def test_an_earlier_model_or_checkpoint_keeps_its_score(earlier, model: str) -> None:
     evaluated = earlier.run("evaluate", "--model", model, "--data-dir", "val", "--report", "report.json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads((earlier.folder / "report.json").read_text())["metrics"]

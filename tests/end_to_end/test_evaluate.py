@@ -1,4 +1,4 @@
-"""`detr-dist evaluate` gives what training logged, however the model is named, on any number of processes."""
+"""`detr-dist evaluate` gives the metrics of training for every model reference and number of processes."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
-    """A run whose only evaluation is at its end, with averaged weights and trained batch norm."""
+    """Train a run with one evaluation, at its end, with averaged weights and trained batch norm."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     settings = (
         *("training.max_steps=120", "training.num_epochs=5", "training.ema_decay=0.9"),
@@ -42,7 +42,7 @@ def error_of(finished: subprocess.CompletedProcess[str], code: int = 2) -> str:
 @pytest.mark.parametrize(
     "model", ["out/checkpoints/last", "out/model", "RUN", "runs:/RUN/model", "models:/detector@best"]
 )
-def test_every_name_of_the_model_gives_the_figures_of_the_run(trained, easy_data: Path, model: str) -> None:
+def test_every_model_reference_gives_the_metrics_of_the_run(trained, easy_data: Path, model: str) -> None:
     logged = trained.results()["metrics"]
     model = model.replace("RUN", trained.results()["run_id"])
     report = report_of(trained, "--model", model, "--data-dir", easy_data / "val")
@@ -54,7 +54,7 @@ def test_every_name_of_the_model_gives_the_figures_of_the_run(trained, easy_data
 
 @pytest.fixture(scope="module")
 def alone(trained, easy_data: Path) -> tuple[dict, list[dict]]:
-    """Report and predictions of one process with one image at a time, and more loaders than cores."""
+    """Return report and predictions of one process with one image at a time and more loaders than cores."""
     arguments = ("--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "new/alone.json")
     report = report_of(trained, *arguments, "training.batch_size=1", "data.num_workers=9")
     return report, json.loads((trained.folder / "new" / "alone.json").read_text())
@@ -63,7 +63,7 @@ def alone(trained, easy_data: Path) -> tuple[dict, list[dict]]:
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (2, 8), (3, 1), (4, 1)])
-def test_no_number_of_processes_and_no_batch_size_changes_anything(
+def test_num_processes_and_batch_size_change_no_result(
     trained, alone, easy_data: Path, num_processes: int, batch_size: int
 ) -> None:
     report = report_of(
@@ -80,13 +80,13 @@ def test_no_number_of_processes_and_no_batch_size_changes_anything(
         assert other["score"] == pytest.approx(one["score"], abs=1e-6)  # float32
         assert other["bbox"] == pytest.approx(one["bbox"], abs=1e-3)  # in pixels of up to 120
     assert report["confusion"] == expected_report["confusion"]
-    figures, expected_figures = report["metrics"], expected_report["metrics"]
-    assert figures == pytest.approx(expected_figures, abs=1e-5)  # losses of about 10, scores as thresholds
-    ranking = [name for name in figures if not re.search("loss|threshold", name)]
-    assert [figures[name] for name in ranking] == [expected_figures[name] for name in ranking]
+    metrics, expected_metrics = report["metrics"], expected_report["metrics"]
+    assert metrics == pytest.approx(expected_metrics, abs=1e-5)  # losses of about 10, scores as thresholds
+    ranking = [name for name in metrics if not re.search("loss|threshold", name)]
+    assert [metrics[name] for name in ranking] == [expected_metrics[name] for name in ranking]
 
 
-def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_data: Path) -> None:
+def test_thresholds_of_the_model_replace_the_best_thresholds(trained, easy_data: Path) -> None:
     arguments = ("--model", "out/model", "--data-dir", easy_data / "train")
     best, brought = report_of(trained, *arguments), report_of(trained, *arguments, "--model-thresholds")
     of_training = trained.results()["metrics"]["val_player_threshold"]
@@ -112,7 +112,9 @@ def test_thresholds_of_the_model_take_the_place_of_the_best_ones(trained, easy_d
         (("--model", "out/model", "--data-dir", "empty"), 1, "empty: no JSON file"),
     ],
 )
-def test_what_cannot_be_is_one_line(trained, easy_data: Path, arguments, code: int, part: str) -> None:
+def test_invalid_arguments_fail_with_one_line(
+    trained, easy_data: Path, arguments, code: int, part: str
+) -> None:
     (trained.folder / "empty").mkdir(exist_ok=True)
     finished = trained.run("evaluate", "--data-dir", easy_data / "val", *arguments)
     assert part in error_of(finished, code)
@@ -120,13 +122,13 @@ def test_what_cannot_be_is_one_line(trained, easy_data: Path, arguments, code: i
 
 @pytest.fixture
 def val(easy_data: Path, tmp_path: Path) -> dict:
-    """The document of the validation data, to be changed before `tmp_path` is used as data."""
+    """Return the document of the validation data, to be changed before `tmp_path` is used as data."""
     for each in (easy_data / "val").glob("*.jpg"):
         (tmp_path / each.name).symlink_to(each)
     return json.loads((easy_data / "val" / "_annotations.coco.json").read_text())
 
 
-def test_data_of_a_class_that_the_model_does_not_know_are_refused(trained, val: dict, tmp_path: Path) -> None:
+def test_data_with_a_class_unknown_to_the_model_are_refused(trained, val: dict, tmp_path: Path) -> None:
     val["categories"][0]["name"] = "referee"
     (tmp_path / "a.json").write_text(json.dumps(val))
     line = error_of(trained.run("evaluate", "--model", "out/model", "--data-dir", tmp_path), 1)
@@ -134,7 +136,7 @@ def test_data_of_a_class_that_the_model_does_not_know_are_refused(trained, val: 
     assert "referee only here" in line
 
 
-def test_a_class_that_only_the_model_knows_has_no_figures(trained, val: dict, tmp_path: Path) -> None:
+def test_a_class_unknown_to_the_data_has_no_metrics(trained, val: dict, tmp_path: Path) -> None:
     val["categories"] = [{"id": 7, "name": "player"}]
     players = [each for each in val["annotations"] if each["category_id"] == 1]
     val["annotations"] = [each | {"category_id": 7} for each in players]
@@ -148,8 +150,8 @@ def test_a_class_that_only_the_model_knows_has_no_figures(trained, val: dict, tm
     assert {each["category_id"] for each in json.loads((trained.folder / "players.json").read_text())} == {7}
 
 
-def test_a_setting_may_be_overridden_that_would_not_fit_the_defaults(trained, easy_data: Path) -> None:
-    """The model was trained with 64 to 96 pixels; by default the shortest edge is 800."""
+def test_a_setting_that_conflicts_with_the_defaults_can_be_overridden(trained, easy_data: Path) -> None:
+    """Use a model trained with 64 to 96 pixels; the default shortest edge is 800."""
     report = report_of(
         trained, "--model", "out/model", "--data-dir", easy_data / "val", "data.longest_edge=90"
     )

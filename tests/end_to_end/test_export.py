@@ -1,4 +1,4 @@
-"""A trained model leaves for production: every way to name it, and every way to load it there."""
+"""A trained model is exported from every model reference and loads in every supported way."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ IMAGE = Image.new("RGB", (96, 80), "green")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, tiny_data: Path):
-    """A run of two epochs with averaged weights; tests only read it and make folders beside."""
+    """Train two epochs with averaged weights; tests only read the run and add folders next to it."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     settings = ("training.max_steps=4", "training.ema_decay=0.9", "evaluation.every_epochs=1")
     finished = place.train(tiny_data, *settings)
@@ -33,7 +33,7 @@ def run_id(trained) -> str:
 
 @pytest.fixture
 def at_home(trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLflow's own functions, as a user calls them in the folder where the run was."""
+    """Use MLflow's own functions, as a user calls them in the folder of the run."""
     import mlflow
 
     monkeypatch.chdir(trained.folder)
@@ -74,7 +74,7 @@ def error_of(finished: subprocess.CompletedProcess[str]) -> str:
 
 
 @pytest.mark.slow
-def test_the_model_of_a_run_is_exported_registered_and_loads_everywhere(trained, run_id, at_home) -> None:
+def test_a_model_of_a_run_is_exported_registered_and_loads_everywhere(trained, run_id, at_home) -> None:
     import mlflow
     from transformers import AutoModelForObjectDetection, pipeline
 
@@ -145,19 +145,19 @@ def test_a_checkpoint_is_exported_with_averaged_weights_and_registered(
     best = metadata(trained.folder / "out" / "model")
     assert metadata(folder) == best | {"source": "out/checkpoints/best", "run_id": run_id}
 
-    shutil.rmtree(folder)  # the registry has files of its own
+    shutil.rmtree(folder)  # the registry has its own files
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri(tracking_uri)
     predict(mlflow.pytorch.load_model("models:/from_checkpoint/1"))
 
 
 @pytest.mark.slow
-def test_an_export_loads_where_this_package_is_not_installed(trained, tmp_path: Path) -> None:
+def test_an_export_loads_without_this_package(trained, tmp_path: Path) -> None:
     finished = trained.run("export", "--model", "out/model", "--output-dir", tmp_path / "export")
     assert finished.returncode == 0, finished.stderr
     script = """
 import sys
-sys.modules["detr_dist"] = None  # to import it fails, as if it were not there
+sys.modules["detr_dist"] = None  # importing it fails
 import mlflow.pytorch, torch
 network = mlflow.pytorch.load_model(sys.argv[1])
 outputs = network(pixel_values=torch.zeros(1, 3, 64, 96), pixel_mask=torch.ones(1, 64, 96))
@@ -186,11 +186,11 @@ print(type(network).__module__, tuple(outputs.pred_boxes.shape))
         ("half", "half: cannot be loaded (lacks"),
     ],
 )
-def test_a_model_that_cannot_be_had_is_one_line_and_leaves_nothing(trained, model: str, part: str) -> None:
-    spoilt = trained.folder / model
-    if "/" not in model and not spoilt.exists():
-        shutil.copytree(trained.folder / "out" / "model", spoilt)
-        {"pickle_only": lose_safetensors, "no_processor": lose_processor, "half": lose_weights}[model](spoilt)
+def test_an_unavailable_model_fails_with_one_line_and_leaves_no_files(trained, model: str, part: str) -> None:
+    broken = trained.folder / model
+    if "/" not in model and not broken.exists():
+        shutil.copytree(trained.folder / "out" / "model", broken)
+        {"pickle_only": lose_safetensors, "no_processor": lose_processor, "half": lose_weights}[model](broken)
     before = sorted(trained.folder.iterdir())
     finished = trained.run("export", "--model", model, "--output-dir", "never")
     assert part in error_of(finished)
@@ -226,18 +226,18 @@ def lose_weights(folder: Path) -> None:
         ),
     ],
 )
-def test_options_that_cannot_be_are_one_line_before_anything_is_done(trained, options, part: str) -> None:
+def test_invalid_options_fail_with_one_line_before_anything_is_written(trained, options, part: str) -> None:
     before = sorted(trained.folder.iterdir())
     assert part in error_of(trained.run("export", "--model", "out/model", *options))
     assert sorted(trained.folder.iterdir()) == before
 
 
-def test_the_wrong_path_of_a_first_model_is_told_before_training(trained, tiny_data: Path) -> None:
+def test_a_wrong_path_in_init_from_is_reported_before_training(trained, tiny_data: Path) -> None:
     finished = trained.train(tiny_data, "--init-from", "out/modle", output="never")
     assert "out/modle: no such folder" in error_of(finished)
 
 
-def test_a_failure_of_the_onnx_comparison_leaves_nothing(
+def test_a_failed_onnx_comparison_leaves_no_files(
     trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from detr_dist.errors import DetrDistError

@@ -1,4 +1,4 @@
-"""docs/extending.md as a reader follows it: each file is written and each command run as it stands there."""
+"""docs/extending.md as a reader follows it: each file is written and each command run unchanged."""
 
 import re
 import shlex
@@ -16,7 +16,7 @@ HAS_STEPS = ("training.max_steps=2", "training.num_epochs=1", "logging.log_every
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Workplace:
-    """A folder with generated scenes and a configuration that stands for the quickstart's, to save time."""
+    """Return a folder with generated scenes and a small configuration instead of the quickstart's."""
     place = new_workplace(tmp_path_factory.mktemp("extending"))
     config = TINY_CONFIG | {"model": TINY_CONFIG["model"] | {"num_queries": 60}}
     (place.folder / "configs").mkdir()
@@ -41,7 +41,7 @@ def write_files(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_each_extension_works_as_it_stands_on_the_page(place: Workplace, title: str) -> None:
+def test_each_documented_extension_works_unchanged(place: Workplace, title: str) -> None:
     write_files(SECTIONS[title], place.folder)
     (command,) = commands_in(SECTIONS[title])
     output = Path(command[command.index("--output-dir") + 1])

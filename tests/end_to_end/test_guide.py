@@ -19,7 +19,7 @@ from detr_dist.config import load_config
 REPOSITORY = Path(__file__).parents[2]
 GUIDE = (REPOSITORY / "docs" / "mlflow.md").read_text()
 
-# What was asked for: complete, and nothing that the run or our guide may lack.
+# The required names, which both the run and the guide must have.
 PARAMS = {
     "batch_size", "learning_rate", "num_epochs", "weight_decay", "gradient_clip", "mixed_precision",
     "gradient_accumulation_steps", "compile_model", "channels_last", "model_architecture", "backbone",
@@ -49,7 +49,7 @@ def commands() -> list[list[str]]:
 
 
 def names_in_table(title: str) -> set[str]:
-    """The names that stand in the first two columns of the table below a title."""
+    """Return the names in the first two columns of the table below a title."""
     rows = re.search(rf"### {title}\n\n(.*?)\n\n", GUIDE, flags=re.DOTALL)
     assert rows is not None
     cells = [row.split("|")[1:3] for row in rows[1].splitlines()[2:]]
@@ -58,7 +58,7 @@ def names_in_table(title: str) -> set[str]:
 
 @dataclass
 class Followed:
-    """A folder like a user's clone, in which the guide's run has been done."""
+    """Folder like a user's clone, in which the run of the guide was done."""
 
     place: object
     uri: str
@@ -73,7 +73,7 @@ class Followed:
         return MlflowClient(self.uri)
 
     def run(self, command: list[str]) -> None:
-        """A command of ours, as it stands in the guide."""
+        """Run a `detr-dist` command exactly as in the guide."""
         arguments = command[2:] if command[0] == "python" else command[1:]
         arguments = [argument.replace("RUN_ID", self.run_id) for argument in arguments]
         finished = self.place.run(*arguments, environment={"MLFLOW_TRACKING_URI": self.uri})
@@ -134,8 +134,7 @@ def test_the_logged_metrics_are_the_required_and_documented_ones(followed: Follo
     patterns = [re.sub("<.*?>", r"[\\w.-]+", name) for name in named]
     assert [name for name in logged if not any(re.fullmatch(each, name) for each in patterns)] == []
     absent = {name for name in for_classes if "<" not in name} - logged
-    # Nothing is compiled, no box here is that large, and of a class of which nothing is found there is no
-    # threshold.
+    # Nothing is compiled, no box is that large, and a class without detections has no threshold.
     assert absent - ON_GPUS <= {
         "compiled_graphs", "val_map_medium", "val_map_large", "val_player_threshold", "val_ball_threshold"
     }  # fmt: skip
@@ -160,10 +159,10 @@ def artifact_names() -> str:
 
 
 @pytest.mark.slow
-def test_every_command_and_every_snippet_runs(followed: Followed) -> None:
+def test_every_command_and_snippet_runs(followed: Followed) -> None:
     _, *others = commands()
     for command in [command for command in others if command[0] == "detr-dist"]:
-        if command[1] == "prune":  # takes away what the snippets load
+        if command[1] == "prune":  # deletes what the snippets load
             continue
         followed.run(command)
     snippets = "\n".join(blocks("python"))
@@ -184,13 +183,13 @@ def test_every_command_and_every_snippet_runs(followed: Followed) -> None:
     assert left == {"models/epoch_9", "models/epoch_10"}
 
 
-def test_the_guide_has_no_command_that_is_not_run() -> None:
-    """The pages are opened by test_ui.py."""
+def test_every_command_in_the_guide_is_tested() -> None:
+    """Leave out the pages, which test_ui.py opens."""
     others = [command for command in commands() if command[0] not in ("python", "detr-dist")]
     assert others == [["bash", "scripts/start_mlflow_ui.sh"]]
 
 
 @pytest.mark.parametrize("block", blocks("yaml"))
-def test_its_settings_are_valid(block: str, tmp_path: Path) -> None:
+def test_the_settings_in_the_guide_are_valid(block: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(block)
     assert load_config(tmp_path / "settings.yaml").logging.mlflow_experiment_name == "detr_training"

@@ -1,4 +1,4 @@
-"""A notebook that loads, predicts, evaluates and exports does what the commands do, in one process."""
+"""A notebook that loads, predicts, evaluates and exports gives the results of the commands."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ from detr_dist.inference.model import TrainedModel, load_model
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace: Callable, easy_data: Path):
-    """A run of a few steps."""
+    """Train a run of a few steps."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(easy_data, "training.max_steps=4")
     assert finished.returncode == 0, finished.stderr
@@ -35,7 +35,7 @@ def columns(results: list[dict]) -> list[tuple]:
     return [(each["image_id"], each["category_id"], each["bbox"], each["score"]) for each in results]
 
 
-def test_predictions_are_those_of_the_command_to_the_last_bit(trained, model, easy_data: Path) -> None:
+def test_predictions_equal_those_of_the_command_bit_for_bit(trained, model, easy_data: Path) -> None:
     arguments = ("--model", "out/model", "--input", easy_data / "val", "--output-dir", "found")
     finished = trained.run("predict", *arguments)
     assert finished.returncode == 0, finished.stderr
@@ -57,7 +57,7 @@ def report(model, easy_data: Path) -> EvaluationReport:
     return evaluate(model, easy_data / "val")
 
 
-def test_an_evaluation_is_that_of_the_run(trained, report: EvaluationReport) -> None:
+def test_an_evaluation_equals_that_of_the_run(trained, report: EvaluationReport) -> None:
     assert report.metrics == trained.results()["metrics"]
     for name, own in report.per_class.items():
         assert own["map"] == report.metrics[f"val_{name}_map"]
@@ -66,7 +66,7 @@ def test_an_evaluation_is_that_of_the_run(trained, report: EvaluationReport) -> 
     assert report.facts["model"] == str(trained.folder / "out" / "model")
 
 
-def test_a_metric_of_one_s_own_sees_every_image(report: EvaluationReport) -> None:
+def test_a_custom_metric_sees_every_image(report: EvaluationReport) -> None:
     details = report.details
     assert len(details) == len(details.data) == 7
     assert sum(len(details.detections(row)) for row in range(7)) == len(details.records.scores) == 7 * 8
@@ -75,9 +75,8 @@ def test_a_metric_of_one_s_own_sees_every_image(report: EvaluationReport) -> Non
     assert np.array_equal(boxes[:, 2:] - boxes[:, :2], details.data.boxes_xywh_px[:, 2:])
 
 
-def test_nothing_outlives_a_call(model, easy_data: Path, tmp_path: Path, capfd) -> None:
-    """No process group, no state of Accelerate, no handler of messages, no change of what torch computes in;
-    nothing is printed."""
+def test_a_call_leaves_no_global_state(model, easy_data: Path, tmp_path: Path, capfd) -> None:
+    """Check process group, Accelerate state, logging handlers and torch settings; nothing is printed."""
     logging.getLogger("detr_dist").handlers.clear()  # as in a notebook
     for batch_size in (2, 3):
         overrides = [f"training.batch_size={batch_size}", "training.tf32=false"]
@@ -91,7 +90,7 @@ def test_nothing_outlives_a_call(model, easy_data: Path, tmp_path: Path, capfd) 
     assert capfd.readouterr().out == ""
 
 
-def test_a_model_that_has_predicted_is_exported_as_it_was_loaded(model, easy_data, tmp_path: Path) -> None:
+def test_a_model_is_exported_unchanged_after_predicting(model, easy_data, tmp_path: Path) -> None:
     image = easy_data / "val" / "001.jpg"
     expected = model.predict(image, threshold=0)
     again = load_model(export(model, tmp_path / "exported")).predict(image, threshold=0)

@@ -37,6 +37,6 @@ def test_the_notebook_trains_plots_predicts_evaluates_and_exports(
     assert (tmp_path / "examples" / "football" / "production" / "model.safetensors").is_file()
 
 
-def test_the_notebook_is_kept_without_outputs() -> None:
+def test_the_notebook_is_committed_without_outputs() -> None:
     notebook = nbformat.read(REPOSITORY / "examples" / "train_and_predict.ipynb", as_version=4)
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in notebook.cells)

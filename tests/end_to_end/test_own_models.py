@@ -1,4 +1,4 @@
-"""One file of a user's adds a family, a term of the loss and a backbone; everything works with them."""
+"""One user file adds a family, a loss term and a backbone, and every command works with them."""
 
 import json
 import sys
@@ -76,7 +76,7 @@ def registries_are_restored() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("registries_are_restored")
-def test_they_train_evaluate_save_resume_load_again_and_predict(place: Workplace, easy_data: Path) -> None:
+def test_custom_models_train_evaluate_resume_load_and_predict(place: Workplace, easy_data: Path) -> None:
     finished = place.train(easy_data, *SETTINGS, "training.max_steps=2")
     assert finished.returncode == 0, finished.stderr
     finished = place.run(
@@ -111,7 +111,7 @@ def test_they_train_evaluate_save_resume_load_again_and_predict(place: Workplace
         assert found["pred_boxes"].isfinite().all()
 
 
-def test_a_run_on_two_processes_learns_what_one_does(place: Workplace, easy_data: Path) -> None:
+def test_two_processes_learn_the_same_as_one(place: Workplace, easy_data: Path) -> None:
     for output, num_processes, batch_size in (("one", 1, 8), ("two", 2, 4)):
         finished = place.train(
             easy_data,

@@ -1,4 +1,4 @@
-"""Old checkpoints and epoch models go, when it is asked for, and nothing else does."""
+"""`detr-dist prune` deletes old checkpoints and epoch models on request, and nothing else."""
 
 import json
 import signal
@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """Four epochs with a checkpoint each, of which only the newest three are kept."""
+    """Train four epochs with a checkpoint each, of which the newest three are kept."""
     place = new_workplace(tmp_path_factory.mktemp("pruned"))
     finished = place.train(
         tiny_data,
@@ -34,7 +34,7 @@ def artifacts(place, path: str, run_id: str | None = None) -> set[str]:
     return {item.path for item in client.list_artifacts(run_id or place.results()["run_id"], path)}
 
 
-def test_a_run_keeps_as_many_as_its_configuration_says(place) -> None:
+def test_a_run_keeps_the_configured_number_of_checkpoints(place) -> None:
     assert checkpoints(place) == {"best", "last", "epoch_2", "epoch_3", "epoch_4"}
     assert artifacts(place, "checkpoints") == {
         f"checkpoints/{name}" for name in ("best", "last", "epoch_2", "epoch_3", "epoch_4")
@@ -42,12 +42,12 @@ def test_a_run_keeps_as_many_as_its_configuration_says(place) -> None:
     assert artifacts(place, "models") == {"models/epoch_2", "models/epoch_3", "models/epoch_4"}
 
 
-def test_without_delete_it_only_says_what_could_go(place) -> None:
+def test_without_delete_it_only_lists_what_it_would_delete(place) -> None:
     before = checkpoints(place), artifacts(place, "models")
-    said = place.run("prune", "out", "--keep-last", "2")
-    assert said.returncode == 0, said.stderr
+    listed = place.run("prune", "out", "--keep-last", "2")
+    assert listed.returncode == 0, listed.stderr
     run_id = place.results()["run_id"]
-    lines = said.stdout.splitlines()
+    lines = listed.stdout.splitlines()
     assert {line.split("MiB")[1].strip() for line in lines[:-1]} == {
         "out/checkpoints/epoch_2", f"runs:/{run_id}/checkpoints/epoch_2", f"runs:/{run_id}/models/epoch_2"
     }  # fmt: skip
@@ -56,7 +56,7 @@ def test_without_delete_it_only_says_what_could_go(place) -> None:
     assert (checkpoints(place), artifacts(place, "models")) == before
 
 
-def test_what_is_left_after_it_loads_and_goes_on(place, tiny_data: Path) -> None:
+def test_the_remaining_checkpoints_and_models_load_and_resume(place, tiny_data: Path) -> None:
     run_id = place.results()["run_id"]
     in_mlflow = place.run("prune", run_id, "--keep-last", "2", "--delete")
     assert in_mlflow.returncode == 0, in_mlflow.stderr
@@ -92,17 +92,17 @@ def test_prune_of_a_rewound_run_deletes_abandoned_epochs_and_keeps_newest(workpl
     }
 
 
-def test_a_run_that_went_on_in_the_middle_of_an_epoch_has_left_nothing(workplace, tiny_data: Path) -> None:
+def test_a_run_resumed_in_the_middle_of_an_epoch_has_nothing_to_prune(workplace, tiny_data: Path) -> None:
     overrides = ("training.batch_size=2", "training.num_epochs=4", "checkpoint.every_epochs=1")
     cut_short = workplace.train(tiny_data, *overrides, "training.max_steps=24")  # of 20 steps an epoch
     assert cut_short.returncode == 0, cut_short.stderr
-    going_on = workplace.start(tiny_data, *overrides, "--resume", "auto")
+    resumed = workplace.start(tiny_data, *overrides, "--resume", "auto")
     log = workplace.folder / "log"
     while not log.exists() or "step 25/80" not in log.read_text():
-        assert going_on.poll() is None, log.read_text()
+        assert resumed.poll() is None, log.read_text()
         time.sleep(0.01)
-    going_on.send_signal(signal.SIGTERM)  # saves `last`, and no model
-    assert going_on.wait(timeout=60) == 75
+    resumed.send_signal(signal.SIGTERM)  # saves `last`, and no model
+    assert resumed.wait(timeout=60) == 75
     (run_id,) = [path.name for path in (workplace.folder / "out" / "outbox").iterdir()]
     assert artifacts(workplace, "models", run_id) == {"models/epoch_1", "models/epoch_2"}
     pruned = workplace.run("prune", run_id, "--keep-last", "2")
@@ -110,7 +110,7 @@ def test_a_run_that_went_on_in_the_middle_of_an_epoch_has_left_nothing(workplace
     assert "models/" not in pruned.stdout
 
 
-def test_a_run_that_is_named_in_several_ways_is_pruned_once(workplace, tiny_data: Path) -> None:
+def test_a_run_named_in_several_ways_is_pruned_once(workplace, tiny_data: Path) -> None:
     trained = workplace.train(tiny_data, "training.num_epochs=2", "checkpoint.every_epochs=1")
     assert trained.returncode == 0, trained.stderr
     run_id = workplace.results()["run_id"]
@@ -124,7 +124,7 @@ def test_a_run_that_is_named_in_several_ways_is_pruned_once(workplace, tiny_data
     assert total.startswith("3 folders")
 
 
-def test_what_cannot_be_deleted_is_said_and_the_rest_goes(workplace) -> None:
+def test_a_failed_deletion_is_reported_and_the_rest_is_deleted(workplace) -> None:
     checkpoints_dir = workplace.folder / "out" / "checkpoints"
     for number in range(1, 5):
         (checkpoints_dir / f"epoch_{number}").mkdir(parents=True)
@@ -149,7 +149,7 @@ def test_what_cannot_be_deleted_is_said_and_the_rest_goes(workplace) -> None:
         (("--experiment", "none"), "there is none of that name"),
     ],
 )
-def test_a_wrong_target_is_one_clear_line(workplace, arguments: tuple[str, ...], complaint: str) -> None:
+def test_a_wrong_target_fails_with_one_line(workplace, arguments: tuple[str, ...], complaint: str) -> None:
     (workplace.folder / "empty").mkdir()
     finished = workplace.run("prune", *arguments)
     assert finished.returncode == 2

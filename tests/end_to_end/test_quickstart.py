@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.skipif(
     not os.environ.get("CI"), reason="replaces models/quickstart of this checkout; runs in CI"
 )
-def test_the_quickstart_trains_evaluates_and_says_where_to_look() -> None:
+def test_the_quickstart_trains_evaluates_and_prints_where_the_results_are() -> None:
     finished = subprocess.run(
         ["bash", "scripts/quickstart.sh", "training.max_steps=2"],
         cwd=REPOSITORY,

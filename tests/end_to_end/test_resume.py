@@ -1,4 +1,4 @@
-"""A run that is stopped or killed, and goes on as if it had not been."""
+"""A run that is stopped or killed resumes with the same results as an uninterrupted run."""
 
 import json
 import os
@@ -41,7 +41,7 @@ WEIGHTS = ("model.safetensors", "ema.safetensors")
 
 
 def logged_step(workplace) -> int:
-    """The last optimizer step that MLflow has a loss of, in its newest run that has any."""
+    """Return the last optimizer step with a loss in MLflow, of its newest run that has any."""
     with sqlite3.connect(f"file:{workplace.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
         (step,) = database.execute("SELECT MAX(step) FROM metrics WHERE key = 'train_loss'").fetchone()
     return step or 0
@@ -60,14 +60,17 @@ def wait_until(condition: Callable[[], bool], process, workplace) -> None:
 
 
 def trainers(process, num_processes: int) -> list[psutil.Process]:
-    """The training processes, without launcher and loader processes, in the order of their start."""
+    """Return the training processes, without launcher and loader processes, in the order of their start."""
     started = psutil.Process(process.pid)
     return [started] if num_processes == 1 else started.children()
 
 
 def stop(process, how: signal.Signals, num_processes: int) -> None:
-    """End a run: SIGKILL takes everything at once, SIGUSR1 goes to the last training process alone, the
-    others to what was started (a launcher passes them on)."""
+    """End a run with a signal.
+
+    SIGKILL ends all processes at once, SIGUSR1 is sent only to the last training process, the others to the
+    started process (a launcher forwards them).
+    """
     if how == signal.SIGKILL:
         started = psutil.Process(process.pid)
         for each in [started, *started.children(recursive=True)]:
@@ -88,7 +91,7 @@ def newest_run(workplace):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """By number of processes: a run from beginning to end."""
+    """Return an uninterrupted run for each number of processes."""
     places = {}
 
     def run(num_processes: int):
@@ -116,7 +119,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
         ),
     ],
 )
-def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
+def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
     workplace, uninterrupted, tiny_data: Path, num_processes: int, hows: tuple[signal.Signals, ...]
 ) -> None:
     resume = "auto"
@@ -143,27 +146,27 @@ def test_a_run_stopped_three_times_equals_the_uninterrupted_one_bit_by_bit(
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
     assert newest_run(workplace).info.status == "FINISHED"
-    whole = uninterrupted(num_processes)
+    complete = uninterrupted(num_processes)
     for metric in (*PER_STEP, "val_map", "val_f1", "val_loss"):
-        assert workplace.history(metric) == whole.history(metric), metric
+        assert workplace.history(metric) == complete.history(metric), metric
     assert [step for step, _ in workplace.history("train_loss")] == list(range(1, STEPS + 1))
-    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, whole))
+    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, complete))
     for name in WEIGHTS:
         weights = load_file(last / name)
         for key, tensor in load_file(expected / name).items():
             assert torch.equal(weights[key], tensor), (name, key)
-    assert workplace.results()["metrics"] == whole.results()["metrics"]
+    assert workplace.results()["metrics"] == complete.results()["metrics"]
     assert (workplace.folder / "out" / "model" / "config.json").exists()
 
 
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data: Path) -> None:
-    """One process that accumulates twice makes the micro-batches of two, so that even dropout is the same."""
+def test_changing_num_processes_between_resumes_trains_the_same(workplace, tiny_data: Path) -> None:
+    """Accumulate twice in one process: its micro-batches, and so its dropout, equal those of two."""
     splits = {2: "training.gradient_accumulation_steps=1", 1: "training.gradient_accumulation_steps=2"}
     common = ("training.num_epochs=4", "data.augmentation=detr", "model.freeze_batch_norm=true")
-    finished = workplace.train(tiny_data, *common, splits[2], output="whole", num_processes=2)
+    finished = workplace.train(tiny_data, *common, splits[2], output="expected", num_processes=2)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for num_processes, steps in ((2, 7), (1, 13), (2, 20)):  # of 20, five an epoch
         finished = workplace.train(
@@ -180,11 +183,11 @@ def test_two_processes_then_one_then_two_train_as_two_would(workplace, tiny_data
     assert "training.gradient_accumulation_steps 2 -> 1" in finished.stdout
     # Sums in another order: float32 rounding, nothing more.
     assert workplace.history("train_loss") == [
-        (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "whole")
+        (step, pytest.approx(value, rel=1e-4)) for step, value in workplace.history("train_loss", "expected")
     ]
 
 
-def test_on_other_validation_data_the_best_starts_anew(workplace, tiny_data: Path) -> None:
+def test_with_other_validation_data_the_best_score_is_reset(workplace, tiny_data: Path) -> None:
     quiet = ("logging.mlflow=false", "evaluation.every_epochs=1", "training.early_stopping_patience=2")
     assert workplace.train(tiny_data, *quiet).returncode == 0
     last = workplace.folder / "out" / "checkpoints" / "last"
@@ -248,7 +251,9 @@ def saved_step(checkpoints_dir: Path) -> int:
     return max((int(path.name.removeprefix("step_")) for path in checkpoints_dir.glob("step_*")), default=0)
 
 
-def test_a_full_disk_is_reported_and_damages_nothing(workplace, tiny_data: Path, messages: list[str]) -> None:
+def test_a_full_disk_is_reported_and_corrupts_no_checkpoint(
+    workplace, tiny_data: Path, messages: list[str]
+) -> None:
     disk = workplace.folder / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", disk], check=False)
@@ -276,7 +281,7 @@ def test_a_full_disk_is_reported_and_damages_nothing(workplace, tiny_data: Path,
 
 @pytest.fixture(scope="module")
 def stopped_early(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """A finished run of 12 steps, one epoch and a bit, with averaged weights."""
+    """Finish a run of 12 steps, a little more than one epoch, with averaged weights."""
     place = new_workplace(tmp_path_factory.mktemp("stopped_early"))
     finished = place.train(
         tiny_data,
@@ -291,7 +296,7 @@ def stopped_early(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
 
 @pytest.fixture
 def copied(stopped_early, tmp_path: Path, command_server):
-    """A copy of that run to spoil. Its MLflow artifacts stay where they were."""
+    """Return a copy of that run that may be changed. Its MLflow artifacts stay in place."""
     folder = Path(shutil.copytree(stopped_early.folder, tmp_path / "copy"))
     return type(stopped_early)(folder, command_server)
 
@@ -318,7 +323,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused_and_skipped_by_auto(copied,
     assert "step_10 at step 10, 40 samples seen" in passed.stdout
 
 
-def test_an_incompatible_config_is_one_error_that_names_the_keys(copied, tiny_data: Path) -> None:
+def test_an_incompatible_config_fails_with_one_error_that_names_the_keys(copied, tiny_data: Path) -> None:
     refused = copied.train(
         tiny_data,
         "training.max_steps=12",
@@ -339,7 +344,7 @@ def test_an_incompatible_config_is_one_error_that_names_the_keys(copied, tiny_da
     assert (copied.folder / "out" / "checkpoints" / "last").exists()
 
 
-def test_a_finished_run_has_nothing_left_to_do_until_it_is_given_more(copied, tiny_data: Path) -> None:
+def test_a_finished_run_does_nothing_unless_it_gets_more_steps(copied, tiny_data: Path) -> None:
     overrides = ("training.num_epochs=2", "training.ema_decay=0.9", "--resume", "auto")
     again = copied.train(tiny_data, "training.max_steps=12", *overrides)
     assert again.returncode == 0, again.stderr
@@ -352,20 +357,20 @@ def test_a_finished_run_has_nothing_left_to_do_until_it_is_given_more(copied, ti
     assert newest_run(copied).data.tags["resumed_at_steps"] == "12"
 
 
-def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_data: Path) -> None:
+def test_init_from_loads_the_averaged_weights_and_starts_a_new_run(copied, tiny_data: Path) -> None:
     run_id = copied.results()["run_id"]
     for number, source in enumerate(("out/checkpoints/last", f"runs:/{run_id}/model")):
         output = f"next_{number}"
         finished = copied.train(
             tiny_data,
             "training.max_steps=1",
-            "training.learning_rate=1e-30",  # what is saved is what was taken
+            "training.learning_rate=1e-30",  # so that the saved weights equal the loaded ones
             "training.learning_rate_backbone=1e-30",
             "model.freeze_batch_norm=true",
             "--init-from",
             source,
             "--resume",
-            "auto",  # nothing there: what a scheduler repeats may begin like this
+            "auto",  # no checkpoint yet: a scheduler repeats the command of the first start
             output=output,
         )
         assert finished.returncode == 0, finished.stderr
@@ -376,7 +381,7 @@ def test_init_from_takes_the_averaged_weights_and_begins_a_new_run(copied, tiny_
             assert torch.allclose(tensor, averaged[key], atol=1e-6), key
 
 
-def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
+def test_an_impossible_resume_fails_with_one_line(workplace, tiny_data: Path) -> None:
     for resume, part in (
         ("nowhere", "--resume nowhere: not an existing folder"),
         ("0" * 32, f"MLflow run {'0' * 32} is not available"),
@@ -391,7 +396,7 @@ def test_what_cannot_be_resumed_is_one_line(workplace, tiny_data: Path) -> None:
     assert "leave one of them out" in both.stderr
 
 
-def test_a_file_of_backbone_weights_is_needed_for_the_first_step_only(workplace, tiny_data: Path) -> None:
+def test_a_backbone_weights_file_is_needed_only_at_the_start(workplace, tiny_data: Path) -> None:
     backbone = yaml.safe_load(workplace.config.read_text())["model"]["backbone"]
     weights = ResNetBackbone(ResNetConfig(**backbone)).state_dict()
     torch.save(weights, workplace.folder / "r50.pth")
@@ -417,7 +422,7 @@ def test_a_file_of_backbone_weights_is_needed_for_the_first_step_only(workplace,
     assert "model.pretrained_backbone r50.pth: no such file" in again.stderr
 
 
-def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_data: Path) -> None:
+def test_patience_ends_a_run_and_is_kept_across_a_resume(workplace, tiny_data: Path) -> None:
     overrides = (
         "training.num_epochs=9",
         "training.early_stopping_patience=3",
@@ -434,9 +439,7 @@ def test_patience_ends_a_run_and_is_not_forgotten_by_a_resume(workplace, tiny_da
 
 
 @pytest.mark.dist
-def test_a_killed_process_ends_the_other_in_a_minute_without_corrupt_files(
-    workplace, tiny_data: Path
-) -> None:
+def test_a_killed_process_ends_the_other_and_corrupts_no_files(workplace, tiny_data: Path) -> None:
     process = workplace.start(
         tiny_data,
         "training.num_epochs=10000",

@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away while a run is tracked there, and what comes to it in the end."""
+"""A real MLflow server that fails while a run is tracked there, and what it receives in the end."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ CHECKPOINTS_OFTEN = (
 
 @pytest.fixture
 def server(mlflow_server):
-    """It runs, whatever the test before did to it."""
+    """Return a running server, whatever the test before did to it."""
     mlflow_server.start()
     return mlflow_server
 
@@ -50,7 +50,7 @@ def wait_until(condition: Callable[[], bool], process, workplace) -> None:
 
 
 def records(workplace) -> list[dict]:
-    """What the run has put into its outbox."""
+    """Return the records in the outbox of the run."""
     path = workplace.folder / "out" / "outbox" / tracked_run(workplace) / "records.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
@@ -70,7 +70,7 @@ def tracked_run(workplace) -> str:
 
 @contextmanager
 def frozen(process) -> Iterator[None]:
-    """The run does nothing meanwhile: how long a server takes to start is not what is tested."""
+    """Suspend the run, so that the start-up time of a server does not matter."""
     started = psutil.Process(process.pid)
     started.suspend()
     try:
@@ -80,7 +80,7 @@ def frozen(process) -> Iterator[None]:
 
 
 def start_and_cut_off(workplace, server, data: Path, *overrides: str):
-    """A run in the middle of which the server is killed."""
+    """Start a run and kill its server during training."""
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     process = workplace.start(data, *CHECKPOINTS_OFTEN, uri, *overrides)
     outbox_dir = workplace.folder / "out" / "outbox"
@@ -93,7 +93,7 @@ def start_and_cut_off(workplace, server, data: Path, *overrides: str):
 
 
 def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = STEPS // 10) -> None:
-    """Each step once, checkpoints and models as they lie in the output folder, of epochs the last."""
+    """Check for each step once, the checkpoints and models on disk, and the last epoch models."""
     assert server.client.get_run(run_id).info.status == "FINISHED"
     losses = server.losses(run_id)
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -109,7 +109,7 @@ def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = 
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_continues_in_an_outage_and_the_server_gets_everything_once(
+def test_a_run_continues_in_an_outage_and_everything_is_delivered_once(
     workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
@@ -130,7 +130,7 @@ def test_a_run_continues_in_an_outage_and_the_server_gets_everything_once(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_sync_delivers_what_a_killed_run_queued_and_a_resume_adds_the_rest(
+def test_sync_delivers_the_queue_of_a_killed_run_and_a_resume_the_rest(
     workplace, server, tiny_data: Path
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
@@ -173,7 +173,9 @@ def test_sync_delivers_what_a_killed_run_queued_and_a_resume_adds_the_rest(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_resume_from_a_copy_delivers_what_the_killed_run_queued(workplace, server, tiny_data: Path) -> None:
+def test_a_resume_from_a_copy_delivers_the_queue_of_the_killed_run(
+    workplace, server, tiny_data: Path
+) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id, num_before = tracked_run(workplace), len(noted_losses(workplace))
     copy = workplace.folder / "copy"
@@ -184,7 +186,7 @@ def test_a_resume_from_a_copy_delivers_what_the_killed_run_queued(workplace, ser
         shutil.copytree(workplace.folder / "out" / name, copy / name)
     server.start()
     last_step = json.loads((copy / "checkpoints" / "last" / "state.json").read_text())["step"]
-    assert server.num_steps(run_id) < last_step, "there is nothing to be missed"
+    assert server.num_steps(run_id) < last_step, "the server has already received everything"
     uri = f"logging.mlflow_tracking_uri={server.uri}"
     resumed = workplace.train(tiny_data, *CHECKPOINTS_OFTEN, uri, "--resume", "copy")
     assert resumed.returncode == 0, resumed.stderr
@@ -193,7 +195,7 @@ def test_a_resume_from_a_copy_delivers_what_the_killed_run_queued(workplace, ser
 
 
 def listening(port: int) -> socket.socket:
-    """As soon as what had the port is gone: a server that was killed may take a moment."""
+    """Listen on the port as soon as it is free: a killed server may take a moment to release it."""
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -206,7 +208,7 @@ def listening(port: int) -> socket.socket:
 
 @contextmanager
 def silent_server(port: int) -> Iterator[list[object]]:
-    """Accepts connections and never says a word."""
+    """Accept connections and never answer."""
     accepted: list[socket.socket] = []
 
     def accept(listener: socket.socket) -> None:
@@ -230,7 +232,7 @@ def silent_server(port: int) -> Iterator[list[object]]:
 
 @contextmanager
 def failing_server(port: int) -> Iterator[list[object]]:
-    """Answers 500 to everything."""
+    """Answer 500 to every request."""
     asked: list[object] = []
 
     class Answer(BaseHTTPRequestHandler):
@@ -256,7 +258,7 @@ def failing_server(port: int) -> Iterator[list[object]]:
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("in_trouble", [silent_server, failing_server])
-def test_a_failing_server_blocks_neither_training_nor_its_end(
+def test_a_failing_server_blocks_neither_training_nor_exit(
     workplace, server, tiny_data: Path, in_trouble
 ) -> None:
     process = start_and_cut_off(workplace, server, tiny_data, "checkpoint.keep_last=2")
@@ -277,7 +279,7 @@ def test_a_failing_server_blocks_neither_training_nor_its_end(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data: Path) -> None:
+def test_a_run_resumes_while_its_server_is_unavailable(workplace, server, tiny_data: Path) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id = tracked_run(workplace)
     process.send_signal(signal.SIGKILL)
@@ -298,7 +300,7 @@ def test_a_run_is_resumed_while_its_server_is_away(workplace, server, tiny_data:
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_only_the_address_of_the_outbox_holds_a_password(workplace, server, tiny_data: Path) -> None:
+def test_passwords_are_stored_only_in_the_address_of_the_outbox(workplace, server, tiny_data: Path) -> None:
     uri = server.uri.replace("//", "//bob:s3cret%21@")
     report, val = ("--report", "report.json"), ("--data-dir", tiny_data / "val")
     tracked = f"logging.mlflow_tracking_uri={uri}"
@@ -336,9 +338,7 @@ def test_only_the_address_of_the_outbox_holds_a_password(workplace, server, tiny
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
-def test_a_run_is_found_again_whatever_its_folder_is_called(
-    tmp_path: Path, new_workplace, tiny_data: Path
-) -> None:
+def test_a_run_is_found_under_any_name_of_its_folder(tmp_path: Path, new_workplace, tiny_data: Path) -> None:
     folder = tmp_path / "50%25 off? é #3"
     folder.mkdir()
     shutil.copytree(tiny_data, folder / "data")
@@ -362,16 +362,14 @@ def test_a_run_is_found_again_whatever_its_folder_is_called(
 
 
 def with_variables(workplace, data: Path, *overrides: str, **variables: str):
-    """Train, with MLflow's variables set."""
+    """Train with MLflow's variables set."""
     arguments = (*workplace._training(data, "out"), *overrides)
     finished = workplace.run(*arguments, environment=variables)
     assert finished.returncode == 0, finished.stderr
     return finished
 
 
-def test_mlflows_variables_decide_until_a_run_is_resumed(
-    workplace, tiny_data: Path, empty_store: Path
-) -> None:
+def test_mlflow_variables_apply_until_a_run_is_resumed(workplace, tiny_data: Path, empty_store: Path) -> None:
     store = f"sqlite:///{shutil.copy(empty_store, workplace.folder / 'theirs.db')}"
     theirs = {"MLFLOW_EXPERIMENT_NAME": "sweep", "MLFLOW_RUN_NAME": "123_4"}
     began = with_variables(workplace, tiny_data, "training.max_steps=1", MLFLOW_TRACKING_URI=store, **theirs)
@@ -435,7 +433,7 @@ class Broken(dd.Tracker):
 """
 
 
-def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data: Path) -> None:
+def test_a_run_without_mlflow_tracking_does_not_import_mlflow(workplace, tiny_data: Path) -> None:
     (workplace.folder / "sheets.py").write_text(USERS_TRACKERS)
     trackers = "logging.trackers=[sheets.py:Sheet, sheets.Broken]"
     arguments = (
@@ -470,7 +468,7 @@ def test_a_run_that_mlflow_does_not_track_does_not_need_it(workplace, tiny_data:
     )
 
 
-def test_a_run_that_fails_leaves_its_log_with_the_traceback(workplace, tiny_data: Path) -> None:
+def test_the_log_of_a_failed_run_has_the_traceback(workplace, tiny_data: Path) -> None:
     failed = workplace.train(tiny_data, "training.learning_rate=1e30", "training.gradient_clip=0")
     assert failed.returncode == 1, failed.stdout
     run_id = tracked_run(workplace)
@@ -481,7 +479,7 @@ def test_a_run_that_fails_leaves_its_log_with_the_traceback(workplace, tiny_data
     assert "Traceback" not in failed.stderr
 
 
-def test_long_class_names_take_no_metric_with_them(
+def test_long_class_names_lose_no_metrics(
     workplace, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = "file:./mlruns"  # makes file names of metric names: the strictest of MLflow's stores

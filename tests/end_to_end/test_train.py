@@ -1,4 +1,4 @@
-"""A real run, seen through MLflow and the output folder."""
+"""A real run, as MLflow and the output folder show it."""
 
 import json
 import re
@@ -33,7 +33,7 @@ GUIDE_PARAMS = {
     "prefetch_factor",
 }
 GUIDE_VAL_METRICS = {
-    f"val_{of}{figure}" for of in ("", "player_", "ball_") for figure in ("map", "precision", "recall", "f1")
+    f"val_{of}{metric}" for of in ("", "player_", "ball_") for metric in ("map", "precision", "recall", "f1")
 }
 GUIDE_METRICS = {
     "train_loss",
@@ -48,7 +48,7 @@ GUIDE_METRICS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_data: Path):
-    """Two epochs in two processes, evaluated and saved at each, with TensorBoard and loader processes."""
+    """Train two epochs in two processes, evaluated and saved each, with TensorBoard and loaders."""
     place = new_workplace(tmp_path_factory.mktemp("trained"))
     finished = place.train(
         tiny_data,
@@ -77,14 +77,14 @@ def artifacts(run: mlflow.entities.Run, path: str | None = None) -> set[str]:
     return {item.path for item in mlflow.MlflowClient().list_artifacts(run.info.run_id, path)}
 
 
-def test_two_processes_make_one_run_that_finished(trained, mlflow_run) -> None:
+def test_two_processes_create_one_finished_run(trained, mlflow_run) -> None:
     assert len(mlflow.search_runs(experiment_names=["detr_training"])) == 1
     assert mlflow_run.info.status == "FINISHED"
     assert mlflow_run.data.params["num_processes"] == "2"
     assert mlflow_run.data.params["global_batch_size"] == "10"
 
 
-def test_params_and_metrics_have_the_guides_names(mlflow_run) -> None:
+def test_params_and_metrics_have_the_documented_names(mlflow_run) -> None:
     assert set(mlflow_run.data.params) >= GUIDE_PARAMS
     assert set(mlflow_run.data.metrics) >= GUIDE_METRICS
     assert mlflow_run.data.params["batch_size"] == "5"
@@ -95,7 +95,7 @@ def test_params_and_metrics_have_the_guides_names(mlflow_run) -> None:
     assert mlflow_run.data.params["train_samples"] == "40"
 
 
-def test_every_metric_stands_once_at_each_optimizer_step_it_was_logged(trained) -> None:
+def test_every_metric_is_stored_once_per_logged_step(trained) -> None:
     place, _ = trained
     for metric in ("train_loss", "learning_rate", "epoch"):
         assert [step for step, _ in place.history(metric)] == list(range(1, 9))
@@ -105,13 +105,13 @@ def test_every_metric_stands_once_at_each_optimizer_step_it_was_logged(trained) 
     assert place.history("epoch")[3:5] == [(4, 1.0), (5, 1.25)]
 
 
-def test_on_the_cpu_one_line_says_that_nothing_is_logged_of_gpus(trained, mlflow_run) -> None:
+def test_on_the_cpu_one_line_states_that_no_gpu_metrics_are_logged(trained, mlflow_run) -> None:
     _, stdout = trained
     assert stdout.count("no GPU metrics from the NVIDIA driver") == 1
     assert not [name for name in mlflow_run.data.metrics if "gpu" in name]
 
 
-def test_the_line_after_an_evaluation_is_short_and_the_last_table_whole(trained) -> None:
+def test_each_evaluation_prints_a_short_line_and_the_last_one_a_full_table(trained) -> None:
     place, stdout = trained
     (line, _) = [line for line in stdout.splitlines() if "evaluation after step" in line]
     shown = {word for word in line.split() if word.startswith("val_")}
@@ -122,7 +122,7 @@ def test_the_line_after_an_evaluation_is_short_and_the_last_table_whole(trained)
         assert re.search(rf"^{name} +[\d.]+$", stdout, re.MULTILINE), name
 
 
-def test_a_score_threshold_of_ones_own_holds_for_every_class(workplace, tiny_data: Path) -> None:
+def test_a_configured_score_threshold_applies_to_every_class(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
         tiny_data, "training.max_steps=1", "logging.mlflow=false", "evaluation.score_threshold=0"
     )
@@ -147,7 +147,7 @@ def test_checkpoints_and_models_are_artifacts(mlflow_run) -> None:
 
 
 @pytest.mark.parametrize("path", ["model", "models/epoch_1"])
-def test_a_model_loads_from_mlflow_as_a_plain_module_with_its_story(path: str, mlflow_run) -> None:
+def test_a_model_loads_from_mlflow_as_a_torch_module_with_its_metadata(path: str, mlflow_run) -> None:
     uri = f"runs:/{mlflow_run.info.run_id}/{path}"
     model = mlflow.pytorch.load_model(uri)
     assert type(model).__module__.startswith("transformers.")
@@ -167,7 +167,7 @@ def test_the_best_model_is_registered_with_an_alias(mlflow_run) -> None:
     assert model.config.id2label == {0: "player", 1: "ball"}
 
 
-def test_the_run_tells_its_data_sets_hosts_and_command(mlflow_run) -> None:
+def test_the_run_records_its_data_sets_hosts_and_command(mlflow_run) -> None:
     datasets = {each.tags[0].value: each.dataset for each in mlflow_run.inputs.dataset_inputs}
     assert {context: dataset.name for context, dataset in datasets.items()} == {
         "train": "train", "validation": "val"
@@ -178,7 +178,7 @@ def test_the_run_tells_its_data_sets_hosts_and_command(mlflow_run) -> None:
     assert "train" in mlflow_run.data.tags["launch_command"]
 
 
-def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
+def test_the_output_folder_has_the_documented_files(trained) -> None:
     place, stdout = trained
     out = place.folder / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -195,14 +195,14 @@ def test_the_output_folder_holds_what_the_readme_says(trained) -> None:
     assert list((out / "tensorboard").rglob("events.out.tfevents.*"))
 
 
-def test_a_pipeline_runs_on_the_model_folder_offline(trained, tiny_data: Path) -> None:
+def test_a_transformers_pipeline_runs_on_the_model_folder_offline(trained, tiny_data: Path) -> None:
     place, _ = trained
     detect = pipeline("object-detection", model=str(place.folder / "out" / "model"), threshold=0.0)
     found = detect(str(tiny_data / "val" / "001.jpg"))
     assert {item["label"] for item in found} <= {"player", "ball"}
 
 
-def test_a_second_run_into_the_same_folder_sets_the_first_aside(workplace, tiny_data: Path) -> None:
+def test_a_second_run_in_the_same_folder_sets_the_first_aside(workplace, tiny_data: Path) -> None:
     for _ in range(2):
         finished = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow=false")
         assert finished.returncode == 0, finished.stderr
@@ -229,19 +229,19 @@ def test_a_non_finite_loss_stops_all_processes_and_names_step_and_images(workpla
     assert "not finite" in run.data.tags["error"]
 
 
-def test_an_image_that_breaks_in_the_middle_is_replaced_and_reported(
+def test_an_image_that_breaks_during_training_is_replaced_and_reported(
     workplace, tiny_data: Path, tmp_path: Path
 ) -> None:
     data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
-    (data / "train" / "005.jpg").write_bytes(b"not a picture")
-    (data / "val" / "002.jpg").write_bytes(b"not a picture")
+    (data / "train" / "005.jpg").write_bytes(b"not an image")
+    (data / "val" / "002.jpg").write_bytes(b"not an image")
     finished = workplace.train(data, "logging.mlflow=false", "training.batch_size=8")
     assert finished.returncode == 0, finished.stderr
     assert "005.jpg" in finished.stdout
     assert "002.jpg" in finished.stdout
 
 
-def test_a_last_step_that_ruins_the_weights_saves_nothing(workplace, tiny_data: Path) -> None:
+def test_a_last_step_with_non_finite_weights_saves_nothing(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
         tiny_data, "training.max_steps=1", "training.learning_rate=1e30", "training.gradient_clip=0"
     )
@@ -250,7 +250,7 @@ def test_a_last_step_that_ruins_the_weights_saves_nothing(workplace, tiny_data: 
     assert not (workplace.folder / "out" / "checkpoints").exists()
 
 
-def test_the_guides_file_store_works_and_says_what_mlflow_wants(workplace, tiny_data: Path) -> None:
+def test_the_documented_file_store_works_and_prints_the_needed_variable(workplace, tiny_data: Path) -> None:
     finished = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("MLFLOW_ALLOW_FILE_STORE=true, set for this run") == 1

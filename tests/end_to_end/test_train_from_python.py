@@ -1,4 +1,4 @@
-"""Training from Python: the same as the command, again and again in one process, and in a notebook's way."""
+"""Training from Python: equal to the command, repeatable in one process, and usable in a notebook."""
 
 import json
 import subprocess
@@ -119,7 +119,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
 
 
 @pytest.mark.timeout(LIMIT_S)
-def test_python_trains_as_the_command_does_and_again_after_ctrl_c(workplace, tiny_data: Path) -> None:
+def test_training_from_python_equals_the_command_and_survives_ctrl_c(workplace, tiny_data: Path) -> None:
     finished = run_script(workplace.folder, TRAINS_IN_ONE_PROCESS, tiny_data, *SETTINGS)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == ""

@@ -1,6 +1,6 @@
-"""What a person sees of two trainings in MLflow's pages, in a real Chromium, by scripts/start_mlflow_ui.sh.
+"""MLflow's pages of two training runs in a real Chromium, opened by scripts/start_mlflow_ui.sh.
 
-Pictures of the pages go to out/ui, or to the folder that DETR_DIST_TEST_OUTPUT names.
+Screenshots of the pages go to out/ui, or to the folder in DETR_DIST_TEST_OUTPUT.
 """
 
 import json
@@ -49,8 +49,10 @@ def run_script(folder: Path, *arguments: str, **added: str) -> subprocess.Comple
 
 @contextmanager
 def served(folder: Path, *arguments: str, end: signal.Signals) -> Iterator[str]:
-    """The address that the script prints, when the pages are there. Then ends the script with a signal, and
-    sees to it that it leaves no process."""
+    """Yield the address that the script prints, once the pages respond.
+
+    Then end the script with a signal, and check that it leaves no process.
+    """
     log = folder / "ui.log"
     with log.open("w") as file:
         script = subprocess.Popen(
@@ -101,7 +103,7 @@ def experiments(address: str) -> list[dict[str, str]]:
 
 
 def write_easy_data(folder: Path, num_images: int) -> None:
-    """A bright square at the same place in every picture, which a tiny network finds in 20 steps."""
+    """Write images with a bright square in one place, which a tiny network detects after 20 steps."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(num_images)
     images, annotations = [], []
@@ -118,7 +120,7 @@ def write_easy_data(folder: Path, num_images: int) -> None:
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory, new_workplace):
-    """A workplace where two trainings ended, each named as its output folder."""
+    """Return a workplace with two finished training runs, each named after its output folder."""
     place = new_workplace(tmp_path_factory.mktemp("two_runs"))
     data = place.folder / "data"
     write_easy_data(data / "train", 40)
@@ -140,7 +142,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory, new_workplace):
 
 @pytest.fixture(scope="module")
 def ui(two_runs) -> Iterator[str]:
-    """Address of the pages; the port that was asked for is another program's."""
+    """Return the address of the pages; another program occupies the requested port."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with served(two_runs.folder, "--port", str(port), end=signal.SIGINT) as address:
@@ -157,7 +159,7 @@ def without(what: str) -> None:
 
 @pytest.fixture(scope="module")
 def chromium():
-    """A page in a Chromium for which the internet does not exist."""
+    """Return a page in a Chromium without access to the internet."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
@@ -177,14 +179,14 @@ def chromium():
         browser.close()
 
 
-def picture(page, name: str) -> None:
+def take_screenshot(page, name: str) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    page.wait_for_timeout(500)  # what still moves: menus that close, the tree that unfolds
+    page.wait_for_timeout(500)  # animations of menus and of the tree
     page.screenshot(path=OUTPUT / f"{name}.png")
 
 
 def middle_of(element) -> float:
-    """How far down the page it is, in pixels."""
+    """Return the vertical position of an element on the page, in pixels."""
     box = element.bounding_box()
     return float(box["y"] + box["height"] / 2)
 
@@ -199,7 +201,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     (experiment_id,) = (e["experiment_id"] for e in experiments(ui) if e["name"] == "detr_training")
     runs_page = f"{ui}/#/experiments/{experiment_id}/runs"
     page.goto(runs_page)
-    for name in val_map:  # until they are there, a menu that opens closes again
+    for name in val_map:  # before they are loaded, an opened menu closes again
         page.get_by_role("link", name=name, exact=True).wait_for()
     # The assistant takes a quarter of the page.
     page.get_by_role("button", name="Close", exact=True).click()
@@ -215,23 +217,23 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     # Rows come in one order in all parts of the table; MLflow may round what it shows.
     shown = dict(zip(names, map(float, cells.all_inner_texts()), strict=True))
     assert shown == pytest.approx(val_map, abs=0.001)
-    picture(page, "runs")
+    take_screenshot(page, "runs")
 
     page.get_by_role("checkbox", name="Select all runs").click()
     page.get_by_role("button", name="Compare", exact=True).click()
     for name in val_map:
         page.get_by_text(name, exact=True).first.wait_for()
-    picture(page, "compare")
+    take_screenshot(page, "compare")
     first = page.get_by_role("link", name="epoch", exact=True)
     first.scroll_into_view_if_needed()
     top = middle_of(first)
     page.mouse.move(first.bounding_box()["x"] + 700, top)
     row = page.get_by_role("link", name="val_map", exact=True)
-    # The table shows 300 pixels at a time. In MLflow 3.17 its names stay one turn of the wheel behind.
+    # The table shows 300 pixels at a time. In MLflow 3.17 its names scroll one wheel step late.
     while not (row.count() and middle_of(row) < top + 240):
         page.mouse.wheel(0, 10)
         page.wait_for_timeout(30)
-    picture(page, "compare_metrics")
+    take_screenshot(page, "compare_metrics")
     for value in val_map.values():
         same_values = page.get_by_text(f"{value:.3g}", exact=True).all()
         assert any(abs(middle_of(each) - middle_of(row)) < 22 for each in same_values), "a row has 45 pixels"
@@ -243,11 +245,11 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
         page.get_by_label(folder, exact=True).click()
         for name in content:
             page.get_by_label(name, exact=True).wait_for()
-    picture(page, "artifacts")
+    take_screenshot(page, "artifacts")
 
 
 @pytest.mark.slow
-def test_a_folder_is_served_too_and_a_termination_leaves_no_process(tmp_path: Path) -> None:
+def test_a_folder_is_served_and_termination_leaves_no_process(tmp_path: Path) -> None:
     experiment = tmp_path / "mlruns" / "7"
     experiment.mkdir(parents=True)
     written = {"experiment_id": "7", "name": "in_a_folder", "artifact_location": str(experiment)}
@@ -257,7 +259,7 @@ def test_a_folder_is_served_too_and_a_termination_leaves_no_process(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tiny_data: Path) -> None:
+def test_the_command_printed_after_training_opens_a_folder(workplace, tiny_data: Path) -> None:
     trained = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
     assert trained.returncode == 0, trained.stderr
     (command,) = re.findall("^see it with: (.*)", trained.stdout, re.MULTILINE)
@@ -289,7 +291,7 @@ def test_the_command_that_a_training_ends_with_opens_a_folder_too(workplace, tin
     ],
     ids=["nothing here", "no database", "no folder", "no server"],
 )
-def test_with_nothing_to_show_one_error_line_appears_and_nothing_is_made(
+def test_with_nothing_to_show_one_error_is_printed_and_no_file_created(
     tmp_path: Path, arguments: tuple[str, ...], added: dict[str, str], complaint: str
 ) -> None:
     finished = run_script(tmp_path, *arguments, **added)

@@ -1,1 +1,1 @@
-"""What tests of several folders share, beside the fixtures of conftest.py."""
+"""Code that tests of several folders share, next to the fixtures of conftest.py."""

@@ -1,7 +1,7 @@
-"""Runs `detr-dist` commands, each in a process of its own that is forked from this one.
+"""Run `detr-dist` commands, each in its own process that is forked from this one.
 
-To import what a command needs takes ten seconds, to fork a process that has imported it none. Reads one
-request a line as JSON: either what to start, answered with its process id, or the process id of what to wait
+Importing what a command needs takes ten seconds, forking a process that has imported it almost none. Reads
+one request per line as JSON: either what to start, answered with its process id, or the process id to wait
 for, answered with its exit code (negative for a signal).
 """
 
@@ -16,7 +16,7 @@ from detr_dist.cli import main as run_command
 
 
 def start(request: dict[str, Any]) -> int:
-    """Fork; returns the child's process id in the parent, and 0 in the child, which is then ready to run."""
+    """Fork; return the child's process id in the parent, and 0 in the child, which is then ready to run."""
     child = os.fork()
     if child == 0:
         os.chdir(request["folder"])

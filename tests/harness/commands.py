@@ -1,4 +1,4 @@
-"""The real commands, in processes of their own."""
+"""The real commands, each in its own process."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[2]
 LIMIT_S = 300
-"""For one command: far more than it takes, also where several test runs share a machine."""
+"""Limit of one command: far more than it takes, even if several test runs share a host."""
 
 
 def launcher(num_processes: int, config_name: str = "multi_cpu") -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def clean_environment() -> dict[str, str]:
 
 
 def rank_environment(rank: int, num_processes: int, port: int) -> dict[str, str]:
-    """What the launcher tells each of several processes on one machine."""
+    """Return the variables that the launcher sets for each of several processes on one host."""
     if num_processes == 1:
         return {}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
@@ -44,7 +44,7 @@ def rank_environment(rank: int, num_processes: int, port: int) -> dict[str, str]
 
 
 class CommandServer:
-    """Starts our commands in processes of their own, from one that has imported what they need."""
+    """Start our commands in their own processes, forked from one that has imported what they need."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -85,7 +85,7 @@ class CommandServer:
 
 @dataclass
 class ForkedCommand:
-    """What of `subprocess.Popen` the tests use, for a process that is the server's child."""
+    """Subset of `subprocess.Popen` that the tests use, for a process that is the server's child."""
 
     server: CommandServer
     pid: int
@@ -106,7 +106,7 @@ class ForkedCommand:
         return code
 
     def kill(self) -> None:
-        """If it still runs."""
+        """Kill the process if it still runs."""
         if self.poll() is None:
             self.send_signal(signal.SIGKILL)
             self.wait(timeout=10)
@@ -117,7 +117,7 @@ class ForkedCommand:
 
 @dataclass
 class Workplace:
-    """A folder to run commands in, with a configuration and an MLflow database of its own."""
+    """Folder to run commands in, with its own configuration and MLflow database."""
 
     folder: Path
     server: CommandServer
@@ -133,9 +133,12 @@ class Workplace:
         environment: Mapping[str, str] | None = None,
         launch_config: str = "multi_cpu",
     ) -> subprocess.CompletedProcess[str]:
-        """A command of ours, in one process or in several as `accelerate launch` would start them on the CPU,
-        but for the time that importing takes; `environment` adds to theirs. With another of the shipped files
-        of settings than `multi_cpu` it is started by the launcher."""
+        """Run one of our commands in one process or in several on the CPU.
+
+        Several processes are started without a launcher, which saves the time of importing; `environment` is
+        added to theirs. Only with another accelerate configuration than `multi_cpu` does `accelerate launch`
+        start them.
+        """
         if launch_config != "multi_cpu":
             module = ("-m", "detr_dist", *arguments)
             return self.launch(*module, num_processes=num_processes, launch_config=launch_config)
@@ -166,7 +169,7 @@ class Workplace:
     def launch(
         self, *arguments: str | Path, num_processes: int, launch_config: str = "multi_cpu"
     ) -> subprocess.CompletedProcess[str]:
-        """A script (or -m and a module) with its arguments, in several processes on the CPU."""
+        """Run a script (or -m and a module) with its arguments, in several processes on the CPU."""
         return subprocess.run(
             [sys.executable, *launcher(num_processes, launch_config), *map(str, arguments)],
             cwd=self.folder,
@@ -191,7 +194,7 @@ class Workplace:
     def start(
         self, data: Path, *overrides: str, output: str = "out", num_processes: int = 1
     ) -> "subprocess.Popen[str] | ForkedCommand":
-        """`train` in the background, with everything it prints in the file `log`."""
+        """Run `train` in the background, with all its output in the file `log`."""
         arguments, log = (*self._training(data, output), *overrides), self.folder / "log"
         log.unlink(missing_ok=True)
         if num_processes == 1:
@@ -219,7 +222,7 @@ class Workplace:
         return results
 
     def history(self, metric: str, output: str = "out") -> list[tuple[int, float]]:
-        """Step and value of everything that MLflow has of a metric, in the order it was logged."""
+        """Return step and value of every entry of a metric in MLflow, in the order of logging."""
         from mlflow import MlflowClient
 
         client = MlflowClient(f"sqlite:///{self.folder / 'mlflow.db'}")
@@ -228,8 +231,11 @@ class Workplace:
 
 
 def free_port() -> int:
-    """Below the ports from which clients connect: one of those could be given to a client that looks for the
-    dead server, which then talks to itself and keeps the port."""
+    """Return a port below those from which clients connect.
+
+    One of those could be given to a client that looks for the killed server, which then connects to itself
+    and keeps the port.
+    """
     for port in range(20000 + os.getpid() % 10000, 32000):
         with suppress(OSError), socket.create_server(("127.0.0.1", port)):
             return port

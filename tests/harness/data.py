@@ -10,17 +10,18 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData
 
+TINY_BACKBONE: dict[str, Any] = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+    "out_features": ["stage4"],
+}
 TINY_CONFIG = {
     "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 96, "augmentation": "none"},
     "model": {
-        "backbone": {
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 16, 16],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage4"],
-        },
+        "backbone": TINY_BACKBONE,
         "pretrained_backbone": False,
         "hidden_dim": 32,
         "num_encoder_layers": 1,
@@ -42,7 +43,7 @@ TINY_CONFIG = {
 def write_coco(
     folder: Path, *, num_images: int, with_boxes: Callable[[int], int], mixed_sizes: bool, seed: int = 0
 ) -> None:
-    """A COCO folder of noise pictures; image i has `with_boxes(i)` boxes, in turns of players and balls."""
+    """Write a COCO folder of noise images; image i has `with_boxes(i)` boxes, players and balls in turn."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     images, annotations = [], []
@@ -69,10 +70,10 @@ def write_coco(
 
 
 def ground_truth(data: CocoData) -> dict[str, Any]:
-    """COCO's form of a data set, for pycocotools, with class indices as category ids.
+    """Return a data set in COCO's format, for pycocotools, with class indices as category ids.
 
     Image ids are `image_ranks`: small numbers in the order of the real ids, by which COCO's evaluation ranks
-    detections of equal score. Annotations are numbered from 1: pycocotools takes id 0 for "no match".
+    detections of equal score. Annotations are numbered from 1: pycocotools uses id 0 for "no match".
     """
     ranks = data.image_ranks
     columns = (data.box_classes, data.boxes_xywh_px, data.areas, data.iscrowd.astype(int))

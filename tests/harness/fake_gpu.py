@@ -1,4 +1,4 @@
-"""A GPU that need not exist."""
+"""A fake GPU for hosts without one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +9,9 @@ from torch._subclasses import FakeTensorMode
 
 @contextmanager
 def moved_to_fake_gpu(module: torch.nn.Module) -> Iterator[None]:
-    """Move a module to a GPU that need not exist: its tensors have a device and a shape, but no values.
+    """Move a module to a fake GPU: its tensors have a device and a shape, but no values.
 
-    While the context lasts new tensors are like that, too. Operations on them work, except backward passes.
+    Inside the context this is also true for new tensors. Operations on them work, except backward passes.
     """
     with FakeTensorMode():
         moved: dict[torch.Tensor, torch.Tensor] = {}

@@ -13,7 +13,7 @@ from harness.commands import clean_environment, free_port
 
 
 class MLflowServer:
-    """`mlflow server` on a port of its own, with database and artifacts in `folder`."""
+    """`mlflow server` on its own port, with database and artifacts in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -31,7 +31,7 @@ class MLflowServer:
         return MlflowClient(self.uri)
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server and wait until it answers."""
         if self._process is not None:
             return
         with (self.folder / "log").open("a") as log:
@@ -62,14 +62,14 @@ class MLflowServer:
             return False
 
     def kill(self) -> None:
-        """With all its processes, in the middle of whatever they do."""
+        """Kill the server and all its processes at once."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
     def num_steps(self, run_id: str) -> int:
-        """Losses that the database has of a run; asks the file, as the server may be away."""
+        """Return the number of losses of a run in the database file, as the server may be unavailable."""
         with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
             query = "SELECT COUNT(*) FROM metrics WHERE key = 'train_loss' AND run_uuid = ?"
             (number,) = database.execute(query, (run_id,)).fetchone()
@@ -80,7 +80,7 @@ class MLflowServer:
         return sorted((entry.step, entry.value) for entry in history)
 
     def files(self, run_id: str, folder: str) -> dict[str, bytes]:
-        """What it gives out of an artifact folder."""
+        """Return the files of an artifact folder, downloaded from the server."""
         target = self.folder / "downloads" / run_id
         target.mkdir(parents=True, exist_ok=True)
         there = Path(self.client.download_artifacts(run_id, folder, str(target)))

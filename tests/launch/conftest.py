@@ -1,7 +1,7 @@
-"""A real Slurm for tests: two nodes on this machine, in a folder of its own, gone when the tests are.
+"""A real Slurm for tests: two nodes on this host, in a folder of their own, removed after the tests.
 
-Needs munge, slurmctld, slurmd and slurm-client, and neither root nor systemd nor anything in /etc. A node is
-a `slurmd` on a port of its own, called 127.0.0.2 or 127.0.0.3: names that need nobody to resolve them.
+Needs munge, slurmctld, slurmd and slurm-client, but neither root nor systemd nor anything in /etc. A node is
+a `slurmd` on its own port, called 127.0.0.2 or 127.0.0.3: names that need no name server.
 """
 
 import os
@@ -23,7 +23,7 @@ import pytest
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-# Our commands in an environment that is not activated, and daemons where an ordinary user does not look.
+# Our commands in an environment that is not activated, and daemons outside the PATH of a user.
 SEARCHED = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
 
 CONFIGURATION = """\
@@ -33,7 +33,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-# A job that is queued again waits for the end of its credentials: 5 s is the least there is.
+# A requeued job waits until its credentials expire: 5 s is the minimum.
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
@@ -63,8 +63,11 @@ def what_is_missing() -> list[str]:
 
 @dataclass
 class SlurmCluster:
-    """Entered, it runs. Not below pytest's folders: there is a limit to a socket's path, and all may have to
-    reach it."""
+    """Slurm cluster that runs inside its context.
+
+    Its folder is not below pytest's: the path of a socket has a limited length, and all users may have to
+    reach it.
+    """
 
     names: tuple[str, ...] = ("127.0.0.2", "127.0.0.3")
     folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp")))
@@ -135,7 +138,7 @@ class SlurmCluster:
             )
 
     def _environment(self) -> dict[str, str]:
-        """Without what a Slurm around the tests, or a user of the trainer, has set."""
+        """Return the environment without variables of a surrounding Slurm or of this trainer."""
         others = re.compile("(SLURM|SBATCH|SRUN|ACCELERATE|MLFLOW|DETR_DIST|OMP)_")
         inherited = {k: v for k, v in os.environ.items() if not others.match(k)}
         ours = {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCHED, "ACCELERATE_USE_CPU": "true"}
@@ -146,7 +149,7 @@ class SlurmCluster:
         self.wait_until(lambda: self.run("sinfo", "-h", "-n", name, "-o", "%T").strip() == "idle", 60)
 
     def kill_node(self, name: str) -> None:
-        """As if its plug were pulled: all its processes are gone, and nobody is told."""
+        """Kill all processes of a node without notification, as a power failure does."""
         self._kill({"SLURM_CONF": str(self.folder / "slurm.conf"), "SLURMD_NODENAME": name})
         self._daemons.pop(name).wait()
 
@@ -166,7 +169,7 @@ class SlurmCluster:
         environment: Mapping[str, str] | None = None,
         check: bool = True,
     ) -> str:
-        """What a command prints that runs where Slurm can be reached."""
+        """Return the output of a command that runs where Slurm can be reached."""
         finished = subprocess.run(
             command,
             cwd=cwd or self.folder,
@@ -180,7 +183,7 @@ class SlurmCluster:
         return finished.stdout
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What `scontrol` knows of a job: JobState, Restarts, ..."""
+        """Return the fields that `scontrol` reports for a job: JobState, Restarts, ..."""
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", job_id)))
 
     def wait_for_end(self, job_id: str, timeout_s: float) -> dict[str, str]:
@@ -194,7 +197,7 @@ class SlurmCluster:
             time.sleep(0.05)
 
     def logs(self) -> str:
-        """The ends of what the daemons say."""
+        """Return the last lines of the daemons' logs."""
         return "\n".join(f"{path.name}:\n{path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
 
 
@@ -206,7 +209,7 @@ def _free_ports(number: int) -> Iterator[int]:
 
 
 def _no_cgroups() -> str:
-    """The plug-in that does nothing; what it is called depends on the release."""
+    """Return the plug-in that does nothing; its name depends on the release."""
     slurmd = str(shutil.which("slurmd", path=SEARCHED))
     words = subprocess.run([slurmd, "-V"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"(\d+)\.(\d+)", words)
@@ -216,7 +219,7 @@ def _no_cgroups() -> str:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmCluster]:
-    """Two nodes, whose GPUs are only in Slurm's books: processes that are given one compute on the CPU."""
+    """Start two nodes, whose GPUs exist only for Slurm: processes with one compute on the CPU."""
     if missing := what_is_missing():
         message = f"no {', '.join(missing)}: apt-get install slurmctld slurmd slurm-client munge"
         if os.environ.get("CI"):

@@ -1,7 +1,7 @@
-"""What goes wrong in one process ends the run in all: soon, with one line each, and a non-zero code.
+"""A failure of one process ends the run in all: quickly, with one line each, and a non-zero code.
 
-Most processes are started as a launcher would start them on two hosts, by what it sets in the environment;
-where it is the launcher that matters there is a real one.
+Most processes are started like those of a launcher on two hosts, by the variables in the environment. Where
+the launcher itself matters, a real one is used.
 """
 
 import os
@@ -31,7 +31,7 @@ LIMITS = {"DETR_DIST_FORM_LIMIT_S": "8", "DETR_DIST_COLLECTIVE_LIMIT_S": "6"}
 
 @dataclass
 class Nodes:
-    """Two processes of a run, each as on a host of its own, or one launcher of both."""
+    """Two processes of a run, each as on its own host, or one launcher of both."""
 
     workplace: object
     data: Path
@@ -52,7 +52,7 @@ class Nodes:
         return ["train", *config, *folders, *LONG, *overrides]
 
     def start(self, node: int, *overrides: str, train_dir: Path | None = None, **environment: str) -> None:
-        """The process of a machine, as a launcher starts it: with a store in that of the first machine."""
+        """Start the process of a node like a launcher, with a store in the process of the first node."""
         self.store = self.store or dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         launched = {
             "RANK": str(node),
@@ -96,7 +96,7 @@ class Nodes:
         self.began_at = time.monotonic()
 
     def codes(self) -> list[int]:
-        """How all ended, within the time they have."""
+        """Return the exit codes of all, within their time limit."""
         return [command.wait(PATIENCE_S - (time.monotonic() - self.began_at)) for command in self.commands]
 
     def stacks(self, rank: int) -> str:
@@ -135,7 +135,7 @@ def test_a_process_that_dies_at_start_is_named_as_missing(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_in_the_middle_is_named_by_the_other(nodes: Nodes, killed: int) -> None:
+def test_a_process_killed_during_training_is_named_by_the_other(nodes: Nodes, killed: int) -> None:
     for node in (0, 1):
         nodes.start(node)
     nodes.wait_for_step()
@@ -169,14 +169,14 @@ def test_a_stopped_process_is_named_and_killed_by_the_launcher(nodes: Nodes) -> 
     assert status_of_the_run(nodes) == "FAILED"
 
 
-def test_a_process_that_hangs_is_named_and_ends_itself(nodes: Nodes, tmp_path: Path) -> None:
+def test_a_hanging_process_is_named_and_ends_itself(nodes: Nodes, tmp_path: Path) -> None:
     first = sorted((nodes.data / "train").glob("*.jpg"))[0]
     data = tmp_path / "data"
     for path in (nodes.data / "train").iterdir():
         (data / "train").mkdir(parents=True, exist_ok=True)
         (data / "train" / path.name).hardlink_to(path)
     (data / "train" / first.name).unlink()
-    os.mkfifo(data / "train" / first.name)  # to open it takes until somebody writes
+    os.mkfifo(data / "train" / first.name)  # opening it blocks until another process writes
     for node in (0, 1):
         nodes.start(node, train_dir=data / "train", DETR_DIST_COLLECTIVE_LIMIT_S="4")
     assert nodes.codes() == [1, 1]
@@ -198,7 +198,7 @@ def test_missing_gpus_stop_all_processes_before_anything_is_loaded(nodes: Nodes)
         assert line.startswith(f"[process {node}] error: CUDA_VISIBLE_DEVICES names 2 GPUs (998,999), but")
 
 
-def test_gpus_that_are_missing_on_one_machine_stop_the_other(nodes: Nodes) -> None:
+def test_missing_gpus_on_one_node_stop_the_other_node(nodes: Nodes) -> None:
     nodes.start(0)
     nodes.start(1, ACCELERATE_USE_CPU="false", CUDA_VISIBLE_DEVICES="999")
     assert nodes.codes() == [2, 2]

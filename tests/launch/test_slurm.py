@@ -1,4 +1,4 @@
-"""The shipped scripts on a real Slurm: training on two nodes, warned, robbed of a node, failing."""
+"""The shipped scripts on a real Slurm: training on two nodes, preemption, loss of a node, failures."""
 
 import os
 import re
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(600)]
 
 @dataclass
 class Job:
-    """A training that was submitted from a workplace, and what can be seen of it from outside."""
+    """Submitted training run of a workplace, as others can observe it."""
 
     slurm: object
     folder: Path
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """What the batch script says."""
+        """Return the output of the batch script."""
         path = self.folder / f"detr-dist-{self.id}.out"
         return path.read_text() if path.exists() else ""
 
@@ -57,13 +57,13 @@ class Job:
         return str(self.slurm.job(self.id)["JobState"])
 
     def note_status(self) -> None:
-        """Note what MLflow says of the run, when that has changed."""
+        """Record the status of the run in MLflow when it has changed."""
         for (status,) in self._ask("SELECT status FROM runs"):
             if [status] != self.statuses[-1:]:
                 self.statuses.append(status)
 
     def step(self) -> int:
-        """The last one that MLflow has a loss of."""
+        """Return the last step with a loss in MLflow."""
         ((step,),) = self._ask("SELECT MAX(step) FROM metrics WHERE key = 'train_loss'")
         return step or 0
 
@@ -86,7 +86,7 @@ class Job:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Path:
-    """Generated matches."""
+    """Generate scenes."""
     place = new_workplace(tmp_path_factory.mktemp("scenes"))
     finished = place.run("make-data", "data", "--num-train", "24", "--num-val", "4")
     assert finished.returncode == 0, finished.stderr
@@ -95,13 +95,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, new_workplace) -> Path:
 
 @pytest.fixture(scope="session")
 def submit(slurm, scenes: Path):
-    """Submit a training from a workplace, with options of sbatch and of the trainer."""
+    """Submit a training run from a workplace, with options of sbatch and of the trainer."""
 
     def start(workplace, *training: str, sbatch: tuple[str, ...] = TWO_BY_TWO, script: Path = SUBMIT) -> Job:
         data = ("--train-dir", scenes / "train", "--val-dir", scenes / "val", "--output-dir", "out")
         options = ("--config", "tiny.yaml", *map(str, data), *SETTINGS, *training)
-        told = slurm.run("bash", str(script), *sbatch, "--", *options, cwd=workplace.folder)
-        return Job(slurm, workplace.folder, told.split()[-1])
+        printed = slurm.run("bash", str(script), *sbatch, "--", *options, cwd=workplace.folder)
+        return Job(slurm, workplace.folder, printed.split()[-1])
 
     return start
 
@@ -128,7 +128,7 @@ def test_two_nodes_with_two_processes_each_train_in_one_mlflow_run(uninterrupted
     assert not list(place.folder.glob("*.stopped"))
 
 
-def test_a_warned_job_is_requeued_and_ends_with_the_uninterrupted_result(
+def test_a_preempted_job_is_requeued_and_gives_the_uninterrupted_result(
     workplace, submit, slurm, uninterrupted
 ) -> None:
     job = submit(workplace)
@@ -143,16 +143,16 @@ def test_a_warned_job_is_requeued_and_ends_with_the_uninterrupted_result(
     assert 3 <= int(stopped_at[1]) < NUM_STEPS
     assert job.statuses == ["RUNNING", "KILLED", "RUNNING", "FINISHED"]
 
-    whole, _ = uninterrupted
-    assert workplace.history("train_loss") == whole.history("train_loss")
+    expected_run, _ = uninterrupted
+    assert workplace.history("train_loss") == expected_run.history("train_loss")
     assert steps(workplace) == list(range(1, NUM_STEPS + 1))
-    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, whole))
+    last, expected = (place.folder / "out" / "checkpoints" / "last" for place in (workplace, expected_run))
     weights = load_file(last / "model.safetensors")
     for key, tensor in load_file(expected / "model.safetensors").items():
         assert torch.equal(weights[key], tensor), key
 
 
-def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slurm) -> None:
+def test_a_job_that_loses_a_node_is_requeued_and_completes(workplace, submit, slurm) -> None:
     job = submit(workplace, "training.batch_size=2", sbatch=("--nodes", "2", "--gpus-per-node", "1"))
     job.wait_until(lambda: job.step() >= 3)
     slurm.kill_node(slurm.names[1])
@@ -167,7 +167,7 @@ def test_a_job_that_loses_a_node_is_queued_again_and_ends(workplace, submit, slu
     assert steps(workplace) == list(range(1, NUM_STEPS + 1))
 
 
-def test_a_job_that_fails_stays_failed_and_names_the_line_to_look_at(workplace, submit, slurm) -> None:
+def test_a_failed_job_stays_failed_and_names_the_relevant_line(workplace, submit, slurm) -> None:
     job = submit(workplace, "training.learning_rat=1", sbatch=())
     job.wait_for_end()
     assert job.state == "FAILED", job.everything
@@ -178,7 +178,7 @@ def test_a_job_that_fails_stays_failed_and_names_the_line_to_look_at(workplace, 
     assert Path(found[1]).read_text().splitlines()[int(found[2]) - 1] == found[3]
 
 
-def test_a_job_that_is_cancelled_saves_and_is_not_queued_again(workplace, submit, slurm) -> None:
+def test_a_cancelled_job_saves_and_is_not_requeued(workplace, submit, slurm) -> None:
     job = submit(workplace, sbatch=())
     job.wait_until(lambda: job.step() >= 3)
     slurm.run("scancel", job.id)
@@ -195,7 +195,7 @@ export ACCELERATE_CONFIG_FILE=mine.yaml
 """
 # Is stopped before it has saved anything, then after it has, then finishes.
 THREE_STARTS = """#!/usr/bin/env bash
-echo "told: $*"
+echo "arguments: $*"
 [[ "$SLURM_NODEID" == 1 || "$DETR_DIST_START" == 3 ]] && exit
 [[ "$DETR_DIST_START" == 2 ]] && echo '  "step": 5,' >out/checkpoints/last/state.json
 echo "stopped" >"$DETR_DIST_STOPPED_FILE"
@@ -209,8 +209,10 @@ exit 1
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tuple[Path, str]]:
-    """Folder and id of two jobs at a time, from repositories with the settings of a site, and with these in
-    the place of the launcher: Slurm holds a requeued job for half a minute."""
+    """Submit two jobs with site settings and a script as launcher, and return folder and id of each.
+
+    They run at the same time, because Slurm holds a requeued job for half a minute.
+    """
     jobs = {}
     for launcher in (THREE_STARTS, NEVER_SAVES):
         folder = tmp_path_factory.mktemp("stand_in")
@@ -223,8 +225,8 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory, slurm) -> dict[str, tupl
         (folder / "out" / "checkpoints" / "last").mkdir(parents=True)  # of an earlier run
         (folder / "out" / "checkpoints" / "last" / "state.json").write_text('{\n  "step": 9,\n}\n')
         options = ("--output-dir=out", "--resume", "runs:/abc/checkpoints/last")
-        said = slurm.run("bash", str(launch / "submit.sh"), "--", *options, cwd=folder)
-        jobs[launcher] = folder, said.split()[-1]
+        printed = slurm.run("bash", str(launch / "submit.sh"), "--", *options, cwd=folder)
+        jobs[launcher] = folder, printed.split()[-1]
     return jobs
 
 
@@ -233,7 +235,7 @@ def test_site_settings_apply_and_resume_is_used_until_the_job_has_saved(slurm, s
     assert slurm.wait_for_end(job_id, 240)["JobState"] == "COMPLETED", slurm.logs()
     for node in (0, 1):
         lines = (folder / f"mine-{job_id}.node-{node}.out").read_text().splitlines()
-        starts = [line for line in lines if "told" in line]
+        starts = [line for line in lines if "arguments: " in line]
         for line in starts:
             assert "--config_file mine.yaml" in line
             assert f"--num_machines 2 --num_processes 6 --machine_rank {node}" in line
@@ -253,7 +255,7 @@ def test_a_job_that_never_saves_a_newer_checkpoint_stops_being_requeued(slurm, s
     assert "three starts have ended without a newer checkpoint (stopped)" in log
 
 
-def test_a_warning_that_comes_while_a_node_is_prepared_is_survived(tmp_path: Path) -> None:
+def test_a_stop_signal_while_a_node_is_prepared_is_handled(tmp_path: Path) -> None:
     launch = tmp_path / "launch" / "slurm"
     shutil.copytree(SUBMIT.parent, launch)
     (launch / "site.env").write_text(f'prepare_node() {{ PATH="{tmp_path}:$PATH"; sleep 2; }}\n')
@@ -285,18 +287,18 @@ def test_the_job_script_alone_works_only_in_a_repository_folder(tmp_path: Path, 
 
 
 def examples() -> list[str]:
-    """The commands in the documentation that submit something."""
+    """Return the documented commands that submit a job."""
     texts = [(REPOSITORY / "docs" / "slurm.md").read_text(), SUBMIT.read_text().replace("\n# ", "\n")]
     found = re.findall(r"^ *(bash launch/slurm/submit\.sh (?:.*\\\n)*.*)$", "\n".join(texts), re.MULTILINE)
     return [command for command in found if "[" not in command and "..." not in command]
 
 
 @pytest.mark.parametrize("command", examples())
-def test_slurm_takes_the_options_of_the_examples(command: str, slurm) -> None:
+def test_slurm_accepts_the_options_of_the_examples(command: str, slurm) -> None:
     tried = command.replace("submit.sh", "submit.sh --test-only")
     assert " to start at " in slurm.run("bash", "-c", f"({tried}) 2>&1", cwd=REPOSITORY)
 
 
-def test_without_options_of_the_trainer_nothing_is_submitted(slurm) -> None:
+def test_without_training_options_nothing_is_submitted(slurm) -> None:
     assert "they come after --" in slurm.run("bash", "-c", f"! bash '{SUBMIT}' --nodes 2 2>&1")
     assert "Submit a training to Slurm" in slurm.run("bash", str(SUBMIT), "--help")

@@ -1,4 +1,4 @@
-"""Before training: what would run where is said, also without training; and how to start on one machine."""
+"""The report before training, also as a dry run; and how to start on one host."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def options(place, data: Path) -> list[str]:
     return [str(each) for each in ("--config", place.config, *folders)]
 
 
-def test_a_dry_run_reports_and_leaves_nothing(workplace, tiny_data: Path) -> None:
+def test_a_dry_run_prints_a_report_and_leaves_no_files(workplace, tiny_data: Path) -> None:
     (workplace.folder / "out" / "checkpoints" / ".step_5.partial").mkdir(parents=True)  # of a run at work
     before = sorted(workplace.folder.rglob("*"))
     settings = (
@@ -41,7 +41,7 @@ def test_a_dry_run_reports_and_leaves_nothing(workplace, tiny_data: Path) -> Non
     assert sorted(workplace.folder.rglob("*")) == before
 
 
-def test_the_sizes_that_are_said_are_those_of_the_files(workplace, tiny_data: Path) -> None:
+def test_the_reported_sizes_equal_those_of_the_files(workplace, tiny_data: Path) -> None:
     settings = (
         "training.max_steps=2",
         "training.ema_decay=0.9",
@@ -49,8 +49,8 @@ def test_the_sizes_that_are_said_are_those_of_the_files(workplace, tiny_data: Pa
     )
     finished = workplace.train(tiny_data, *settings)
     assert finished.returncode == 0, finished.stderr
-    (said,) = [line for line in finished.stdout.splitlines() if " a checkpoint takes about " in line]
-    *_, checkpoint, _, _, _, model, _ = said.split()
+    (line,) = [line for line in finished.stdout.splitlines() if " a checkpoint takes about " in line]
+    *_, checkpoint, _, _, _, model, _ = line.split()
 
     def mib(folder: Path) -> float:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 2**20
@@ -64,7 +64,7 @@ def test_the_sizes_that_are_said_are_those_of_the_files(workplace, tiny_data: Pa
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_several_processes_are_listed_by_machine(workplace, tiny_data: Path) -> None:
+def test_several_processes_are_listed_by_host(workplace, tiny_data: Path) -> None:
     finished = workplace.run("train", *options(workplace, tiny_data), "--dry-run", num_processes=2)
     assert finished.returncode == 0, finished.stderr
     assert "2 processes (world size 2) on 1 node, DDP over gloo, precision no" in finished.stdout
@@ -93,8 +93,8 @@ def test_a_dry_run_on_bad_data_names_every_fault_and_fails(workplace, tiny_data:
 NUM_PROCESSES = {"cpu": 1, "multi_cpu": 2, "single_gpu": 1, "multi_gpu": 2, "multi_node": 2}
 
 
-def test_every_accelerate_config_is_trained_with() -> None:
-    """Those of DeepSpeed in tests/dist/test_zero.py."""
+def test_every_accelerate_config_is_tested() -> None:
+    """Leave out those of DeepSpeed, which tests/dist/test_zero.py uses."""
     names = {path.stem for path in (REPOSITORY / "accelerate_configs").glob("*.yaml")}
     assert {name for name in names if not name.startswith("deepspeed_")} == NUM_PROCESSES.keys()
 
@@ -108,13 +108,13 @@ def test_each_accelerate_config_trains_with_its_number_of_processes(
     config = REPOSITORY / "accelerate_configs" / f"{name}.yaml"
     settings = yaml.safe_load(config.read_text())
     assert settings["num_processes"] == NUM_PROCESSES[name]
-    machines, port = [], free_port()
+    processes, port = [], free_port()
     for rank in range(settings["num_machines"]):
         several = ("--machine_rank", str(rank), "--main_process_port", str(port))
         several = several if settings["num_machines"] > 1 else ()
         command = ["-m", "accelerate.commands.launch", "--config_file", config, *several]
         script = [REPOSITORY / "scripts" / "train_detr.py", *options(workplace, tiny_data)]
-        machines.append(
+        processes.append(
             subprocess.Popen(
                 [sys.executable, *command, *script, "training.num_epochs=2", "training.max_steps=10"],
                 cwd=workplace.folder,
@@ -125,9 +125,9 @@ def test_each_accelerate_config_trains_with_its_number_of_processes(
             )
         )
     printed = ""
-    for machine in machines:
-        printed += machine.communicate(timeout=300)[0]
-        assert machine.returncode == 0, printed[-2000:]
+    for process in processes:
+        printed += process.communicate(timeout=300)[0]
+        assert process.returncode == 0, printed[-2000:]
     assert f"{NUM_PROCESSES[name]} process" in printed
     assert ("(world size 2) on 1 node, DDP" in printed) == (NUM_PROCESSES[name] == 2)
     assert " 10 steps in all" in printed
@@ -160,7 +160,7 @@ def workstation(place, *arguments: str | Path, **variables: str):
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_the_workstation_script_starts_as_many_processes_as_asked_for(workplace, tiny_data: Path) -> None:
+def test_the_workstation_script_starts_the_requested_num_processes(workplace, tiny_data: Path) -> None:
     finished = workstation(
         workplace, "--processes", "2", *options(workplace, tiny_data), "training.max_steps=1",
         CUDA_VISIBLE_DEVICES="",
@@ -179,7 +179,7 @@ def test_the_workstation_script_starts_as_many_processes_as_asked_for(workplace,
         (("--help",), 0, ""),
     ],
 )
-def test_the_workstation_script_says_how_it_is_used(workplace, arguments, code: int, part: str) -> None:
+def test_the_workstation_script_prints_its_usage(workplace, arguments, code: int, part: str) -> None:
     finished = workstation(workplace, *arguments)
     assert (finished.returncode, finished.stderr) == (code, part)
     assert ("--processes N" in finished.stdout) == (code == 0)

@@ -1,9 +1,10 @@
-"""A tiny member of the family, of any architecture."""
+"""A tiny detector of any architecture."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import ModelConfig
 from detr_dist.models.build import build_detector
@@ -11,14 +12,7 @@ from detr_dist.models.detector import Detector
 
 CLASS_NAMES = ["player", "ball"]
 TINY = {
-    "backbone": {
-        "model_type": "resnet",
-        "layer_type": "basic",
-        "embedding_size": 8,
-        "hidden_sizes": [8, 8, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "out_features": ["stage2", "stage3", "stage4"],
-    },
+    "backbone": TINY_BACKBONE | {"out_features": ["stage2", "stage3", "stage4"]},
     "pretrained_backbone": False,
     "hidden_dim": 32,
     "num_encoder_layers": 1,
@@ -30,7 +24,7 @@ TINY = {
 
 @pytest.fixture(scope="session")
 def tiny_detector() -> Callable[..., Detector]:
-    """Builds one; settings of the model section may follow."""
+    """Return a function that builds one; it accepts settings of the model section."""
 
     def build(architecture: str, **settings: object) -> Detector:
         torch.manual_seed(0)
@@ -42,7 +36,7 @@ def tiny_detector() -> Callable[..., Detector]:
 
 @pytest.fixture
 def two_images() -> tuple[torch.Tensor, torch.Tensor]:
-    """Of 64 x 96 and 50 x 70 on one canvas."""
+    """Return images of 64 x 96 and 50 x 70 on one canvas, and their sizes."""
     images = torch.randint(
         0, 255, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
     )

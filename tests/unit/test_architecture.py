@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import whom, and what stays out of a quick start."""
+"""The imports between folders of the package, and the libraries that a quick start does not load."""
 
 import ast
 import subprocess
@@ -82,7 +82,7 @@ NAMES_THAT_SAY_NOTHING = {"common", "helpers", "misc", "utils"}
 
 
 def imported_by(path: Path, package: Path) -> Iterator[str]:
-    """Full names of what a module imports anywhere, in its functions too; `from a import b` gives `a.b`."""
+    """Return full names of all imports of a module, in its functions too; `from a import b` gives `a.b`."""
     own_package = [package.name, *path.relative_to(package).parent.parts]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -94,7 +94,7 @@ def imported_by(path: Path, package: Path) -> Iterator[str]:
 
 
 def violations(package: Path) -> list[str]:
-    """One line for each import that the rules above forbid."""
+    """Return one line for each import that the rules above forbid."""
     found = []
     for path in sorted(package.rglob("*.py")):
         where = path.relative_to(package)
@@ -114,7 +114,7 @@ def violations(package: Path) -> list[str]:
 
 
 def modules_loaded_by(*arguments: str) -> set[str]:
-    """Top-level names of all that a fresh Python imports to run the arguments, which must succeed."""
+    """Return top-level names of all that a fresh Python imports to run the arguments, which must succeed."""
     command = [sys.executable, "-X", "importtime", *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     lines = finished.stderr.splitlines()
@@ -123,11 +123,11 @@ def modules_loaded_by(*arguments: str) -> set[str]:
     return {line.rpartition("|")[2].strip().partition(".")[0] for line in report}
 
 
-def test_imports_go_one_way() -> None:
+def test_imports_follow_the_layers() -> None:
     assert violations(PACKAGE) == []
 
 
-def test_every_room_has_its_rule() -> None:
+def test_every_folder_has_an_import_rule() -> None:
     rooms = {
         path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()
     }
@@ -145,16 +145,14 @@ def test_every_room_has_its_rule() -> None:
         ("cli.py", "import mlflow", "cli.py imports mlflow"),
     ],
 )
-def test_an_import_against_the_rules_is_found(
-    tmp_path: Path, module: str, statement: str, complaint: str
-) -> None:
+def test_a_forbidden_import_is_found(tmp_path: Path, module: str, statement: str, complaint: str) -> None:
     path = tmp_path / "detr_dist" / module
     path.parent.mkdir(parents=True)
     path.write_text(statement, encoding="utf-8")
     assert violations(tmp_path / "detr_dist") == [complaint]
 
 
-def test_imports_with_the_rules_are_not_complained_about(tmp_path: Path) -> None:
+def test_allowed_imports_are_not_reported(tmp_path: Path) -> None:
     path = tmp_path / "detr_dist" / "models" / "matcher.py"
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -182,7 +180,7 @@ def test_reading_a_configuration_or_a_help_page_loads_nothing_slow(arguments: tu
     assert loaded & SLOW_LIBRARIES == set()
 
 
-def test_no_module_has_a_name_that_says_nothing() -> None:
+def test_no_module_has_a_meaningless_name() -> None:
     python_files = [
         *PACKAGE.rglob("*.py"),
         *(REPOSITORY / "scripts").rglob("*.py"),

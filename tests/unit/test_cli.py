@@ -31,7 +31,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["make-data", "x", "--num-train", "0"], "0"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(capsys, arguments: list[str], hint: str) -> None:
+def test_wrong_usage_prints_one_line_and_exits_with_2(capsys, arguments: list[str], hint: str) -> None:
     code, _, error = run(capsys, *arguments)
     assert code == 2
     assert len(error.strip().splitlines()) == 1
@@ -72,7 +72,7 @@ def test_an_empty_argument_is_refused(capsys, tmp_path, monkeypatch, command: st
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_reader_that_ends_early_is_no_error(tmp_path) -> None:
+def test_a_closed_output_pipe_is_no_error(tmp_path) -> None:
     detr_dist = shlex.join([sys.executable, "-m", "detr_dist"])
     commands = (
         "--help",
@@ -103,13 +103,13 @@ def test_the_help_of_train_lists_the_configuration_keys(capsys) -> None:
     assert "MLFLOW_TRACKING_URI" in out
 
 
-def test_debug_shows_the_traceback_as_well(capsys, tmp_path) -> None:
+def test_debug_also_shows_the_traceback(capsys, tmp_path) -> None:
     _, _, error = run(capsys, "make-data", str(tmp_path), "--num-val", "0", "--debug")
     assert "Traceback" in error
     assert error.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_an_interrupt_is_no_success(
+def test_an_interrupt_exits_with_an_error_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -122,21 +122,21 @@ def test_an_interrupt_is_no_success(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_says_so_once_and_exits_with_75(
+def test_a_stopped_run_is_reported_once_and_exits_with_75(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(*_: object) -> None:
         raise StopRequested("asked to stop at step 3: saved")
 
     monkeypatch.setattr("detr_dist.cli.load_config", stopped)
-    for rank, said in (("0", "asked to stop at step 3: saved\n"), ("1", "")):
+    for rank, expected in (("0", "asked to stop at step 3: saved\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)
         code, _, error = run(capsys, "train", "--train-dir", "a", "--val-dir", "b", "--output-dir", "c")
-        assert (code, error) == (75, said)
+        assert (code, error) == (75, expected)
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
-def test_a_notebooks_backend_keeps_no_command_from_drawing(backend: str) -> None:
+def test_a_notebook_matplotlib_backend_does_not_break_drawing(backend: str) -> None:
     command = "from detr_dist.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     draw = "from detr_dist.evaluation.plots import figure_style\nwith figure_style(): pass"
     environment = os.environ | {"MPLBACKEND": backend}

@@ -1,4 +1,4 @@
-"""Configuration: what ships loads, what is wrong is named."""
+"""Configuration: shipped files load, and errors name what is wrong."""
 
 from pathlib import Path
 
@@ -22,13 +22,13 @@ def test_the_resolved_configuration_loads_as_itself(tmp_path: Path) -> None:
     assert load_config(path) == config
 
 
-def test_a_bare_no_in_yaml_is_the_precision_no(tmp_path: Path) -> None:
+def test_an_unquoted_no_in_yaml_means_full_precision(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("training:\n  mixed_precision: no\n")
     assert load_config(path).training.mixed_precision == "no"
 
 
-def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None:
+def test_an_override_changes_a_key_of_a_mapping_or_replaces_it() -> None:
     deep = load_config(None, ["model.config_overrides.encoder_ffn_dim=64", "training.learning_rate=5e-4"])
     assert deep.model.config_overrides == {"encoder_ffn_dim": 64}
     assert deep.training.learning_rate == 5e-4
@@ -54,7 +54,7 @@ def test_an_override_reaches_into_a_mapping_and_replaces_one_by_a_name() -> None
         ("model.model_architecture=yolo", "dab_detr"),
     ],
 )
-def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint: str) -> None:
+def test_an_error_for_a_wrong_key_or_value_lists_what_is_allowed(override: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):
         load_config(None, [override])
 
@@ -74,7 +74,7 @@ def test_a_wrong_key_or_value_is_answered_with_what_is_right(override: str, hint
         "1.50",
     ],
 )
-def test_a_text_is_what_was_written_also_where_yaml_sees_another_kind(written: str, tmp_path: Path) -> None:
+def test_text_settings_keep_values_that_yaml_reads_as_other_types(written: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     keys = ("mlflow_run_name", "mlflow_experiment_name", "mlflow_tracking_uri", "register_model_as")
     if ":" in written:
@@ -88,20 +88,20 @@ def test_a_text_is_what_was_written_also_where_yaml_sees_another_kind(written: s
 
 
 @pytest.mark.parametrize("value", ["sqlite:////data/run #1/m.db", "#1", "a#b", "a # b"])
-def test_on_the_command_line_a_hash_begins_no_comment(value: str) -> None:
+def test_a_hash_on_the_command_line_starts_no_comment(value: str) -> None:
     assert load_config(None, [f"logging.mlflow_tracking_uri={value}"]).logging.mlflow_tracking_uri == value
     assert load_config(None, [f"logging.mlflow_run_name='{value}'"]).logging.mlflow_run_name == value
     with pytest.raises(UsageError, match=r"training\.seed.*'5 #1'"):
         load_config(None, ["training.seed=5 #1"])
 
 
-def test_a_text_that_an_alias_brings_is_a_text_too(tmp_path: Path) -> None:
+def test_a_merged_value_of_a_text_setting_is_a_text(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("logging:\n  <<: {mlflow_run_name: 5}\n  log_every_steps: 3\n")
     assert load_config(path).logging.mlflow_run_name == "5"
 
 
-def test_a_section_with_nothing_below_it_is_an_empty_one(tmp_path: Path) -> None:
+def test_a_section_without_keys_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("training:\ndata:\n  # num_workers: 2\nlogging:\nmodel:\n  config_overrides:\n")
     assert load_config(path) == Config()
@@ -111,7 +111,7 @@ def test_a_section_with_nothing_below_it_is_an_empty_one(tmp_path: Path) -> None
         load_config(path)
 
 
-def test_mlflows_variables_decide_where_neither_yaml_nor_command_line_does(
+def test_mlflow_variables_apply_unless_yaml_or_the_command_line_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     variables = {"TRACKING_URI": "http://host:5000", "EXPERIMENT_NAME": "theirs", "RUN_NAME": "7"}
@@ -136,7 +136,7 @@ def test_mlflows_variables_decide_where_neither_yaml_nor_command_line_does(
 
 
 @pytest.mark.parametrize("content", ["a: [", "- 1\n", "\x00"])
-def test_a_file_that_is_no_mapping_is_named(content: str, tmp_path: Path) -> None:
+def test_a_file_without_a_mapping_is_named(content: str, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_text(content)
     with pytest.raises(UsageError, match=r"broken\.yaml"):
@@ -152,7 +152,7 @@ def test_a_file_that_is_no_mapping_is_named(content: str, tmp_path: Path) -> Non
         ("training:\n  'seed': 1\n  seed: 2\n", "seed", 3, 2),
     ],
 )
-def test_a_key_that_is_there_twice_is_named_with_both_lines(
+def test_a_duplicate_key_is_named_with_both_lines(
     content: str, key: str, line: int, first: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "twice.yaml"
@@ -161,7 +161,7 @@ def test_a_key_that_is_there_twice_is_named_with_both_lines(
         load_config(path)
 
 
-def test_an_override_with_a_key_twice_is_refused() -> None:
+def test_an_override_with_a_duplicate_key_is_refused() -> None:
     with pytest.raises(UsageError, match=r"model\.config_overrides=.*'a'"):
         load_config(None, ["model.config_overrides={a: 1, b: {c: 1}, a: 2}"])
 
@@ -198,7 +198,7 @@ def test_a_score_threshold_is_a_number_or_auto(given: str, threshold: float | st
     assert load_config(None, [f"evaluation.score_threshold={given}"]).evaluation.score_threshold == threshold
 
 
-def test_every_key_has_an_explanation() -> None:
+def test_every_key_has_a_description() -> None:
     keys = list(describe_keys())
     assert len(keys) > 30
     assert all(meaning.endswith(".") for _, _, meaning in keys)

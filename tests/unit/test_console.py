@@ -1,4 +1,4 @@
-"""Standard output and error take any character, and outlive their reader."""
+"""Standard output and error accept any character, and a reader may close them."""
 
 import io
 import json
@@ -14,7 +14,9 @@ from detr_dist.console import log_to_file, make_robust
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_what_the_console_cannot_encode_is_escaped(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_characters_that_the_console_cannot_encode_are_escaped(
+    encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict"))
     make_robust()
@@ -23,7 +25,7 @@ def test_what_the_console_cannot_encode_is_escaped(encoding: str, monkeypatch: p
         assert stream.buffer.getvalue() == b"\\u7403 \\udce9\n"
 
 
-def test_no_console_at_all_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_console_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     make_robust()
     assert sys.stdout is None
@@ -61,7 +63,7 @@ def test_a_report_on_a_console_of_another_encoding_is_complete(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("options", [(), ("-u",)])
-def test_what_nobody_reads_any_more_is_dropped(options: tuple[str, ...], tmp_path: Path) -> None:
+def test_output_without_a_reader_is_dropped(options: tuple[str, ...], tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from detr_dist.console import make_robust; make_robust()\n"
         "for i in range(100000): print(i); print(i, file=sys.stderr)\n"
@@ -78,12 +80,12 @@ def test_what_nobody_reads_any_more_is_dropped(options: tuple[str, ...], tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("level", "shown"), [(logging.WARNING, ["warned"]), (logging.INFO, ["told", "warned"])]
+    ("level", "shown"), [(logging.WARNING, ["warned"]), (logging.INFO, ["informed", "warned"])]
 )
-def test_the_log_file_is_complete_and_the_process_shows_what_it_did_before(
+def test_the_log_file_is_complete_and_console_output_is_unchanged(
     level: int, shown: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in Python code of a user, who has configured the root logger."""
+    """Configure the root logger, as Python code of a user may do."""
     package, root, received = logging.getLogger("detr_dist"), logging.getLogger(), []
     monkeypatch.setattr(package, "handlers", [])
     monkeypatch.setattr(package, "propagate", True)
@@ -95,15 +97,15 @@ def test_the_log_file_is_complete_and_the_process_shows_what_it_did_before(
     root.setLevel(level)
     try:
         file = log_to_file(tmp_path / "train.log")
-        for each in ("told", "warned"):
-            (package.info if each == "told" else package.warning)(each)
+        for each in ("informed", "warned"):
+            (package.info if each == "informed" else package.warning)(each)
         file.close()
         package.info("later")
         package.warning("later, too")
     finally:
         root.setLevel(before)
     lines = (tmp_path / "train.log").read_text().splitlines()
-    assert [line.split(" ", 2)[2] for line in lines] == ["told", "warning: warned"]
+    assert [line.split(" ", 2)[2] for line in lines] == ["informed", "warning: warned"]
     assert [each for each in received if "later" not in each] == shown
     assert ("later" in received) is (level == logging.INFO)
     assert (package.handlers, package.level, package.propagate) == ([], logging.NOTSET, True)

@@ -1,4 +1,4 @@
-"""In which precision a run computes, and how exactly."""
+"""The precision and the numerical settings of a run."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from detr_dist.numerics import resolve_precision, set_numerics
 
 @pytest.fixture
 def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a test sets is as before afterwards."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
+    """Restore the settings that a test changes."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is restored
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     yield
@@ -27,7 +27,7 @@ def numerics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """torch believes in a GPU that computes bf16 natively."""
+    """Make torch report a GPU that computes bf16 natively."""
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
@@ -42,7 +42,7 @@ def precision(wanted: str) -> str:
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_is_on_or_off_for_convolutions_and_matrix_products(numerics: None, tf32: bool) -> None:
+def test_tf32_is_set_for_convolutions_and_matrix_products(numerics: None, tf32: bool) -> None:
     set_numerics(TrainingConfig(tf32=tf32))
     assert torch.backends.cuda.matmul.allow_tf32 is tf32
     assert torch.backends.cudnn.allow_tf32 is tf32
@@ -52,7 +52,7 @@ def test_tf32_is_on_or_off_for_convolutions_and_matrix_products(numerics: None, 
     assert (torch.backends.cudnn.conv.fp32_precision == "tf32") is tf32
 
 
-def test_deterministic_algorithms_are_chosen_on_request(numerics: None) -> None:
+def test_deterministic_algorithms_are_used_on_request(numerics: None) -> None:
     set_numerics(TrainingConfig())
     assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
@@ -62,7 +62,7 @@ def test_deterministic_algorithms_are_chosen_on_request(numerics: None) -> None:
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
-def test_processes_that_compile_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_timeout_allows_for_processes_that_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DETR_DIST_COLLECTIVE_LIMIT_S", "5")
     with group_of_processes(may_compile=True):
         assert collective_limit_s() == 5, "what the user sets counts"
@@ -74,7 +74,7 @@ def test_processes_that_compile_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt(), UsageError("wrong")], ids=repr)
-def test_a_process_can_join_again_and_with_another_precision(error: BaseException | None) -> None:
+def test_a_process_can_rejoin_with_another_precision(error: BaseException | None) -> None:
     before = dict(os.environ)
     ended = nullcontext() if error is None else pytest.raises(type(error))
     with ended, group_of_processes(may_compile=True):
@@ -94,7 +94,7 @@ def test_without_a_gpu_the_precision_is_full() -> None:
     assert precision("bf16") == "bf16"
 
 
-def test_a_gpu_computes_bf16_where_it_can_natively(gpu: pytest.MonkeyPatch, capsys) -> None:
+def test_a_gpu_uses_bf16_if_it_supports_it_natively(gpu: pytest.MonkeyPatch, capsys) -> None:
     assert precision("auto") == "bf16"
     gpu.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     assert precision("auto") == "no"
@@ -105,7 +105,7 @@ def test_a_gpu_computes_bf16_where_it_can_natively(gpu: pytest.MonkeyPatch, caps
 
 
 @pytest.mark.parametrize("launched", ["fp16", "bf16"])
-def test_auto_takes_the_precision_that_the_launcher_was_given(gpu: pytest.MonkeyPatch, launched: str) -> None:
+def test_auto_uses_the_precision_of_the_launcher(gpu: pytest.MonkeyPatch, launched: str) -> None:
     gpu.setenv("ACCELERATE_MIXED_PRECISION", launched)
     assert precision("auto") == launched
     gpu.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which the launcher says when it was given none

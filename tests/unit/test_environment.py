@@ -1,4 +1,4 @@
-"""Which GPUs were asked for, and whether they are there."""
+"""The GPUs that were requested, and whether they exist."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def num_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two; what there is in truth must not matter here."""
+    """Make torch report two GPUs, whatever the host really has."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
 
@@ -80,7 +80,7 @@ def test_without_gpus_the_cpu_is_used_unless_some_were_named(
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
-def test_a_limit_that_is_no_time_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_invalid_time_limit_is_refused_with_its_name(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("DETR_DIST_FORM_LIMIT_S", text)
     with pytest.raises(UsageError, match=f"DETR_DIST_FORM_LIMIT_S is '{text}'"):
         seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 60.0)
@@ -104,7 +104,7 @@ def test_a_limit_that_is_no_time_is_refused_with_its_name(monkeypatch: pytest.Mo
         {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"},
     ],
 )
-def test_what_is_set_to_nothing_or_agrees_is_no_problem(
+def test_empty_or_consistent_variables_are_accepted(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]
 ) -> None:
     for name, value in environment.items():
@@ -115,7 +115,7 @@ def test_what_is_set_to_nothing_or_agrees_is_no_problem(
         assert os.environ.get(name, "1").strip() not in ("", "-1")
 
 
-def test_a_local_rank_alone_is_of_the_only_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_rank_alone_means_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
     check_environment()
     assert "LOCAL_RANK" not in os.environ
@@ -142,7 +142,7 @@ def test_a_local_rank_alone_is_of_the_only_process(monkeypatch: pytest.MonkeyPat
         ({"ACCELERATE_USE_CPU": "maybe"}, "ACCELERATE_USE_CPU is 'maybe'"),
     ],
 )
-def test_a_variable_that_a_launcher_left_over_is_named(
+def test_a_leftover_launcher_variable_is_named(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
 ) -> None:
     for each, value in environment.items():
@@ -156,7 +156,7 @@ def test_a_variable_that_a_launcher_left_over_is_named(
     ("name", "value"),
     [(None, None), ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64"), ("PYTORCH_CUDA_ALLOC_CONF", "")],
 )
-def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(
+def test_gpu_memory_segments_are_expandable_unless_the_user_disables_it(
     monkeypatch: pytest.MonkeyPatch, name: str | None, value: str | None
 ) -> None:
     for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):

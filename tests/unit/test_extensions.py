@@ -1,4 +1,4 @@
-"""What users add: names in registries, objects by path, modules imported once."""
+"""User extensions: names in registries, objects by path, modules imported once."""
 
 import sys
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from detr_dist.extensions import LOSSES, TRANSFORMS, Registry, import_extensions
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A user's file in the working directory, whose name is free afterwards."""
+    """Write a user's file in the working directory, and remove its module afterwards."""
     monkeypatch.chdir(tmp_path)
     Path("my_own_things.py").write_text(
         "executions = []\nexecutions.append(1)\nclass Thing:\n    value = 7\n", encoding="utf-8"
@@ -29,19 +29,19 @@ def test_an_object_is_found_by_its_path(module: str, path: str) -> None:
     assert load_object(path.format(module), "training.callbacks").value == 7
 
 
-def test_a_module_is_executed_once_whatever_it_is_called(module: str) -> None:
+def test_a_module_is_executed_once_under_all_its_names(module: str) -> None:
     import_extensions([f"{module}.py", module, str(Path(f"{module}.py").resolve())])
     load_object(f"{module}.py:Thing", "key")
     assert sys.modules[module].executions == [1]
 
 
 @pytest.mark.parametrize("path", ["no_such_module.Thing", "no_such.py:Thing", "json.NoSuch", "json:"])
-def test_what_cannot_be_imported_names_key_and_path(path: str) -> None:
+def test_a_failed_import_names_key_and_path(path: str) -> None:
     with pytest.raises(UsageError, match=rf"^data\.augmentation: {path} cannot be imported: ."):
         load_object(path, "data.augmentation")
 
 
-def test_an_extension_that_raises_is_named_and_can_be_tried_again(module: str) -> None:
+def test_an_extension_that_raises_is_named_and_can_be_imported_again(module: str) -> None:
     Path("broken_things.py").write_text("raise ValueError('half done')\n", encoding="utf-8")
     for _ in range(2):
         with pytest.raises(UsageError, match=r"training\.extensions: broken_things\.py .*half done"):
@@ -72,7 +72,7 @@ def test_one_name_has_one_definition_which_a_notebook_may_repeat() -> None:
         ("loss.weights={gio: 1}", "giou"),
     ],
 )
-def test_unknown_names_are_refused_unless_an_extension_may_bring_them(override: str, nearest: str) -> None:
+def test_unknown_names_are_refused_unless_an_extension_may_add_them(override: str, nearest: str) -> None:
     with pytest.raises(UsageError, match=f"did you mean {nearest}"):
         load_config(None, [override])
     assert load_config(None, [override, "training.extensions=mine.py"]).training.extensions == ["mine.py"]
@@ -84,11 +84,11 @@ def test_several_augmentations_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("names", ["[light, detr]", "[package.Blur, detr]", "[none, none]"])
-def test_one_recipe_at_most_comes_first(names: str) -> None:
+def test_at_most_one_recipe_is_allowed_and_comes_first(names: str) -> None:
     with pytest.raises(UsageError, match=r"^data\.augmentation: of none, light, detr there is one at most"):
         load_config(None, [f"data.augmentation={names}"])
 
 
-def test_the_registries_name_what_the_package_has() -> None:
+def test_the_registries_list_what_the_package_provides() -> None:
     assert TRANSFORMS.names[:4] == ["none", "light", "detr", "mosaic"]
     assert LOSSES.names[:3] == ["ce", "bbox", "giou"]

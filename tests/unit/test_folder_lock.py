@@ -31,7 +31,7 @@ with locked(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """A process that holds the lock until it is killed, and its child, which lives on."""
+    """Start a process that holds the lock until it is killed, and a child of it that keeps running."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDS_THE_LOCK, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -56,7 +56,7 @@ def test_a_second_process_does_not_get_the_lock(
         pytest.fail("got it")
 
 
-def test_a_lock_ends_with_its_process_though_a_forked_child_of_it_lives_on(
+def test_a_lock_ends_with_its_process_even_if_a_forked_child_lives(
     tmp_path: Path, holder: tuple[subprocess.Popen[str], psutil.Process]
 ) -> None:
     process, child = holder
@@ -65,12 +65,12 @@ def test_a_lock_ends_with_its_process_though_a_forked_child_of_it_lives_on(
     with locked(tmp_path):
         assert child.is_running()
         assert child.status() != psutil.STATUS_ZOMBIE
-    with locked(tmp_path):  # and it is given back
+    with locked(tmp_path):  # the lock was released
         pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_the_file_system_has_no_locks_it_warns_once_and_goes_on(
+def test_without_file_system_locks_it_warns_once_and_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def refuse(*_: object) -> None:
@@ -86,7 +86,7 @@ def test_where_the_file_system_has_no_locks_it_warns_once_and_goes_on(
     assert [path.name for path in tmp_path.iterdir()] == ["written"]
 
 
-def test_a_lock_that_fails_for_another_reason_is_not_passed_over(
+def test_a_lock_that_fails_for_another_reason_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -94,4 +94,4 @@ def test_a_lock_that_fails_for_another_reason_is_not_passed_over(
 
     monkeypatch.setattr(fcntl, "lockf", fail)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), locked(tmp_path):
-        pytest.fail("went on")
+        pytest.fail("continued")

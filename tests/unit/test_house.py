@@ -1,4 +1,4 @@
-"""What is shipped beside the package: scripts, YAML files, metadata."""
+"""Files that are shipped with the package: scripts, YAML files, metadata."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def shown(path: Path) -> str:
 
 
 def tool(name: str) -> str:
-    """Path of a development tool, its environment activated or not; without it skips, in CI fails."""
+    """Return the path of a development tool, in any environment; skip without it, in CI fail."""
     found = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if found is not None:
         return found
@@ -52,14 +52,14 @@ def test_every_shell_script_passes_shellcheck(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SHELL_SCRIPTS, ids=shown)
-def test_every_shell_script_can_be_run_and_stops_at_its_first_error(path: Path) -> None:
+def test_every_shell_script_is_executable_and_stops_at_its_first_error(path: Path) -> None:
     assert os.access(path, os.X_OK)
     assert "\nset -euo pipefail\n" in path.read_text(encoding="utf-8")
 
 
-def test_the_version_is_the_one_that_was_installed() -> None:
+def test_the_version_equals_the_installed_one() -> None:
     assert detr_dist.__version__ == version("detr_dist")
 
 
-def test_the_package_says_that_it_is_typed() -> None:
+def test_the_package_is_marked_as_typed() -> None:
     assert (Path(detr_dist.__file__).parent / "py.typed").is_file()

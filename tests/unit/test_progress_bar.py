@@ -1,4 +1,4 @@
-"""Bars are shown on a terminal or in a notebook only, without a thread, below the lines that are logged."""
+"""Bars are shown only on a terminal or in a notebook, without a thread, below the logged lines."""
 
 import os
 import pty
@@ -24,7 +24,7 @@ outer.close()
 """
 
 
-def test_elsewhere_than_on_a_terminal_there_is_no_bar(monkeypatch) -> None:
+def test_without_a_terminal_there_is_no_bar(monkeypatch) -> None:
     environment = os.environ | {"FORCE_COLOR": "1"}  # as CI sets it
     shown = subprocess.run(
         [sys.executable, "-c", SHOWS_A_BAR], capture_output=True, text=True, env=environment, check=True
@@ -32,7 +32,7 @@ def test_elsewhere_than_on_a_terminal_there_is_no_bar(monkeypatch) -> None:
     assert (shown.stdout, shown.stderr) == ("a line\n", "an error\n")
 
 
-def test_on_a_terminal_the_bar_leaves_standard_error_and_the_cursor_alone() -> None:
+def test_on_a_terminal_the_bar_does_not_affect_stderr_or_the_cursor() -> None:
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SHOWS_A_BAR],
@@ -81,13 +81,13 @@ assert Output.shown[-1].strip() == ""
 
 
 def test_in_a_notebook_the_bar_is_an_output_of_the_cell() -> None:
-    """With a shell of that name and IPython's own functions replaced: Jupyter is no dependency."""
+    """Replace the shell and IPython's own functions: Jupyter is no dependency."""
     shown = subprocess.run([sys.executable, "-c", IN_A_NOTEBOOK], capture_output=True, text=True, check=False)
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "", "")
 
 
 def iter_bytes(descriptor: int) -> bytes:
-    """Return all that comes until the other end is closed."""
+    """Return everything up to the end of the stream."""
     found = b""
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What is written of addresses and settings holds no credentials, and everything else stays as it is."""
+"""Written addresses and settings hold no credentials, and everything else is unchanged."""
 
 import sys
 
@@ -32,7 +32,7 @@ from detr_dist.redaction import redact, redact_value, redacted_output
         ("got {'api_key': 'hid, den', 'a': 1}", "got {'api_key': ***, 'a': 1}"),
     ],
 )
-def test_credentials_are_cut_out_of_addresses_and_hidden_elsewhere(text: str, redacted: str) -> None:
+def test_credentials_are_removed_from_addresses_and_masked_elsewhere(text: str, redacted: str) -> None:
     assert redact(text) == redacted
 
 
@@ -50,11 +50,11 @@ def test_credentials_are_cut_out_of_addresses_and_hidden_elsewhere(text: str, re
         '{"token": 3, "secret": {"a": 1}, "pad_token_id": "a"}',
     ],
 )
-def test_what_is_no_secret_stays(text: str) -> None:
+def test_values_that_are_not_secret_stay(text: str) -> None:
     assert redact(text) == text
 
 
-def test_values_of_secret_names_are_hidden_at_any_depth() -> None:
+def test_values_of_secret_names_are_masked_at_any_depth() -> None:
     tree = {"a": [{"api_key": "hidden", "token": 0.5}], "password": "hidden", "uri": "http://a:hidden@b"}
     assert redact_value(tree) == {
         "a": [{"api_key": "***", "token": 0.5}],
@@ -63,7 +63,7 @@ def test_values_of_secret_names_are_hidden_at_any_depth() -> None:
     }
 
 
-def test_a_configuration_is_written_without_credentials_and_keeps_them() -> None:
+def test_credentials_are_removed_from_the_written_configuration_only() -> None:
     uri = "http://bob:s3cret@host:5000"
     secrets = [f"logging.mlflow_tracking_uri={uri}", "model.config_overrides.hf_token=s3cret"]
     config = override_config(load_config(None, secrets), ["training.batch_size=1"])
@@ -73,7 +73,7 @@ def test_a_configuration_is_written_without_credentials_and_keeps_them() -> None
     assert written.logging.mlflow_tracking_uri == "http://host:5000"
 
 
-def test_errors_and_all_that_is_printed_hold_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_and_printed_messages_hold_no_credentials(capsys: pytest.CaptureFixture[str]) -> None:
     assert str(UsageError("http://bob:hidden@host is away")) == "http://host is away"
     with redacted_output():
         print("at http://bob:hidden@host")

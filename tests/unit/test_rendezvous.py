@@ -1,4 +1,4 @@
-"""Who is named when a process does not come, stops with an error, or is stuck."""
+"""The process that does not start, stops with an error, or hangs is named."""
 
 import json
 import pickle
@@ -14,7 +14,7 @@ from detr_dist.rendezvous import Rendezvous, StallWatch
 
 @pytest.fixture
 def second_process(monkeypatch: pytest.MonkeyPatch) -> torch.distributed.PrefixStore:
-    """The store of a launcher of two processes, as the second one sees it; this one is the first."""
+    """Return the store of a launcher of two processes, as the second one sees it; this one is the first."""
     agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     launched = {
         "WORLD_SIZE": "2",
@@ -46,7 +46,7 @@ def test_all_processes_must_compute_on_the_same_kind_of_device(
             rendezvous.check_in(5.0)
 
 
-def test_a_process_that_stopped_with_an_error_is_quoted_by_the_others(
+def test_the_error_of_a_stopped_process_is_quoted_by_the_others(
     second_process: torch.distributed.PrefixStore, tmp_path: Path
 ) -> None:
     post(second_process, "start", host="node1", device="cpu", problem=None)
@@ -60,7 +60,7 @@ def test_a_process_that_stopped_with_an_error_is_quoted_by_the_others(
     assert "Current thread" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
-def test_nccls_last_collectives_lie_beside_the_stacks(
+def test_the_last_nccl_collectives_are_written_next_to_the_stacks(
     second_process: torch.distributed.PrefixStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not hasattr(torch._C._distributed_c10d, "_dump_nccl_trace"):
@@ -76,7 +76,7 @@ def test_nccls_last_collectives_lie_beside_the_stacks(
     assert "entries" in pickle.loads((tmp_path / "stacks" / "nccl_rank_0").read_bytes())
 
 
-def test_the_watch_acts_after_time_without_progress_unless_paused() -> None:
+def test_the_progress_watch_acts_after_its_timeout_unless_paused() -> None:
     stalled = threading.Event()
     watch = StallWatch(lambda limit_s: stalled.set())
     watch.start(1.0)

@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, also after a kill."""
+"""Folders are complete or absent, also after a kill."""
 
 import itertools
 import os
@@ -46,7 +46,7 @@ OLD, NEW = {"a": "old a", "c": "old c"}, {"a": "new a", "b": "new b"}
 
 @pytest.fixture
 def umask() -> Iterator[None]:
-    """Puts back the mask of this process that a test sets."""
+    """Restore the mask of this process that a test sets."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -67,8 +67,10 @@ def hidden(parent: Path) -> list[str]:
 
 
 def after_kills(operation: str, parent: Path, before: dict[str, dict[str, str]]) -> Iterator[Path]:
-    """The folder on which `operation` was killed at its first moment, its second and so on, repaired; at last
-    that of the one that got to its end."""
+    """Yield the repaired folder after a kill of `operation` at each of its moments.
+
+    The last one is the folder of the operation that completed.
+    """
     for moment in itertools.count():
         place = parent / str(moment)
         place.mkdir()
@@ -94,14 +96,14 @@ def test_a_folder_replacement_killed_at_any_moment_leaves_old_or_new(operation: 
     assert outcomes.count(NEW) > 4  # between the renames, and while the old one is deleted
 
 
-def test_a_folder_whose_first_writing_is_killed_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_killed_first_write_leaves_a_complete_folder_or_none(tmp_path: Path) -> None:
     outcomes = [content_of(folder) for folder in after_kills("replace", tmp_path, {})]
     num_absent = outcomes.count(None)
     assert num_absent > 8
     assert outcomes == [None] * num_absent + [NEW] * (len(outcomes) - num_absent)
 
 
-def test_a_folder_whose_removal_is_killed_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_killed_removal_leaves_a_complete_folder_or_none(tmp_path: Path) -> None:
     outcomes = [content_of(folder) for folder in after_kills("remove", tmp_path, {"folder": OLD})]
     num_whole = outcomes.count(OLD)
     assert num_whole > 0
@@ -109,21 +111,21 @@ def test_a_folder_whose_removal_is_killed_is_whole_or_not_there(tmp_path: Path) 
     assert outcomes.count(None) > 3  # one for each file of it at least
 
 
-def test_a_repair_that_is_killed_itself_loses_nothing_either(tmp_path: Path) -> None:
+def test_a_killed_repair_loses_nothing(tmp_path: Path) -> None:
     between_the_renames = {".folder.replaced": OLD, ".folder.partial": NEW}
     outcomes = [content_of(folder) for folder in after_kills("finish", tmp_path, between_the_renames)]
     assert len(outcomes) > 4
     assert outcomes == [NEW] * len(outcomes)
 
 
-def test_an_old_folder_whose_new_one_is_gone_gets_its_name_back(tmp_path: Path) -> None:
+def test_an_old_folder_is_restored_if_the_new_one_is_gone(tmp_path: Path) -> None:
     write(tmp_path / ".folder.replaced", OLD)
     finish_interrupted(tmp_path)
     assert content_of(tmp_path / "folder") == OLD
     assert hidden(tmp_path) == []
 
 
-def test_a_repair_touches_nothing_that_is_whole(tmp_path: Path) -> None:
+def test_a_repair_does_not_touch_complete_folders(tmp_path: Path) -> None:
     write(tmp_path / "folder", OLD)
     write(tmp_path / ".hidden", NEW)
     (tmp_path / "notes.txt").write_text("mine")
@@ -135,14 +137,14 @@ def test_a_repair_touches_nothing_that_is_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "not_there_yet").exists()
 
 
-def test_a_repair_says_of_which_folders_there_was_only_a_part(tmp_path: Path) -> None:
-    for name in (".whole.replaced", ".cut.partial", "cut", ".first.partial"):
+def test_a_repair_reports_incomplete_folders(tmp_path: Path) -> None:
+    for name in (".complete.replaced", ".cut.partial", "cut", ".first.partial"):
         write(tmp_path / name, OLD)
     assert sorted(finish_interrupted(tmp_path)) == ["cut", "first"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["complete", "cut"]
 
 
-def test_a_new_folder_takes_the_place_of_the_old_one_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_new_folder_replaces_the_old_one_when_it_is_complete(tmp_path: Path) -> None:
     folder = tmp_path / "deeper" / "folder"
     write(folder, OLD)
     with new_folder(folder) as partial:
@@ -184,7 +186,7 @@ def test_an_exception_keeps_the_folder_that_a_kill_left_unrenamed(tmp_path: Path
 
 @pytest.mark.usefixtures("umask")
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_who_may_read_the_folder_may_read_its_files(mask: int, mode: int, tmp_path: Path) -> None:
+def test_files_are_as_readable_as_their_folder(mask: int, mode: int, tmp_path: Path) -> None:
     os.umask(mask)
     with new_folder(tmp_path / "folder") as partial:
         write(partial / "within", {"private": "text"})
@@ -219,7 +221,7 @@ def test_without_hard_links_the_files_are_copied(monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "folder" / "a").samefile(tmp_path / "source" / "a")
 
 
-def test_a_failure_on_disk_is_one_line_with_the_space_that_is_left(tmp_path: Path) -> None:
+def test_a_disk_failure_is_one_line_with_the_free_space(tmp_path: Path) -> None:
     full = OSError(28, "No space left on device", "some/file")
     assert describe_disk_error(full, tmp_path).startswith("No space left on device; ")
     assert describe_disk_error(full, tmp_path).endswith(" MiB free")

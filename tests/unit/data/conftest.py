@@ -15,7 +15,7 @@ WriteCoco = Callable[..., Path]
 
 
 def document() -> Document:
-    """Three pictures of 60x40: two boxes, one box, none. Category ids are not contiguous."""
+    """Return three images of 60x40: two boxes, one box, none. Category ids are not contiguous."""
     return {
         "images": [{"id": i, "file_name": f"{i}.jpg", "width": 60, "height": 40} for i in (7, 3, 5)],
         "annotations": [
@@ -32,7 +32,7 @@ def document() -> Document:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """As in a loader process; for pictures this small, threads cost far more than they save."""
+    """Use one thread like a loader process: for images this small, more threads are slower."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,13 +46,13 @@ def document_fixture() -> Document:
 
 @pytest.fixture
 def write_coco(tmp_path: Path) -> WriteCoco:
-    """Write a document and, unless told otherwise, pictures of the sizes that it states."""
+    """Return a function that writes a document and, by default, images of the sizes in it."""
 
-    def write(document: Document, name: str = "train", *, pictures: bool = True) -> Path:
+    def write(document: Document, name: str = "train", *, with_images: bool = True) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "_annotations.coco.json").write_text(json.dumps(document))
-        for image in document["images"] if pictures else []:
+        for image in document["images"] if with_images else []:
             path = folder / image["file_name"]
             path.parent.mkdir(parents=True, exist_ok=True)
             colours = np.random.default_rng(image["id"]).integers(0, 256, (4, 6, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""What the checks of a data set find, and what they leave alone."""
+"""The findings of the data set checks, and the data that they accept."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
 
 
 def kinds(report: Report) -> dict[str, int]:
-    """Of all splits together; no kind may be found twice."""
+    """Return the findings of all splits together, each kind at most once."""
     findings = [finding for findings in report.findings.values() for finding in findings]
     assert len({f.kind for f in findings}) == len(findings)
     return {finding.kind: finding.count for finding in findings}
@@ -79,12 +79,12 @@ ERRORS: dict[str, tuple[Callable[[Document], object], str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_what_training_refuses_is_one_error_and_what_is_left_is_counted(
+def test_refused_annotations_are_one_error_and_the_rest_is_counted(
     name: str, document: Document, write_coco: WriteCoco
 ) -> None:
-    spoil, kind = ERRORS[name]
-    spoil(document)
-    folder = write_coco(document, pictures=False)
+    corrupt, kind = ERRORS[name]
+    corrupt(document)
+    folder = write_coco(document, with_images=False)
     with pytest.raises(DataError) as raised:
         load_coco(folder, check_files=False)
     for i in (3, 5, 7):
@@ -109,34 +109,30 @@ def test_all_faults_of_a_kind_are_counted_and_the_first_are_named(
     assert str(finding).endswith(" and 21 more")
 
 
-def test_the_boxes_of_an_image_that_is_at_fault_are_no_fault_of_their_own(
+def test_boxes_of_a_faulty_image_are_not_reported_separately(
     document: Document, write_coco: WriteCoco
 ) -> None:
     document["images"][1]["width"] = 0
-    report = check(write_coco(document, pictures=False))
+    report = check(write_coco(document, with_images=False))
     assert "unknown_image" not in kinds(report)
     (statistics,) = report.statistics.values()
     assert (statistics.num_images, statistics.num_boxes) == (2, 1)
 
 
-def test_a_sound_data_set_has_no_findings(document: Document, write_coco: WriteCoco) -> None:
+def test_a_valid_data_set_has_no_findings(document: Document, write_coco: WriteCoco) -> None:
     report = check(write_coco(document), open_images=True)
     assert kinds(report) == {}
     assert report.verdict == "0 errors, 0 warnings: ready to train"
 
 
-def test_a_category_that_only_groups_others_is_no_difference(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_a_category_that_only_groups_others_does_not_count(document: Document, write_coco: WriteCoco) -> None:
     train = write_coco(document, "train")
     document["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
     document["categories"][0]["supercategory"] = "things"
     assert kinds(check(train, write_coco(document, "val"))) == {}
 
 
-def test_classes_that_only_one_of_two_splits_has_are_each_named(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_classes_found_in_only_one_split_are_each_named(document: Document, write_coco: WriteCoco) -> None:
     train = write_coco(document, "train")
     document["categories"][0]["name"] = "referee"
     val = write_coco(document, "val")
@@ -162,7 +158,7 @@ def test_a_box_on_another_of_its_class_is_a_duplicate(
     assert kinds(check(write_coco(document))) == ({"duplicate_box": 1} if is_duplicate else {})
 
 
-def test_duplicates_are_those_that_a_comparison_of_all_pairs_finds(
+def test_duplicates_equal_those_of_a_comparison_of_all_pairs(
     document: Document, write_coco: WriteCoco
 ) -> None:
     rng = np.random.default_rng(0)
@@ -184,7 +180,7 @@ def test_duplicates_are_those_that_a_comparison_of_all_pairs_finds(
 def test_boxes_are_counted_by_class_and_size_after_the_resize(
     document: Document, write_coco: WriteCoco
 ) -> None:
-    """60x40 becomes 120x80, so sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
+    """Resize 60x40 to 120x80, so that sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
     data = load_coco(write_coco(document))
     statistics = statistics_of(data, CheckSettings(80, 1333, None))
     assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
@@ -192,10 +188,10 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
 
 
 @pytest.mark.parametrize("size_hw", [(480, 640), (300, 1200), (1080, 1920), (2000, 500), (33, 32)])
-def test_sizes_are_those_after_the_resize_that_training_does(
+def test_sizes_are_measured_after_the_resize_of_training(
     size_hw: tuple[int, int], document: Document, write_coco: WriteCoco
 ) -> None:
-    """Within 1 %: here the resized picture is not rounded to whole pixels."""
+    """Compare within 1 %: the resized image is not rounded to whole pixels here."""
     height, width = size_hw
     document["images"] = [NEW_IMAGE | {"height": height, "width": width}]
     document["annotations"] = [NEW_BOX | {"image_id": 9, "bbox": [0, 0, width, height]}]
@@ -223,7 +219,7 @@ def test_more_boxes_than_queries_are_an_error_where_training_refuses_them(
     assert report.num_errors == report.num_warnings == 1
 
 
-def test_unset_queries_are_those_of_the_architecture(document: Document, write_coco: WriteCoco) -> None:
+def test_unset_num_queries_is_that_of_the_architecture(document: Document, write_coco: WriteCoco) -> None:
     document["annotations"] = [
         {"id": i, "image_id": 3, "category_id": 10 + 10 * (i % 2), "bbox": [i % 15 * 4, i // 15 * 4, 4, 4]}
         for i in range(101)
@@ -233,9 +229,7 @@ def test_unset_queries_are_those_of_the_architecture(document: Document, write_c
     assert kinds(check(folder, model={"model_architecture": "deformable_detr"})) == {"mostly_empty": 2}
 
 
-def test_shares_of_the_image_instead_of_pixels_are_an_error(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_normalised_boxes_instead_of_pixels_are_an_error(document: Document, write_coco: WriteCoco) -> None:
     for annotation in document["annotations"]:
         annotation["bbox"] = [0.25, 0.25, 0.5, 0.5]
     assert kinds(check(write_coco(document))) == {"boxes_in_fractions": 3}
@@ -248,8 +242,8 @@ def test_training_data_without_boxes_are_one_error(document: Document, write_coc
     assert report.num_errors == 1
 
 
-def test_boxes_that_are_corners_are_recognised(document: Document, write_coco: WriteCoco) -> None:
-    right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of a picture of 60 x 40
+def test_boxes_in_corner_format_are_recognised(document: Document, write_coco: WriteCoco) -> None:
+    right_most = {"image_id": 3, "category_id": 10, "bbox": [30, 20, 58, 39]}  # of an image of 60 x 40
     document["annotations"] += [right_most | {"id": 100 + i, "bbox": [30, 2 * i, 58, 39]} for i in range(9)]
     found = kinds(check(write_coco(document), model={"num_queries": 20}))
     assert found.pop("boxes_as_corners") == 9
@@ -262,24 +256,22 @@ def test_a_class_without_boxes_is_named(document: Document, write_coco: WriteCoc
     assert (finding.kind, finding.examples) == ("class_without_boxes", ("player",))
 
 
-def test_sizes_that_the_json_does_not_state_are_read_from_the_files(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_sizes_missing_in_the_json_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:
     for image in document["images"]:
         del image["width"]
     folder = write_coco(document)
     assert kinds(check(folder)) == {"no_size": 3}
-    (folder / "7.jpg").write_bytes(b"no picture")
+    (folder / "7.jpg").write_bytes(b"no image")
     assert kinds(check(folder)) == {"no_size": 3, "unreadable_image": 1}
 
 
-def test_pictures_that_are_missing_damaged_or_of_another_size_are_named(
+def test_missing_damaged_or_differently_sized_images_are_named(
     document: Document, write_coco: WriteCoco
 ) -> None:
     folder = write_coco(document)
     (folder / "7.jpg").unlink()
-    whole = (folder / "3.jpg").read_bytes()
-    (folder / "3.jpg").write_bytes(whole[: len(whole) // 2])
+    complete = (folder / "3.jpg").read_bytes()
+    (folder / "3.jpg").write_bytes(complete[: len(complete) // 2])
     Image.open(folder / "5.jpg").resize((50, 40)).save(folder / "5.jpg")
     report = check(folder, open_images=True)
     assert kinds(report) == {"missing_image": 1, "unreadable_image": 1, "wrong_size": 1}
@@ -314,7 +306,7 @@ def test_twelve_bits_stored_as_sixteen_are_a_warning(document: Document, write_c
     assert kinds(check(folder, open_images=True))["dark_picture"] == 1
 
 
-def test_the_same_pixels_in_two_splits_are_found_whatever_the_file_is_like(
+def test_equal_pixels_in_two_splits_are_found_in_any_file_format(
     document: Document, write_coco: WriteCoco
 ) -> None:
     train = write_coco(document, "train")
@@ -347,7 +339,7 @@ def test_a_compressed_or_enlarged_copy_in_another_split_is_a_warning(
     assert finding.examples == (f"5.jpg is like {train / '5.jpg'}",)
 
 
-def test_flat_pictures_are_like_no_other(document: Document, write_coco: WriteCoco) -> None:
+def test_uniform_images_are_not_duplicates(document: Document, write_coco: WriteCoco) -> None:
     folders = [write_coco(document, name) for name in ("train", "val")]
     for i, folder in enumerate(folders):
         for j, image in enumerate(document["images"]):
@@ -357,13 +349,13 @@ def test_flat_pictures_are_like_no_other(document: Document, write_coco: WriteCo
     assert kinds(check(*folders, open_images=True)) == {}
 
 
-def test_a_picture_twice_in_one_split_is_one_warning(document: Document, write_coco: WriteCoco) -> None:
+def test_a_duplicate_image_in_one_split_is_one_warning(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     shutil.copy(folder / "3.jpg", folder / "7.jpg")
     assert kinds(check(folder, open_images=True)) == {"duplicate_picture": 1}
 
 
-def test_one_file_in_two_entries_is_no_duplicate_picture(document: Document, write_coco: WriteCoco) -> None:
+def test_one_file_in_two_entries_is_no_duplicate_image(document: Document, write_coco: WriteCoco) -> None:
     document["images"][2]["file_name"] = "./7.jpg"
     assert kinds(check(write_coco(document), open_images=True)) == {"file_listed_twice": 1}
 
@@ -381,7 +373,7 @@ def test_unlisted_images_are_found_in_all_folders_of_listed_images(
 
 
 @pytest.mark.parametrize("file_name", ["no/such/1.jpg", "a\0.jpg", "\0/a.jpg", "\ud800.jpg", "..", "3.jpg/x"])
-def test_names_that_no_file_can_have_are_missing_images(
+def test_impossible_file_names_are_missing_images(
     file_name: str, document: Document, write_coco: WriteCoco
 ) -> None:
     folder = write_coco(document)

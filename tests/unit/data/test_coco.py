@@ -22,7 +22,7 @@ def findings_of(folder: Path) -> list[Finding]:
     return check_records(read_document(path), images_dir).findings
 
 
-def test_the_columns_hold_what_the_json_says(document: Document, write_coco: WriteCoco) -> None:
+def test_the_columns_equal_the_json(document: Document, write_coco: WriteCoco) -> None:
     data = load_coco(write_coco(document))
     assert data.image_ids.tolist() == [7, 3, 5]
     assert [data.size_hw(row) for row in range(3)] == [(40, 60)] * 3
@@ -41,7 +41,7 @@ def test_classes_are_numbered_by_ascending_category_id(document: Document, write
     assert data.box_classes.tolist() == [0, 1, 0]
 
 
-def test_images_without_boxes_are_kept_and_mentioned(document: Document, write_coco: WriteCoco) -> None:
+def test_images_without_boxes_are_kept_and_reported(document: Document, write_coco: WriteCoco) -> None:
     data = load_coco(write_coco(document))
     assert len(data.training_targets(2)[0]) == 0
     assert [notice.rpartition(": ")[2] for notice in data.notices] == [
@@ -49,7 +49,9 @@ def test_images_without_boxes_are_kept_and_mentioned(document: Document, write_c
     ]
 
 
-def test_crowd_boxes_serve_evaluation_but_not_training(document: Document, write_coco: WriteCoco) -> None:
+def test_crowd_boxes_are_used_in_evaluation_but_not_in_training(
+    document: Document, write_coco: WriteCoco
+) -> None:
     document["annotations"][0]["iscrowd"] = 1
     data = load_coco(write_coco(document))
     assert data.training_targets(1)[0].tolist() == [[30, 20, 30, 20]]
@@ -86,7 +88,7 @@ def test_image_ranks_are_small_numbers_in_the_order_of_the_ids(
     assert load_coco(write_coco(document)).image_ranks.tolist() == [2, 0, 1]
 
 
-def test_sizes_that_the_json_lacks_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:
+def test_sizes_missing_in_the_json_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     del document["images"][0]["width"], document["images"][1]["height"]
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
@@ -95,13 +97,13 @@ def test_sizes_that_the_json_lacks_are_read_from_the_files(document: Document, w
     assert re.search(r"2 images without width and height .*: 7.jpg, 3.jpg$", data.notices[0])
 
 
-def test_file_names_may_hold_folders(document: Document, write_coco: WriteCoco) -> None:
+def test_file_names_may_include_folders(document: Document, write_coco: WriteCoco) -> None:
     document["images"][0]["file_name"] = "night/été/7.jpg"
     data = load_coco(write_coco(document))
     assert data.image_path(0).is_file()
 
 
-def test_no_column_is_made_of_python_objects(document: Document, write_coco: WriteCoco) -> None:
+def test_no_column_holds_python_objects(document: Document, write_coco: WriteCoco) -> None:
     data = load_coco(write_coco(document))
     columns = [value for name in data.__slots__ if isinstance(value := getattr(data, name), np.ndarray)]
     assert len(columns) == 9
@@ -186,7 +188,7 @@ def test_a_group_in_one_set_may_be_a_class_in_the_other(document: Document, writ
     assert load_coco(write_coco(document, "alone")).class_names == ("player",)
 
 
-def test_a_group_in_validation_alone_is_no_difference(document: Document, write_coco: WriteCoco) -> None:
+def test_a_group_only_in_validation_is_no_difference(document: Document, write_coco: WriteCoco) -> None:
     train = load_coco(write_coco(document))
     document["categories"].append({"id": 1, "name": "match", "supercategory": "none"})
     document["categories"][0]["supercategory"] = "match"
@@ -301,7 +303,7 @@ def test_absolute_file_names_are_found(document: Document, write_coco: WriteCoco
         ("7.jpg", "C:\\data\\7.jpg", [": C:", "absolute"]),
     ],
 )
-def test_a_file_under_a_name_that_looks_the_same_is_shown(
+def test_a_file_whose_name_looks_the_same_is_shown(
     document: Document, write_coco: WriteCoco, on_disk: str, in_json: str, shown: list[str]
 ) -> None:
     document["images"][0]["file_name"] = on_disk
@@ -315,7 +317,7 @@ def test_a_file_under_a_name_that_looks_the_same_is_shown(
     assert shown[0] in str(caught.value)
 
 
-def test_class_names_that_look_the_same_are_told_apart(document: Document, write_coco: WriteCoco) -> None:
+def test_class_names_that_look_the_same_are_distinguished(document: Document, write_coco: WriteCoco) -> None:
     document["categories"][0]["name"] = "caf\u00e9"
     train = load_coco(write_coco(document))
     document["categories"][0]["name"] = "cafe\u0301"
@@ -334,7 +336,7 @@ def test_class_names_that_look_the_same_are_told_apart(document: Document, write
         ("\xff\xfe\xfd", "not a JSON file"),
     ],
 )
-def test_a_file_that_is_no_coco_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_without_coco_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         load_coco(tmp_path)

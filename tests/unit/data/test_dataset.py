@@ -67,7 +67,7 @@ def batches_of(dataset: CocoDetectionDataset, num_workers: int, batch_size: int)
     )
 
 
-def pictures(batches: list[Batch]) -> list[torch.Tensor]:
+def unpadded_images(batches: list[Batch]) -> list[torch.Tensor]:
     return [
         image[:, :height, :width].clone()
         for batch in batches
@@ -75,29 +75,25 @@ def pictures(batches: list[Batch]) -> list[torch.Tensor]:
     ]
 
 
-def test_a_sample_looks_the_same_from_any_process_and_in_any_batch(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_a_sample_is_the_same_in_any_process_and_any_batch(document: Document, write_coco: WriteCoco) -> None:
     dataset = make_dataset(write_coco(document), "detr")
     alone, inside, outside = (batches_of(dataset, *how) for how in ((0, 1), (0, 4), (2, 3)))
     for other in (inside, outside):
-        for one, same in zip(pictures(alone), pictures(other), strict=True):
+        for one, same in zip(unpadded_images(alone), unpadded_images(other), strict=True):
             assert torch.equal(one, same)
         for name in ("boxes_cxcywh", "labels"):
             one, same = (torch.cat([getattr(b, name) for b in batches]) for batches in (alone, other))
             assert torch.equal(one, same)
 
 
-def test_a_sample_looks_different_in_another_epoch_and_with_another_seed(
-    document: Document, write_coco: WriteCoco
-) -> None:
+def test_a_sample_differs_between_epochs_and_seeds(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     looks = {
         (seed, epoch): make_dataset(folder, "light", seed=seed)[epoch, 0].image.numpy().tobytes()
         for seed in range(6)
         for epoch in range(6)
     }
-    # A quarter is the picture and a quarter its mirror image, unchanged; the others have their own colours.
+    # A quarter is the image and a quarter its mirror image, unchanged; the others have their own colours.
     assert len(set(looks.values())) > 10
     for fixed in range(6):
         assert len({looks[fixed, epoch] for epoch in range(6)}) > 1
@@ -126,7 +122,7 @@ def test_an_unreadable_image_is_replaced_by_the_next_in_training(
 def test_an_unreadable_image_is_black_in_evaluation(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     dataset = make_dataset(folder, train=False)
-    (folder / "3.jpg").write_text("no picture")
+    (folder / "3.jpg").write_text("no image")
     sample = dataset[0, 1]
     assert sample.image_id == 3
     assert sample.image.shape == (3, 32, 48)
@@ -176,14 +172,14 @@ def test_reduced_scale_decoding_keeps_boxes_and_crops_and_most_pixels(
     monkeypatch.setattr("detr_dist.data.dataset.decode_reduced", lambda *_: None)
     num_equal = 0
     for key, sample in zip(keys, as_always, strict=True):
-        whole = dataset[key]
-        assert sample.image.shape == whole.image.shape
-        assert torch.equal(sample.boxes_cxcywh, whole.boxes_cxcywh)
-        assert torch.equal(sample.labels, whole.labels)
+        full = dataset[key]
+        assert sample.image.shape == full.image.shape
+        assert torch.equal(sample.boxes_cxcywh, full.boxes_cxcywh)
+        assert torch.equal(sample.labels, full.labels)
         assert sample.original_size_hw == (400, 600)
         # Colours that fill many pixels: both ways differ in rounding, and by a few levels at edges.
-        assert float((sample.image.float() - whole.image.float()).abs().mean()) < 1
-        num_equal += torch.equal(sample.image, whole.image)
+        assert float((sample.image.float() - full.image.float()).abs().mean()) < 1
+        num_equal += torch.equal(sample.image, full.image)
     # Half of `detr`'s are crops; 4.7 is a standard deviation.
     assert (25 < num_equal < 65) if augmentation == "detr" else num_equal == 0
 
@@ -202,7 +198,7 @@ def test_evaluation_decodes_at_the_full_scale(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
-def test_no_picture_is_reduced_below_what_its_transform_asks_for(
+def test_no_image_is_decoded_smaller_than_its_transform_needs(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation
 ) -> None:
     sizes_hw = [(64, 96), (65, 97), (127, 190), (131, 300), (300, 131), (500, 500), (801, 1203), (97, 1000)]
@@ -228,7 +224,7 @@ def test_no_picture_is_reduced_below_what_its_transform_asks_for(
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
-def test_the_size_of_a_sample_is_known_before_it_is_made(
+def test_the_size_of_a_sample_is_known_before_loading(
     document: Document, write_coco: WriteCoco, augmentation: Augmentation
 ) -> None:
     dataset = make_dataset(write_coco(document), augmentation)
@@ -236,7 +232,7 @@ def test_the_size_of_a_sample_is_known_before_it_is_made(
         assert dataset.size_hw(key) == tuple(dataset[key].image.shape[-2:])
 
 
-def test_reading_leaves_global_randomness_alone(document: Document, write_coco: WriteCoco) -> None:
+def test_reading_does_not_change_the_global_random_state(document: Document, write_coco: WriteCoco) -> None:
     dataset = make_dataset(write_coco(document), "detr")
     torch_state = torch.get_rng_state()
     numpy_state = json.dumps(np.random.get_state()[1].tolist())  # noqa: NPY002
@@ -298,7 +294,7 @@ def test_a_batch_without_any_box_has_empty_targets() -> None:
     assert batch.num_boxes == [0, 0]
 
 
-def test_a_larger_canvas_changes_nothing_but_the_margin() -> None:
+def test_a_larger_canvas_changes_only_the_margin() -> None:
     batch = collate(SAMPLES).pad_to(64, 64)
     assert batch.images.shape == (3, 3, 64, 64)
     assert_holds(batch, SAMPLES)
@@ -309,7 +305,7 @@ def test_a_smaller_canvas_is_refused() -> None:
         collate(SAMPLES).pad_to(64, 6)
 
 
-def test_moving_a_batch_keeps_all_of_it() -> None:
+def test_moving_a_batch_keeps_all_its_fields() -> None:
     batch = collate(SAMPLES)
     moved = batch.to("cpu")
     assert_holds(moved, SAMPLES)
@@ -317,7 +313,7 @@ def test_moving_a_batch_keeps_all_of_it() -> None:
     assert batch.to("meta").images.device.type == "meta"
 
 
-def test_a_batch_survives_the_way_out_of_a_loader_process() -> None:
+def test_a_batch_is_unchanged_by_the_transfer_from_a_loader_process() -> None:
     loader = DataLoader(
         SAMPLES, batch_size=3, num_workers=1, collate_fn=collate, multiprocessing_context="fork"
     )

@@ -30,7 +30,7 @@ COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         ("a.tiff", "RGB"),
     ],
 )
-def test_every_format_becomes_the_rgb_that_pillow_sees(tmp_path: Path, name: str, mode: str) -> None:
+def test_every_format_is_decoded_to_the_rgb_of_pillow(tmp_path: Path, name: str, mode: str) -> None:
     Image.fromarray(COLOURS).convert(mode).save(tmp_path / name)
     decoded = decode_rgb(tmp_path / name).permute(1, 2, 0).numpy()
     expected = np.array(Image.open(tmp_path / name).convert("RGB"))
@@ -47,7 +47,7 @@ RGB_LEVELS = np.stack([LEVELS, LEVELS[::-1], LEVELS[:, ::-1]], axis=-1)
 
 
 def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
-    """16 bits per colour, which Pillow writes of grey ones only."""
+    """Write 16 bits per colour, which Pillow only writes for grey images."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return (
@@ -62,7 +62,7 @@ def write_png(path: Path, pixels: np.ndarray, colour_type: int) -> None:
 
 
 def write_tiff(path: Path, pixels: bytes, bits: list[int], *, photometric: int = 1, order: str = "<") -> None:
-    """Of LEVELS' size and without compression, in the variants that Pillow reads and does not write."""
+    """Write an uncompressed image of LEVELS' size in variants that Pillow reads but does not write."""
     num_entries, mark = 9, b"II*\0" if order == "<" else b"MM\0*"
     bits_at = 8 + 2 + 12 * num_entries + 4
     pixels_at = bits_at + 2 * len(bits)
@@ -82,7 +82,7 @@ def write_tiff(path: Path, pixels: bytes, bits: list[int], *, photometric: int =
 
 
 def in_twelve_bits(values: np.ndarray) -> bytes:
-    """Two values in three bytes."""
+    """Pack two values into three bytes."""
     pairs = values.reshape(-1, 2).astype(np.uint32)
     packed = (pairs[:, 0] << 12) | pairs[:, 1]
     return np.stack([packed >> 16, packed >> 8 & 255, packed & 255], axis=1).astype(np.uint8).tobytes()
@@ -167,7 +167,7 @@ def test_pixels_without_a_defined_white_are_an_error_that_names_the_mode(
 
 
 @pytest.mark.parametrize("mode", sorted({*Image.MODES, "I;16B", "I;16L", "I;16N", "La"} - {"F"}))
-def test_black_grey_and_white_are_what_they_are_in_every_mode(mode: str) -> None:
+def test_black_grey_and_white_are_preserved_in_every_mode(mode: str) -> None:
     levels = [0, 255] if mode == "1" else [0, 153, 255]  # a palette of Pillow's has it
     grey = np.array([levels], dtype=np.uint8)
     if mode.startswith("I;16"):
@@ -195,25 +195,25 @@ def test_colours_under_transparency_are_not_darkened(tmp_path: Path) -> None:
         assert np.abs(decoded - expected).max() <= 2 * mode.endswith("a"), mode
 
 
-def test_pillows_limit_of_pixels_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pixel_limit_of_pillow_does_not_apply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
         assert decode_rgb(tmp_path / name).shape == (3, 20, 30)
 
 
-def test_more_pixels_than_our_limit_are_unreadable_in_every_format(
+def test_more_pixels_than_the_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # set back to what it was
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored after the test
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)
         with pytest.raises(UnreadableImageError, match=f"{name}: .*600 pixels"):
             decode_rgb(tmp_path / name)
 
 
-def test_of_an_animation_the_first_picture_counts(tmp_path: Path) -> None:
+def test_the_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
     first, second = (Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
     assert decode_rgb(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
@@ -226,27 +226,27 @@ def test_an_exif_rotation_is_not_applied(tmp_path: Path) -> None:
     assert decode_rgb(tmp_path / "turned.jpg").shape == (3, 20, 30)
 
 
-def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
     (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     for name in ("cut.jpg", "empty.jpg", "text.jpg", "nowhere.jpg", "."):
         with pytest.raises(UnreadableImageError, match=str(tmp_path)):
             decode_rgb(tmp_path / name)
 
 
 def photograph(height: int, width: int) -> Image.Image:
-    """Noise of some scales, the finest without colour: cameras resolve less of it, JPEG keeps less of it."""
+    """Return noise of several scales, the finest without colour, as cameras and JPEG give it."""
     rng = np.random.default_rng(height)
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for cell, num_colours in ((40, 3), (10, 3), (2, 1)):
         coarse = rng.integers(0, 256, (height // cell + 1, width // cell + 1, num_colours), dtype=np.uint8)
         octave = Image.fromarray(coarse.repeat(3 // num_colours, axis=2)).resize(
             (width, height), Image.Resampling.BICUBIC
         )
-        picture += np.asarray(octave) * min(1, cell / 20)
-    return Image.fromarray((picture * (255 / picture.max())).astype(np.uint8))
+        image += np.asarray(octave) * min(1, cell / 20)
+    return Image.fromarray((image * (255 / image.max())).astype(np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -276,18 +276,18 @@ def test_a_large_jpeg_is_decoded_at_the_smallest_sufficient_scale(
 @pytest.mark.parametrize("quality", [75, 95])
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:0"])
 @pytest.mark.parametrize("progressive", [True, False])
-def test_after_the_resize_a_reduced_picture_is_nearly_the_whole_one(
+def test_reduced_and_full_decoding_are_nearly_equal_after_the_resize(
     tmp_path: Path, quality: int, subsampling: str, progressive: bool
 ) -> None:
     path = tmp_path / "a.jpg"
     photograph(720, 1280).save(path, quality=quality, subsampling=subsampling, progressive=progressive)
-    whole = decode_rgb(path)
+    full = decode_rgb(path)
     for needed_hw in ((144, 256), (300, 533), (60, 107)):
         reduced = decode_reduced(path, (720, 1280), needed_hw)
         assert reduced is not None
         one, other, shifted = (
             F.resize(image, list(needed_hw), antialias=True).float()
-            for image in (reduced, whole, whole.roll(1, dims=2))
+            for image in (reduced, full, full.roll(1, dims=2))
         )
         difference = (one - other).abs()
         # Both are rounded to whole levels twice, and differ in how they blend the finest detail.
@@ -297,17 +297,17 @@ def test_after_the_resize_a_reduced_picture_is_nearly_the_whole_one(
 
 
 def test_only_intact_colour_jpegs_of_annotated_size_are_decoded_reduced(tmp_path: Path) -> None:
-    picture = photograph(400, 600)
+    image = photograph(400, 600)
     others = {"grey.jpg": "L", "cmyk.jpg": "CMYK", "a.png": "RGB", "a.webp": "RGB"}
     for name, mode in others.items():
-        picture.convert(mode).save(tmp_path / name)
-    picture.save(tmp_path / "whole.jpg")
+        image.convert(mode).save(tmp_path / name)
+    image.save(tmp_path / "whole.jpg")
     encoded = (tmp_path / "whole.jpg").read_bytes()
-    for share in (0.02, 0.5, 0.99):
-        (tmp_path / f"cut_{share}.jpg").write_bytes(encoded[: int(share * len(encoded))])
-    (tmp_path / "text.jpg").write_text("no picture")
+    for fraction in (0.02, 0.5, 0.99):
+        (tmp_path / f"cut_{fraction}.jpg").write_bytes(encoded[: int(fraction * len(encoded))])
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "png.jpg").write_bytes((tmp_path / "a.png").read_bytes())
-    picture.save(tmp_path / "uneven.jpg", subsampling="4:2:2")
+    image.save(tmp_path / "uneven.jpg", subsampling="4:2:2")
     names = [path.name for path in tmp_path.iterdir() if path.name != "whole.jpg"]
     assert len(names) == 10
     for name in (*names, "nowhere.jpg", "."):

@@ -1,4 +1,4 @@
-"""Images are found whatever Pillow calls their format, once each, and the skipped files are known."""
+"""Images in every format of Pillow are found once each, and skipped files are known."""
 
 import os
 import struct
@@ -19,24 +19,24 @@ def touch(folder: Path, *names: str) -> None:
         (folder / name).touch()
 
 
-def test_every_format_that_pillow_decodes_is_a_picture_and_no_other(tmp_path: Path) -> None:
+def test_exactly_the_formats_that_pillow_decodes_are_images(tmp_path: Path) -> None:
     suffixes = (".jfif", ".AVIF", ".jp2", ".ppm", ".jpe", ".JPG", ".tga", ".webp", ".mpo")
-    pictures = [f"a{suffix}" for suffix in suffixes]
+    images = [f"a{suffix}" for suffix in suffixes]
     others = ["a.txt", "a.json", "a.mp4", "a.mpg", "a.h5", "a.pdf", "a", ".jpg", "._a.jpg"]
-    touch(tmp_path, *pictures, *others)
+    touch(tmp_path, *images, *others)
     found = find_images(tmp_path)
-    assert found.names == sorted(pictures)
+    assert found.names == sorted(images)
     assert found.left_out == sorted(others)
 
 
-def test_what_pillow_writes_and_reads_again_has_a_suffix_that_is_known() -> None:
+def test_every_format_that_pillow_writes_and_reads_has_a_known_suffix() -> None:
     formats = Image.registered_extensions()
     assert {suffix for suffix, name in formats.items() if name in Image.SAVE and name in Image.OPEN} <= {
         *image_suffixes(), ".bufr", ".grib", ".h5", ".hdf", ".emf", ".wmf"
     }  # fmt: skip
 
 
-def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
+def test_links_are_followed_without_endless_loops(tmp_path: Path) -> None:
     source = tmp_path / "in"
     touch(source, "a.png", "one/b.png", "two/c.png")
     touch(tmp_path, "elsewhere/d.png", "elsewhere/deeper/e.png")
@@ -59,13 +59,13 @@ def test_links_are_followed_but_never_in_a_circle(tmp_path: Path) -> None:
     assert {"self", "one/up", "one/above", "one/to_two/to_one", "two/to_one/to_two"} <= {*found.left_out}
 
 
-def test_a_pipe_is_left_out_as_reading_it_would_wait(tmp_path: Path) -> None:
+def test_a_pipe_is_skipped_because_reading_it_would_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     touch(tmp_path, "a.png")
     assert find_images(tmp_path) == (tmp_path, ["a.png"], ["pipe.png"])
 
 
-def test_a_folder_without_a_picture_says_what_it_holds_instead(tmp_path: Path) -> None:
+def test_a_folder_without_images_is_reported_with_what_it_holds(tmp_path: Path) -> None:
     touch(tmp_path, "a.txt", "b.mp4")
     with pytest.raises(DataError, match=r"holds no image .* 2 other files"):
         find_images(tmp_path)
@@ -82,6 +82,6 @@ def test_the_size_of_two_hundred_megapixels_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere.png", "text.png", ".", "nul\0.png"])
 def test_a_file_without_a_size_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(UnreadableImageError, match=str(tmp_path)):
         read_size_hw(tmp_path / name)

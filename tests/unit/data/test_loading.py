@@ -1,4 +1,4 @@
-"""Whatever goes wrong while images are loaded is one error, and no loader process is left."""
+"""Any failure while images are loaded is one error, and no loader process is left."""
 
 import multiprocessing
 import os
@@ -38,7 +38,7 @@ class Usage(NamedTuple):
 
 
 class Faulty(CocoDetectionDataset):
-    """Does something else than load the second image of the data set."""
+    """Data set whose second image causes a fault instead of being loaded."""
 
     def __init__(self, data: CocoData, fault: Callable[[], object]) -> None:
         super().__init__(data, build_transform("none", 32, 64, train=True), seed=0, train=True)
@@ -58,7 +58,7 @@ def raising(error: Exception) -> Callable[[], None]:
 
 
 def children() -> set[BaseProcess]:
-    """All of this process; other tests may have left some."""
+    """Return the children of this process; other tests may have left some."""
     return set(multiprocessing.active_children())
 
 
@@ -75,7 +75,7 @@ def data(document: Document, write_coco: WriteCoco) -> CocoData:
 
 @pytest.fixture
 def loader(data: CocoData) -> Callable[..., BatchLoader]:
-    """Of three batches of one image each; the fault is in the second one."""
+    """Return a function that builds a loader of three one-image batches, with a fault in the second."""
 
     def build(fault: Callable[[], object], num_workers: int) -> BatchLoader:
         config = settings(num_workers)
@@ -88,7 +88,7 @@ def loader(data: CocoData) -> Callable[..., BatchLoader]:
 
 @pytest.fixture(autouse=True)
 def torch_has_no_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As in a new process; a loader of another test may have set torch's handler of SIGCHLD."""
+    """Remove torch's handler of SIGCHLD, which a loader of another test may have set."""
     monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     yield
@@ -96,7 +96,7 @@ def torch_has_no_handler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def failure_of(loader: BatchLoader, *, after_s: float = 0.0) -> Exception:
-    """What ends the loading, to be kept as a caller may keep it; `after_s` later than the first batch."""
+    """Return the error that ends the loading, kept as by a caller; `after_s` later than the first batch."""
     before = children()
     with pytest.raises((DataError, LoaderError)) as raised:
         [time.sleep(after_s) for _ in loader]
@@ -115,7 +115,7 @@ def failure_of(loader: BatchLoader, *, after_s: float = 0.0) -> Exception:
     ],
     ids=["data", "bug", "memory", "not_made_from_text"],
 )
-def test_whatever_a_loader_raises_is_one_line(loader, num_workers, error, kind, words) -> None:
+def test_any_loader_error_is_one_line(loader, num_workers, error, kind, words) -> None:
     failure = failure_of(loader(raising(error), num_workers))
     assert type(failure) is kind
     assert "\n" not in str(failure)
@@ -130,7 +130,7 @@ def test_whatever_a_loader_raises_is_one_line(loader, num_workers, error, kind, 
         (signal.SIGSEGV, ["SIGSEGV"]),
     ],
 )
-def test_a_loader_process_that_dies_is_one_line_and_no_other(loader, number, words, capfd) -> None:
+def test_a_loader_process_that_dies_is_exactly_one_line(loader, number, words, capfd) -> None:
     before = signal.getsignal(signal.SIGCHLD)
     failure = failure_of(loader(lambda: os.kill(os.getpid(), number), 2), after_s=0.5)
     assert not [word for word in words if word not in str(failure)], str(failure)
@@ -138,7 +138,7 @@ def test_a_loader_process_that_dies_is_one_line_and_no_other(loader, number, wor
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failure_is_told_before_its_batch_is_due(data) -> None:
+def test_a_failure_is_reported_before_its_batch_is_due(data) -> None:
     config = settings(2)
     keys = [[(0, 0)], [(0, 0)], [(0, 0)], [(0, 0)], [(0, 0)], [(0, 1)]]
     need = shared_memory_need(config, data, train=True)
@@ -150,7 +150,7 @@ def test_a_failure_is_told_before_its_batch_is_due(data) -> None:
         next(loaded)
 
 
-def test_failures_that_nobody_has_read_yet_do_not_fill_the_pipe(data) -> None:
+def test_unread_failures_do_not_fill_the_pipe(data) -> None:
     failures = multiprocessing.SimpleQueue()
     need = shared_memory_need(settings(1), data, train=True)
     batches = _Batches(Faulty(data, raising(ValueError("gone"))), need, failures)
@@ -159,7 +159,7 @@ def test_failures_that_nobody_has_read_yet_do_not_fill_the_pipe(data) -> None:
     assert failures.empty()
 
 
-def test_a_loader_that_is_left_in_the_middle_leaves_no_process(loader) -> None:
+def test_an_abandoned_loader_leaves_no_process(loader) -> None:
     before = children()
     loaded = iter(loader(lambda: None, 2))
     next(loaded)
@@ -168,7 +168,7 @@ def test_a_loader_that_is_left_in_the_middle_leaves_no_process(loader) -> None:
     assert children() <= before
 
 
-def test_a_loader_that_hangs_does_not_keep_the_run_from_ending(loader) -> None:
+def test_a_hanging_loader_does_not_prevent_the_run_from_ending(loader) -> None:
     before = children()
     loaded = iter(loader(lambda: time.sleep(100), 2))
     next(loaded)
@@ -178,7 +178,7 @@ def test_a_loader_that_hangs_does_not_keep_the_run_from_ending(loader) -> None:
     assert children() <= before
 
 
-def test_exhausted_shared_memory_is_an_error_with_its_size_and_a_remedy(loader, monkeypatch) -> None:
+def test_exhausted_shared_memory_is_an_error_with_size_and_remedy(loader, monkeypatch) -> None:
     monkeypatch.setattr(dataset, "_black", raising_always)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 * MIB, 64 * MIB, 0))
     message = str(failure_of(loader(lambda: None, 1)))
@@ -200,10 +200,10 @@ def raising_always(shape: tuple[int, ...]) -> torch.Tensor:
         (100, 90, 2, "error"),
     ],
 )
-def test_shared_memory_is_compared_with_what_all_processes_need(
+def test_shared_memory_is_compared_with_the_need_of_all_processes(
     total, free, num_processes, outcome, data, monkeypatch, capsys
 ) -> None:
-    """Two loaders with 4 batches each ahead, and one in use: 9 times 8.2 MiB."""
+    """Expect two loaders with 4 batches each ahead, and one in use: 9 times 8.2 MiB."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(total * MIB, 0, free * MIB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(num_processes))
     overrides = ["data.num_workers=2", "training.batch_size=3", "data.augmentation=none"]
@@ -236,13 +236,13 @@ def test_by_default_there_are_no_more_loaders_than_cores(
     assert num_loader_processes(7) == 7
 
 
-def test_more_loaders_than_cores_bring_no_warning_of_a_library(loader, monkeypatch) -> None:
+def test_more_loaders_than_cores_cause_no_library_warning(loader, monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
     with warnings.catch_warnings(action="error"):
         assert sum(1 for _ in loader(lambda: None, 2)) == 3
 
 
-def test_batches_of_a_loader_process_are_those_of_this_process(loader) -> None:
+def test_loader_processes_give_the_same_batches_as_the_main_process(loader) -> None:
     own, sent = ([*loader(lambda: None, num_workers)] for num_workers in (0, 1))
     for one, other in zip(own, sent, strict=True):
         assert np.array_equal(one.images.numpy(), other.images.numpy())

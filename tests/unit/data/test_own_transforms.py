@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
 
 
 def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetectionDataset:
-    """Functions and classes among the names are registered as `own_<n>`, n from 0."""
+    """Build a data set; functions and classes among the names are registered as `own_<n>`, n from 0."""
     own = [name for name in names if not isinstance(name, str)]
     for number, value in enumerate(own):
         TRANSFORMS._objects[f"own_{number}"] = value
@@ -76,7 +76,7 @@ def as_it_is(example: Example, rng: np.random.Generator) -> Example:
 
 
 class Mean:
-    """The mean of an example and two others."""
+    """Mean of an example and two others."""
 
     num_partners = 2
 
@@ -105,15 +105,15 @@ def test_any_split_and_any_number_of_workers_give_the_same_samples(
     data: CocoData, split: tuple[int, int, int], num_workers: int
 ) -> None:
     names = ("detr", speckle, Mean, "mosaic")
-    whole = dataset(data, *names)
+    complete = dataset(data, *names)
     config = load_config(None, [f"data.num_workers={num_workers}"])
     plan = StepPlan(len(data), *split)
     for process_index in range(plan.num_processes):
-        sampler = MicroBatchSampler(plan, 3, process_index, 0, 3, whole.size_hw)
+        sampler = MicroBatchSampler(plan, 3, process_index, 0, 3, complete.size_hw)
         need = shared_memory_need(config, data, train=True)
         loader = BatchLoader(dataset(data, *names), sampler, config.data, pin_memory=False, need=need)
         for keys, batch in zip(sampler, loader, strict=True):
-            samples = [whole[key] for key in keys]
+            samples = [complete[key] for key in keys]
             assert batch.image_ids == [sample.image_id for sample in samples]
             assert torch.equal(batch.boxes_cxcywh, torch.cat([sample.boxes_cxcywh for sample in samples]))
             for image, (height, width), sample in zip(
@@ -123,18 +123,18 @@ def test_any_split_and_any_number_of_workers_give_the_same_samples(
 
 
 @pytest.mark.parametrize("names", [(speckle,), (Mean,), ("mosaic",)])
-def test_a_sample_looks_different_in_another_epoch(data: CocoData, names: tuple[object, ...]) -> None:
+def test_a_sample_differs_between_epochs(data: CocoData, names: tuple[object, ...]) -> None:
     samples = dataset(data, *names)
     assert len({samples[epoch, 5].image.numpy().tobytes() for epoch in range(8)}) > 3
 
 
-def test_a_transform_changes_neither_the_recipe_nor_what_the_next_one_draws(data: CocoData) -> None:
+def test_a_transform_does_not_affect_the_random_numbers_of_others(data: CocoData) -> None:
     for row in range(NUM_IMAGES):
         assert_same(dataset(data, "detr", as_it_is)[0, row], dataset(data, "detr")[0, row])
         assert_same(dataset(data, speckle, as_it_is)[0, row], dataset(data, "none", speckle)[0, row])
 
 
-def test_places_in_the_list_draw_independently_and_in_order(data: CocoData) -> None:
+def test_list_entries_draw_independently_and_in_order(data: CocoData) -> None:
     drawn: list[float] = []
 
     def note(example: Example, rng: np.random.Generator) -> Example:
@@ -154,13 +154,13 @@ def test_places_in_the_list_draw_independently_and_in_order(data: CocoData) -> N
     assert int(dataset(data, dark, speckle)[0, 0].image.max()) > 0
 
 
-def test_global_randomness_is_left_alone(data: CocoData) -> None:
+def test_the_global_random_state_is_unchanged(data: CocoData) -> None:
     before = torch.get_rng_state()
     dataset(data, speckle)[0, 0]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_partners_are_other_images_as_the_recipe_prepares_them(data: CocoData) -> None:
+def test_partners_are_other_images_prepared_by_the_recipe(data: CocoData) -> None:
     got: list[Example] = []
 
     def keep(example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
@@ -174,7 +174,7 @@ def test_partners_are_other_images_as_the_recipe_prepares_them(data: CocoData) -
     assert sorted(images) == sorted(image for row, image in enumerate(expected) if row != 2)
 
 
-def test_a_partner_that_cannot_be_read_is_replaced_and_reported(tmp_path: Path) -> None:
+def test_an_unreadable_partner_is_replaced_and_reported(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
     data = load_coco(tmp_path / "train")
     (tmp_path / "train" / "001.jpg").write_text("no image")
@@ -187,7 +187,7 @@ def test_evaluation_applies_no_transform_and_imports_none(data: CocoData) -> Non
 
 
 def returning(image: Any = None, boxes: Any = None, labels: Any = None) -> Any:
-    """A transform that changes parts of an example."""
+    """Return a transform that changes parts of an example."""
     given = (image, boxes, labels)
 
     def transform(example: Example, rng: np.random.Generator) -> Any:
@@ -220,7 +220,7 @@ def raising(example: Example, rng: np.random.Generator) -> Example:
     ],
 )
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_what_a_transform_does_wrong_is_one_line_with_its_name_and_the_image(
+def test_a_transform_error_is_one_line_with_its_name_and_the_image(
     data: CocoData, transform: Any, facts: list[str], num_workers: int
 ) -> None:
     config = load_config(None, [f"data.num_workers={num_workers}"])
@@ -249,7 +249,7 @@ class Demanding:
     def __init__(self, strength: int) -> None: ...
 
 
-def test_what_cannot_be_used_is_an_error_before_anything_is_loaded(data: CocoData) -> None:
+def test_an_unusable_transform_is_an_error_before_data_are_loaded(data: CocoData) -> None:
     for names, complaint in (
         (("absent",), "there is no augmentation 'absent'"),
         ((Demanding,), "own_0 cannot be instantiated without arguments: TypeError"),
@@ -270,14 +270,14 @@ COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 
 
 
 def filled(height: int, width: int, box: list[int], label: int) -> Example:
-    """A dark image with one box that is filled with the colour of its label."""
+    """Return a dark image with one box that is filled with the colour of its label."""
     image = torch.full((3, height, width), 20, dtype=torch.uint8)
     image[:, box[1] : box[3], box[0] : box[2]] = COLOURS[label][:, None, None]
     return example_of(image, torch.tensor([box]).float(), torch.tensor([label]), (height, width))
 
 
 def extent(image: Tensor, label: int) -> list[int]:
-    """The smallest box, as xyxy, around what has about the colour of a label."""
+    """Return the smallest box, as xyxy, around the pixels with about the colour of a label."""
     is_coloured = ((image > 120) == (COLOURS[label] > 120)[:, None, None]).all(dim=0)
     rows, columns = torch.nonzero(is_coloured, as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
@@ -299,7 +299,7 @@ def test_a_mosaic_keeps_boxes_around_their_objects() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 33), (40, 2)])
-def test_a_mosaic_of_thin_images_passes(height: int, width: int) -> None:
+def test_a_mosaic_of_thin_images_is_accepted(height: int, width: int) -> None:
     image, no_boxes = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
     thin = example_of(image, no_boxes, torch.zeros(0, dtype=torch.int64), (height, width))
     for seed in range(20):

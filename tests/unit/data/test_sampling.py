@@ -29,7 +29,7 @@ NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 def steps(
     plan: StepPlan, *, seed: int = 5, start_step: int = 0, size_hw: SizeOf | None = None
 ) -> Iterator[list[list[SampleKey]]]:
-    """For every optimizer step the keys of each process, in the order of its micro-batches."""
+    """Yield for every optimizer step the keys of each process, in the order of its micro-batches."""
     num_steps = NUM_STEPS - start_step
     streams = []
     for process_index in range(plan.num_processes):
@@ -44,15 +44,15 @@ def steps(
 
 
 @pytest.mark.parametrize(("batch_size", "num_processes", "accumulation"), SPLITS_OF_24)
-def test_every_split_of_a_global_batch_sees_the_same_samples_in_each_step(
+def test_every_split_of_a_global_batch_has_the_same_samples(
     batch_size: int, num_processes: int, accumulation: int
 ) -> None:
-    whole = StepPlan(NUM_SAMPLES, 24, 1, 1)
+    complete = StepPlan(NUM_SAMPLES, 24, 1, 1)
     split = StepPlan(NUM_SAMPLES, batch_size, num_processes, accumulation)
     assert split.steps_per_epoch == 4
     assert split.num_dropped == 4
     for size_hw in (None, size_of):
-        streams = steps(whole, size_hw=size_hw), steps(split, size_hw=size_hw)
+        streams = steps(complete, size_hw=size_hw), steps(split, size_hw=size_hw)
         for one, several in zip(*streams, strict=True):
             assert list(chain.from_iterable(several)) == one[0], (
                 "process by process, in the order of the whole"
@@ -63,11 +63,11 @@ def test_every_split_of_a_global_batch_sees_the_same_samples_in_each_step(
 def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(start_step: int) -> None:
     plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
     for size_hw in (None, size_of):
-        whole = list(steps(plan, size_hw=size_hw))
-        assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == whole[start_step:]
+        complete = list(steps(plan, size_hw=size_hw))
+        assert list(steps(plan, start_step=start_step, size_hw=size_hw)) == complete[start_step:]
 
 
-def test_no_sample_comes_twice_in_an_epoch() -> None:
+def test_no_sample_appears_twice_in_an_epoch() -> None:
     plan = StepPlan(NUM_SAMPLES, 3, 4, 2)
     keys = [key for step in steps(plan) for process in step for key in process]
     assert len(set(keys)) == len(keys) == NUM_STEPS * 24
@@ -75,7 +75,7 @@ def test_no_sample_comes_twice_in_an_epoch() -> None:
 
 
 def size_of(key: SampleKey) -> tuple[int, int]:
-    """Of three shapes, by chance for each epoch as an augmentation would."""
+    """Return one of three shapes, random in each epoch like an augmentation."""
     return SHAPES[random_numbers(Purpose.AUGMENT, 0, *key).integers(3)]
 
 
@@ -94,13 +94,13 @@ def test_grouping_keeps_the_samples_and_gives_most_steps_one_shape() -> None:
         assert firsts[:WINDOW_STEPS] == sorted(firsts[:WINDOW_STEPS])
 
 
-def test_halving_brings_like_sizes_together() -> None:
+def test_halving_groups_similar_sizes() -> None:
     # By hand: heights differ most, 5 times; then, in both halves, widths.
     sizes_hw = np.array([(10, 30), (50, 20), (11, 10), (50, 40), (50, 41), (10, 31), (10, 11), (50, 21)])
     assert group_by_shape(sizes_hw, 2).tolist() == [[0, 5], [1, 7], [2, 6], [3, 4]]
 
 
-def test_steps_of_like_sizes_pad_far_less() -> None:
+def test_steps_of_similar_sizes_need_far_less_padding() -> None:
     sizes_hw = np.array(list(product(range(400, 800, 50), range(400, 1300, 50))) * 4)
     sizes_hw = np.random.default_rng(0).permutation(sizes_hw)
 
@@ -112,7 +112,7 @@ def test_steps_of_like_sizes_pad_far_less() -> None:
     assert padded_share(sizes_hw[group_by_shape(sizes_hw, 16)]) < 0.3 * mixed
 
 
-def test_footage_needs_few_canvases_that_pad_little_more() -> None:
+def test_football_footage_needs_few_canvases_with_little_more_padding() -> None:
     transform = build_transform("detr", 800, 1333, train=True)
 
     def size_hw(key: SampleKey) -> tuple[int, int]:
@@ -149,7 +149,7 @@ def test_a_canvas_is_rounded_up_unless_all_images_have_one_size(
     assert rule.canvas_hw((480, 640), (480, 640)) == of_one_size
 
 
-def test_sizes_are_asked_for_step_by_step_and_once() -> None:
+def test_sizes_are_computed_step_by_step_and_once() -> None:
     asked: list[SampleKey] = []
 
     def note(key: SampleKey) -> tuple[int, int]:
@@ -172,7 +172,7 @@ def test_images_of_one_size_keep_their_order() -> None:
     assert list(steps(plan, size_hw=lambda key: (720, 1280))) == list(steps(plan))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_epochs_and_seeds_have_different_orders() -> None:
     orders = [epoch_order(1000, seed, epoch) for seed in range(3) for epoch in range(3)]
     assert all(sorted(order.tolist()) == list(range(1000)) for order in orders)
     for i, one in enumerate(orders):
@@ -203,20 +203,18 @@ SIZES_HW = [(750, 1333), (800, 1066), (1333, 750), (768, 1340), (800, 800), (769
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3, 40])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_evaluation_sees_every_image_once_beside_others_of_its_size(
-    num_processes: int, batch_size: int
-) -> None:
-    shares = [
+def test_evaluation_groups_by_size_and_has_every_image_once(num_processes: int, batch_size: int) -> None:
+    parts = [
         evaluation_batches(SIZES_HW, batch_size, num_processes=num_processes, process_index=index)
         for index in range(num_processes)
     ]
-    batches = list(chain.from_iterable(shares))
+    batches = list(chain.from_iterable(parts))
     assert sorted(i for batch in batches for i in batch.indices) == list(range(len(SIZES_HW)))
     for size_hw, indices in batches:
         assert 0 < len(indices) <= batch_size
         for index in indices:
             assert size_hw == SIZES_HW[index]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 def test_evaluation_starts_with_the_largest_batches() -> None:
@@ -225,5 +223,5 @@ def test_evaluation_starts_with_the_largest_batches() -> None:
     assert all(one >= next_one for one, next_one in pairwise(areas))
 
 
-def test_evaluation_of_no_images_is_no_batches() -> None:
+def test_evaluation_without_images_has_no_batches() -> None:
     assert evaluation_batches([], 2, num_processes=1, process_index=0) == []

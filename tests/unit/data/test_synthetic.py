@@ -1,4 +1,4 @@
-"""Generated match scenes: same seed, same bytes; boxes hold what can be seen; folders are whole or absent."""
+"""Generated match scenes: equal seeds give equal bytes, and boxes cover the visible pixels."""
 
 import json
 from pathlib import Path
@@ -54,14 +54,14 @@ def test_the_same_seed_writes_the_same_bytes(data_dir: Path, tmp_path: Path) -> 
     assert contents(tmp_path) == contents(data_dir)
 
 
-def test_another_seed_writes_other_pictures(data_dir: Path, tmp_path: Path) -> None:
+def test_another_seed_writes_other_images(data_dir: Path, tmp_path: Path) -> None:
     make_data(tmp_path, num_train=6, num_val=3, seed=2)
-    ours, theirs = contents(tmp_path), contents(data_dir)
-    assert ours.keys() == theirs.keys()
-    assert all(ours[name] != theirs[name] for name in ours)
+    first, second = contents(tmp_path), contents(data_dir)
+    assert first.keys() == second.keys()
+    assert all(first[name] != second[name] for name in first)
 
 
-def test_a_scene_does_not_depend_on_how_many_there_are(data_dir: Path, tmp_path: Path) -> None:
+def test_a_scene_does_not_depend_on_the_number_of_scenes(data_dir: Path, tmp_path: Path) -> None:
     make_data(tmp_path, num_train=2, num_val=1, seed=1)
     for split, num_scenes in (("train", 2), ("val", 1)):
         for number in range(1, num_scenes + 1):
@@ -72,10 +72,10 @@ def test_a_scene_does_not_depend_on_how_many_there_are(data_dir: Path, tmp_path:
         assert few["annotations"] == [item for item in many["annotations"] if item["image_id"] <= num_scenes]
 
 
-def test_train_and_val_share_no_picture(data_dir: Path) -> None:
+def test_train_and_val_have_no_image_in_common(data_dir: Path) -> None:
     files = contents(data_dir)
-    pictures = [content for name, content in files.items() if name.endswith(".jpg")]
-    assert len(pictures) == len(set(pictures)) == 9
+    images = [content for name, content in files.items() if name.endswith(".jpg")]
+    assert len(images) == len(set(images)) == 9
 
 
 @pytest.mark.parametrize(("split", "num_images"), [("train", 6), ("val", 3)])
@@ -85,8 +85,8 @@ def test_a_split_is_a_complete_coco_data_set(data_dir: Path, split: str, num_ima
     assert len({item["id"] for item in document["images"]}) == len(document["images"]) == num_images
     assert len({item["id"] for item in document["annotations"]}) == len(document["annotations"]) > 0
     for item in document["images"]:
-        with Image.open(data_dir / split / item["file_name"]) as picture:
-            assert (picture.format, picture.mode, picture.size) == (
+        with Image.open(data_dir / split / item["file_name"]) as image:
+            assert (image.format, image.mode, image.size) == (
                 "JPEG",
                 "RGB",
                 (item["width"], item["height"]),
@@ -99,7 +99,7 @@ def test_a_split_is_a_complete_coco_data_set(data_dir: Path, split: str, num_ima
         assert item["area"] == item["bbox"][2] * item["bbox"][3]
 
 
-def test_every_box_has_an_extent_and_lies_inside_its_picture(scenes: list[Scene]) -> None:
+def test_every_box_has_an_extent_and_lies_inside_its_image(scenes: list[Scene]) -> None:
     boxes = np.array([box for scene in scenes for box in scene.boxes_xywh_px])
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, 2:] > 0).all()
@@ -111,7 +111,7 @@ def test_every_box_has_an_extent_and_lies_inside_its_picture(scenes: list[Scene]
 def test_some_scenes_lack_the_ball_or_the_players_or_both(scenes: list[Scene]) -> None:
     no_ball = np.array([BALL_ID not in scene.category_ids for scene in scenes])
     no_player = np.array([PLAYER_ID not in scene.category_ids for scene in scenes])
-    # four standard deviations of a share of 240 draws; hidden objects add a little to the first
+    # four standard deviations of a fraction of 240 draws; hidden objects add a little to the first
     assert 0.06 < no_ball.mean() < 0.26
     assert 0.004 < no_player.mean() < 0.12
     assert any(not draw_scene(np.random.default_rng([0, 0, index])).category_ids for index in range(200))
@@ -131,7 +131,7 @@ def test_there_is_at_most_one_ball_and_it_is_large_enough_to_learn(scenes: list[
 
 
 def boxes_of_squares(*places_px: tuple[float, float]) -> list[synthetic.BoxXywh | None]:
-    """Boxes of opaque squares of 10 px with their bottom centre at these places, later ones in front."""
+    """Return boxes of opaque squares of 10 px with these bottom centres, later ones in front."""
     square = Image.new("RGBA", (10 * SUPERSAMPLING, 10 * SUPERSAMPLING), (255, 255, 255, 255))
     things = [synthetic._Thing(PLAYER_ID, square, column, row) for column, row in places_px]
     owners = synthetic._compose(Image.new("RGB", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING)), things)
@@ -139,29 +139,29 @@ def boxes_of_squares(*places_px: tuple[float, float]) -> list[synthetic.BoxXywh 
     return [synthetic._visible_box(owners, i, thing, visible_sp) for i, thing in enumerate(things, start=1)]
 
 
-def test_a_box_is_exactly_the_extent_of_what_stands_free() -> None:
+def test_the_box_of_an_unoccluded_object_is_exactly_its_extent() -> None:
     assert boxes_of_squares((50.25, 60.5)) == [(45.25, 50.5, 10, 10)]
 
 
-def test_a_box_ends_at_the_border_of_the_picture() -> None:
+def test_a_box_ends_at_the_border_of_the_image() -> None:
     assert boxes_of_squares((1, 60)) == [(0, 50, 6, 10)]
     assert boxes_of_squares((WIDTH - 2, HEIGHT + 3)) == [(WIDTH - 7, HEIGHT - 7, 7, 7)]
 
 
-def test_a_box_ends_where_something_in_front_begins() -> None:
+def test_a_box_ends_where_an_object_in_front_starts() -> None:
     assert boxes_of_squares((50, 60), (56, 60)) == [(45, 50, 6, 10), (51, 50, 10, 10)]
 
 
 @pytest.mark.parametrize("place_px", [(-3, 60), (-30, 60), (60, -1), (60, HEIGHT + 8)])
-def test_what_is_cut_off_almost_wholly_gets_no_box(place_px: tuple[float, float]) -> None:
+def test_an_object_almost_outside_the_image_has_no_box(place_px: tuple[float, float]) -> None:
     assert boxes_of_squares(place_px) == [None]
 
 
-def test_what_is_hidden_almost_wholly_gets_no_box() -> None:
+def test_an_object_almost_fully_occluded_has_no_box() -> None:
     assert boxes_of_squares((50, 60), (52, 60)) == [None, (47, 50, 10, 10)]
 
 
-def test_pixels_mapped_to_the_pitch_and_back_are_where_they_were() -> None:
+def test_pixels_mapped_to_the_pitch_and_back_are_unchanged() -> None:
     camera = Camera(horizon_px=-40.0, height_m=6.0, target_m=(11.0, 34.0), heading=0.8)
     back = camera.to_image(np.stack(camera.to_pitch(), axis=-1))
     # float64 through a rotation and a division; a pixel is 1.0
@@ -173,7 +173,7 @@ def test_pixels_mapped_to_the_pitch_and_back_are_where_they_were() -> None:
     )
 
 
-def test_sprites_fill_their_pictures_and_are_either_opaque_or_absent() -> None:
+def test_sprites_fill_their_images_and_are_opaque_or_transparent() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         for sprite in (draw_player(rng, choose_kits(rng)[0], 150.0), draw_ball(rng, 40.0)):
@@ -183,7 +183,7 @@ def test_sprites_fill_their_pictures_and_are_either_opaque_or_absent() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"num_train": 0}, {"num_val": 0}, {"num_train": -5}, {"seed": -1}])
-def test_impossible_numbers_are_refused_before_anything_is_written(
+def test_invalid_numbers_are_refused_before_anything_is_written(
     tmp_path: Path, wrong: dict[str, int]
 ) -> None:
     with pytest.raises(UsageError, match="--" + next(iter(wrong)).replace("_", "-")):
@@ -192,7 +192,7 @@ def test_impossible_numbers_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, split: str) -> None:
+def test_a_folder_with_content_is_not_changed(tmp_path: Path, split: str) -> None:
     (tmp_path / split).mkdir()
     (tmp_path / split / "mine.txt").write_text("keep")
     with pytest.raises(UsageError, match="delete it or choose another"):
@@ -200,7 +200,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, split: str)
     assert contents(tmp_path) == {f"{split}/mine.txt": b"keep"}
 
 
-def test_empty_folders_and_remains_of_a_killed_run_are_replaced(data_dir: Path, tmp_path: Path) -> None:
+def test_empty_folders_and_files_of_a_killed_run_are_replaced(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / ".val.partial").mkdir()
     (tmp_path / ".val.partial" / "000001.jpg").write_text("half")
@@ -221,7 +221,7 @@ def test_a_run_that_fails_leaves_no_split_behind(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("blocked", ["out", "out/train"])
-def test_a_file_in_the_way_is_named(tmp_path: Path, blocked: str) -> None:
+def test_a_file_that_blocks_the_folder_is_named(tmp_path: Path, blocked: str) -> None:
     (tmp_path / blocked).parent.mkdir(exist_ok=True)
     (tmp_path / blocked).write_text("a file")
     with pytest.raises(UsageError, match=str(tmp_path / "out")):

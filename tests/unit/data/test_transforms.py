@@ -16,7 +16,7 @@ from detr_dist.data.transforms import (
 
 
 def scene(boxes: list[list[float]], height: int = 120, width: int = 200) -> Example:
-    """A dark picture in which box number n is filled with a light colour of its own."""
+    """Return a dark image in which each box is filled with its own light colour."""
     image = torch.full((3, height, width), 20, dtype=torch.uint8)
     for left, top, right, bottom in boxes:
         image[:, int(top) : int(bottom), int(left) : int(right)] = 220
@@ -31,13 +31,13 @@ def transformed(transform: DetectionTransform, example: Example, rng: np.random.
 
 
 def light_extent(image: Tensor) -> list[int]:
-    """The smallest box, as xyxy, around what is light."""
+    """Return the smallest box, as xyxy, around the light pixels."""
     rows, columns = torch.nonzero(image.float().mean(0) > 0.5 * float(image.max()), as_tuple=True)
     return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
 
 
 def interleaved(image: Tensor) -> Tensor:
-    """The same picture in the memory order of a decoder."""
+    """Return the same image in the memory layout of a decoder."""
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
@@ -54,7 +54,7 @@ def interleaved(image: Tensor) -> Tensor:
         (1, 5000, (1, 1333)),
     ],
 )
-def test_the_resize_rule(height: int, width: int, expected: tuple[int, int]) -> None:
+def test_the_resize_rule_gives_the_expected_sizes(height: int, width: int, expected: tuple[int, int]) -> None:
     assert resized_hw(height, width, 800, 1333) == expected
 
 
@@ -92,7 +92,7 @@ def test_none_and_evaluation_only_resize() -> None:
         assert boxes.tolist() == [[30, 15, 65, 40]]
 
 
-def test_light_flips_half_of_the_pictures_and_keeps_their_size() -> None:
+def test_light_flips_half_of_the_images_and_keeps_their_size() -> None:
     transform = build_transform("light", 120, 300, train=True)
     flipped = 0
     for seed in range(200):
@@ -119,7 +119,7 @@ def test_detr_respects_the_longest_edge() -> None:
     )
 
 
-def test_boxes_that_a_crop_leaves_outside_go_with_their_labels() -> None:
+def test_boxes_outside_a_crop_are_removed_with_their_labels() -> None:
     corners = [[0, 0, 4, 4], [196, 0, 200, 4], [0, 116, 4, 120], [196, 116, 200, 120], [90, 50, 110, 70]]
     counts = set()
     for seed in range(60):
@@ -139,7 +139,7 @@ def test_boxes_that_a_crop_leaves_outside_go_with_their_labels() -> None:
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (300, 2)])
-def test_tiny_and_thin_pictures_without_boxes_pass(
+def test_tiny_and_thin_images_without_boxes_are_accepted(
     augmentation: Augmentation, height: int, width: int
 ) -> None:
     for seed in range(20):
@@ -152,7 +152,7 @@ def test_tiny_and_thin_pictures_without_boxes_pass(
         assert labels.shape == (0,)
 
 
-def test_a_generator_determines_the_sample_without_global_randomness() -> None:
+def test_a_sample_depends_only_on_its_generator() -> None:
     transform = DetectionTransform("detr", 160, 300)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     one, other, third = (

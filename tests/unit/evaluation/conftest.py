@@ -1,4 +1,4 @@
-"""Generated ground truth and detections, with every odd case in them."""
+"""Generated ground truth and detections, with every special case."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,8 +52,11 @@ def make_scene(
 
 
 def odd_scene(seed: int, *, num_images: int = 40, most_detections: int = 40) -> Scene:
-    """Images without boxes or detections, crowds, a class of crowds only, one that is never there, boxes of
-    all sizes and of equal overlap, equal scores, and one image with 300 detections."""
+    """Return a scene with every special case.
+
+    Images without boxes or detections, crowds, a class with crowds only, an unused class, boxes of all sizes
+    and of equal overlap, equal scores, and one image with 300 detections.
+    """
     rng = np.random.default_rng(seed)
     boxes: list[Box] = []
     detections: list[Detection] = []
@@ -85,5 +88,5 @@ def scene(request: pytest.FixtureRequest) -> Scene:
 
 @pytest.fixture
 def new_scene() -> MakeScene:
-    """Makes a scene of a number of images, class names, boxes and detections."""
+    """Return a function that makes a scene of a number of images, class names, boxes and detections."""
     return make_scene

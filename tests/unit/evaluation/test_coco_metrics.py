@@ -16,7 +16,7 @@ from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics, metric_names
 from detr_dist.evaluation.detections import DetectionRecords, coco_results
 
-# In the order of COCOeval.stats, which goes on with the recall by size.
+# In the order of COCOeval.stats, where the recall by size follows.
 STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar_1", "mar_10", "mar_100")
 
 
@@ -39,27 +39,27 @@ def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
     return evaluation
 
 
-def test_every_figure_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
+def test_every_metric_equals_pycocotools(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
     expected = reference(data, records)
-    figures = compute_coco_metrics(data, records)
-    metrics = dict(figures.metrics)
+    scores = compute_coco_metrics(data, records)
+    metrics = dict(scores.metrics)
     for name, value in zip(STATS, expected.stats[:9], strict=True):
         assert metrics.pop(name) == pytest.approx(value, abs=1e-12), name  # the same sums in float64
     assert list(metrics) == ["player_map", "ball_map", "goal_post_map"]  # the others have no single box
     for index, value in enumerate(metrics.values()):
         of_class = expected.eval["precision"][:, :, index, 0, -1]
         assert value == pytest.approx(of_class.mean(), abs=1e-12)
-        for size, ap in enumerate(figures.ap_by_size[index], start=1):
+        for size, ap in enumerate(scores.ap_by_size[index], start=1):
             of_size = expected.eval["precision"][:, :, index, size, -1]
             assert ap == pytest.approx(
                 of_size.mean() if (of_size > -1).any() else np.nan, abs=1e-12, nan_ok=True
             )
-    assert np.isnan(figures.ap_by_size[3:]).all()
-    assert figures.ap_by_size.shape == (data.num_classes, len(SIZES))
+    assert np.isnan(scores.ap_by_size[3:]).all()
+    assert scores.ap_by_size.shape == (data.num_classes, len(SIZES))
 
 
-def test_pycocotools_gives_the_same_from_files_with_ids_of_their_own(
+def test_pycocotools_gives_the_same_from_files_with_other_ids(
     scene: tuple[CocoData, DetectionRecords], tmp_path: Path
 ) -> None:
     data, records = scene
@@ -90,7 +90,7 @@ def test_pycocotools_gives_the_same_from_files_with_ids_of_their_own(
 
 
 @pytest.mark.parametrize(("rank", "ap"), [(100, 1 / 100), (101, 0.0)])
-def test_a_hundred_detections_of_each_class_count_in_an_image(new_scene, rank: int, ap: float) -> None:
+def test_at_most_a_hundred_detections_per_class_and_image_count(new_scene, rank: int, ap: float) -> None:
     right, wrong = (10, 10, 30, 30), (200, 200, 220, 220)
     detections = [(0, 0, 0.9, wrong)] * (rank - 1) + [(0, 0, 0.5, right), (0, 1, 0.1, right)]
     boxes = [(0, label, (10, 10, 20, 20), False) for label in (0, 1)]
@@ -100,7 +100,7 @@ def test_a_hundred_detections_of_each_class_count_in_an_image(new_scene, rank: i
     assert metrics["ball_map"] == pytest.approx(1, abs=1e-12)
 
 
-def test_equal_scores_rank_in_the_order_of_the_image_ids(new_scene) -> None:
+def test_equal_scores_are_ranked_by_image_id(new_scene) -> None:
     boxes = [(image, 0, (10, 10, 20, 20), False) for image in (0, 1)]
     right, wrong = (10, 10, 30, 30), (200, 200, 220, 220)
     data, records = new_scene(2, ["player"], boxes, [(0, 0, 0.5, wrong), (1, 0, 0.5, right)])
@@ -109,14 +109,14 @@ def test_equal_scores_rank_in_the_order_of_the_image_ids(new_scene) -> None:
     assert compute_coco_metrics(listed_backwards, records).metrics["map"] == pytest.approx(51 / 101)
 
 
-def test_no_detection_at_all_scores_zero(scene: tuple[CocoData, DetectionRecords]) -> None:
+def test_without_detections_the_score_is_zero(scene: tuple[CocoData, DetectionRecords]) -> None:
     data, records = scene
     metrics = compute_coco_metrics(data, records.take(np.arange(0))).metrics
     assert set(metrics) >= {*STATS, "player_map"}
     assert set(metrics.values()) == {0.0}
 
 
-def test_what_has_no_truth_is_absent(new_scene) -> None:
+def test_metrics_without_ground_truth_are_absent(new_scene) -> None:
     data, records = new_scene(
         2, ["player", "ball"], [(0, 0, (10, 10, 20, 20), False)], [(0, 1, 0.9, (10, 10, 30, 30))]
     )
@@ -124,7 +124,9 @@ def test_what_has_no_truth_is_absent(new_scene) -> None:
     assert set(metrics) == {*STATS, "player_map"} - {"map_medium", "map_large"}
 
 
-def test_records_are_the_same_whoever_had_which_image(scene: tuple[CocoData, DetectionRecords]) -> None:
+def test_records_do_not_depend_on_how_images_were_distributed(
+    scene: tuple[CocoData, DetectionRecords],
+) -> None:
     _, records = scene
 
     def of(ids: np.ndarray) -> DetectionRecords:
@@ -136,7 +138,7 @@ def test_records_are_the_same_whoever_had_which_image(scene: tuple[CocoData, Det
         assert np.array_equal(getattr(records, name), getattr(dealt, name)), name
 
 
-def test_class_names_become_distinct_names_of_metrics() -> None:
+def test_class_names_become_distinct_metric_names() -> None:
     assert metric_names(["RBC", "Goal post!", "ball", "Ball", "%", "a b", "a_b", "a_b_6"]) == [
         "rbc",
         "goal_post",
@@ -149,7 +151,7 @@ def test_class_names_become_distinct_names_of_metrics() -> None:
     ]
 
 
-def test_names_of_metrics_are_distinct_and_short_enough_for_mlflow() -> None:
+def test_metric_names_are_distinct_and_short_enough_for_mlflow() -> None:
     longest = "x" * 236
     taken = metric_names(["x" * 240])[0]
     classes = [longest, "x" * 240, "X" * 240, "x" * 241, "é" * 120, "ball", taken, *map(str, range(3000))]

@@ -1,4 +1,4 @@
-"""The worst images come first, and what is wrong in them is marked."""
+"""The images with the most errors come first, and their errors are marked."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,14 +19,14 @@ BOX, ON_BOX, ELSEWHERE = (100, 100, 120, 120), (100, 100, 220, 220), (250, 250, 
 
 
 def errors_alone(data: CocoData, records: DetectionRecords, image: int) -> int:
-    """Of an image, by an evaluation of its detections only: whatever is elsewhere is then missed."""
+    """Return the errors of one image, with all boxes elsewhere as false negatives."""
     own = records.take(np.flatnonzero(records.image_rows == image))
     confusion = operating_points(data, own, 0.5).confusion
     elsewhere = int((~data.iscrowd & (data.image_rows != image)).sum())
     return int(confusion.sum() - confusion.trace()) - elsewhere
 
 
-def test_the_images_with_most_errors_come_first(scene: Scene) -> None:
+def test_images_with_the_most_errors_come_first(scene: Scene) -> None:
     data, records = scene
     errors = image_errors(data, operating_points(data, records, 0.5).matches)
     expected = [errors_alone(data, records, image) for image in range(len(data))]
@@ -34,7 +34,7 @@ def test_the_images_with_most_errors_come_first(scene: Scene) -> None:
     assert sum(errors.values()).tolist() == expected
 
 
-def test_the_errors_are_those_of_the_confusion_matrix(scene: Scene) -> None:
+def test_error_counts_equal_those_of_the_confusion_matrix(scene: Scene) -> None:
     data, records = scene
     points = operating_points(data, records, "auto")
     errors, classes = image_errors(data, points.matches), points.confusion[:-1, :-1]
@@ -54,13 +54,13 @@ def test_errors_are_described_in_words(new_scene) -> None:
 
 
 def with_files(data: CocoData, folder: Path, *names: str) -> CocoData:
-    """As if its images had these names; those that have a suffix are written, grey and 400 pixels wide."""
+    """Return the data with these file names; those with a suffix are written, grey and 400 pixels wide."""
     for name in filter(lambda name: "." in name, names):
         Image.new("RGB", (400, 400), (90, 90, 90)).save(folder / name)
     return replace(data, images_dir=folder, file_names=np.array([name.encode() for name in names]))
 
 
-def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
+def colours_in(tile_image: Image.Image) -> set[tuple[int, int, int]]:
     marks = (
         module.FALSE_NEGATIVE,
         module.FALSE_POSITIVE,
@@ -68,11 +68,11 @@ def colours_in(picture: Image.Image) -> set[tuple[int, int, int]]:
         module.TRUE_POSITIVE,
         module.CROWD,
     )
-    return {colour for _, colour in picture.getcolors(2**24) if colour in marks}
+    return {colour for _, colour in tile_image.getcolors(2**24) if colour in marks}
 
 
 def tiles(sheet: Image.Image) -> Image.Image:
-    """Of a sheet of one row, without its head and what is written under the tiles."""
+    """Return the tiles of a sheet of one row, without its head and the text under the tiles."""
     top = sheet.height - 480 - 2 * module.LINE - module.GAP
     return sheet.crop((0, top, sheet.width, top + 480))
 
@@ -111,7 +111,7 @@ def test_an_image_that_cannot_be_read_is_an_empty_tile(new_scene, tmp_path: Path
     boxes = [(0, 0, BOX, False), (1, 0, BOX, False), (2, 0, BOX, False)]
     data, records = new_scene(3, ["player"], boxes, [])
     data = with_files(data, tmp_path, "good.png", "gone", "broken")
-    (tmp_path / "broken").write_bytes(b"no picture")
+    (tmp_path / "broken").write_bytes(b"no image")
     row = tiles(contact_sheet(data, operating_points(data, records, 0.5).matches))
     pitch = module.TILE_WIDTH + module.GAP
     each = [row.crop((module.GAP + i * pitch, 0, (i + 1) * pitch, 480)) for i in range(3)]

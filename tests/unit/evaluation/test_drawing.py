@@ -1,4 +1,4 @@
-"""Boxes and captions in a picture: seen, and inside it."""
+"""Boxes and captions are visible and inside the image."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,22 +18,22 @@ def blank(height: int, width: int) -> Tensor:
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, captions: Sequence[str], colours: Sequence[Colour]) -> Tensor:
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    canvas = Image.fromarray(image.permute(1, 2, 0).numpy())
     columns = zip(boxes.tolist(), colours, captions, strict=True)
-    draw_marks(picture, [Mark(tuple(box), colour, caption) for box, colour, caption in columns])
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    draw_marks(canvas, [Mark(tuple(box), colour, caption) for box, colour, caption in columns])
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def changed(before: Tensor, after: Tensor) -> Tensor:
     return (before != after).any(dim=0)
 
 
-def drawn(picture: Tensor, box: tuple[float, ...], caption: str) -> Tensor:
-    return changed(picture, draw_boxes(picture, torch.tensor([box]), [caption], [RED]))
+def drawn(canvas: Tensor, box: tuple[float, ...], caption: str) -> Tensor:
+    return changed(canvas, draw_boxes(canvas, torch.tensor([box]), [caption], [RED]))
 
 
-def of_colour(picture: Tensor, colour: tuple[int, int, int]) -> int:
-    return int((picture == torch.tensor(colour)[:, None, None]).all(dim=0).sum())
+def of_colour(canvas: Tensor, colour: tuple[int, int, int]) -> int:
+    return int((canvas == torch.tensor(colour)[:, None, None]).all(dim=0).sum())
 
 
 def test_lines_run_around_the_box() -> None:
@@ -46,37 +46,37 @@ def test_lines_run_around_the_box() -> None:
 
 
 def test_a_dashed_line_runs_where_a_solid_one_does_with_gaps() -> None:
-    picture, mark = Image.new("RGB", (300, 300)), Mark((100.0, 120, 200, 220), RED)
-    dashed = picture.copy()
-    draw_marks(picture, [mark])
+    canvas, mark = Image.new("RGB", (300, 300)), Mark((100.0, 120, 200, 220), RED)
+    dashed = canvas.copy()
+    draw_marks(canvas, [mark])
     draw_marks(dashed, [replace(mark, dashed=True)])
-    solid, dashes = (np.asarray(each)[:, :, 0] > 0 for each in (picture, dashed))
+    solid, dashes = (np.asarray(each)[:, :, 0] > 0 for each in (canvas, dashed))
     assert not (dashes & ~solid).any()
     assert 0.5 < dashes.sum() / solid.sum() < 0.7  # three of five
 
 
-def test_a_caption_is_whole_wherever_the_box_is() -> None:
-    picture = blank(300, 400)
+def test_a_caption_is_complete_wherever_the_box_is() -> None:
+    canvas = blank(300, 400)
     areas = {
-        int(drawn(picture, (left, top, left + 20, top + 20), "goal post 0.87").sum())
+        int(drawn(canvas, (left, top, left + 20, top + 20), "goal post 0.87").sum())
         for left in (4.0, 190, 376)
         for top in (4.0, 140, 276)
     }
     assert len(areas) == 1
 
 
-def test_captions_of_equal_boxes_do_not_cover_one_another() -> None:
+def test_captions_of_equal_boxes_do_not_overlap() -> None:
     boxes = torch.tensor([[100.0, 100, 160, 160]]).expand(2, 4)
-    picture = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
+    canvas = draw_boxes(blank(300, 300), boxes, ["player 0.70", "ball 0.60"], [RED, BLUE])
     first = draw_boxes(blank(300, 300), boxes[:1], ["player 0.70"], [RED])
     second = draw_boxes(blank(300, 300), boxes[:1], ["ball 0.60"], [BLUE])
     frame = draw_boxes(blank(300, 300), boxes[:1], [""], [BLUE])
-    assert of_colour(picture, RED) == of_colour(first, RED)
+    assert of_colour(canvas, RED) == of_colour(first, RED)
     # The first box lies on top, so of the second one the caption is left, all of it.
-    assert of_colour(picture, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
+    assert of_colour(canvas, BLUE) == of_colour(second, BLUE) - of_colour(frame, BLUE)
 
 
-def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
+def test_a_box_of_one_pixel_is_drawn_around_the_pixel() -> None:
     mask = drawn(blank(200, 200), (100.0, 50, 101, 51), "")
     rows, columns = np.nonzero(mask.numpy())
     assert np.ptp(rows) >= 6
@@ -84,7 +84,7 @@ def test_a_box_of_a_pixel_is_seen_around_what_it_holds() -> None:
     assert not mask[50, 100]
 
 
-def test_a_box_that_fills_the_picture_is_seen() -> None:
+def test_a_box_that_fills_the_image_is_visible() -> None:
     mask = drawn(blank(40, 60), (0.0, 0, 60, 40), "")
     assert mask[0].all()
     assert mask[-1].all()
@@ -92,10 +92,10 @@ def test_a_box_that_fills_the_picture_is_seen() -> None:
     assert mask[:, -1].all()
 
 
-def test_lines_and_letters_grow_with_the_picture() -> None:
+def test_line_width_and_font_size_grow_with_the_image() -> None:
     small = drawn(blank(900, 900), (300.0, 300, 600, 600), "ball").sum() / 900**2
     large = drawn(blank(2700, 2700), (900.0, 900, 1800, 1800), "ball").sum() / 2700**2
-    assert 0.9 < small / large < 1.1  # pixels are whole, letters have hinting
+    assert 0.9 < small / large < 1.1  # pixels are integers, letters have hinting
 
 
 def test_a_long_caption_is_shortened_and_omitted_where_it_does_not_fit() -> None:
@@ -104,11 +104,11 @@ def test_a_long_caption_is_shortened_and_omitted_where_it_does_not_fit() -> None
     assert torch.equal(drawn(blank(8, 8), (2.0, 2, 5, 5), "caption"), without)
 
 
-def test_no_boxes_leave_the_picture_as_it_was() -> None:
+def test_without_boxes_the_image_is_unchanged() -> None:
     assert torch.equal(draw_boxes(blank(20, 20), torch.zeros(0, 4), [], []), blank(20, 20))
 
 
-def test_eighty_classes_have_colours_that_differ() -> None:
+def test_eighty_classes_have_distinct_colours() -> None:
     colours = np.array([class_colour(index) for index in range(80)], dtype=float)
     distances = np.linalg.norm(colours[:, None] - colours, axis=-1) + 1e3 * np.eye(80)
     assert distances.min() > 50
@@ -116,7 +116,7 @@ def test_eighty_classes_have_colours_that_differ() -> None:
     assert isinstance(class_colour(5000), tuple)
 
 
-def test_names_are_cut_to_what_the_font_shows() -> None:
+def test_names_keep_only_characters_that_the_font_has() -> None:
     assert drawable("player") == "player"
     assert drawable("a very long name of a class", limit=11) == "a ver…class"
     assert class_label(3, "サッカー") == "class 3"

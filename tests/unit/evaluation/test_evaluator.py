@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, load_coco
@@ -22,7 +23,7 @@ from detr_dist.models.detector import Detector
 
 @pytest.fixture(scope="module")
 def data(tiny_data: Path) -> CocoData:
-    """Seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
+    """Return seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
     data = load_coco(tiny_data / "val")
     iscrowd = np.zeros_like(data.iscrowd)
     iscrowd[0] = True
@@ -35,14 +36,7 @@ def config(architecture: str = "detr", *, batch_size: int = 3, num_queries: int 
             "data": {"num_workers": 0, "shortest_edge": 64, "longest_edge": 64},
             "model": {
                 "model_architecture": architecture,
-                "backbone": {
-                    "model_type": "resnet",
-                    "layer_type": "basic",
-                    "embedding_size": 8,
-                    "hidden_sizes": [8, 8, 8, 8],
-                    "depths": [1, 1, 1, 1],
-                    "out_features": ["stage4"],
-                },
+                "backbone": TINY_BACKBONE | {"hidden_sizes": [8, 8, 8, 8]},
                 "pretrained_backbone": False,
                 "hidden_dim": 32,
                 "num_encoder_layers": 1,
@@ -106,7 +100,7 @@ def test_an_image_counts_at_most_as_many_boxes_as_there_are_queries(data: CocoDa
     assert evaluated(settings, data, detector)["loss_ce"] == pytest.approx(np.log(3), rel=1e-6)
 
 
-def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None:
+def test_curves_and_confusion_matrix_come_with_the_metrics(data: CocoData) -> None:
     settings = config()
     accelerator = Accelerator(cpu=True)
     scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
@@ -118,7 +112,7 @@ def test_the_curves_and_confusions_come_with_the_figures(data: CocoData) -> None
     assert points.confusion[:2].sum() == len(data.box_classes) - 1
 
 
-def test_an_image_that_cannot_be_read_has_boxes_and_no_detections(
+def test_an_unreadable_image_has_boxes_and_no_detections(
     tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tiny_data / "val", tmp_path / "val")
@@ -135,7 +129,7 @@ def test_an_image_that_cannot_be_read_has_boxes_and_no_detections(
     assert line.startswith(f"warning: {tmp_path / 'val' / '003.jpg'}: ")
 
 
-def test_weights_that_give_no_numbers_are_an_error(data: CocoData) -> None:
+def test_weights_with_non_finite_outputs_are_an_error(data: CocoData) -> None:
     settings = config()
     detector = new_detector(settings, data)
     torch.nn.init.constant_(detector.network.class_labels_classifier.bias, float("nan"))

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation say what its figures say, and nothing in them is cut off."""
+"""The plots of an evaluation show its metrics, and nothing in them is cut off."""
 
 import warnings
 from itertools import pairwise
@@ -38,7 +38,7 @@ def details(data: CocoData, records: DetectionRecords) -> Details:
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
-    """The four; where texts are is known once they are drawn."""
+    """Return the four plots; only after drawing are the positions of texts known."""
     data, found = scene[0], details(*scene)
     points = found.operating_points
     with figure_style():
@@ -58,7 +58,7 @@ def texts(figure: Figure) -> list[Text]:
 
 
 def classes_scene(new_scene, class_names: list[str]) -> Scene:
-    """Boxes of every class and size, found, missed, invented and confused."""
+    """Return boxes of every class and size: true and false positives, false negatives, misclassified."""
     num_classes = len(class_names)
     boxes, detections = [], []
     for label in range(num_classes):
@@ -87,7 +87,7 @@ def test_no_text_is_cut_off(num_classes: int, name: str, new_scene) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [3, 80])
-def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
+def test_class_labels_do_not_overlap(num_classes: int, new_scene) -> None:
     names = [f"class number {index}" for index in range(num_classes)]
     *_, confusion, sizes = figures(classes_scene(new_scene, names), drawn=True)
     for labels in (
@@ -101,31 +101,31 @@ def test_labels_of_classes_do_not_overlap(num_classes: int, new_scene) -> None:
 
 
 @pytest.mark.parametrize("num_classes", [1, 80])
-def test_the_files_are_pictures_that_a_screen_can_show(num_classes: int, new_scene, tmp_path: Path) -> None:
+def test_the_plots_fit_on_a_screen(num_classes: int, new_scene, tmp_path: Path) -> None:
     data, records = classes_scene(new_scene, [f"class {index}" for index in range(num_classes)])
     assert write_plots(tmp_path / "plots", data, details(data, records)) == []
     for name in FILES:
-        with Image.open(tmp_path / "plots" / name) as picture:
-            assert picture.size == picture.convert("L").size
-            assert 300 <= min(picture.size) <= max(picture.size) <= 2600
+        with Image.open(tmp_path / "plots" / name) as plot:
+            assert plot.size == plot.convert("L").size
+            assert 300 <= min(plot.size) <= max(plot.size) <= 2600
 
 
 def settings() -> dict[str, object]:
-    """All but the backend, which is not known before somebody asks."""
+    """Return all settings but the backend, which is unset until first use."""
     return {name: matplotlib.rcParams[name] for name in matplotlib.rcParams if name != "backend"}
 
 
-def test_matplotlibs_settings_are_left_as_they_were(new_scene, tmp_path: Path) -> None:
+def test_matplotlib_settings_are_unchanged(new_scene, tmp_path: Path) -> None:
     data, records = classes_scene(new_scene, ["ball"])
     with matplotlib.rc_context({"font.size": 33, "axes.facecolor": "red"}):
         before = settings()
         write_plots(tmp_path / "plots", data, details(data, records))
         assert settings() == before
-    with Image.open(tmp_path / "plots" / FILES[0]) as picture:
-        assert (255, 0, 0) not in {colour for _, colour in picture.getcolors(2**24)}  # nor are they used
+    with Image.open(tmp_path / "plots" / FILES[0]) as plot:
+        assert (255, 0, 0) not in {colour for _, colour in plot.getcolors(2**24)}  # nor are they used
 
 
-def test_what_cannot_be_drawn_keeps_no_other_picture_from_being_drawn(
+def test_a_plot_that_fails_does_not_prevent_the_others(
     new_scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("detr_dist.evaluation.plots.confusion_figure", lambda *_: 1 / 0)
@@ -136,7 +136,7 @@ def test_what_cannot_be_drawn_keeps_no_other_picture_from_being_drawn(
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError])
-def test_no_failure_to_draw_ends_a_run_or_is_reported_twice(
+def test_a_drawing_failure_ends_no_run_and_is_reported_once(
     error: type[Exception],
     new_scene,
     tmp_path: Path,
@@ -156,7 +156,7 @@ def test_no_failure_to_draw_ends_a_run_or_is_reported_twice(
     assert "of a library" in line
 
 
-def test_odd_class_names_are_written_as_they_are_without_a_warning(new_scene) -> None:
+def test_unusual_class_names_are_drawn_unchanged_without_a_warning(new_scene) -> None:
     names = ["$x_1$", "_hidden", "サッカー", "50% {a} \\b", "\ud800\0\u202e", "crowd\nof people"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -170,28 +170,26 @@ def test_odd_class_names_are_written_as_they_are_without_a_warning(new_scene) ->
 
 @pytest.mark.parametrize("boxes", [[], [(0, 0, (10, 10, 20, 20), False)]], ids=["no truth", "truth"])
 @pytest.mark.parametrize("detections", [[], [(0, 0, 0.9, (10, 10, 30, 30))]], ids=["nothing found", "found"])
-def test_without_boxes_or_detections_there_are_pictures_all_the_same(
-    boxes, detections, new_scene, tmp_path: Path
-) -> None:
+def test_plots_are_written_without_boxes_or_detections(boxes, detections, new_scene, tmp_path: Path) -> None:
     scene = new_scene(1, ["player", "ball"], boxes, detections)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_plots(tmp_path / "plots", scene[0], details(*scene))
-    said = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
-    assert [("no boxes to find" in each) for each in said] == [not boxes] * 4
-    assert ("player: no detections" in said[0]) == (bool(boxes) and not detections)
+    shown = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
+    assert [("no boxes to find" in each) for each in shown] == [not boxes] * 4
+    assert ("player: no detections" in shown[0]) == (bool(boxes) and not detections)
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(FILES)
 
 
-def test_a_class_without_a_box_is_in_no_curve_and_no_table(scene: Scene) -> None:
+def test_a_class_without_boxes_is_in_no_curve_and_no_table(scene: Scene) -> None:
     for figure in figures(scene):
-        said = " ".join(text.get_text() for text in texts(figure))
-        assert "goal post" in said
-        assert "never seen" not in said
-        assert "crowds only" not in said
+        shown = " ".join(text.get_text() for text in texts(figure))
+        assert "goal post" in shown
+        assert "never seen" not in shown
+        assert "crowds only" not in shown
 
 
-def test_of_many_classes_the_best_and_the_worst_are_named(new_scene) -> None:
+def test_the_best_and_worst_of_many_classes_are_labelled(new_scene) -> None:
     names = [f"class {index}" for index in range(30)]
     data, records = classes_scene(new_scene, names)
     classes = operating_points(data, records, "auto").classes
@@ -201,7 +199,7 @@ def test_of_many_classes_the_best_and_the_worst_are_named(new_scene) -> None:
     assert legend == ["all, at one threshold", *best, "20 classes between", *worst]
 
 
-def test_the_f1_curve_is_that_of_every_threshold(scene: Scene) -> None:
+def test_the_f1_curve_covers_every_threshold(scene: Scene) -> None:
     data, records = scene
     points = operating_points(data, records, "auto").classes[:3]
     curves = [point.curve for point in points]
@@ -215,7 +213,7 @@ def test_the_f1_curve_is_that_of_every_threshold(scene: Scene) -> None:
             assert xy[after, 1] == xy[after + 1, 1] == curve.at(threshold).f1
 
 
-def test_all_classes_together_have_the_sum_of_their_counts(scene: Scene) -> None:
+def test_the_overall_curve_uses_the_sum_of_class_counts(scene: Scene) -> None:
     curves = [point.curve for point in operating_points(*scene, "auto").classes[:3]]
     together = pooled(curves)
     assert together.thresholds.tolist() == sorted({t for curve in curves for t in curve.thresholds})[::-1]
@@ -227,7 +225,7 @@ def test_all_classes_together_have_the_sum_of_their_counts(scene: Scene) -> None
         assert counts.fn == sum(one.fn for one in each)
 
 
-def test_operating_points_lie_where_their_counts_say(scene: Scene) -> None:
+def test_operating_points_lie_where_their_counts_place_them(scene: Scene) -> None:
     points = operating_points(*scene, "auto").classes[:3]
     precision_recall, f1 = (
         figure(scene[0].class_names, [*points, None, None]) for figure in (precision_recall_figure, f1_figure)
@@ -252,7 +250,7 @@ def test_the_confusion_matrix_shows_every_count(scene: Scene) -> None:
     assert np.array_equal(shown, kept)
 
 
-def test_the_sizes_show_ap_and_number_of_boxes(scene: Scene) -> None:
+def test_the_size_plot_shows_ap_and_number_of_boxes(scene: Scene) -> None:
     data, records = scene
     coco = compute_coco_metrics(data, records)
     bars, table = size_figure(data, coco).axes

@@ -1,4 +1,4 @@
-"""Precision, recall, F1, thresholds and confusions equal the definition, written as loops."""
+"""Precision, recall, F1, thresholds and the confusion matrix equal the definition, written as loops."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def slow_iou(detection: np.ndarray, truth_xywh: np.ndarray, crowd: bool) -> floa
 def slow_match(
     data: CocoData, records: DetectionRecords, rows: list[int], by_class: bool
 ) -> dict[int, int | str | None]:
-    """For each detection of `rows` its box, None, or "crowd"."""
+    """Return for each detection of `rows` its box, None, or "crowd"."""
     outcome: dict[int, int | str | None] = {}
     for image in range(len(data)):
         taken = set()
@@ -59,7 +59,7 @@ def slow_match(
 
 
 def considered(records: DetectionRecords) -> list[int]:
-    """The hundred best of each image and class."""
+    """Return the hundred best detections of each image and class."""
     rows = []
     for image in set(records.image_rows.tolist()):
         for label in set(records.labels.tolist()):
@@ -79,7 +79,7 @@ def slow_counts(
 
 
 def slow_best_threshold(data: CocoData, records: DetectionRecords, label: int) -> float:
-    """Tries the scores of all detections that are not in a crowd, each from the beginning."""
+    """Try the score of each detection outside a crowd, with a new calculation each time."""
     rows = [row for row in considered(records) if records.labels[row] == label]
     outcomes = slow_match(data, records, rows, by_class=True)
     best, best_f1 = 0.0, -1.0
@@ -111,7 +111,7 @@ def slow_confusion(data: CocoData, records: DetectionRecords, thresholds: dict[i
 
 
 @pytest.mark.parametrize("score_threshold", ["auto", 0.5])
-def test_counts_thresholds_and_confusions_follow_the_definition(
+def test_counts_thresholds_and_confusion_matrix_follow_the_definition(
     scene: Scene, score_threshold: float | str
 ) -> None:
     data, records = scene
@@ -130,20 +130,20 @@ def test_counts_thresholds_and_confusions_follow_the_definition(
     assert points.confusion[:3].sum() == (~data.iscrowd & (data.box_classes < 3)).sum()  # each box once
 
 
-def test_the_curve_says_what_holds_at_each_of_its_thresholds(scene: Scene) -> None:
+def test_the_curve_gives_the_metrics_at_each_threshold(scene: Scene) -> None:
     data, records = scene
     for label, point in enumerate(operating_points(data, records, "auto").classes[:3]):
         curve = point.curve
         assert (np.diff(curve.thresholds) < 0).all()
-        figures = zip(curve.thresholds, curve.precision, curve.recall, curve.f1, strict=True)
-        for threshold, precision, recall, f1 in list(figures)[::9]:
+        numbers = zip(curve.thresholds, curve.precision, curve.recall, curve.f1, strict=True)
+        for threshold, precision, recall, f1 in list(numbers)[::9]:
             tp, fp, fn = slow_counts(data, records, label, threshold)
             # One division each, of the same whole numbers.
             assert (precision, recall) == (tp / (tp + fp), tp / (tp + fn))
             assert f1 == 2 * tp / (2 * tp + fp + fn)
 
 
-def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Scene) -> None:
+def test_detections_match_the_same_boxes_as_in_pycocotools(scene: Scene) -> None:
     data, records = scene
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
@@ -169,7 +169,7 @@ def test_detections_find_the_boxes_that_pycocotools_matches_them_with(scene: Sce
     assert np.array_equal(np.where(crowds[found], -2, found), np.where(crowds[expected], -2, expected)[order])
 
 
-def test_many_pairs_are_worked_off_in_parts(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_pairs_are_processed_in_chunks(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     data, records = scene
     at_once = operating_points(data, records, "auto")
     monkeypatch.setattr("detr_dist.evaluation.matching.PAIRS_AT_ONCE", 7)
@@ -182,7 +182,7 @@ BOX, ELSEWHERE = (10, 10, 20, 20), (200, 200, 220, 220)
 ON_BOX = (10, 10, 30, 30)
 
 
-def test_of_equally_good_thresholds_the_highest_is_taken(new_scene) -> None:
+def test_the_highest_of_equally_good_thresholds_is_chosen(new_scene) -> None:
     boxes = [(0, 0, BOX, False), (0, 0, (100, 100, 20, 20), False)]
     # F1 is 2 / 3 at 0.9 and, after two detections that find nothing and one that does, again at 0.6.
     detections = [(0, 0, 0.9, ON_BOX), (0, 0, 0.8, ELSEWHERE), (0, 0, 0.7, ELSEWHERE)]
@@ -192,7 +192,7 @@ def test_of_equally_good_thresholds_the_highest_is_taken(new_scene) -> None:
     assert point.threshold == np.float32(0.9)
 
 
-def test_several_detections_in_a_crowd_count_neither_way(new_scene) -> None:
+def test_several_detections_in_a_crowd_are_ignored(new_scene) -> None:
     boxes = [(0, 0, BOX, False), (0, 0, (100, 100, 200, 200), True)]
     detections = [(0, 0, 0.9, (110, 110, 130, 130)), (0, 0, 0.8, (150, 150, 170, 170)), (0, 0, 0.7, ON_BOX)]
     points = operating_points(*new_scene(1, ["player"], boxes, detections), 0.5)
@@ -213,7 +213,7 @@ def test_without_detections_all_metrics_are_zero_and_no_threshold_is_best(new_sc
     assert operating_points(*scene, 0.5).confusion.tolist() == [[0, 0, 1], [0, 0, 0], [0, 0, 0]]
 
 
-def test_a_class_without_a_box_counts_nowhere(new_scene) -> None:
+def test_a_class_without_boxes_is_ignored(new_scene) -> None:
     detections = [(0, 0, 0.9, ON_BOX), (0, 1, 0.9, ELSEWHERE), (0, 1, 0.8, ON_BOX)]
     points = operating_points(*new_scene(1, ["player", "ball"], [(0, 0, BOX, False)], detections), 0.5)
     assert points.overall.precision == 1
@@ -223,7 +223,7 @@ def test_a_class_without_a_box_counts_nowhere(new_scene) -> None:
     assert nothing.metrics(["player", "ball"]) == {}
 
 
-def test_overall_figures_count_every_box_once(scene: Scene) -> None:
+def test_overall_metrics_count_every_box_once(scene: Scene) -> None:
     points = operating_points(*scene, "auto")
     metrics = points.metrics(["a", "b", "c", "d", "e"])
     counts = [point.counts for point in points.classes[:3]]
@@ -233,7 +233,7 @@ def test_overall_figures_count_every_box_once(scene: Scene) -> None:
 
 
 def rows_under(heading: str) -> Iterator[list[str]]:
-    """The cells of the table under a heading of the document, without its header."""
+    """Return the cells of the table under a heading of the document, without its header."""
     text = DOCUMENT.read_text().partition(f"### {heading}\n")[2]
     table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
     assert table is not None, heading
@@ -241,7 +241,7 @@ def rows_under(heading: str) -> Iterator[list[str]]:
         yield [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_documents_example_is_right(new_scene) -> None:
+def test_the_documented_example_is_correct(new_scene) -> None:
     names = ["player", "ball"]
     boxes = [
         (int(image) - 1, names.index(name), tuple(map(float, xywh.split())), crowd == "yes")
@@ -255,15 +255,15 @@ def test_the_documents_example_is_right(new_scene) -> None:
     for name, point in zip(names, points.classes, strict=True):
         rows = [row for row in rows_under("Best thresholds") if row[0] == name]
         curve = point.curve
-        for row, *figures in zip(
+        for row, *numbers in zip(
             rows, curve.thresholds, curve.tp, curve.fp, curve.precision, curve.recall, curve.f1, strict=True
         ):
-            assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in figures]
-            assert ("**" in row[1]) == (figures[0] == point.threshold)
+            assert [float(cell.strip("*")) for cell in row[1:]] == [round(float(v), 2) for v in numbers]
+            assert ("**" in row[1]) == (numbers[0] == point.threshold)
     metrics = points.metrics(names)
     for name, *values in rows_under("Metrics"):
         prefix = "" if name == "all" else f"{name}_"
-        keys = [f"{prefix}{figure}" for figure in ("precision", "recall", "f1")]
+        keys = [f"{prefix}{metric}" for metric in ("precision", "recall", "f1")]
         assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name
     confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusion matrix")]
     assert points.confusion.tolist() == confusion

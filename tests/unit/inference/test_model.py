@@ -1,4 +1,4 @@
-"""A loaded model predicts on images in any form, and does not care what its training imported."""
+"""A loaded model predicts on every type of image, without the extensions of its training."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ SETTINGS = {"data": EDGES, "training": {"batch_size": 2}}
 
 @pytest.fixture
 def saved(tiny_detector: Callable, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a model; its training's configuration may be given."""
+    """Return a function that writes a model, with a configuration of its training."""
 
     def write(config: dict | None = None) -> Path:
         settings = Config.model_validate(SETTINGS)
@@ -52,7 +52,7 @@ def same(left: Detections, right: Detections) -> bool:
     )
 
 
-def test_an_image_gives_the_same_in_every_form(
+def test_every_image_type_gives_the_same_detections(
     model: TrainedModel, pixels: np.ndarray, tmp_path: Path
 ) -> None:
     Image.fromarray(pixels).save(tmp_path / "image.png")
@@ -79,9 +79,7 @@ def test_an_image_gives_the_same_in_every_form(
     assert same(model.predict(np.repeat(pixels[..., :1], 3, axis=2), threshold=0), grey)
 
 
-def test_a_list_gives_a_list_in_its_order_whatever_the_shapes(
-    model: TrainedModel, pixels: np.ndarray
-) -> None:
+def test_a_list_of_images_gives_detections_in_its_order(model: TrainedModel, pixels: np.ndarray) -> None:
     images = [pixels, pixels[:50], pixels[::-1], pixels[:, :60], pixels[:50, ::-1]]
     found = model.predict(iter(images), threshold=0)
     assert [each.boxes_xyxy_px.max() <= 90 for each in found] == [True] * 5
@@ -92,7 +90,7 @@ def test_a_list_gives_a_list_in_its_order_whatever_the_shapes(
     assert model.predict([]) == []
 
 
-def test_thresholds_are_those_of_the_model_unless_given(model: TrainedModel, pixels: np.ndarray) -> None:
+def test_thresholds_of_the_model_apply_unless_specified(model: TrainedModel, pixels: np.ndarray) -> None:
     everything = model.predict(pixels, threshold=0)
     least = np.array([0.2, 0.3])[everything.labels]
     assert model.predict(pixels).scores.tolist() == everything.scores[everything.scores >= least].tolist()
@@ -121,14 +119,16 @@ def test_thresholds_are_those_of_the_model_unless_given(model: TrainedModel, pix
     ],
     ids=range(9),  # an image's own text holds its address, which differs between test processes
 )
-def test_what_is_no_image_is_refused_in_one_line(model: TrainedModel, image: object, part: str) -> None:
+def test_a_value_that_is_no_image_is_refused_with_one_line(
+    model: TrainedModel, image: object, part: str
+) -> None:
     with pytest.raises(DetrDistError) as caught:
         model.predict(image)
     assert part in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_cannot_be_read_is_named(model: TrainedModel, pixels: np.ndarray, tmp_path: Path) -> None:
+def test_an_unreadable_file_is_named(model: TrainedModel, pixels: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "whole.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:700])
     for name in ("half.jpg", "none.jpg", ""):
@@ -136,7 +136,7 @@ def test_a_file_that_cannot_be_read_is_named(model: TrainedModel, pixels: np.nda
             model.predict([tmp_path / "whole.jpg", tmp_path / name])
 
 
-def test_predicting_changes_neither_the_model_nor_the_settings_of_torch(
+def test_prediction_changes_neither_the_model_nor_torch_settings(
     model: TrainedModel, pixels: np.ndarray
 ) -> None:
     before = torch.backends.cudnn.allow_tf32, model.network.config.to_json_string()
@@ -155,10 +155,10 @@ def test_a_drawing_is_a_copy_with_the_boxes(model: TrainedModel, pixels: np.ndar
     assert not np.array_equal(np.asarray(drawn), np.asarray(image.convert("RGB")))
 
 
-def test_what_training_imported_is_neither_needed_nor_imported(
+def test_extensions_of_the_training_are_not_imported(
     saved: Callable[..., Path], pixels: np.ndarray, tmp_path: Path
 ) -> None:
-    """Names that are registered in training alone; a file that must not be executed."""
+    """Use names that only the training registers, and a file that must not be executed."""
     (tmp_path / "mine.py").write_text("raise SystemExit('was imported')")
     training = {"batch_size": 2, "callbacks": ["gone.Callback"], "extensions": [str(tmp_path / "mine.py")]}
     for extensions in ({}, {"extensions": []}):
@@ -175,7 +175,7 @@ def test_what_training_imported_is_neither_needed_nor_imported(
         folder.rmdir()
 
 
-def test_a_family_that_is_not_registered_is_one_line(saved: Callable[..., Path]) -> None:
+def test_an_unregistered_family_fails_with_one_line(saved: Callable[..., Path]) -> None:
     folder = saved({"model": {"model_architecture": "mine"}, "training": {"extensions": ["my.families"]}})
     with pytest.raises(UsageError, match=r"'mine', which is not registered; import .* \(.*my\.families\) or"):
         load_model(folder)
@@ -189,7 +189,7 @@ def test_extensions_among_the_overrides_are_imported(
     assert (tmp_path / "seen").exists()
 
 
-def test_the_metadata_of_a_model_come_with_it(saved: Callable[..., Path]) -> None:
+def test_a_loaded_model_has_its_metadata(saved: Callable[..., Path]) -> None:
     folder = saved()
     written = yaml.safe_load((folder / "MLmodel").read_text())["metadata"]
     model = load_model(str(folder))

@@ -1,4 +1,4 @@
-"""Every member of the family as ONNX: the same predictions as torch at any number and size of images."""
+"""Every family as ONNX: the predictions of torch at any number and size of images."""
 
 import importlib.util
 from collections.abc import Callable
@@ -21,7 +21,7 @@ VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
 
 @pytest.fixture
 def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
-    """Builds the library's own; options of its configuration may follow."""
+    """Return a function that builds a network of the library; it accepts options of its configuration."""
 
     def build(architecture: str, **overrides: object) -> PreTrainedModel:
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -31,9 +31,7 @@ def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_onnxruntime_predicts_as_torch_does_at_untraced_sizes(
-    tiny_network, variant: str, tmp_path: Path
-) -> None:
+def test_onnxruntime_equals_torch_at_untraced_sizes(tiny_network, variant: str, tmp_path: Path) -> None:
     architecture, overrides = VARIANTS[variant]
     network = tiny_network(architecture, **overrides)
     assert write_onnx(network, tmp_path / "model.onnx") < 1e-5
@@ -61,14 +59,14 @@ def test_a_trace_that_fixes_the_image_size_is_refused_by_the_comparison(
         write_onnx(tiny_network("deformable_detr"), tmp_path / "model.onnx")
 
 
-def test_a_network_whose_outputs_are_not_numbers_is_refused(tiny_network, tmp_path: Path) -> None:
+def test_a_network_with_non_finite_outputs_is_refused(tiny_network, tmp_path: Path) -> None:
     network = tiny_network("detr")
     torch.nn.init.constant_(network.class_labels_classifier.bias, float("nan"))
     with pytest.raises(DetrDistError, match="logits of this detr differ from torch's by nan"):
         write_onnx(network, tmp_path / "model.onnx")
 
 
-def test_a_network_that_cannot_be_traced_is_one_line(
+def test_a_network_that_cannot_be_traced_fails_with_one_line(
     tiny_network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = tiny_network("detr")

@@ -12,13 +12,13 @@ from detr_dist.models.detector import Detector
 
 @pytest.fixture
 def detector(tiny_detector) -> Detector:
-    """One whose decoder layers share their heads."""
+    """Return a detector whose decoder layers share their heads."""
     return tiny_detector("deformable_detr").train()
 
 
 @torch.no_grad()
 def train(detector: Detector, step: int) -> None:
-    """Moves every weight and the statistics of batch norm, as an optimizer step would."""
+    """Change every weight and the batch norm statistics, as an optimizer step does."""
     generator = torch.Generator().manual_seed(step)
     for parameter in detector.parameters():
         parameter += torch.randn(parameter.shape, generator=generator)
@@ -40,7 +40,7 @@ def copied(detector: Detector) -> dict[str, Tensor]:
     return copy.deepcopy(floats(detector))
 
 
-def test_without_a_decay_it_is_the_trained_detector_itself(detector: Detector) -> None:
+def test_without_a_decay_the_average_is_the_trained_detector_itself(detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.0)
     assert average.detector is detector
     train(detector, 0)
@@ -70,7 +70,7 @@ def test_each_update_weights_the_new_value_by_warm_up_and_decay(detector: Detect
         torch.testing.assert_close(floats(average.detector), floats(detector), rtol=1e-5, atol=1e-5)
 
 
-def test_a_resumed_average_goes_on_at_its_step_without_a_new_warm_up(detector: Detector) -> None:
+def test_a_resumed_average_continues_at_its_step_without_a_new_warm_up(detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.9)
     before = copied(detector)
     train(detector, 0)
@@ -80,7 +80,7 @@ def test_a_resumed_average_goes_on_at_its_step_without_a_new_warm_up(detector: D
     torch.testing.assert_close(floats(average.detector)[name], expected)
 
 
-def test_weights_that_layers_share_are_averaged_once_and_stay_shared(detector: Detector) -> None:
+def test_shared_weights_are_averaged_once_and_stay_shared(detector: Detector) -> None:
     heads = [f"network.class_embed.{layer}.weight" for layer in range(3)]
     assert len({floats(detector)[name].data_ptr() for name in heads}) == 1  # or this test shows nothing
     average = WeightAverage(detector, decay=0.9)
@@ -95,7 +95,7 @@ def test_weights_that_layers_share_are_averaged_once_and_stay_shared(detector: D
     assert len({floats(average.detector)[name].data_ptr() for name in heads}) == 1
 
 
-def test_counters_are_the_trained_detectors(detector: Detector) -> None:
+def test_counters_are_copied_from_the_trained_detector(detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.9)
     for step in range(3):
         train(detector, step)
@@ -106,9 +106,7 @@ def test_counters_are_the_trained_detectors(detector: Detector) -> None:
 
 
 @pytest.mark.parametrize("which", ["trained", "averaged"])
-def test_buffers_that_a_move_replaces_before_the_first_update_are_followed(
-    which: str, detector: Detector
-) -> None:
+def test_buffers_replaced_by_a_move_before_the_first_update_are_used(which: str, detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.9)
     moved = detector if which == "trained" else average.detector
     before = copied(detector)
@@ -125,7 +123,7 @@ def test_buffers_that_a_move_replaces_before_the_first_update_are_followed(
         assert not torch.equal(floats(average.detector)[name], before[name])
 
 
-def test_training_and_its_gradients_do_not_touch_the_average(detector: Detector) -> None:
+def test_training_does_not_change_the_average(detector: Detector) -> None:
     average = WeightAverage(detector, decay=0.9)
     before = copied(average.detector)
     train(detector, 0)

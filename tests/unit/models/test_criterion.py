@@ -40,7 +40,7 @@ def reweighted(kind: ClassKind, **weights: float) -> LossSettings:
 
 @dataclass
 class Problem:
-    """Predictions that collect gradients, and what they are compared with."""
+    """Predictions that collect gradients, and their targets."""
 
     logits: Tensor
     boxes: Tensor
@@ -58,7 +58,7 @@ class Problem:
         return criterion(outputs, self.labels, self.boxes_cxcywh, self.num_boxes, counts or self.counts)
 
     def fresh(self) -> "Problem":
-        """The same problem with gradients of its own."""
+        """Return the same problem with its own gradients."""
         logits, boxes = (value.detach().clone().requires_grad_() for value in (self.logits, self.boxes))
         return replace(self, logits=logits, boxes=boxes)
 
@@ -73,15 +73,15 @@ def problem(kind: ClassKind, num_boxes: list[int], seed: int = 0) -> Problem:
     return Problem(logits.requires_grad_(), boxes.requires_grad_(), labels, boxes_cxcywh, num_boxes)
 
 
-def images(whole: Problem, first: int, last: int) -> Problem:
-    """The micro-batch of images `first` to `last` - 1, which hands its gradients on to the whole batch."""
-    start, stop = sum(whole.num_boxes[:first]), sum(whole.num_boxes[:last])
+def images(batch: Problem, first: int, last: int) -> Problem:
+    """Return the micro-batch of images `first` to `last` - 1, which passes its gradients to the batch."""
+    start, stop = sum(batch.num_boxes[:first]), sum(batch.num_boxes[:last])
     return Problem(
-        whole.logits[:, first:last],
-        whole.boxes[:, first:last],
-        whole.labels[start:stop],
-        whole.boxes_cxcywh[start:stop],
-        whole.num_boxes[first:last],
+        batch.logits[:, first:last],
+        batch.boxes[:, first:last],
+        batch.labels[start:stop],
+        batch.boxes_cxcywh[start:stop],
+        batch.num_boxes[first:last],
     )
 
 
@@ -118,16 +118,14 @@ def grads(given: Problem) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-6) -> None:
-    """Equal to `tolerance` of the largest value: float32 sums of a few hundred terms in another order."""
+    """Compare to `tolerance` of the largest value: float32 sums of a few hundred terms in another order."""
     largest = expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_boxes", [MIXED, [20] * 4, [0, 0, 3], [1], [0, 0], [NUM_QUERIES, 2]])
-def test_losses_and_gradients_equal_the_librarys_in_one_process(
-    kind: ClassKind, num_boxes: list[int]
-) -> None:
+def test_losses_and_gradients_equal_those_of_transformers(kind: ClassKind, num_boxes: list[int]) -> None:
     for seed in range(3):
         ours = problem(kind, num_boxes, seed)
         library = ours.fresh()
@@ -145,7 +143,7 @@ def test_losses_and_gradients_equal_the_librarys_in_one_process(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKind) -> None:
+def test_every_setting_has_the_same_effect_as_in_transformers(kind: ClassKind) -> None:
     unusual = LossSettings(
         kind=kind,
         cost_class=3.0,
@@ -161,7 +159,7 @@ def test_every_setting_reaches_the_loss_as_it_does_in_the_library(kind: ClassKin
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> None:
+def test_the_class_weight_multiplies_only_the_class_loss(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     once, thrice = settings(kind), reweighted(kind, ce=3.0)
     no_ce = reweighted(kind, ce=0.0)
@@ -173,26 +171,22 @@ def test_the_class_weight_multiplies_the_class_loss_alone(kind: ClassKind) -> No
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cuts", [[3], [1, 2, 4], [1, 2, 3, 4, 5]])
-def test_shares_of_micro_batches_sum_to_the_loss_of_the_whole_batch(kind: ClassKind, cuts: list[int]) -> None:
-    whole = problem(kind, MIXED)
-    split = whole.fresh()
-    expected = whole.loss(settings(kind))
+def test_micro_batch_losses_sum_to_the_loss_of_the_batch(kind: ClassKind, cuts: list[int]) -> None:
+    batch = problem(kind, MIXED)
+    split = batch.fresh()
+    expected = batch.loss(settings(kind))
     expected.total.backward()
     edges = [0, *cuts, len(MIXED)]
-    shares = []
+    parts = []
     for first, last in pairwise(edges):
-        share = images(split, first, last).loss(settings(kind), whole.counts)
-        share.total.backward()
-        shares.append(share)
-    assert_same(torch.stack([share.total.detach() for share in shares]).sum(), expected.total.detach())
-    assert_same(torch.stack([share.logged["loss_ce"] for share in shares]).sum(), expected.logged["loss_ce"])
-    assert_same(
-        torch.stack([share.logged["loss_bbox"] for share in shares]).sum(), expected.logged["loss_bbox"]
-    )
-    assert_same(
-        torch.stack([share.logged["loss_giou"] for share in shares]).sum(), expected.logged["loss_giou"]
-    )
-    for found, wanted in zip(grads(split), grads(whole), strict=True):
+        part = images(split, first, last).loss(settings(kind), batch.counts)
+        part.total.backward()
+        parts.append(part)
+    assert_same(torch.stack([part.total.detach() for part in parts]).sum(), expected.total.detach())
+    assert_same(torch.stack([part.logged["loss_ce"] for part in parts]).sum(), expected.logged["loss_ce"])
+    assert_same(torch.stack([part.logged["loss_bbox"] for part in parts]).sum(), expected.logged["loss_bbox"])
+    assert_same(torch.stack([part.logged["loss_giou"] for part in parts]).sum(), expected.logged["loss_giou"])
+    for found, wanted in zip(grads(split), grads(batch), strict=True):
         assert_same(found, wanted)
 
 
@@ -233,9 +227,7 @@ def test_decoder_layers_do_not_influence_each_other(kind: ClassKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["logits", "boxes"])
 @pytest.mark.parametrize("num_boxes", [MIXED, [0] * 6])
-def test_predictions_that_are_not_finite_are_reported(
-    kind: ClassKind, where: str, num_boxes: list[int]
-) -> None:
+def test_non_finite_predictions_are_reported(kind: ClassKind, where: str, num_boxes: list[int]) -> None:
     given = problem(kind, num_boxes)
     with torch.no_grad():
         getattr(given, where)[1, 4, 3, 0] = float("nan")  # image 4 has no box
@@ -243,7 +235,7 @@ def test_predictions_that_are_not_finite_are_reported(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_under_autocast_the_maths_is_that_of_float32(kind: ClassKind) -> None:
+def test_losses_are_computed_in_float32_under_autocast(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     half = replace(
         given, logits=given.logits.detach().bfloat16(), boxes=given.boxes.detach().bfloat16()
@@ -286,7 +278,7 @@ def test_a_box_without_extent_keeps_loss_and_gradients_finite(kind: ClassKind) -
 
 
 class HostReads(TorchDispatchMode):
-    """Names of the operations that make the host wait for a value on the device."""
+    """Records the operations that make the host wait for a value on the device."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "unique")
 
@@ -302,7 +294,7 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None:
+def test_the_host_reads_no_scalar_from_the_device(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     with HostReads() as reads:
         given.loss(settings(kind)).total.backward()
@@ -313,7 +305,7 @@ def test_the_host_reads_no_single_value_from_the_device(kind: ClassKind) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_that_disagree_are_refused(kind: ClassKind) -> None:
+def test_mismatched_shapes_are_refused(kind: ClassKind) -> None:
     given = problem(kind, MIXED)
     with pytest.raises(ValueError, match="class columns"):
         given.loss(replace(settings(kind), num_classes=NUM_CLASSES + 1))
@@ -332,34 +324,34 @@ def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
 
 
 def center_distance(matched: Matched) -> Tensor:
-    """As a user writes it."""
+    """Return the distance of box centres, as a term that a user writes."""
     difference = matched.boxes_cxcywh[..., :2] - matched.target_boxes_cxcywh[..., :2]
     return difference.norm(dim=-1).sum(1) / matched.counts.num_boxes_or_one
 
 
 @pytest.fixture
 def own_term(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Matched], Any]], None]:
-    """Registers a term `own` for the test."""
+    """Return a function that registers a term `own` for the test."""
     return lambda term: monkeypatch.setitem(LOSSES._objects, "own", term)
 
 
 @pytest.mark.parametrize("cuts", [[0, 6], [0, 1, 2, 6]], ids=["at once", "in three micro-batches"])
-def test_a_term_of_ones_own_is_weighted_and_logged_and_sums_over_micro_batches(own_term, cuts) -> None:
+def test_a_custom_term_is_weighted_logged_and_summed_over_micro_batches(own_term, cuts) -> None:
     own_term(center_distance)
-    whole = problem("softmax", MIXED)
-    plain = whole.loss(settings("softmax"))
+    batch = problem("softmax", MIXED)
+    plain = batch.loss(settings("softmax"))
     parts = [
-        images(whole, *span).loss(reweighted("softmax", own=0.5), whole.counts) for span in pairwise(cuts)
+        images(batch, *span).loss(reweighted("softmax", own=0.5), batch.counts) for span in pairwise(cuts)
     ]
     summed = {name: sum(part.logged[name] for part in parts) for name in parts[0].logged}
     assert list(summed) == ["loss", "loss_ce", "loss_bbox", "loss_giou", "loss_own"]
-    found = match_of(whole)
+    found = match_of(batch)
     assert_same(summed["loss_own"], center_distance(found)[-1])
     assert_same(summed["loss"], plain.total.detach() + 0.5 * center_distance(found).sum())
 
 
 def match_of(given: Problem) -> Matched:
-    """What the criterion hands to each term."""
+    """Return the matches that the criterion passes to each term."""
     seen: list[Matched] = []
 
     def look(matched: Matched) -> Tensor:
@@ -372,7 +364,7 @@ def match_of(given: Problem) -> Matched:
     return seen[0]
 
 
-def test_a_term_without_weight_is_not_computed_and_one_without_boxes_is_zero(own_term) -> None:
+def test_a_term_needs_a_weight_and_is_zero_without_boxes(own_term) -> None:
     own_term(center_distance)
     assert "own" not in reweighted("softmax", own=0.0).weights
     empty = problem("softmax", [0, 0]).loss(reweighted("softmax", own=1.0))
@@ -385,13 +377,13 @@ def test_a_term_without_weight_is_not_computed_and_one_without_boxes_is_zero(own
     [(lambda matched: matched.logits.mean(), r"\(\)"), (lambda matched: 0.5, "float")],
     ids=["one number for all layers", "no tensor"],
 )
-def test_a_term_that_returns_something_else_is_one_clear_line(own_term, term, returned: str) -> None:
+def test_a_term_with_a_wrong_return_value_fails_with_one_line(own_term, term, returned: str) -> None:
     own_term(term)
     with pytest.raises(UsageError, match=rf"^loss\.weights\.own: .*\({NUM_LAYERS},\).*returned {returned}$"):
         problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
 
 
-def test_where_predictions_are_not_finite_the_term_that_was_not_before_is_named(own_term) -> None:
+def test_a_term_that_was_not_finite_before_the_predictions_is_named(own_term) -> None:
     own_term(lambda matched: (center_distance(matched) * 0).log() - float("inf"))
     criterion = SetCriterion(reweighted("softmax", own=1.0))
     for predictions, expected in ((problem("softmax", [2]), ()), (problem("softmax", [0]), ("own",))):

@@ -1,4 +1,4 @@
-"""A family, a loss term and a backbone of the user's own work like those of the package."""
+"""A family, a loss term and a backbone of the user work like those of the package."""
 
 import dataclasses
 import json
@@ -31,18 +31,18 @@ TABLE = Family(
 
 @pytest.fixture(autouse=True)
 def registered_again() -> Iterator[None]:
-    """The families as they were before the test."""
+    """Restore the families after the test."""
     objects, origins = dict(FAMILIES._objects), dict(FAMILIES._origins)
     yield
     FAMILIES._objects, FAMILIES._origins = objects, origins
 
 
 def forget(name: str) -> None:
-    """As in a process that has not imported the module."""
+    """Unregister a family, as in a process that has not imported its module."""
     del FAMILIES._objects[name]
 
 
-def test_a_family_of_ones_own_learns_and_predicts_the_same_once_it_is_saved(
+def test_a_custom_family_learns_and_predicts_the_same_when_reloaded(
     tiny_detector, two_images, tmp_path: Path
 ) -> None:
     detr_dist.register_family(TABLE)
@@ -77,7 +77,7 @@ def test_a_variant_with_the_same_network_keeps_its_own_recipe(tiny_detector, tmp
         load_network("it", str(tmp_path / "heavy"))
 
 
-def test_predictions_become_rows_as_the_family_says(tiny_detector, two_images) -> None:
+def test_a_family_defines_how_predictions_become_detections(tiny_detector, two_images) -> None:
     def last_layer_twice(*, logits: torch.Tensor, pred_boxes: torch.Tensor, **_: object) -> dict:
         return {"pred_logits": torch.stack((logits, logits)), "pred_boxes": torch.stack(2 * (pred_boxes,))}
 
@@ -107,7 +107,7 @@ def test_a_name_belongs_to_the_module_that_registered_it_first() -> None:
         detr_dist.register_family(dataclasses.replace(TABLE, name="detr"))
 
 
-def test_a_family_that_no_extension_has_registered_is_one_clear_line(tiny_detector, tmp_path: Path) -> None:
+def test_an_unregistered_family_fails_with_one_line(tiny_detector, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no family 'yours'; known are detr, .*training\.extensions"):
         tiny_detector("yours")
     assert num_queries_of(ModelConfig(model_architecture="yours")) is None
@@ -119,7 +119,7 @@ def test_a_family_that_no_extension_has_registered_is_one_clear_line(tiny_detect
         tiny_detector(f"{tmp_path}/unregistered_family.py:MINE")
 
 
-def test_a_backbone_that_is_registered_with_timm_is_built_saved_and_loaded(
+def test_a_backbone_registered_with_timm_is_built_saved_and_loaded(
     tiny_detector, two_images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def pitch_net(pretrained: bool = False, **options: object) -> torch.nn.Module:

@@ -15,9 +15,11 @@ from detr_dist.models.criterion import SetCriterion, StepCounts
 
 
 class Questions(TorchDispatchMode):
-    """Notes the operations for which a GPU would let the host wait: those whose outcome Python needs to
-    continue, whose shape depends on values, or whose tensors are on two devices. The last ones show only on a
-    GPU, real or fake."""
+    """Records the operations for which a GPU would let the host wait.
+
+    Those are operations whose result Python needs to continue, whose shape depends on values, or whose
+    tensors are on two devices. The last ones show only on a GPU, real or fake.
+    """
 
     WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2")
 
@@ -39,15 +41,18 @@ class Questions(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to transformers 5.17 each layer of Conditional DETR's decoder draws whether it is left out, whatever
-    the probability. The number is the host's, so that nothing waits, which does not show where all is."""
+    """Disable random layer drop in the decoder of Conditional DETR.
+
+    Up to transformers 5.17 each layer draws a random number, whatever the probability. It is on the host, so
+    nothing waits for it, but with all tensors on one device that does not show.
+    """
     rand = torch.rand
     monkeypatch.setattr(torch, "rand", lambda *size, **how: 1.0 if size == ([],) else rand(*size, **how))
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_a_step_asks_the_device_nothing(
+def test_a_step_reads_nothing_from_the_device(
     tiny_detector, two_images, architecture: str, is_padded: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
@@ -92,7 +97,7 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     assert questions.asked == (["_to_copy"] if architecture == "deformable_detr" else [])
 
 
-def test_a_question_to_the_device_is_noticed(on_fake_gpu) -> None:
+def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
     with Questions() as questions:
         bool(torch.ones(3).isfinite().all())
         torch.ones(3)[torch.tensor([True, False, True])]

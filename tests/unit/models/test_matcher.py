@@ -29,12 +29,12 @@ def targets(num_boxes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def pairs_of(matches: Matches) -> set[tuple[int, int, int, int]]:
-    """Layer, image, query, target of every pair."""
+    """Return layer, image, query and target of every pair."""
     return set(zip(*(index.flatten().tolist() for index in matches[:4]), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_image_gets_the_lesser_of_queries_and_targets_as_pairs(kind: ClassKind) -> None:
+def test_every_image_gets_as_many_pairs_as_queries_or_targets_allow(kind: ClassKind) -> None:
     num_boxes, num_queries = [4, 0, 10, 1, 13], 10
     matches = match(*predictions(kind, 5, num_queries), *targets(num_boxes), num_boxes, weights=weights(kind))
     first_target = [0, 4, 4, 14, 15]
@@ -48,7 +48,7 @@ def test_every_image_gets_the_lesser_of_queries_and_targets_as_pairs(kind: Class
 
 
 def slow_cost(kind: ClassKind, logits: Tensor, box: Tensor, label: int, target_box: Tensor) -> float:
-    """The published cost of one query with one target, in float64."""
+    """Return the published cost of one query with one target, in float64."""
     logits, box, target_box = logits.double(), box.double(), target_box.double()
     if kind == "softmax":
         class_cost = -logits.softmax(-1)[label]
@@ -86,7 +86,7 @@ def test_no_other_assignment_costs_less(kind: ClassKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_in_a_batch_match_as_they_do_alone(kind: ClassKind) -> None:
+def test_matches_do_not_depend_on_the_rest_of_the_batch(kind: ClassKind) -> None:
     num_boxes = [4, 0, 7, 1]
     pred_logits, pred_boxes = predictions(kind, 4, 12)
     labels, boxes = targets(num_boxes)
@@ -129,7 +129,7 @@ def test_an_exact_prediction_is_preferred() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("where", ["logits", "boxes"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_prediction_that_is_not_finite_is_reported(kind: ClassKind, where: str, value: float) -> None:
+def test_a_non_finite_prediction_is_reported(kind: ClassKind, where: str, value: float) -> None:
     pred_logits, pred_boxes = predictions(kind, 2, 10)
     (pred_logits if where == "logits" else pred_boxes)[1, 0, 3] = value
     labels, boxes = targets([9, 0])
@@ -149,7 +149,7 @@ def test_a_prediction_without_a_cost_is_matched_last(kind: ClassKind, where: str
 
 
 @pytest.mark.parametrize("where", ["logits", "boxes"])
-def test_what_is_not_finite_is_reported_even_where_no_image_has_a_box(where: str) -> None:
+def test_non_finite_predictions_are_reported_even_without_boxes(where: str) -> None:
     pred_logits, pred_boxes = predictions("softmax", 2, 10)
     labels, boxes = targets([0, 0])
     assert match(pred_logits, pred_boxes, labels, boxes, [0, 0], weights=weights("softmax")).finite
@@ -159,7 +159,7 @@ def test_what_is_not_finite_is_reported_even_where_no_image_has_a_box(where: str
     assert matches.query.shape == (NUM_LAYERS, 0)
 
 
-def test_nothing_finite_at_all_still_gives_an_assignment() -> None:
+def test_an_assignment_is_made_even_if_all_predictions_are_non_finite() -> None:
     pred_logits, pred_boxes = predictions("sigmoid", 2, 10)
     labels, boxes = targets([4, 2])
     nothing = torch.full_like(pred_boxes, float("nan"))

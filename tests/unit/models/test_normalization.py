@@ -20,7 +20,7 @@ HALVES = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.25, 0.5]}
 
 @pytest.fixture
 def published(tiny_detector, tmp_path: Path) -> Path:
-    """A detector as transformers alone would have saved it, whose pixels are not normalized as ImageNet's."""
+    """Save a detector with transformers alone, without ImageNet's normalization."""
     folder = tmp_path / "published"
     plain_network(tiny_detector("detr")).save_pretrained(folder)
     DetrImageProcessor(**HALVES).save_pretrained(folder)
@@ -31,9 +31,7 @@ def constants(detector: Detector) -> tuple[list[float], list[float]]:
     return (detector.mean.flatten() / 255).tolist(), (detector.std.flatten() / 255).tolist()
 
 
-def test_fine_tuned_checkpoints_and_models_keep_the_first_normalization(
-    published: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_keeps_the_normalization_of_the_first_weights(published: Path, tmp_path: Path) -> None:
     expected = (HALVES["image_mean"], HALVES["image_std"])
     tuned = build_detector(ModelConfig(pretrained=str(published)), CLASS_NAMES)
     assert constants(tuned) == expected
@@ -56,14 +54,14 @@ def test_fine_tuned_checkpoints_and_models_keep_the_first_normalization(
     assert constants(opened.detector(opened.settings([]), torch.device("cpu"))) == expected
 
 
-def test_without_an_image_processor_pixels_are_normalized_as_imagenets(published: Path) -> None:
+def test_without_an_image_processor_imagenet_normalization_is_used(published: Path) -> None:
     (published / "preprocessor_config.json").unlink()
     tuned = build_detector(ModelConfig(pretrained=str(published)), CLASS_NAMES)
     assert torch.tensor(constants(tuned)).allclose(torch.tensor([IMAGENET.mean, IMAGENET.std]))
     assert not hasattr(tuned.plain_config, "pixel_normalization")
 
 
-def test_an_image_processor_that_cannot_be_read_is_an_error(published: Path) -> None:
+def test_an_unreadable_image_processor_is_an_error(published: Path) -> None:
     (published / "preprocessor_config.json").write_text("{")
     with pytest.raises(UsageError, match=r"pretrained model .*published cannot be loaded"):
         build_detector(ModelConfig(pretrained=str(published)), CLASS_NAMES)

@@ -26,7 +26,7 @@ from detr_dist.models.optimizations import (
 
 
 def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True) -> dict[str, Tensor]:
-    """Predictions, and the gradients of all parameters."""
+    """Return predictions, and the gradients of all parameters."""
     generator = torch.Generator().manual_seed(height)
     images = torch.randint(0, 255, (2, 3, height, width), dtype=torch.uint8, generator=generator)
     sizes_hw = torch.tensor([[height, width], [height - 9 * is_padded, width]])
@@ -41,7 +41,7 @@ def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True
 @pytest.mark.parametrize(
     ("architecture", "frugal"), [("detr", False), ("detr", True), ("deformable_detr", False)]
 )
-def test_compiled_code_learns_the_same_without_graph_breaks_at_any_size(
+def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     tiny_detector, architecture: str, frugal: bool
 ) -> None:
     plain = tiny_detector(architecture, dropout=0.0, num_decoder_layers=2).train()
@@ -67,7 +67,7 @@ def refuse(graph: object, inputs: object) -> NoReturn:
     raise AssertionError("this was to be compiled")
 
 
-def test_ddp_does_not_cut_what_is_compiled(tiny_detector) -> None:
+def test_ddp_does_not_split_compiled_graphs(tiny_detector) -> None:
     plain = tiny_detector("detr", dropout=0.0, hidden_dim=256, num_decoder_layers=1)
     in_ddp, compiled = copy.deepcopy(plain), []
 
@@ -89,7 +89,7 @@ def test_ddp_does_not_cut_what_is_compiled(tiny_detector) -> None:
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_without_a_compiler_one_line_says_so(
+def test_a_missing_compiler_is_reported_in_one_line(
     device_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     cpp_compiler_search.cache_clear()
@@ -111,7 +111,7 @@ def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_activations_that_are_computed_again_are_the_same(tiny_detector, architecture: str) -> None:
+def test_recomputed_activations_are_the_same(tiny_detector, architecture: str) -> None:
     plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
     frugal = copy.deepcopy(plain)
     recompute_activations(frugal.network)
@@ -126,7 +126,7 @@ def test_activations_that_are_computed_again_are_the_same(tiny_detector, archite
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_batch_norm_that_learns_takes_in_each_batch_once(tiny_detector, freeze: bool) -> None:
+def test_trained_batch_norm_counts_each_batch_once(tiny_detector, freeze: bool) -> None:
     plain = tiny_detector("detr", backbone="resnet18", freeze_batch_norm=freeze).train()
     frugal = copy.deepcopy(plain)
     recompute_activations(frugal.network)
@@ -136,16 +136,16 @@ def test_batch_norm_that_learns_takes_in_each_batch_once(tiny_detector, freeze: 
         assert torch.equal(frugal.get_buffer(name), buffer), name
 
 
-@pytest.mark.parametrize(("freeze", "share"), [(True, 0.7), (False, 0.99)])
-def test_less_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, share: float) -> None:
+@pytest.mark.parametrize(("freeze", "fraction"), [(True, 0.7), (False, 0.99)])
+def test_less_memory_is_kept_for_the_backward_pass(tiny_detector, freeze: bool, fraction: float) -> None:
     detector = tiny_detector("detr", backbone="resnet18", freeze_batch_norm=freeze).train()
     before = kept_bytes(detector)
     recompute_activations(detector.network)
-    assert kept_bytes(detector) < share * before
+    assert kept_bytes(detector) < fraction * before
 
 
 def kept_bytes(detector: Detector) -> int:
-    """Of activations, after a forward pass."""
+    """Return the bytes of activations that a forward pass keeps."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def sizes(num_images: int = 3) -> Tensor:
     return torch.tensor([[480, 640], [1080, 1920], [37, 51]])[:num_images]
 
 
-def test_softmax_takes_the_best_real_class_of_every_query() -> None:
+def test_softmax_gives_the_best_real_class_of_every_query() -> None:
     # Query 0 says class 1 at 0.7; query 1 "no object" at 0.8, then class 0.
     probabilities = torch.tensor([[0.1, 0.7, 0.2], [0.15, 0.05, 0.8]])
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.25, 0.5, 0.5, 0.5]])
@@ -33,7 +33,7 @@ def test_softmax_takes_the_best_real_class_of_every_query() -> None:
     assert found.boxes_xyxy_px.tolist() == [[[40.0, 30.0, 120.0, 50.0], [0.0, 20.0, 80.0, 60.0]]]
 
 
-def test_sigmoid_may_take_several_classes_of_one_query() -> None:
+def test_sigmoid_may_give_several_classes_of_one_query() -> None:
     probabilities = torch.tensor([[0.9, 0.8], [0.1, 0.3]])
     boxes = torch.tensor([[0.5, 0.5, 0.5, 0.25], [0.25, 0.5, 0.5, 0.5]])
     outputs = {"pred_logits": probabilities.logit()[None, None], "pred_boxes": boxes[None, None]}
@@ -56,7 +56,7 @@ def test_only_the_last_layer_counts_and_scores_descend(kind: ClassKind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_image_in_a_batch_is_found_as_it_is_alone(kind: ClassKind) -> None:
+def test_detections_do_not_depend_on_the_rest_of_the_batch(kind: ClassKind) -> None:
     outputs = random_outputs(kind)
     together = postprocess(outputs, sizes(), kind)
     for image in range(3):
@@ -103,7 +103,7 @@ def test_the_number_of_detections_is_bounded_by_queries_and_by_the_limit() -> No
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_outputs_under_autocast_are_read_in_float32(kind: ClassKind) -> None:
+def test_half_precision_outputs_are_processed_in_float32_under_autocast(kind: ClassKind) -> None:
     outputs = {name: value.bfloat16() for name, value in random_outputs(kind).items()}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = postprocess(outputs, sizes(), kind)

@@ -1,4 +1,4 @@
-"""Autocast neither coarsens predictions nor keeps more activations than float32."""
+"""Autocast neither rounds predictions nor keeps more activations than float32."""
 
 import copy
 
@@ -17,7 +17,7 @@ WIDTH_PX = 1333
 
 @pytest.fixture(params=VARIANTS)
 def detector(tiny_detector, request: pytest.FixtureRequest) -> Detector:
-    """One whose boxes differ from query to query, as they do once it is trained."""
+    """Return a detector whose boxes differ between queries, as they do after training."""
     architecture, overrides = VARIANTS[request.param]
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     detector = tiny_detector(architecture, num_queries=50, config_overrides=heads | overrides)
@@ -28,14 +28,14 @@ def detector(tiny_detector, request: pytest.FixtureRequest) -> Detector:
 
 
 def predict(detector: Detector, precision: torch.dtype) -> dict[str, Tensor]:
-    """All layers' predictions for a striped image, with padding at its right, under CPU autocast."""
+    """Return all layers' predictions for a striped image, with padding at its right, under CPU autocast."""
     images = torch.arange(WIDTH_PX).remainder(251).to(torch.uint8).expand(1, 3, 96, WIDTH_PX)
     with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
         return detector(images, torch.tensor([[96, 1200]]))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
-def test_bf16_puts_no_prediction_on_its_grid(detector: Detector, train: bool) -> None:
+def test_predictions_under_bf16_are_not_rounded_to_bf16(detector: Detector, train: bool) -> None:
     found = predict(detector.train(train), torch.bfloat16)
     for name, values in found.items():
         assert values.dtype == torch.float32, name
@@ -53,7 +53,7 @@ def test_bf16_moves_boxes_by_less_than_a_third_of_a_pixel(detector: Detector) ->
 
 
 @torch.no_grad()
-def test_a_copys_heads_have_weights_of_their_own(detector: Detector) -> None:
+def test_the_heads_of_a_copy_have_their_own_weights(detector: Detector) -> None:
     average = copy.deepcopy(detector.eval())
     before = predict(average, torch.float32)
     for parameter in detector.parameters():
@@ -69,7 +69,7 @@ def test_bf16_keeps_less_memory_than_float32(tiny_detector, freeze: bool) -> Non
 
 
 def kept_bytes(detector: Detector, precision: torch.dtype) -> int:
-    """Of activations, after a forward pass in training."""
+    """Return the bytes of activations that a forward pass in training keeps."""
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What an outbox holds comes to a real MLflow store once, whatever happens on the way."""
+"""The records of an outbox reach a real MLflow store once, whatever happens in between."""
 
 import itertools
 import logging
@@ -26,20 +26,20 @@ from detr_dist.tracking.store import patience
 
 @dataclass
 class Sender:
-    """An outbox, and the MLflow run that it is for."""
+    """Outbox, and the MLflow run that it belongs to."""
 
     outbox: Outbox
     client: MlflowClient
     run_id: str
-    said: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
     clock: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000))
 
     def log(self, step: int, **values: float) -> None:
-        """Note metrics at a moment of their own, as a run does."""
+        """Record metrics with their own timestamp, as a run does."""
         self.outbox.append("metrics", step=step, at_ms=next(self.clock), values=values)
 
     def delivery(self, client: MlflowClient | None = None) -> Delivery:
-        """As a new process would begin one."""
+        """Return a delivery like that of a new process."""
         return Delivery(OutboxReader(self.outbox.folder), client or self.client)
 
     def deliver(self, client: MlflowClient | None = None) -> None:
@@ -71,7 +71,7 @@ class Sender:
 def sender(
     request: pytest.FixtureRequest, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Sender]:
-    """To both kinds of local store: a database swallows an entry that it has already, files do not."""
+    """Use both kinds of local store: a database ignores an entry that it already has, files do not."""
     if request.param == "database":
         shutil.copy(empty_store, tmp_path / "mlflow.db")
         uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -84,7 +84,7 @@ def sender(
     outbox = Outbox(tmp_path / "outbox", Address(uri, run_id))
     sender = Sender(outbox, client, run_id)
     listener = logging.Handler()
-    listener.emit = lambda record: sender.said.append(record.getMessage())  # type: ignore[method-assign]
+    listener.emit = lambda record: sender.messages.append(record.getMessage())  # type: ignore[method-assign]
     monkeypatch.setattr(logging.getLogger("detr_dist.tracking"), "handlers", [listener])
     yield sender
     outbox.close()
@@ -92,7 +92,7 @@ def sender(
 
 @pytest.fixture
 def new_folder(tmp_path: Path) -> Callable[..., Path]:
-    """Makes a folder of files, each with its name and `content` in it."""
+    """Return a function that makes a folder of files, each with its name and `content` in it."""
     numbers = itertools.count()
 
     def make(*names: str, content: str = "") -> Path:
@@ -107,7 +107,7 @@ def new_folder(tmp_path: Path) -> Callable[..., Path]:
 
 
 class Away(MlflowClient):
-    """A server that breaks off in the middle of the first `num_times` batches, or does not even get them."""
+    """Server that loses the connection during the first `num_times` batches, or before it receives them."""
 
     def __init__(self, uri: str, *, num_times: int, applies: bool) -> None:
         super().__init__(uri)
@@ -123,7 +123,7 @@ class Away(MlflowClient):
             raise ConnectionError("the connection\nis gone")
 
 
-def test_everything_comes_once(sender: Sender) -> None:
+def test_everything_is_delivered_once(sender: Sender) -> None:
     sender.outbox.append("params", values={"learning_rate": "0.1"})
     for step in (1, 2, 3):
         sender.log(step, loss=step / 10, rate=1.0)
@@ -138,11 +138,11 @@ def test_everything_comes_once(sender: Sender) -> None:
     assert sender.history("rate") == [(step, 1.0) for step in range(1, 4)]
     assert sender.run.data.params == {"learning_rate": "0.1"}
     assert sender.run.data.tags["note"] == "second"
-    assert sender.said == []
+    assert sender.messages == []
 
 
-@pytest.mark.parametrize("what_is_left", ["nothing", "an older one"])
-def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what_is_left: str) -> None:
+@pytest.mark.parametrize("remaining", ["nothing", "an older one"])
+def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, remaining: str) -> None:
     sender.outbox.append("params", values={"learning_rate": "0.1"})
     for step in (1, 2, 3):
         sender.log(step, loss=step / 10)
@@ -151,7 +151,7 @@ def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what
     for step in (4, 5, 6):
         sender.log(step, loss=step / 10, rate=1.0)
     sender.deliver()
-    if what_is_left == "nothing":
+    if remaining == "nothing":
         sender.cursors_path.unlink()
     else:
         sender.cursors_path.write_text(older)
@@ -160,10 +160,10 @@ def test_without_its_newest_cursors_nothing_is_logged_twice(sender: Sender, what
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 8)]
     assert sender.history("rate") == [(step, 1.0) for step in (4, 5, 6)]
     assert sender.run.data.params == {"learning_rate": "0.1"}
-    assert sender.said == []
+    assert sender.messages == []
 
 
-def test_cursors_that_cannot_be_read_are_as_good_as_none(sender: Sender) -> None:
+def test_unreadable_cursors_are_treated_as_missing(sender: Sender) -> None:
     sender.log(1, loss=0.1)
     sender.deliver()
     sender.cursors_path.write_text("")
@@ -172,15 +172,15 @@ def test_cursors_that_cannot_be_read_are_as_good_as_none(sender: Sender) -> None
     assert sender.history("loss") == [(1, 0.1), (2, 0.2)]
 
 
-def test_records_that_a_power_cut_took_do_not_take_those_after_them(sender: Sender) -> None:
+def test_records_after_those_lost_in_a_power_cut_are_delivered(sender: Sender) -> None:
     sender.log(1, loss=0.1)
     records_path = sender.outbox.folder / "records.jsonl"
-    whole = records_path.read_bytes()
+    content = records_path.read_bytes()
     for step in (2, 3):
         sender.log(step, loss=step / 10)
     sender.deliver()
     sender.outbox.close()
-    records_path.write_bytes(whole)
+    records_path.write_bytes(content)
     sender.outbox = Outbox(sender.outbox.folder, OutboxReader(sender.outbox.folder).address)
     sender.log(4, loss=0.4)
     sender.deliver()
@@ -210,7 +210,7 @@ def test_a_batch_with_a_lost_answer_is_logged_once_and_a_lost_one_resent(
     assert sender.run.data.params == {"learning_rate": "0.1"}
 
 
-def test_steps_that_a_resumed_run_does_again_are_logged_once(sender: Sender) -> None:
+def test_steps_that_a_resumed_run_repeats_are_logged_once(sender: Sender) -> None:
     for step in range(1, 6):
         sender.log(step, loss=step / 10)
     sender.deliver()
@@ -227,23 +227,23 @@ def test_delayed_steps_that_a_resumed_run_repeats_are_logged_once(sender: Sender
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 9)]
 
 
-def test_the_first_value_of_a_param_stays(sender: Sender) -> None:
+def test_the_first_value_of_a_param_is_kept(sender: Sender) -> None:
     sender.outbox.append("params", values={"max_steps": "10"})
     sender.deliver()
     sender.outbox.append("params", values={"max_steps": "20", "new": "1"})
     sender.deliver()
     assert sender.run.data.params == {"max_steps": "10", "new": "1"}
-    assert sender.said == []
+    assert sender.messages == []
 
 
-def test_the_first_value_of_a_param_stays_though_all_were_held_up(sender: Sender) -> None:
+def test_the_first_value_of_a_delayed_param_is_kept(sender: Sender) -> None:
     sender.outbox.append("params", values={"max_steps": "10"})
     sender.outbox.append("params", values={"max_steps": "20", "new": "1"})
     sender.deliver()
     assert sender.run.data.params == {"max_steps": "10", "new": "1"}
 
 
-def test_more_than_mlflow_takes_at_once_comes_in_several_goes(sender: Sender) -> None:
+def test_more_values_than_mlflow_accepts_are_sent_in_several_batches(sender: Sender) -> None:
     for step in range(1, 1202):
         sender.log(step, loss=float(step))
     for group in range(5):
@@ -254,11 +254,11 @@ def test_more_than_mlflow_takes_at_once_comes_in_several_goes(sender: Sender) ->
     run = sender.run
     assert len(run.data.params) == 250
     assert len([name for name in run.data.tags if name.startswith("tag_")]) == 250
-    assert sender.said == []
+    assert sender.messages == []
 
 
 @pytest.mark.parametrize("kind", ["metrics", "params", "tags"])
-def test_one_record_of_more_than_mlflow_takes_at_once_comes_too(sender: Sender, kind: str) -> None:
+def test_one_record_larger_than_a_batch_of_mlflow_is_delivered(sender: Sender, kind: str) -> None:
     if kind == "metrics":
         sender.log(1, **{f"x_{n}": float(n) for n in range(1100)})
     else:
@@ -274,7 +274,7 @@ def test_one_record_of_more_than_mlflow_takes_at_once_comes_too(sender: Sender, 
     ("kind", "name"),
     [("params", "no*good?"), ("params", "x" * 300), ("metrics", "no*good?"), ("tags", "x" * 300)],
 )
-def test_what_mlflow_refuses_is_said_once_and_does_not_keep_back_the_rest(
+def test_a_value_refused_by_mlflow_is_reported_once_and_blocks_nothing(
     sender: Sender, kind: str, name: str
 ) -> None:
     sender.log(1, loss=0.1)
@@ -292,14 +292,14 @@ def test_what_mlflow_refuses_is_said_once_and_does_not_keep_back_the_rest(
     assert sender.run.data.params == {"learning_rate": "0.1"}
     assert sender.run.data.tags["note"] == "after it"
     assert sender.run.info.status == "FINISHED"
-    (warning,) = sender.said
+    (warning,) = sender.messages
     assert name in warning
     assert "refuses" in warning
     assert "\n" not in warning
 
 
 @pytest.mark.parametrize("kind", ["metrics", "params", "tags"])
-def test_of_a_record_only_the_values_that_mlflow_refuses_are_lost(sender: Sender, kind: str) -> None:
+def test_only_the_refused_values_of_a_record_are_lost(sender: Sender, kind: str) -> None:
     bad = ["x" * 300, "no*good?" if kind != "tags" else "y" * 300]
     if kind == "metrics" and sender.client.tracking_uri.startswith("file:"):
         bad[1] = "ä" * 200  # 400 bytes of a file name
@@ -315,12 +315,14 @@ def test_of_a_record_only_the_values_that_mlflow_refuses_are_lost(sender: Sender
     assert not set(bad) & values.keys()
     if kind == "metrics":
         assert sender.history("last") == [(1, 1.0), (2, 2.0)]
-    (warning,) = sender.said
+    (warning,) = sender.messages
     assert all(name in warning for name in bad)
     assert "good_" not in warning
 
 
-def test_values_longer_than_mlflow_takes_are_cut(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_longer_than_mlflow_accepts_are_truncated(
+    sender: Sender, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")  # then it refuses them
     sender.outbox.append("params", values={"long": "x" * 7000})
     sender.outbox.append("tags", values={"long": "x" * 9000, "path": "a\udcffb"})
@@ -330,10 +332,10 @@ def test_values_longer_than_mlflow_takes_are_cut(sender: Sender, monkeypatch: py
     assert sender.run.data.params["class_names"] == "?, ball"
     assert sender.run.data.params["long"] == "x" * 6000
     assert sender.run.data.tags["long"] == "x" * 5000
-    assert sender.said == []
+    assert sender.messages == []
 
 
-def test_nan_is_a_value_like_any_other(sender: Sender) -> None:
+def test_nan_is_delivered_like_any_other_value(sender: Sender) -> None:
     for step, value in ((1, 0.1), (2, math.nan), (3, math.nan)):
         sender.log(step, loss=value)
     sender.deliver()
@@ -351,7 +353,7 @@ def test_nan_is_a_value_like_any_other(sender: Sender) -> None:
     ]
 
 
-def test_a_folder_comes_when_the_values_before_it_are_there(
+def test_a_folder_is_delivered_after_the_values_before_it(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     for step in (1, 2, 3):
@@ -393,7 +395,7 @@ def test_a_failed_upload_delays_the_last_file_and_the_status(
     assert sender.run.info.status == "FINISHED"
 
 
-def test_the_status_comes_after_everything_before_it(
+def test_the_status_is_delivered_after_everything_before_it(
     sender: Sender, new_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
@@ -434,7 +436,7 @@ def test_a_resumed_run_is_running_until_it_ends_and_keeps_its_last_error(
     assert sender.run.data.tags["error"] == "the third"
     assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
     assert sender.run.data.tags["resumed_with"] == "step 7: seed 1 -> 2"
-    sender.cursors_path.unlink()  # as after a power cut: all is gone through again
+    sender.cursors_path.unlink()  # as after a power cut: all records are read again
     sender.deliver()
     assert sender.run.data.tags["resumed_at_steps"] == "7; 9"
     assert sender.run.data.tags["error"] == "the third"
@@ -446,7 +448,7 @@ def test_retention_keeps_the_newest_epoch_folders_and_all_other_folders(
     for name in ("epoch_2", "epoch_9", "epoch_10", "epoch_12", "best"):
         sender.outbox.append_folder(new_folder("a", "b/c"), f"models/{name}")
     sender.deliver()
-    sender.outbox.append_retention("models", newest=10, keep=1)  # 12 is of a future that was given up
+    sender.outbox.append_retention("models", newest=10, keep=1)  # 12 is abandoned
     sender.outbox.append_retention("checkpoints", newest=10, keep=1)  # of which there are none
     sender.deliver()
     left = {path.name for path in (sender.artifacts_dir / "models").iterdir()}
@@ -456,7 +458,7 @@ def test_retention_keeps_the_newest_epoch_folders_and_all_other_folders(
     assert {path.name for path in (sender.artifacts_dir / "models").iterdir()} == left
 
 
-def test_what_retention_would_delete_is_not_uploaded_any_more(
+def test_folders_that_retention_would_delete_are_not_uploaded(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     for epoch in (1, 2, 3):
@@ -468,7 +470,7 @@ def test_what_retention_would_delete_is_not_uploaded_any_more(
 
 
 class WithoutRights(MlflowClient):
-    """A user who may log, but neither register nor delete."""
+    """User who may log, but neither register nor delete."""
 
     def create_registered_model(self, *_: Any, **__: Any) -> Any:
         raise MlflowException("no right to register", error_code=PERMISSION_DENIED)
@@ -477,18 +479,18 @@ class WithoutRights(MlflowClient):
         raise NotImplementedError("no deletion here")
 
 
-def test_what_is_refused_for_good_is_said_and_keeps_nothing_back(sender: Sender) -> None:
+def test_a_permanent_refusal_is_reported_and_blocks_nothing(sender: Sender) -> None:
     sender.outbox.append_retention("models", newest=3, keep=1)
     sender.outbox.append("registration", name="players")
     sender.outbox.append("status", status="FINISHED")
     sender.deliver(WithoutRights(sender.client.tracking_uri))
     assert sender.run.info.status == "FINISHED"
-    assert [line.split(" {")[0] for line in sender.said] == [
+    assert [line.split(" {")[0] for line in sender.messages] == [
         "MLflow refuses retention", "MLflow refuses registration"
     ]  # fmt: skip
 
 
-def test_a_superseded_folder_is_passed_over(sender: Sender, new_folder: Callable[..., Path]) -> None:
+def test_a_superseded_folder_is_skipped(sender: Sender, new_folder: Callable[..., Path]) -> None:
     sender.outbox.append_folder(new_folder("a", "only_in_the_first"), "model")
     sender.outbox.append_folder(new_folder("a", content=" of the second"), "model")
     sender.outbox.append("status", status="FINISHED")
@@ -500,7 +502,7 @@ def test_a_superseded_folder_is_passed_over(sender: Sender, new_folder: Callable
     assert list((sender.outbox.folder / "files").iterdir()) == []
 
 
-def test_in_a_store_on_this_machine_files_take_no_room(
+def test_in_a_local_store_files_take_no_additional_space(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     source = new_folder("a", "inner/b")
@@ -508,7 +510,7 @@ def test_in_a_store_on_this_machine_files_take_no_room(
     sender.deliver()
     for name in ("a", "inner/b"):
         assert (sender.artifacts_dir / "model" / name).samefile(source / name)
-    # The next one takes the place of a name, and never writes into the file that others share.
+    # A newer file replaces the name, and does not write into the file that other names share.
     newer = new_folder("a", content=" newer")
     sender.outbox.append_folder(newer, "model")
     sender.deliver()
@@ -516,7 +518,7 @@ def test_in_a_store_on_this_machine_files_take_no_room(
     assert (source / "a").read_text() == "a"
 
 
-def test_a_file_that_is_there_already_leaves_nothing_beside_it(
+def test_a_file_that_is_already_there_leaves_no_temporary_file(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     source = new_folder("a")
@@ -526,7 +528,7 @@ def test_a_file_that_is_there_already_leaves_nothing_beside_it(
     assert [path.name for path in (sender.artifacts_dir / "model").iterdir()] == ["a"]
 
 
-def test_what_lies_in_the_store_can_be_had_through_mlflow(
+def test_files_in_the_store_are_available_through_mlflow(
     sender: Sender, new_folder: Callable[..., Path]
 ) -> None:
     sender.outbox.append_folder(new_folder("a", "inner/b"), "checkpoints/best")
@@ -537,14 +539,14 @@ def test_what_lies_in_the_store_can_be_had_through_mlflow(
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks, and tries again, after milliseconds."""
+    """Poll and retry after milliseconds."""
     monkeypatch.setattr(delivery_module, "_LOOK_EVERY_S", 0.001)
     monkeypatch.setattr(delivery_module, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(delivery_module, "_LONGEST_PAUSE_S", 0.01)
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_outage_is_said_once_as_is_its_end(sender: Sender) -> None:
+def test_an_outage_and_its_end_are_each_reported_once(sender: Sender) -> None:
     client = Away(sender.client.tracking_uri, num_times=5, applies=False)
     sender.log(1, loss=0.1)
     thread = DeliveryThread(sender.delivery(client))
@@ -553,13 +555,13 @@ def test_an_outage_is_said_once_as_is_its_end(sender: Sender) -> None:
         time.sleep(0.005)
     assert thread.end(patience_s=60) == 0
     assert sender.history("loss") == [(step, step / 10) for step in range(1, 12)]
-    away, back = sender.said
+    away, back = sender.messages
     assert away.startswith("MLflow cannot be reached (the connection is gone)")
     assert back == "MLflow can be reached again"
 
 
 @pytest.mark.usefixtures("impatient")
-def test_an_end_during_an_outage_says_how_much_is_left(sender: Sender) -> None:
+def test_closing_during_an_outage_reports_how_much_is_queued(sender: Sender) -> None:
     client = Away(sender.client.tracking_uri, num_times=1_000_000, applies=False)
     for step in range(1, 8):
         sender.log(step, loss=step / 10)
@@ -571,7 +573,7 @@ def test_an_end_during_an_outage_says_how_much_is_left(sender: Sender) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_what_is_appended_later_is_found_by_itself(sender: Sender) -> None:
+def test_records_appended_later_are_found_automatically(sender: Sender) -> None:
     thread = DeliveryThread(sender.delivery())
     deadline = time.monotonic() + 60
     for step in (1, 2, 3):
@@ -584,7 +586,7 @@ def test_what_is_appended_later_is_found_by_itself(sender: Sender) -> None:
     assert not any(each.name == "mlflow-delivery" for each in threading.enumerate())
 
 
-def test_patience_leaves_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_settings_of_the_user_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "7")
     monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
     with patience(20):

@@ -1,4 +1,4 @@
-"""A tracker whose server is away, and what is said of a tracking URI."""
+"""A tracker whose server is unavailable, and the messages about a tracking URI."""
 
 import os
 import re
@@ -28,9 +28,9 @@ TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
 
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """Refuses connections until it listens; then takes them and never says a word."""
+    """Return a port that refuses connections until it listens; then it accepts them and never answers."""
     for name in (TIMEOUT, "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
-        monkeypatch.setenv(name, "")  # to be put back as it was
+        monkeypatch.setenv(name, "")  # so that it is restored
         monkeypatch.delenv(name)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -39,7 +39,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def tracker(port: socket.socket) -> MLflowTracker:
-    """Of a run that goes on, which needs no server."""
+    """Return the tracker of a resumed run, which needs no server."""
     uri = f"http://127.0.0.1:{port.getsockname()[1]}"
     return MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri), run_id="0" * 32, known_uri=uri)
 
@@ -56,7 +56,7 @@ def test_a_run_that_fails_before_its_outbox_opens_ends_within_seconds(
     assert "could not be closed" in capsys.readouterr().out
 
 
-def test_a_request_that_outlives_the_run_keeps_its_time_outs(
+def test_a_request_that_outlives_the_run_keeps_its_timeouts(
     tracker: MLflowTracker,
     port: socket.socket,
     tmp_path: Path,
@@ -125,7 +125,7 @@ def test_a_deleted_experiment_is_named_with_the_command_that_restores_it(
         ("uc:http://host", "uc:http://host", "at uc:http://host"),
     ],
 )
-def test_a_uri_names_one_store_from_every_folder_and_how_to_view_it(
+def test_a_uri_means_one_store_in_every_folder_with_its_view_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, absolute: str, way: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,7 +135,7 @@ def test_a_uri_names_one_store_from_every_folder_and_how_to_view_it(
 
 @pytest.mark.parametrize("store", ["sqlite:///{}.db?timeout=60", "file:./mlruns"])
 @pytest.mark.parametrize("name", ["run #3", "50%25 off?", "é ü;a"])
-def test_every_name_of_a_folder_keeps_its_runs_in_it(
+def test_runs_are_stored_in_a_folder_under_any_of_its_names(
     tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch, name: str, store: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -176,6 +176,6 @@ def test_every_name_of_a_folder_keeps_its_runs_in_it(
         "sqlite:////a?b=c?/mlflow.db",
     ],
 )
-def test_a_uri_that_would_be_cut_off_is_refused(uri: str) -> None:
+def test_a_uri_that_would_be_truncated_is_refused(uri: str) -> None:
     with pytest.raises(UsageError, match=f"{re.escape(uri)}.*%3F"):
         open_client(uri)

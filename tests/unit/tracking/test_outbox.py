@@ -1,4 +1,4 @@
-"""What waits for MLflow outlives crashes, deletions and whoever else would deliver it."""
+"""Queued records and folders survive crashes, deletions and other processes that deliver them."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def outbox(folder: Path) -> Iterator[Outbox]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A folder to upload, with a folder in it."""
+    """Make a folder to upload, with a folder in it."""
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "a").write_text("a")
@@ -42,11 +42,11 @@ def steps_in(folder: Path, cursor: str = "values") -> list[int]:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The folders that wait, as their records name them."""
+    """Return the queued folders, as named in their records."""
     return [content["name"] for _, content, _ in OutboxReader(folder).records("folders")]
 
 
-def test_records_are_read_as_they_were_made(outbox: Outbox, folder: Path) -> None:
+def test_records_are_read_as_they_were_written(outbox: Outbox, folder: Path) -> None:
     outbox.append("metrics", step=1, values={"loss": 0.1 + 0.2})
     outbox.append("tags", values={"note": "two\nlines, and ü"})
     reader = OutboxReader(folder)
@@ -57,7 +57,7 @@ def test_records_are_read_as_they_were_made(outbox: Outbox, folder: Path) -> Non
     assert second.end == (folder / "records.jsonl").stat().st_size
 
 
-def test_what_an_earlier_process_appended_stays(outbox: Outbox, folder: Path) -> None:
+def test_records_of_an_earlier_process_stay(outbox: Outbox, folder: Path) -> None:
     outbox.append("metrics", step=1)
     outbox.close()
     elsewhere = Address("http://127.0.0.1:5001", ADDRESS.run_id)
@@ -68,25 +68,25 @@ def test_what_an_earlier_process_appended_stays(outbox: Outbox, folder: Path) ->
     assert OutboxReader(folder).address == elsewhere
 
 
-@pytest.mark.parametrize("num_whole", [0, 2])
-@pytest.mark.parametrize("num_torn_bytes", [1, 20, 10_000])
-def test_a_line_that_a_crash_tore_is_dropped_and_the_next_one_is_whole(
-    outbox: Outbox, folder: Path, num_whole: int, num_torn_bytes: int
+@pytest.mark.parametrize("num_complete", [0, 2])
+@pytest.mark.parametrize("num_written_bytes", [1, 20, 10_000])
+def test_a_line_truncated_by_a_crash_is_dropped_and_the_next_is_intact(
+    outbox: Outbox, folder: Path, num_complete: int, num_written_bytes: int
 ) -> None:
-    for step in range(num_whole):
+    for step in range(num_complete):
         outbox.append("metrics", step=step)
     outbox.close()
-    torn = json.dumps({"kind": "metrics", "step": 99, "values": {"x" * 20_000: 1.0}})[:num_torn_bytes]
+    truncated = json.dumps({"kind": "metrics", "step": 99, "values": {"x" * 20_000: 1.0}})[:num_written_bytes]
     with (folder / "records.jsonl").open("a") as file:
-        file.write(torn)
-    assert steps_in(folder) == [*range(num_whole)]
+        file.write(truncated)
+    assert steps_in(folder) == [*range(num_complete)]
     again = Outbox(folder, ADDRESS)
     again.append("metrics", step=100)
     again.close()
-    assert steps_in(folder) == [*range(num_whole), 100]
+    assert steps_in(folder) == [*range(num_complete), 100]
 
 
-def test_a_reader_does_not_take_a_line_before_it_is_whole(outbox: Outbox, folder: Path) -> None:
+def test_a_reader_does_not_use_an_incomplete_line(outbox: Outbox, folder: Path) -> None:
     line = json.dumps({"kind": "metrics", "step": 1})
     with (folder / "records.jsonl").open("a") as file:
         file.write(line)
@@ -98,9 +98,7 @@ def test_a_reader_does_not_take_a_line_before_it_is_whole(outbox: Outbox, folder
         assert [record.content for record in reader.records("values")] == [{"step": 1}]
 
 
-def test_each_cursor_goes_on_where_it_was_when_the_outbox_is_opened_again(
-    outbox: Outbox, folder: Path
-) -> None:
+def test_each_cursor_continues_at_its_position_in_a_reopened_outbox(outbox: Outbox, folder: Path) -> None:
     for step in range(4):
         outbox.append("metrics", step=step)
     reader = OutboxReader(folder)
@@ -118,7 +116,7 @@ def test_each_cursor_goes_on_where_it_was_when_the_outbox_is_opened_again(
     assert [record.content["step"] for record in again.records("folders", limit=ends[2])] == [1, 2]
 
 
-def test_a_folder_that_is_deleted_or_replaced_afterwards_is_kept_as_it_was(
+def test_a_queued_folder_is_kept_if_the_original_is_deleted_or_replaced(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "model", last="a")
@@ -127,7 +125,7 @@ def test_a_folder_that_is_deleted_or_replaced_afterwards_is_kept_as_it_was(
     assert record.content["last"] == "a"
     waiting = folder / "files" / record.content["name"]
     for name in ("a", "inner/b"):
-        assert (waiting / name).samefile(source / name)  # it costs no room
+        assert (waiting / name).samefile(source / name)  # takes no additional space
     replacement = source / ".a.partial"
     replacement.write_text("newer")
     replacement.replace(source / "a")
@@ -136,7 +134,7 @@ def test_a_folder_that_is_deleted_or_replaced_afterwards_is_kept_as_it_was(
     assert (waiting / "inner" / "b").read_text() == "b"
 
 
-def test_a_file_is_kept_as_it_was_even_if_it_is_written_to(
+def test_a_queued_file_is_kept_if_the_original_is_written_to(
     outbox: Outbox, folder: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.yaml"
@@ -158,7 +156,7 @@ def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "b").samefile(tmp_path / "a")
 
 
-def test_a_newer_folder_replaces_a_waiting_one_for_the_same_place(
+def test_a_newer_folder_replaces_a_queued_one_for_the_same_path(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "checkpoints/last")
@@ -177,7 +175,7 @@ def test_a_newer_folder_replaces_a_waiting_one_for_the_same_place(
     assert {path.name for path in (folder / "files").iterdir()} == {other}
 
 
-def test_a_newer_folder_leaves_one_alone_that_is_being_uploaded(
+def test_a_newer_folder_does_not_replace_one_that_is_being_uploaded(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "checkpoints/last")
@@ -191,7 +189,7 @@ def test_a_newer_folder_leaves_one_alone_that_is_being_uploaded(
     assert [path.name for path in (folder / "files").iterdir()] == names_in(folder)[1:]
 
 
-def test_a_folder_whose_upload_fails_is_there_for_the_next_attempt(
+def test_a_folder_whose_upload_fails_is_kept_for_the_next_attempt(
     outbox: Outbox, folder: Path, source: Path
 ) -> None:
     outbox.append_folder(source, "model")
@@ -202,7 +200,7 @@ def test_a_folder_whose_upload_fails_is_there_for_the_next_attempt(
     again = Outbox(folder, ADDRESS)
     again.append_folder(source, "model")
     again.close()
-    assert len({name, *names_in(folder)}) == 2  # a number is given once
+    assert len({name, *names_in(folder)}) == 2  # a number is used once
     with OutboxReader(folder).uploading(name) as taken:
         assert taken is not None
         assert (taken / "a").read_text() == "a"
@@ -211,7 +209,7 @@ def test_a_folder_whose_upload_fails_is_there_for_the_next_attempt(
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '["http://127.0.0.1", "0123abc"]'])
-def test_a_folder_that_is_no_outbox_is_named(tmp_path: Path, content: str | None) -> None:
+def test_a_folder_without_an_outbox_is_named(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(DataError, match=str(tmp_path)):

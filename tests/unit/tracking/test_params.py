@@ -1,4 +1,4 @@
-"""No setting is missing from a run's params, and each keeps the name of the guide."""
+"""Every setting is among the params of a run, under its documented name."""
 
 from detr_dist.config import Config, LoggingConfig
 from detr_dist.tracking.params import config_params
@@ -23,7 +23,7 @@ OPTIONAL = {
 """What is unset by default. A setting that joins them must be added here."""
 
 
-def test_every_configuration_key_that_exists_is_a_param_of_its_own() -> None:
+def test_every_configuration_key_is_its_own_param() -> None:
     sections = Config().model_dump()
     for (section, key), value in OPTIONAL.items():
         assert sections[section][key] in (None, [])
@@ -37,14 +37,14 @@ def test_every_configuration_key_that_exists_is_a_param_of_its_own() -> None:
     assert params["extensions"] == "ours.py, football.losses"
 
 
-def test_what_is_unset_and_an_empty_list_are_none() -> None:
+def test_unset_values_and_empty_lists_are_none() -> None:
     params = config_params(Config())
     for section, key in OPTIONAL:
         assert params[key if section in ("model", "training") else f"{section}_{key}"] is None
     assert params["augmentation"] == "detr"
 
 
-def test_settings_that_are_mappings_are_one_text_and_hold_no_credentials() -> None:
+def test_mappings_are_logged_as_one_text_without_credentials() -> None:
     config = Config(
         model={"config_overrides": {"encoder_ffn_dim": 32, "hf_token": "s3cret"}},
         logging=LoggingConfig(mlflow_tracking_uri="http://bob:s3cret@host:5000"),

@@ -1,4 +1,4 @@
-"""Several runs that open, make and change one MLflow store at the same moment."""
+"""Several runs that open, create and change one MLflow store at the same time."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ for uri in sys.argv[1:]:
 """
 
 
-def test_four_runs_that_start_at_once_share_a_new_store(
+def test_four_runs_that_start_together_can_use_a_new_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -49,7 +49,7 @@ def test_four_runs_that_start_at_once_share_a_new_store(
         assert sorted(each.run_id for each in versions) == sorted(run.info.run_id for run in runs)
 
 
-def test_a_busy_database_is_asked_again_and_what_is_refused_is_not() -> None:
+def test_a_busy_database_is_retried_and_a_refusal_is_not() -> None:
     answers = [MlflowException("database is locked", TEMPORARILY_UNAVAILABLE)] * 3 + ["answer"]
 
     def request() -> object:

@@ -1,4 +1,4 @@
-"""What is read of machines and GPUs, and under which names, whatever the driver numbers, hides or refuses."""
+"""The metrics of hosts and GPUs and their names, whatever the driver numbers, hides or refuses."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ UUIDS = [f"{i}{i}{i}{i}0000-1111-2222-3333-444444444444" for i in range(8)]
 
 @dataclass(eq=False)
 class Gpu:
-    """A GPU, or an instance of one under MIG: then `busy` is None, as NVML does not tell it."""
+    """GPU, or an instance of one under MIG: then `busy` is None, as NVML does not report it."""
 
     uuid: str
     used_gib: float = 0.0
@@ -34,9 +34,9 @@ class Gpu:
 
 
 class Driver:
-    """The part of NVML that is asked here, on a machine with these GPUs. There is none here for real.
+    """Subset of NVML that the package uses, for a node with these GPUs. There is no real one here.
 
-    As NVML does, it counts what the process may see, however CUDA_VISIBLE_DEVICES chooses from that.
+    As in NVML, the count is that of visible GPUs, independent of CUDA_VISIBLE_DEVICES.
     """
 
     def __init__(self, *gpus: Gpu, is_installed: bool = True) -> None:
@@ -83,7 +83,7 @@ class Driver:
         return SimpleNamespace(gpu=handle.busy, memory=0)
 
     def cuda_uuid(self, device: torch.device) -> str:
-        """The bare UUID of a torch device, as CUDA chooses it."""
+        """Return the bare UUID of a torch device, as CUDA chooses it."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(str(i) for i in range(len(self.gpus))))
         chosen = visible.split(",")[device.index]
         return self.gpus[int(chosen)].uuid if chosen.isdigit() else chosen.split("-", 1)[1]
@@ -96,16 +96,16 @@ class Driver:
 
 
 class Company:
-    """The main process's side of a run with other processes, which were started before."""
+    """Main process of a run with other processes, which were started before."""
 
     def __init__(self, others: Sequence["Process"]) -> None:
         self.others = others
-        self.told: Any = None
+        self.announced: Any = None
         self.sent: Any = None
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        self.told = value
-        return [value, *(other.company.told for other in self.others)]
+        self.announced = value
+        return [value, *(other.company.announced for other in self.others)]
 
     def gather_objects(self, value: Any) -> list[Any]:
         self.sent = value
@@ -124,12 +124,12 @@ Start = Callable[..., Process]
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
-    """Begins a process of a run on a machine, and reads once."""
+    """Start a process of a run on a node, and read once."""
 
     def start_one(
         driver: Driver,
         *others: Process,
-        machine: str = "node1",
+        host: str = "node1",
         visible: str | None = None,
         allocated_gib: float = 1.0,
     ) -> Process:
@@ -138,7 +138,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible is not None:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        monkeypatch.setattr(socket, "gethostname", lambda: machine)
+        monkeypatch.setattr(socket, "gethostname", lambda: host)
         stand_ins = {
             "get_device_properties": lambda device: SimpleNamespace(uuid=driver.cuda_uuid(device)),
             "max_memory_allocated": lambda device: allocated_gib * GIB,
@@ -158,14 +158,14 @@ def of_driver(read: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in read.items() if "gpu" in name and "/" in name}
 
 
-def test_a_gpu_has_the_drivers_number_and_not_that_of_cuda_visible_devices(start: Start) -> None:
+def test_a_gpu_is_numbered_by_the_driver_not_by_cuda_visible_devices(start: Start) -> None:
     driver = Driver(*(Gpu(UUIDS[i], used_gib=10 + i, busy=50 + i) for i in range(4)))
     assert of_driver(start(driver, visible="2").read) == {
         "memory_gpu_used_gb/node1/2": 12.0, "utilization_gpu_percent/node1/2": 52.0
     }  # fmt: skip
 
 
-def test_a_mig_instance_has_a_number_of_its_own_and_no_utilisation(start: Start) -> None:
+def test_a_mig_instance_has_its_own_number_and_no_utilisation(start: Start) -> None:
     instances = [Gpu(UUIDS[4], used_gib=3, busy=None), Gpu(UUIDS[5], used_gib=4, busy=None)]
     driver = Driver(Gpu(UUIDS[0]), Gpu(UUIDS[1], used_gib=7, busy=None, instances=instances))
     process = start(driver, visible=f"MIG-{UUIDS[5]}")
@@ -176,8 +176,8 @@ def test_a_mig_instance_has_a_number_of_its_own_and_no_utilisation(start: Start)
 def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Start) -> None:
     first, second = (Driver(*(Gpu(UUIDS[i + j], used_gib=i + j) for j in (0, 1))) for i in (0, 2))
     others = [
-        start(second, machine="node2", visible="1,0", allocated_gib=3),
-        start(second, machine="node2", visible="0", allocated_gib=4),
+        start(second, host="node2", visible="1,0", allocated_gib=3),
+        start(second, host="node2", visible="0", allocated_gib=4),
         start(first, visible="1", allocated_gib=2),
     ]
     read = start(first, *others, visible="0").read
@@ -189,7 +189,7 @@ def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Star
     }  # fmt: skip
 
 
-def test_two_processes_on_one_gpu_make_one_metric_of_it(start: Start) -> None:
+def test_two_processes_on_one_gpu_log_one_metric(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0], used_gib=5, busy=80))
     other = start(driver)
     driver.gpus[0].used_gib = 4
@@ -198,9 +198,9 @@ def test_two_processes_on_one_gpu_make_one_metric_of_it(start: Start) -> None:
     }  # fmt: skip
 
 
-def test_gpus_that_are_number_0_to_each_of_their_processes_are_told_apart(start: Start) -> None:
+def test_gpus_that_are_number_0_in_each_process_are_distinguished(start: Start) -> None:
     first, second = (Driver(Gpu(UUIDS[i], used_gib=i, busy=None)) for i in (2, 3))
-    elsewhere = start(Driver(Gpu(UUIDS[5], used_gib=5, busy=None)), machine="node2")
+    elsewhere = start(Driver(Gpu(UUIDS[5], used_gib=5, busy=None)), host="node2")
     other = start(second, start(first))  # every process knows of all others
     read = start(first, other, elsewhere).read
     assert of_driver(read) == {
@@ -211,7 +211,7 @@ def test_gpus_that_are_number_0_to_each_of_their_processes_are_told_apart(start:
 
 
 @pytest.mark.parametrize("is_installed", [False, True], ids=["no driver", "another driver's GPU"])
-def test_without_the_driver_torchs_figures_stay_and_one_line_says_so(
+def test_without_the_driver_torch_metrics_stay_and_one_line_is_logged(
     is_installed: bool, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(is_installed=is_installed)
@@ -225,14 +225,14 @@ def test_without_the_driver_torchs_figures_stay_and_one_line_says_so(
     assert driver.num_users == 0
 
 
-def test_the_machines_without_a_driver_are_named_by_the_main_process(start: Start) -> None:
-    others = [start(Driver(is_installed=False), machine=f"node{i}", visible="GPU-x") for i in (3, 2, 2)]
+def test_the_main_process_names_the_nodes_without_a_driver(start: Start) -> None:
+    others = [start(Driver(is_installed=False), host=f"node{i}", visible="GPU-x") for i in (3, 2, 2)]
     process = start(Driver(Gpu(UUIDS[0])), *others)
     assert "on node2, node3: " in process.monitor.notice
     assert len(of_driver(process.read)) == 2
 
 
-def test_a_gpu_that_is_lost_is_left_out_until_it_is_back(start: Start) -> None:
+def test_a_lost_gpu_is_omitted_until_it_returns(start: Start) -> None:
     gpu = Gpu(UUIDS[0], used_gib=1, busy=90)
     process = start(Driver(gpu))
     gpu.is_lost = True
@@ -243,16 +243,16 @@ def test_a_gpu_that_is_lost_is_left_out_until_it_is_back(start: Start) -> None:
     assert len(of_driver(process.monitor.read())) == 2
 
 
-def test_the_driver_is_given_back_at_the_end_once(start: Start) -> None:
+def test_the_driver_is_shut_down_once_at_the_end(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0]))
-    driver.num_users = 1  # somebody else in this process
+    driver.num_users = 1  # another user in this process
     process = start(driver)
     assert driver.num_users == 2
     process.monitor.close()
     assert driver.num_users == 1
 
 
-def test_a_driver_that_is_gone_at_the_end_is_no_error(start: Start) -> None:
+def test_a_driver_that_is_missing_at_the_end_is_no_error(start: Start) -> None:
     driver = Driver(Gpu(UUIDS[0]))
     process = start(driver)
     driver.num_users = 0
@@ -260,7 +260,7 @@ def test_a_driver_that_is_gone_at_the_end_is_no_error(start: Start) -> None:
     assert driver.num_users == 0
 
 
-def test_on_the_cpu_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_the_driver_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(Gpu(UUIDS[0]))
     monkeypatch.setattr(pynvml, "nvmlInit", driver.nvmlInit)
     monkeypatch.setattr(socket, "gethostname", lambda: "node1")
@@ -273,7 +273,7 @@ def test_on_the_cpu_the_driver_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> 
     assert "no CUDA device" in monitor.notice
 
 
-def test_the_memory_of_a_process_includes_that_of_the_processes_it_started() -> None:
+def test_the_memory_of_a_process_includes_its_child_processes() -> None:
     monitor = DeviceMonitor(CPU, Company([]))  # type: ignore[arg-type]
     alone = monitor.read()["memory_ram_gb"]
     hold = "import sys; held = b'x' * 2**28; print('ready', flush=True); sys.stdin.read()"
@@ -290,8 +290,8 @@ def test_the_memory_of_a_process_includes_that_of_the_processes_it_started() -> 
 def test_an_mlflow_file_store_accepts_every_metric_for_any_host_name(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The narrowest of the stores: a metric is a file there, so no name may be another's folder."""
-    read = start(Driver(Gpu(UUIDS[0], used_gib=1)), machine="Jörg's/pc:1").read
+    """Use the strictest store: a metric is a file there, so no name may be another's folder."""
+    read = start(Driver(Gpu(UUIDS[0], used_gib=1)), host="Jörg's/pc:1").read
     assert len(read) == 6
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(tmp_path.as_uri())

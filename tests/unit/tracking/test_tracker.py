@@ -1,4 +1,4 @@
-"""Trackers that are not MLflow's, and what becomes of the log of a run."""
+"""Trackers other than MLflow's, and the log file of a run."""
 
 import errno
 import logging
@@ -17,7 +17,7 @@ _logger = logging.getLogger("detr_dist.tests")
 
 
 class Notebook(Tracker):
-    """As a stranger would write one, who wants no files but the log."""
+    """User's tracker that accepts no files but the log."""
 
     def __init__(self) -> None:
         self.params: dict[str, Any] = {}
@@ -45,7 +45,7 @@ def notebook() -> Notebook:
 
 @pytest.fixture
 def forget_modules() -> Iterator[None]:
-    """Forget what a test imports from its own folder."""
+    """Remove the modules that a test imports from its own folder."""
     known = set(sys.modules)
     yield
     for name in set(sys.modules) - known:
@@ -64,9 +64,7 @@ def log_of(notebook: Notebook) -> str:
     return notebook.files["logs/train.log"]
 
 
-def test_what_is_logged_comes_to_every_tracker(
-    trackers: Trackers, notebook: Notebook, tmp_path: Path
-) -> None:
+def test_logged_values_reach_every_tracker(trackers: Trackers, notebook: Notebook, tmp_path: Path) -> None:
     trackers.add(TensorBoard(tmp_path / "tensorboard"))
     with tracked(trackers):
         trackers.log_params({"seed": 1})
@@ -81,7 +79,7 @@ def test_what_is_logged_comes_to_every_tracker(
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(3, 0.5)]
 
 
-def test_a_resumed_run_hides_what_tensorboard_has_of_later_steps(tmp_path: Path) -> None:
+def test_a_resumed_run_hides_later_steps_in_tensorboard(tmp_path: Path) -> None:
     for first_step, steps, value in ((0, range(1, 6), 1.0), (3, range(4, 6), 2.0)):
         board = TensorBoard(tmp_path, first_step=first_step)
         for step in steps:
@@ -116,7 +114,7 @@ def test_a_resumed_run_appends_to_its_log(trackers: Trackers, notebook: Notebook
     assert [line.split()[-1] for line in log_of(notebook).splitlines()] == ["first", "second"]
 
 
-def test_the_log_of_a_failed_run_has_the_traceback_unlike_the_console(
+def test_the_log_but_not_the_console_has_the_traceback_of_a_failed_run(
     trackers: Trackers, notebook: Notebook, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(TrainingError), tracked(trackers):
@@ -126,7 +124,7 @@ def test_the_log_of_a_failed_run_has_the_traceback_unlike_the_console(
     assert "NaN" not in capsys.readouterr().out
 
 
-def test_the_log_of_a_run_that_was_asked_to_stop_says_so(trackers: Trackers, notebook: Notebook) -> None:
+def test_the_log_of_a_stopped_run_states_that_it_was_stopped(trackers: Trackers, notebook: Notebook) -> None:
     with pytest.raises(StopRequested), tracked(trackers):
         raise StopRequested("SIGTERM: saved at step 5")
     assert notebook.ends == [("KILLED", None)]
@@ -134,7 +132,7 @@ def test_the_log_of_a_run_that_was_asked_to_stop_says_so(trackers: Trackers, not
     assert line.endswith(" SIGTERM: saved at step 5")
 
 
-def test_of_two_threads_that_close_a_run_the_first_one_decides(
+def test_the_first_of_two_threads_that_close_a_run_decides_its_status(
     trackers: Trackers, notebook: Notebook
 ) -> None:
     with tracked(trackers):
@@ -144,7 +142,7 @@ def test_of_two_threads_that_close_a_run_the_first_one_decides(
 
 
 class FullDisk(OwnTracker):
-    """Whatever it is told needs room that is not there."""
+    """Tracker for whose output there is no space."""
 
     def _fail(self, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -153,7 +151,7 @@ class FullDisk(OwnTracker):
 
 
 class Broken(Tracker):
-    """Whatever it is told raises."""
+    """Tracker that raises in every method."""
 
     def _fail(self, *_: Any, **__: Any) -> None:
         raise KeyError("api_key")
@@ -161,7 +159,7 @@ class Broken(Tracker):
     log_params = log_metrics = log_file = log_folder = close = _fail
 
 
-def test_a_tracker_of_ours_that_fails_is_an_error_and_keeps_no_other_open(
+def test_a_failing_builtin_tracker_is_an_error_and_the_others_are_closed(
     trackers: Trackers, notebook: Notebook
 ) -> None:
     trackers.add(FullDisk())
@@ -172,7 +170,7 @@ def test_a_tracker_of_ours_that_fails_is_an_error_and_keeps_no_other_open(
     assert notebook.ends == [("FINISHED", None)]
 
 
-def test_a_users_tracker_that_fails_is_one_warning(
+def test_a_failing_user_tracker_is_one_warning(
     trackers: Trackers, notebook: Notebook, tmp_path: Path, messages: list[str]
 ) -> None:
     broken = Trackers()
@@ -203,7 +201,7 @@ class NoTracker: ...
 """
 
 
-def test_a_tracker_is_named_by_file_and_class_and_gets_folders_if_it_takes_them(
+def test_a_tracker_is_loaded_by_file_and_class_and_may_accept_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -220,7 +218,7 @@ def test_a_tracker_is_named_by_file_and_class_and_gets_folders_if_it_takes_them(
 @pytest.mark.parametrize(
     ("name", "reason"), [("Demanding", "url"), ("NoTracker", r"detr_dist\.Tracker"), ("Absent", "Absent")]
 )
-def test_a_class_that_makes_no_tracker_is_named_with_its_key(
+def test_a_class_that_creates_no_tracker_is_named_with_its_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forget_modules: None, name: str, reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Which store the pages are opened on, and at which port."""
+"""The store that the pages are opened on, and their port."""
 
 import socket
 import threading
@@ -23,7 +23,7 @@ def configure(path: Path, uri: str) -> Path:
     return path
 
 
-def test_the_most_deliberate_choice_counts(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_explicit_store_is_chosen(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("given", "variable", "project", "option", "mlflow"):
         (here / f"{name}.db").touch()
     (here / "mlruns" / "0").mkdir(parents=True)
@@ -39,7 +39,7 @@ def test_the_most_deliberate_choice_counts(here: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("content", ["sqlite:///away.db", "file:./mlruns", "[1"], ids=str)
-def test_a_project_whose_store_is_not_here_hides_no_runs_that_are(here: Path, content: str) -> None:
+def test_a_remote_store_of_the_project_hides_no_local_runs(here: Path, content: str) -> None:
     (here / "mlflow.db").touch()
     (here / "mlruns" / "1").mkdir(parents=True)  # artifacts of the database
     configure(here / "configs" / "training.yaml", content)
@@ -55,21 +55,21 @@ def test_artifacts_of_a_database_are_not_opened_as_a_store(here: Path) -> None:
 @pytest.mark.parametrize(
     "uri", ["file:./my runs", "file:my%20runs", "my runs", "{here}/my runs", "file://{here}/my runs"]
 )
-def test_a_folder_may_be_written_in_every_way_that_mlflow_knows(here: Path, uri: str) -> None:
+def test_a_folder_may_be_specified_in_every_form_of_mlflow(here: Path, uri: str) -> None:
     (here / "my runs" / "0").mkdir(parents=True)
     (here / "my runs" / "0" / "meta.yaml").touch()
     uri = uri.format(here=here)
     assert find_tracking_uri(uri, None) == uri
 
 
-def test_a_busy_port_gives_way_to_the_next_free_one() -> None:
+def test_a_busy_port_is_replaced_by_the_next_free_one() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         busy = other.getsockname()[1]
         assert find_free_port("127.0.0.1", busy) > busy
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70000), ("192.0.2.1", 5000)], ids=["port", "host"])
-def test_where_nothing_can_be_served_is_said(host: str, port: int) -> None:
+def test_an_unusable_address_is_reported(host: str, port: int) -> None:
     with pytest.raises(UsageError, match=rf"cannot serve at {host}, port {port}"):
         find_free_port(host, port)
 

@@ -1,4 +1,4 @@
-"""A tiny detector in training, and checkpoints of it."""
+"""A tiny detector in training, and its checkpoints."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from harness.data import TINY_BACKBONE
 
 from detr_dist.config import Config, ModelConfig, TrainingConfig
 from detr_dist.data.sampling import StepPlan
@@ -29,14 +30,7 @@ CLASS_NAMES = ["player", "ball"]
 @pytest.fixture(scope="session")
 def tiny_model() -> ModelConfig:
     return ModelConfig(
-        backbone={
-            "model_type": "resnet",
-            "layer_type": "basic",
-            "embedding_size": 8,
-            "hidden_sizes": [8, 8, 8, 8],
-            "depths": [1, 1, 1, 1],
-            "out_features": ["stage4"],
-        },
+        backbone=TINY_BACKBONE | {"hidden_sizes": [8, 8, 8, 8]},
         pretrained_backbone=False,
         hidden_dim=32,
         num_encoder_layers=1,
@@ -53,7 +47,7 @@ def detector(tiny_model: ModelConfig) -> Detector:
 
 @pytest.fixture
 def training(detector: Detector) -> Training:
-    """One optimizer step done, on gradients of 1; the average has moved as well."""
+    """Take one optimizer step, on gradients of 1, and one update of the average."""
     settings, accelerator = TrainingConfig(warmup_steps=5), Accelerator(cpu=True)
     optimizer = build_optimizer(detector, settings)
     scheduler = build_scheduler(optimizer, settings, total_steps=20)
@@ -97,13 +91,13 @@ def facts(tiny_model: ModelConfig) -> RunFacts:
 
 @pytest.fixture
 def snapshot_at(training: Training, detector: Detector, facts: RunFacts) -> Callable[..., Snapshot]:
-    """Makes a snapshot of the tiny detector at a step, with what else of the state is given."""
+    """Return a function that takes a snapshot of the tiny detector at a step, with the given state."""
     return lambda step, **state: take_snapshot(training, detector, TrainState(step=step, **state), facts)
 
 
 @pytest.fixture
 def checkpoint(snapshot_at: Callable[..., Snapshot], tmp_path: Path) -> Path:
-    """A checkpoint with all its files."""
+    """Write a checkpoint with all its files."""
     write_checkpoint(tmp_path / "checkpoints", ["epoch_1"], snapshot_at(10, closed_step=10))
     return tmp_path / "checkpoints" / "epoch_1"
 
@@ -117,5 +111,5 @@ def rewrite(folder: Path, name: str, content: bytes) -> None:
 
 @pytest.fixture(name="rewrite")
 def rewrite_fixture() -> Callable[[Path, str, bytes], None]:
-    """Puts other content into a file of a checkpoint, as a forger would: the manifest says the same."""
+    """Return a function that replaces a file of a checkpoint and, like a forger, its manifest entry."""
     return rewrite

@@ -1,4 +1,4 @@
-"""A checkpoint shows whether it is whole, and nothing in it is ever executed."""
+"""A checkpoint shows whether it is complete, and nothing in it is ever executed."""
 
 import json
 import os
@@ -42,7 +42,7 @@ Rewrite = Callable[[Path, str, bytes], None]
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ def flip_a_byte(path: Path, position: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_checkpoint_gives_back_what_was_saved(
+def test_a_checkpoint_restores_what_was_saved(
     training: Training, detector: Detector, facts: RunFacts, tmp_path: Path
 ) -> None:
     state = TrainState(
@@ -101,7 +101,7 @@ def test_a_checkpoint_gives_back_what_was_saved(
     assert (document["epoch"], document["samples_seen"]) == (1.3, 52)
 
 
-def test_without_an_average_a_checkpoint_has_none(
+def test_without_an_average_a_checkpoint_stores_none(
     training: Training, detector: Detector, facts: RunFacts, tmp_path: Path
 ) -> None:
     without = replace(training, average=WeightAverage(detector, decay=0.0))
@@ -112,7 +112,7 @@ def test_without_an_average_a_checkpoint_has_none(
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.0])
-def test_a_copy_of_the_model_alone_is_what_a_snapshot_calls_the_model(
+def test_a_copy_of_the_model_alone_equals_the_model_of_a_snapshot(
     training: Training, detector: Detector, facts: RunFacts, decay: float
 ) -> None:
     training = replace(training, average=WeightAverage(detector, decay))
@@ -127,7 +127,7 @@ def test_a_copy_of_the_model_alone_is_what_a_snapshot_calls_the_model(
         torch.testing.assert_close(alone, copy_model(training), rtol=0, atol=0)
 
 
-def test_what_is_trained_after_the_snapshot_is_not_in_it(snapshot_at: SnapshotAt, training: Training) -> None:
+def test_training_after_the_snapshot_does_not_change_it(snapshot_at: SnapshotAt, training: Training) -> None:
     snapshot, same = snapshot_at(1), snapshot_at(1)
     training.optimizer.step()
     training.average.update(1)
@@ -161,7 +161,8 @@ def test_one_flipped_byte_anywhere_in_the_manifest_is_refused(checkpoint: Path) 
 def test_a_file_that_is_missing_or_cut_short_is_named(name: str, checkpoint: Path) -> None:
     path = checkpoint / name
     content = path.read_bytes()
-    for length in (len(content) - 2, len(content) // 2, 0):  # a manifest without its last line end is whole
+    # A manifest without its last line end is complete.
+    for length in (len(content) - 2, len(content) // 2, 0):
         path.write_bytes(content[:length])
         with pytest.raises(CheckpointError, match=str(path)):
             open_checkpoint(checkpoint)
@@ -170,7 +171,7 @@ def test_a_file_that_is_missing_or_cut_short_is_named(name: str, checkpoint: Pat
         open_checkpoint(checkpoint)
 
 
-def test_a_folder_that_is_not_there_is_not_whole(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_complete(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=str(tmp_path / "nowhere")):
         open_checkpoint(tmp_path / "nowhere")
 
@@ -184,7 +185,7 @@ def test_a_manifest_that_lists_other_files_is_refused(other: str, checkpoint: Pa
 
 
 @pytest.mark.parametrize("name", [NETWORK, OPTIMIZER, STRUCTURE, STATE])
-def test_a_manifest_that_leaves_a_file_out_is_refused(name: str, checkpoint: Path) -> None:
+def test_a_manifest_that_omits_a_file_is_refused(name: str, checkpoint: Path) -> None:
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     del manifest[name]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
@@ -193,22 +194,20 @@ def test_a_manifest_that_leaves_a_file_out_is_refused(name: str, checkpoint: Pat
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "null", '"text"', "{}"])
-def test_a_manifest_that_is_none_is_refused(content: str, checkpoint: Path) -> None:
+def test_an_invalid_manifest_is_refused(content: str, checkpoint: Path) -> None:
     (checkpoint / MANIFEST).write_text(content)
     with pytest.raises(CheckpointError, match=str(checkpoint / MANIFEST)):
         open_checkpoint(checkpoint)
 
 
-def test_a_state_that_this_version_does_not_know_is_refused_by_its_key(
-    checkpoint: Path, rewrite: Rewrite
-) -> None:
+def test_an_unknown_state_is_refused_by_its_key(checkpoint: Path, rewrite: Rewrite) -> None:
     document = json.loads((checkpoint / STATE).read_text()) | {"step": "many"}
     rewrite(checkpoint, STATE, json.dumps(document).encode())
     with pytest.raises(CheckpointError, match=f"{checkpoint / STATE}: step not as this version writes it"):
         open_checkpoint(checkpoint)
 
 
-def test_a_run_from_before_shapes_were_grouped_did_not_group_them(
+def test_a_run_older_than_shape_grouping_continues_without_grouping(
     checkpoint: Path, rewrite: Rewrite, facts: RunFacts
 ) -> None:
     state = json.loads((checkpoint / STATE).read_text())
@@ -247,7 +246,7 @@ def test_an_optimizer_file_that_would_run_code_is_refused_and_runs_nothing(
 
 
 @pytest.mark.parametrize("kind", TRAPS)
-def test_the_traps_of_these_tests_are_real(kind: str, tmp_path: Path) -> None:
+def test_the_malicious_files_of_these_tests_do_run_code(kind: str, tmp_path: Path) -> None:
     content, sprung = TRAPS[kind](Trap(tmp_path / "sprung")), tmp_path / "sprung"
     if kind.startswith("torch.save"):
         torch.load(BytesIO(content), weights_only=False)
@@ -258,7 +257,7 @@ def test_the_traps_of_these_tests_are_real(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "read"), [(NETWORK, "network"), (AVERAGE, "average")])
 @pytest.mark.parametrize("kind", TRAPS)
-def test_weights_that_are_a_pickle_are_refused_and_run_nothing(
+def test_pickled_weights_are_refused_and_run_nothing(
     name: str, read: str, kind: str, checkpoint: Path, rewrite: Rewrite, tmp_path: Path
 ) -> None:
     rewrite(checkpoint, name, TRAPS[kind](Trap(tmp_path / "sprung")))
@@ -286,15 +285,13 @@ def test_an_optimizer_file_without_its_three_parts_is_refused(
         b"\x80\x02.",
     ],
 )
-def test_an_optimizer_file_that_is_no_such_file_is_refused(
-    content: bytes, checkpoint: Path, rewrite: Rewrite
-) -> None:
+def test_an_invalid_optimizer_file_is_refused(content: bytes, checkpoint: Path, rewrite: Rewrite) -> None:
     rewrite(checkpoint, OPTIMIZER, content)
     with pytest.raises(CheckpointError, match=str(checkpoint / OPTIMIZER)):
         open_checkpoint(checkpoint).optimizer()
 
 
-def test_brackets_without_end_are_no_state(checkpoint: Path, rewrite: Rewrite) -> None:
+def test_unclosed_nested_brackets_are_refused_as_a_state(checkpoint: Path, rewrite: Rewrite) -> None:
     rewrite(checkpoint, STATE, b"[" * 100_000)
     with pytest.raises(CheckpointError, match=str(checkpoint / STATE)):
         open_checkpoint(checkpoint)
@@ -330,7 +327,7 @@ def test_the_newest_checkpoint_has_the_last_step_then_a_closed_epoch(
     assert newest.age == (20, 20)
 
 
-def test_torn_checkpoints_are_named_and_passed_over(
+def test_incomplete_checkpoints_are_named_and_skipped(
     snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     for step in (1, 2, 3, 4):
@@ -350,7 +347,7 @@ def test_torn_checkpoints_are_named_and_passed_over(
     assert str(tmp_path / "step_3" / NETWORK) in messages[2]
 
 
-def test_where_no_checkpoint_is_whole_there_is_none(
+def test_without_a_complete_checkpoint_none_is_found(
     snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     assert newest_checkpoint(tmp_path / "not_there_yet") is None

@@ -1,4 +1,4 @@
-"""What is saved at the end of an epoch, and what the user's callbacks are told."""
+"""The files saved at the end of an epoch, and the notifications of the user's callbacks."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ from detr_dist.training.signals import StopSignals
 
 
 class CountingOptimizer:
-    """Counts how often what it remembers is asked for."""
+    """Optimizer that counts the requests for its state."""
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -48,7 +48,7 @@ class CountingOptimizer:
 
 
 class Logged(Tracker):
-    """Keeps the metrics."""
+    """Tracker that keeps the metrics."""
 
     def __init__(self) -> None:
         self.metrics: list[tuple[int, dict[str, float]]] = []
@@ -73,7 +73,7 @@ class Recorder(Callback):
 
 
 class Broken(Callback):
-    """Fails in each method."""
+    """Callback that fails in each method."""
 
     def on_step(self, event: StepEvent) -> None:
         raise ZeroDivisionError("by zero")
@@ -95,7 +95,7 @@ def observe(
     tiny_data: Path,
     optimizer: CountingOptimizer,
 ) -> Iterator[Callable[..., RunObserver]]:
-    """Observes a run in `tmp_path` whose epochs have 10 steps; a checkpoint is due after every second."""
+    """Observe a run in `tmp_path` whose epochs have 10 steps; a checkpoint is due after every second."""
     config = facts.config.model_copy(
         update={
             "checkpoint": CheckpointConfig(every_epochs=2),
@@ -139,7 +139,7 @@ def observe(
 
 @pytest.fixture
 def no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations that find nothing, at once."""
+    """Replace evaluations by ones that find nothing, without delay."""
     details = Details(DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)
@@ -172,7 +172,7 @@ def test_an_epoch_that_saves_only_the_model_does_not_copy_the_optimizer(
 
 
 @pytest.mark.usefixtures("no_detections")
-def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(
+def test_callbacks_are_notified_of_steps_evaluations_and_checkpoints(
     observe: Callable[..., RunObserver], tmp_path: Path
 ) -> None:
     recorder, logged = Recorder(), Logged()
@@ -203,7 +203,7 @@ def test_callbacks_are_told_of_steps_evaluations_and_checkpoints(
 
 
 @pytest.mark.usefixtures("no_detections")
-def test_a_callback_that_fails_is_one_warning_for_each_of_its_methods(
+def test_a_failing_callback_gives_one_warning_for_each_of_its_methods(
     observe: Callable[..., RunObserver], messages: list[str]
 ) -> None:
     recorder = Recorder()
@@ -221,7 +221,7 @@ def test_a_callback_that_fails_is_one_warning_for_each_of_its_methods(
     assert len(recorder.events) == 4
 
 
-def test_ctrl_c_in_a_callback_is_no_failure_of_it() -> None:
+def test_ctrl_c_in_a_callback_is_not_treated_as_its_failure() -> None:
     class Interrupted(Callback):
         def on_end(self, event: EndEvent) -> None:
             raise KeyboardInterrupt
@@ -230,12 +230,12 @@ def test_ctrl_c_in_a_callback_is_no_failure_of_it() -> None:
         Callbacks([Interrupted()]).notify(EndEvent("FINISHED", None, None))
 
 
-def test_a_class_in_the_place_of_a_callback_is_refused() -> None:
+def test_a_class_instead_of_a_callback_is_refused() -> None:
     with pytest.raises(UsageError, match="Recorder"):
         Callbacks([Recorder])
 
 
-def test_callbacks_of_the_configuration_are_made_without_arguments(tmp_path: Path) -> None:
+def test_configured_callbacks_are_created_without_arguments(tmp_path: Path) -> None:
     path = tmp_path / "own_callbacks.py"
     path.write_text("class Fine: ...\nclass NeedsOne:\n    def __init__(self, value): ...\n")
     made = instantiate(f"{path}:Fine", "training.callbacks")

@@ -1,4 +1,4 @@
-"""Which parameters learn how fast, and when."""
+"""The learning rate of each parameter, and its schedule."""
 
 import pytest
 import torch
@@ -44,5 +44,5 @@ def test_the_cosine_schedule_falls_from_the_peak_towards_zero() -> None:
     assert 0 < rates[-1] < 0.05
 
 
-def test_the_constant_schedule_stays() -> None:
+def test_the_constant_schedule_does_not_change() -> None:
     assert learning_rates(4, lr_schedule="constant") == [1, 1, 1, 1]

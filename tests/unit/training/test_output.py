@@ -1,4 +1,4 @@
-"""An output folder holds one run: what belongs to another is set aside, and nothing of it is deleted."""
+"""An output folder holds one run: files of another are set aside, and none of them is deleted."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ OTHERS = {"mlflow.db", "notes"}
 
 @pytest.fixture
 def output_dir(tmp_path: Path, snapshot_at: SnapshotAt) -> Path:
-    """Of a run of two epochs, the first of which was the better one; and of its user."""
+    """Write the files of a run of two epochs, of which the first was better, and those of a user."""
     folder = tmp_path / "out"
     for names, step, closed_step in (
         (["epoch_1", "best"], 10, 10),
@@ -56,7 +56,7 @@ def set_aside(output_dir: Path) -> Path:
     return folder
 
 
-def test_a_new_run_sets_everything_of_an_earlier_one_aside_and_says_so(
+def test_a_new_run_sets_the_earlier_run_aside_and_reports_it(
     output_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_room(output_dir, None)
@@ -70,15 +70,13 @@ def test_a_new_run_sets_everything_of_an_earlier_one_aside_and_says_so(
     assert (aside / "results.json").read_text() == "results.json"
 
 
-def test_in_an_empty_folder_there_is_nothing_to_set_aside(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_folder_has_nothing_to_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_room(tmp_path, None)
     assert names_in(tmp_path) == set()
     assert capsys.readouterr().out == ""
 
 
-def test_runs_that_are_set_aside_in_the_same_second_do_not_mix(
+def test_runs_set_aside_in_the_same_second_do_not_mix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "strftime", lambda form: "now")
@@ -108,7 +106,7 @@ def write_files(folder: Path, names: Iterable[str]) -> None:
         (folder / name).write_text(name)
 
 
-def test_what_a_user_keeps_beside_a_run_stays_in_its_place(output_dir: Path) -> None:
+def test_user_files_next_to_a_run_stay_in_place(output_dir: Path) -> None:
     write_files(output_dir, USERS_OWN)
     check_output(output_dir)
     make_room(output_dir, None)
@@ -118,7 +116,7 @@ def test_what_a_user_keeps_beside_a_run_stays_in_its_place(output_dir: Path) -> 
     assert names_in(output_dir / "checkpoints") == {"mine"}
 
 
-def test_what_a_user_keeps_among_checkpoints_stays_when_a_run_resumes(output_dir: Path) -> None:
+def test_user_files_among_checkpoints_stay_when_a_run_resumes(output_dir: Path) -> None:
     write_files(output_dir, USERS_OWN)
     make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "step_20"))
     assert all((output_dir / name).read_text() == name for name in USERS_OWN)
@@ -135,7 +133,7 @@ def test_what_a_user_keeps_among_checkpoints_stays_when_a_run_resumes(output_dir
         "pictures/epoch_1/x",
     ],
 )
-def test_a_folder_with_files_that_a_run_would_replace_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_folder_with_files_that_a_run_would_overwrite_is_refused(name: str, tmp_path: Path) -> None:
     write_files(tmp_path, [*USERS_OWN, name])
     with pytest.raises(
         UsageError, match=f"--output-dir {tmp_path}: holds '{name.rpartition('/')[0] or name}'"
@@ -144,7 +142,7 @@ def test_a_folder_with_files_that_a_run_would_replace_is_refused(name: str, tmp_
     assert all((tmp_path / each).read_text() == each for each in (*USERS_OWN, name))
 
 
-def test_a_folder_with_other_files_is_taken(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_accepted(tmp_path: Path) -> None:
     write_files(tmp_path, USERS_OWN)
     check_output(tmp_path)
     make_room(tmp_path, None)
@@ -153,7 +151,7 @@ def test_a_folder_with_other_files_is_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("trace", ["checkpoints/a/state.json", "outbox/x/run.json", "stacks/rank_0.txt", ""])
-def test_any_trace_of_a_run_makes_the_folder_one_of_runs(trace: str, tmp_path: Path) -> None:
+def test_any_trace_of_a_run_marks_an_output_folder(trace: str, tmp_path: Path) -> None:
     write_files(tmp_path, ["model/w.bin", "results.json", *([trace] if trace else [])])
     (tmp_path / "config.yaml").write_text("training: {seed: 1}" if trace else Config().to_yaml())
     check_output(tmp_path)
@@ -171,7 +169,7 @@ def test_a_resumed_run_sets_aside_newer_checkpoints_and_old_results(
     assert "newer than step 20" in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_from_its_newest_checkpoint_sets_nothing_aside(
+def test_a_run_resumed_from_its_newest_checkpoint_sets_nothing_aside(
     output_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(output_dir.parent)
@@ -181,7 +179,7 @@ def test_a_run_that_goes_on_from_its_newest_checkpoint_sets_nothing_aside(
     assert capsys.readouterr().out == ""
 
 
-def test_what_does_not_say_its_age_is_set_aside_as_not_whole(output_dir: Path) -> None:
+def test_checkpoints_of_unknown_age_are_set_aside_as_incomplete(output_dir: Path) -> None:
     checkpoints_dir = output_dir / "checkpoints"
     (checkpoints_dir / "last" / "state.json").unlink()
     (checkpoints_dir / "epoch_9").mkdir()
@@ -210,9 +208,7 @@ def test_a_run_resumed_from_elsewhere_keeps_only_its_own_outbox(output_dir: Path
     assert names_in(set_aside(output_dir) / "outbox") == {of_another}
 
 
-def test_the_model_of_a_best_checkpoint_that_is_set_aside_goes_with_it(
-    output_dir: Path, snapshot_at: SnapshotAt
-) -> None:
+def test_a_best_checkpoint_is_set_aside_with_its_model(output_dir: Path, snapshot_at: SnapshotAt) -> None:
     snapshot = snapshot_at(20, closed_step=20, best_step=20)
     write_checkpoint(output_dir / "checkpoints", ["epoch_2", "best", "last"], snapshot)
     make_room(output_dir, open_checkpoint(output_dir / "checkpoints" / "epoch_1"))
@@ -220,7 +216,7 @@ def test_the_model_of_a_best_checkpoint_that_is_set_aside_goes_with_it(
     assert not (output_dir / "model").exists()
 
 
-def test_the_best_checkpoint_and_model_are_brought_along(output_dir: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_and_model_are_copied(output_dir: Path, tmp_path: Path) -> None:
     resumed = open_checkpoint(output_dir / "checkpoints" / "last")
     bring_best(tmp_path / "new", resumed, output_dir / "checkpoints" / "best", output_dir / "model")
     brought = open_checkpoint(tmp_path / "new" / "checkpoints" / "best")
@@ -230,7 +226,7 @@ def test_the_best_checkpoint_and_model_are_brought_along(output_dir: Path, tmp_p
     assert (tmp_path / "new" / "model" / "content").read_text() == "model"
 
 
-def test_a_best_checkpoint_of_another_step_is_not_brought(output_dir: Path, tmp_path: Path) -> None:
+def test_a_best_checkpoint_of_another_step_is_not_copied(output_dir: Path, tmp_path: Path) -> None:
     checkpoints_dir = output_dir / "checkpoints"
     with pytest.raises(
         CheckpointError, match=f"{checkpoints_dir / 'step_20'}: is of step 20, the best was 10"
@@ -244,7 +240,7 @@ def test_a_best_checkpoint_of_another_step_is_not_brought(output_dir: Path, tmp_
     assert not (tmp_path / "new").exists()
 
 
-def test_a_best_checkpoint_that_is_not_whole_is_not_brought(output_dir: Path, tmp_path: Path) -> None:
+def test_an_incomplete_best_checkpoint_is_not_copied(output_dir: Path, tmp_path: Path) -> None:
     best = output_dir / "checkpoints" / "best"
     resumed = open_checkpoint(output_dir / "checkpoints" / "last")
     (best / NETWORK).unlink()
@@ -253,7 +249,7 @@ def test_a_best_checkpoint_that_is_not_whole_is_not_brought(output_dir: Path, tm
     assert not (tmp_path / "new").exists()
 
 
-def test_an_output_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_is_created_or_refused(tmp_path: Path) -> None:
     check_writable("--output-dir", tmp_path / "deeper" / "out")
     assert names_in(tmp_path / "deeper" / "out") == set()
     (tmp_path / "file").write_text("no folder")
@@ -261,7 +257,7 @@ def test_an_output_folder_is_made_and_one_that_cannot_be_is_refused(tmp_path: Pa
         check_writable("--output-dir", tmp_path / "file")
 
 
-def test_the_results_are_printed_and_left_with_where_the_run_is(
+def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = LoggingConfig(register_model_as="detector")
@@ -279,7 +275,7 @@ def test_the_results_are_printed_and_left_with_where_the_run_is(
     assert "secret" not in shown + uri
 
 
-def test_an_output_folder_of_the_first_version_is_one_of_runs(tmp_path: Path) -> None:
+def test_an_output_folder_of_the_first_version_is_recognised(tmp_path: Path) -> None:
     written = REPOSITORY / "tests" / "data" / "version_0_1" / "out" / "config.yaml"
     (tmp_path / "config.yaml").write_bytes(written.read_bytes())
     (tmp_path / "tensorboard").mkdir()

@@ -1,4 +1,4 @@
-"""What may change between two parts of a run, and putting back what was saved."""
+"""What may change between two parts of a run, and restoring what was saved."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +61,7 @@ DECIDE_WHAT_IS_LEARNED = {
 
 
 def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
-    """The facts of a run with these settings."""
+    """Return the facts of a run with these settings."""
     config = load_config(None, overrides)
     settings = config.training
     plan = StepPlan(80, settings.batch_size, num_processes, settings.gradient_accumulation_steps)
@@ -80,7 +80,7 @@ def run(*overrides: str, num_processes: int = 1, **others: object) -> RunFacts:
 
 
 def with_another_value(facts: RunFacts, keys: set[str]) -> RunFacts:
-    """These settings are something else, whatever it is."""
+    """Return the run with other values of these settings."""
     config = facts.config
     for key in keys:
         section, name = key.split(".")
@@ -126,7 +126,7 @@ def test_the_same_run_has_no_changes() -> None:
     assert compare_with_saved(run(), run(mlflow_run_id="1" * 32)) == []
 
 
-def test_what_does_not_decide_what_is_learned_may_change_and_is_said() -> None:
+def test_settings_that_do_not_affect_learning_may_change_with_a_report() -> None:
     changed = compare_with_saved(
         run(),
         run(
@@ -153,7 +153,7 @@ def test_what_does_not_decide_what_is_learned_may_change_and_is_said() -> None:
     ]
 
 
-def test_every_key_of_the_configuration_is_either_free_or_decides() -> None:
+def test_every_configuration_key_is_classified_for_resuming() -> None:
     keys = {key for key, _, _ in describe_keys()}
     free = {key for key in keys if key in FREE_KEYS or key.split(".")[0] in FREE_SECTIONS}
     assert keys >= FREE_KEYS
@@ -161,7 +161,7 @@ def test_every_key_of_the_configuration_is_either_free_or_decides() -> None:
     assert len(compare_with_saved(run(), with_another_value(run(), free))) == len(free)
 
 
-def test_credentials_are_no_change_and_the_environments_are_kept(
+def test_credentials_are_no_change_and_those_of_the_environment_are_kept(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     uri = "http://bob:s3cret@host"
@@ -172,7 +172,7 @@ def test_credentials_are_no_change_and_the_environments_are_kept(
     assert resumed.logging.mlflow_tracking_uri == uri
 
 
-def test_all_that_makes_it_another_run_is_named_in_one_error() -> None:
+def test_all_incompatible_changes_are_named_in_one_error() -> None:
     now = replace(
         with_another_value(run(), DECIDE_WHAT_IS_LEARNED | {"training.num_epochs"}),
         class_names=["ball", "player"],
@@ -195,7 +195,7 @@ def test_all_that_makes_it_another_run_is_named_in_one_error() -> None:
         ("model.dropout=0.2", "model.dropout unset -> 0.2"),
     ],
 )
-def test_one_key_that_decides_is_enough(overrides: str, part: str) -> None:
+def test_one_incompatible_key_is_enough(overrides: str, part: str) -> None:
     message = refusal(run(), run(overrides, "training.num_epochs=5"))
     assert part in message
     assert message.count("->") == 1
@@ -209,11 +209,11 @@ def test_one_key_that_decides_is_enough(overrides: str, part: str) -> None:
         ({"data_sha256": "1"}, "annotations of the training data"),
     ],
 )
-def test_other_data_make_it_another_run(others: dict[str, object], part: str) -> None:
+def test_other_training_data_are_refused(others: dict[str, object], part: str) -> None:
     assert part in refusal(run(), run(**others))
 
 
-def test_another_number_of_processes_is_accepted_for_the_same_global_batch() -> None:
+def test_num_processes_may_change_at_the_same_global_batch() -> None:
     saved = run("training.batch_size=4", "training.gradient_accumulation_steps=2", num_processes=1)
     now = run("training.batch_size=2", "training.gradient_accumulation_steps=1", num_processes=4)
     assert compare_with_saved(saved, now) == [
@@ -226,7 +226,7 @@ def test_another_number_of_processes_is_accepted_for_the_same_global_batch() -> 
 @pytest.mark.parametrize(
     ("saved", "is_other"), [("1" * 64, False), ("0" * 64, True), (None, False)], ids=["same", "other", "old"]
 )
-def test_other_validation_data_are_taken_and_said(saved: str | None, is_other: bool) -> None:
+def test_other_validation_data_are_accepted_and_reported(saved: str | None, is_other: bool) -> None:
     facts = run(val_data_sha256=saved), run(val_data_sha256="1" * 64)
     assert has_other_validation(*facts) is is_other
     changes = compare_with_saved(*facts)
@@ -234,7 +234,7 @@ def test_other_validation_data_are_taken_and_said(saved: str | None, is_other: b
     assert all("validation data" in change for change in changes)
 
 
-def test_another_stage_of_zero_is_taken() -> None:
+def test_another_zero_stage_is_accepted() -> None:
     assert compare_with_saved(run(), run(zero_stage=3)) == ["ZeRO stage 0 -> 3"]
 
 
@@ -248,13 +248,13 @@ def test_another_global_batch_is_refused_and_the_fix_is_suggested() -> None:
     assert compare_with_saved(saved, kept)
 
 
-def test_where_no_accumulation_keeps_the_global_batch_none_is_advised() -> None:
+def test_no_accumulation_is_suggested_that_changes_the_global_batch() -> None:
     message = refusal(run("training.batch_size=4"), run("training.batch_size=3"))
     assert "global batch size 4 -> 3" in message
     assert "keeps it" not in message
 
 
-def test_weights_and_average_are_put_back(
+def test_weights_and_average_are_restored(
     checkpoint: Path, training: Training, detector: Detector, tiny_model: ModelConfig
 ) -> None:
     torch.manual_seed(1)
@@ -267,7 +267,7 @@ def test_weights_and_average_are_put_back(
     assert not torch.equal(next(other.parameters()), next(average.detector.parameters()))
 
 
-def test_the_optimizer_goes_on_as_if_it_had_not_been_interrupted(
+def test_a_restored_optimizer_gives_the_same_next_step(
     checkpoint: Path, training: Training, detector: Detector, tiny_model: ModelConfig
 ) -> None:
     other = build_detector(tiny_model, detector.class_names)
@@ -297,7 +297,7 @@ def test_a_restored_optimizer_never_waits_for_the_gpu(
         assert {value.device.type for of in optimizer.state.values() for value in of.values()} == {"cuda"}
 
 
-def test_the_scale_of_the_loss_is_put_back(checkpoint: Path, rewrite: Callable, detector: Detector) -> None:
+def test_the_loss_scale_is_restored(checkpoint: Path, rewrite: Callable, detector: Detector) -> None:
     grown = torch.amp.GradScaler("cpu", init_scale=1024.0)
     content = open_checkpoint(checkpoint).optimizer() | {"scaler": grown.state_dict()}
     rewrite(checkpoint, OPTIMIZER, saved_by_torch(content))

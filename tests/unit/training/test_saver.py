@@ -1,4 +1,4 @@
-"""Checkpoints and models are written, pruned and uploaded behind the back of the training."""
+"""Checkpoints and models are written, pruned and uploaded in the background."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ NewSaver = Callable[..., Saver]
 
 
 class Tracker:
-    """Stands in for one that is on its way to a server."""
+    """Stand-in for a tracker whose uploads take time."""
 
     def __init__(self, upload: Callable[[Path, str], None]) -> None:
         self._upload = upload
@@ -90,7 +90,7 @@ def test_only_the_newest_numbered_and_all_named_checkpoints_are_kept(
     assert {name: open_checkpoint(tmp_path / name).state.step for name in steps} == steps
 
 
-def test_the_newest_stays_if_only_one_is_kept(
+def test_the_newest_checkpoint_stays_if_only_one_is_kept(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     saver = new_saver(keep_last=1)
@@ -100,7 +100,7 @@ def test_the_newest_stays_if_only_one_is_kept(
         assert names_in(tmp_path) == {f"step_{step}"}
 
 
-def test_damaged_checkpoints_do_not_take_the_place_of_the_newest(
+def test_damaged_checkpoints_do_not_count_as_the_newest(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     saver = new_saver(keep_last=2)
@@ -114,7 +114,9 @@ def test_damaged_checkpoints_do_not_take_the_place_of_the_newest(
     assert open_checkpoint(tmp_path / "step_3").state.step == 3
 
 
-def test_without_a_limit_all_are_kept(new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path) -> None:
+def test_without_a_limit_all_checkpoints_are_kept(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
     saver = new_saver(keep_last=None)
     for step in (1, 2, 3):
         saver.save(lambda step=step: snapshot_at(step), [f"step_{step}", "last"])
@@ -122,7 +124,7 @@ def test_without_a_limit_all_are_kept(new_saver: NewSaver, snapshot_at: Snapshot
     assert names_in(tmp_path) == {"step_1", "step_2", "step_3", "last"}
 
 
-def test_a_copied_output_folder_is_pruned_by_step_all_the_same(
+def test_a_copied_output_folder_is_also_pruned_by_step(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     saver = new_saver()
@@ -185,7 +187,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_only_a_warning(
     ]
 
 
-def test_what_could_not_be_written_is_not_uploaded(
+def test_a_checkpoint_that_failed_to_write_is_not_uploaded(
     new_saver: NewSaver, snapshot_at: SnapshotAt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uploaded: list[str] = []
@@ -196,7 +198,7 @@ def test_what_could_not_be_written_is_not_uploaded(
     assert uploaded == []
 
 
-def test_a_copy_that_fails_is_raised_at_once_and_spoils_nothing(
+def test_a_failed_copy_raises_at_once_and_corrupts_nothing(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     saver = new_saver()
@@ -207,7 +209,7 @@ def test_a_copy_that_fails_is_raised_at_once_and_spoils_nothing(
     assert open_checkpoint(tmp_path / "last").state.step == 1
 
 
-def test_an_upload_that_fails_is_a_warning_only(
+def test_a_failed_upload_is_only_a_warning(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path, messages: list[str]
 ) -> None:
     def refuse(folder: Path, name: str) -> None:
@@ -297,7 +299,7 @@ def test_a_failed_model_packing_is_a_warning_but_an_error_for_the_best(
         saver.finish()
 
 
-def test_a_new_saver_brings_to_an_end_what_a_kill_interrupted(
+def test_a_new_saver_completes_an_operation_that_a_kill_interrupted(
     new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
 ) -> None:
     saver = new_saver()

@@ -1,4 +1,4 @@
-"""Signals ask, and do nothing else; only a repeated Ctrl-C ends the process."""
+"""Signals only record a request; only a repeated Ctrl-C ends the process."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ with StopSignals() as signals:
     time.sleep(float(sys.argv[1]))
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1)
-    print("goes on", flush=True)
+    print("continues", flush=True)
 """
 
 
@@ -32,7 +32,7 @@ def interrupt_twice(pause_s: float) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_is_noted_and_everything_goes_on(number: signal.Signals) -> None:
+def test_a_signal_is_recorded_and_execution_continues(number: signal.Signals) -> None:
     with StopSignals() as signals:
         assert not signals.is_requested
         os.kill(os.getpid(), number)
@@ -41,7 +41,7 @@ def test_a_signal_is_noted_and_everything_goes_on(number: signal.Signals) -> Non
     assert signals.is_requested
 
 
-def test_the_first_signal_is_the_one_that_is_told() -> None:
+def test_the_first_signal_is_reported() -> None:
     with StopSignals() as signals:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
@@ -49,7 +49,7 @@ def test_the_first_signal_is_the_one_that_is_told() -> None:
 
 
 @pytest.mark.parametrize("error", [StopRequested, RuntimeError])
-def test_a_run_that_has_stopped_or_failed_is_not_killed_on_its_way_out(error: type[Exception]) -> None:
+def test_a_stopped_or_failed_run_is_not_killed_while_it_exits(error: type[Exception]) -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
         with pytest.raises(error), StopSignals():
@@ -62,7 +62,7 @@ def test_a_run_that_has_stopped_or_failed_is_not_killed_on_its_way_out(error: ty
             signal.signal(number, handler)
 
 
-def test_the_handlers_from_before_are_back_afterwards() -> None:
+def test_the_previous_handlers_are_restored() -> None:
     def own_handler(number: int, frame: object) -> None: ...
 
     default = signal.signal(signal.SIGUSR1, own_handler)
@@ -77,7 +77,7 @@ def test_the_handlers_from_before_are_back_afterwards() -> None:
     assert not set(during) & set(before)
 
 
-def test_leaving_does_not_wait_for_forked_processes() -> None:
+def test_exit_does_not_wait_for_forked_processes() -> None:
     with StopSignals():
         child = os.fork()  # as a loader process, which holds all open files as well
         if child == 0:
@@ -92,7 +92,7 @@ def test_leaving_does_not_wait_for_forked_processes() -> None:
 
 def test_a_second_interrupt_within_half_a_second_is_the_same_request() -> None:
     process = interrupt_twice(pause_s=0)
-    assert (process.returncode, process.stdout) == (0, "SIGINT\ngoes on\n")
+    assert (process.returncode, process.stdout) == (0, "SIGINT\ncontinues\n")
 
 
 def test_a_later_interrupt_ends_the_process_at_once() -> None:
@@ -100,18 +100,16 @@ def test_a_later_interrupt_ends_the_process_at_once() -> None:
     assert (process.returncode, process.stdout, process.stderr) == (130, "SIGINT\n", "")
 
 
-def test_a_later_signal_of_another_kind_ends_nothing() -> None:
+def test_a_later_signal_of_another_kind_is_ignored() -> None:
     script = TWO_INTERRUPTS.replace(
         "os.kill(os.getpid(), signal.SIGINT)", "os.kill(os.getpid(), signal.SIGTERM)"
     )
     command = [sys.executable, "-c", script, "0.7"]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (process.returncode, process.stdout) == (0, "SIGTERM\ngoes on\n")
+    assert (process.returncode, process.stdout) == (0, "SIGTERM\ncontinues\n")
 
 
-def test_a_scheduler_that_cannot_see_the_exit_code_finds_a_note(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_marker_file_is_written_for_schedulers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     leave_note("nobody asked for it")
     monkeypatch.setenv("DETR_DIST_STOPPED_FILE", str(tmp_path / "note"))
     leave_note("asked to stop at step 3: saved")

@@ -1,4 +1,4 @@
-"""What a model reference names: folders, checkpoints, hub ids, and what can be none of them."""
+"""Model references: folders, checkpoints, hub ids, and invalid ones."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def find(reference: str):
     return find_model(reference, URI, Path("scratch").absolute())
 
 
-def test_a_model_folder_is_found_where_it_is() -> None:
+def test_a_model_folder_is_used_in_place() -> None:
     Path("model").mkdir()
     Path("model/config.json").write_text("{}")
     assert find("model").location == "model"
@@ -54,17 +54,17 @@ def test_a_hub_id_is_left_to_transformers(reference: str) -> None:
     "reference",
     ["./model", "/no/such/model", "~/no-such-model", "models/first/model", "scratch/model", "../x", "model/"],
 )
-def test_a_path_that_does_not_exist_is_no_hub_id(reference: str) -> None:
+def test_a_missing_path_is_no_hub_id(reference: str) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         find(reference)
 
 
-def test_a_folder_of_something_else_is_refused_with_what_it_lacks() -> None:
+def test_another_folder_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(UsageError, match=r"scratch: neither a model nor a checkpoint .*config\.json"):
         find("scratch")
 
 
-def test_a_missing_database_is_an_error_and_is_not_made() -> None:
+def test_a_missing_database_is_an_error_and_is_not_created() -> None:
     with pytest.raises(UsageError, match="there is no database"):
         find("runs:/0/model")
     assert not Path("mlflow.db").exists()

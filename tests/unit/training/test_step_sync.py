@@ -58,10 +58,10 @@ def test_counts_and_canvas_cover_all_micro_batches(step_sync: StepSync) -> None:
 @pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
 def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
-    whole = batch(40, 60, [1, 1, 1], [1, 2, 3])
-    whole.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
+    together = batch(40, 60, [1, 1, 1], [1, 2, 3])
+    together.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
     parts = [batch(40, 60, [1], [1]), batch(40, 50, [1], [2]), batch(30, 60, [1], [3])]
-    canvases = {step_sync.next_step(0, iter([group])).canvas_hw for group in ([whole], parts)}
+    canvases = {step_sync.next_step(0, iter([group])).canvas_hw for group in ([together], parts)}
     assert canvases == {(64, 64)}
     of_one_size = [batch(40, 60, [1], [1]), batch(40, 60, [1, 1], [2, 3])]
     expected = (40, 60) if rule.keep_one_size else (64, 64)
@@ -87,7 +87,7 @@ def test_weights_that_are_not_finite_are_found_before_anything_is_saved(step_syn
         step_sync.check(1, layer)
 
 
-def test_data_that_fail_stop_the_step_with_their_own_words(step_sync: StepSync) -> None:
+def test_a_data_error_stops_the_step_with_its_own_message(step_sync: StepSync) -> None:
     def broken():
         raise DataError("the disk is gone")
         yield
@@ -96,7 +96,7 @@ def test_data_that_fail_stop_the_step_with_their_own_words(step_sync: StepSync) 
         step_sync.next_step(0, broken())
 
 
-def test_a_request_to_stop_ends_it_before_the_next_step_is_begun() -> None:
+def test_a_stop_request_takes_effect_before_the_next_step() -> None:
     signals = StopSignals()
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), signals)
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])

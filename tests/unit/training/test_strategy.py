@@ -1,4 +1,4 @@
-"""What DeepSpeed is told, and contradictions between its settings and ours."""
+"""The settings passed to DeepSpeed, and contradictions between its settings and ours."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SETTINGS = TrainingConfig(batch_size=3, gradient_accumulation_steps=2, gradient_
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """As `accelerate launch` would: with a stage and further variables, or with a file of DeepSpeed's own."""
+    """Set variables like `accelerate launch`: a stage and further variables, or a file of DeepSpeed's own."""
 
     def launch(stage: int = 2, file: dict[str, object] | None = None, **variables: str) -> None:
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -29,7 +29,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     return launch
 
 
-def test_without_deepspeed_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_deepspeed_nothing_is_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
     assert zero_plugin(SETTINGS, 2) is None
 
@@ -43,26 +43,26 @@ def test_without_deepspeed_there_is_nothing_to_tell(monkeypatch: pytest.MonkeyPa
         {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
     ],
 )
-def test_what_the_launcher_leaves_open_is_filled_in_from_our_configuration(
+def test_unset_launcher_values_are_filled_from_our_configuration(
     launched, file: dict[str, object] | None
 ) -> None:
     launched(3, file)
     plugin = zero_plugin(SETTINGS.model_copy(update={"mixed_precision": "bf16"}), 4)
     assert plugin is not None
-    told = plugin.deepspeed_config
-    assert (told["train_micro_batch_size_per_gpu"], told["train_batch_size"]) == (3, 24)
-    assert (told["gradient_accumulation_steps"], told["gradient_clipping"]) == (2, 0.5)
-    assert told["zero_optimization"]["stage"] == 3
-    assert "auto" not in told["zero_optimization"].values()
-    assert "bf16" not in told
-    assert told["torch_autocast"] == {
+    settings = plugin.deepspeed_config
+    assert (settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"]) == (3, 24)
+    assert (settings["gradient_accumulation_steps"], settings["gradient_clipping"]) == (2, 0.5)
+    assert settings["zero_optimization"]["stage"] == 3
+    assert "auto" not in settings["zero_optimization"].values()
+    assert "bf16" not in settings
+    assert settings["torch_autocast"] == {
         "enabled": True,
         "dtype": "bfloat16",
         "lower_precision_safe_modules": [],
     }
 
 
-def test_what_both_say_alike_is_no_contradiction(launched) -> None:
+def test_equal_values_are_no_contradiction(launched) -> None:
     launched(2, {"gradient_clipping": 0.5, "gradient_accumulation_steps": 2, "train_batch_size": 12})
     assert zero_plugin(SETTINGS, 2) is not None
 
@@ -92,7 +92,7 @@ def test_a_contradiction_names_both_values(launched, file: dict[str, object], pa
     assert "\n" not in str(caught.value)
 
 
-def test_clipping_in_the_settings_of_accelerate_is_compared_as_well(launched) -> None:
+def test_gradient_clipping_in_accelerate_settings_is_also_compared(launched) -> None:
     launched(GRADIENT_CLIPPING="1.0")
     with pytest.raises(UsageError, match=r"gradient_clipping is 1\.0 .* training\.gradient_clip is 0\.5"):
         zero_plugin(SETTINGS, 2)
@@ -107,7 +107,7 @@ def test_clipping_in_the_settings_of_accelerate_is_compared_as_well(launched) ->
         (3, {}, {"compile_model": True}, "training.compile_model=true"),
     ],
 )
-def test_what_is_not_supported_is_said(
+def test_unsupported_settings_are_reported(
     launched, stage: int, variables: dict[str, str], changes: dict[str, object], part: str
 ) -> None:
     launched(stage, **variables)
@@ -115,7 +115,7 @@ def test_what_is_not_supported_is_said(
         zero_plugin(SETTINGS.model_copy(update=changes), 2)
 
 
-def test_a_file_that_cannot_be_read_is_said(launched, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_reported(launched, monkeypatch: pytest.MonkeyPatch) -> None:
     launched()
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
     with pytest.raises(UsageError, match=r"nowhere\.json"):

@@ -1,4 +1,4 @@
-"""The largest batch is tried before the first step, and leaves nothing behind."""
+"""The largest batch is tried before the first step, and changes nothing."""
 
 import copy
 from dataclasses import replace
@@ -22,7 +22,7 @@ BATCH = {"num_images": 2, "num_boxes": 3, "canvas_hw": (64, 96)}
 
 
 def everything(training: Training) -> list[Tensor]:
-    """Weights, buffers, their average, what the optimizer remembers, and the state of random numbers."""
+    """Return weights, buffers, their average, the optimizer state, and the state of random numbers."""
     states = (training.model.state_dict(), training.average.detector.state_dict())
     moments = [value for state in training.optimizer.state.values() for value in state.values()]
     tensors = [*(tensor for state in states for tensor in state.values()), *moments, torch.get_rng_state()]
@@ -30,7 +30,7 @@ def everything(training: Training) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("is_first_step", [True, False])
-def test_trying_changes_nothing_to_the_bit(training: Training, is_first_step: bool) -> None:
+def test_the_trial_changes_no_state(training: Training, is_first_step: bool) -> None:
     training.model.train()
     if is_first_step:
         training.optimizer.state.clear()
@@ -46,7 +46,7 @@ def test_trying_changes_nothing_to_the_bit(training: Training, is_first_step: bo
     assert training.model.training
 
 
-def test_forward_and_backward_are_computed(training: Training) -> None:
+def test_the_trial_runs_forward_and_backward(training: Training) -> None:
     seen: list[tuple[int, ...]] = []
     parameter = next(p for p in training.model.parameters() if p.requires_grad)
     parameter.register_hook(lambda gradient: seen.append(tuple(gradient.shape)))
@@ -59,7 +59,7 @@ def lack_memory(*_: object) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def test_a_lack_of_memory_names_the_batch_and_what_to_do_in_order(training: Training) -> None:
+def test_out_of_memory_names_the_batch_and_the_remedies_in_order(training: Training) -> None:
     training.model.register_forward_hook(lack_memory)
     config = load_config(None, ["training.batch_size=2", "training.mixed_precision=no"])
     training = replace(training, memory=DeviceMemory(config))
@@ -80,7 +80,7 @@ def test_a_lack_of_memory_names_the_batch_and_what_to_do_in_order(training: Trai
     assert "\n" not in message
 
 
-def test_remedies_that_are_taken_already_are_not_named_again(training: Training) -> None:
+def test_remedies_already_in_use_are_not_suggested(training: Training) -> None:
     taken = ["training.gradient_checkpointing=true", "training.mixed_precision=bf16", "training.batch_size=1"]
     memory = DeviceMemory(load_config(None, taken))
     with (

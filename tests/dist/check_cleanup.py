@@ -1,5 +1,7 @@
-"""Trains like `detr-dist train` with the same arguments, then writes what this process has left behind and whom it
-talked to, to the file `left_<process>.json`."""
+"""Train like `detr-dist train`, then write `left_<process>.json`.
+
+It lists what this process has left behind and which hosts it has contacted.
+"""
 
 import json
 import os
@@ -15,7 +17,7 @@ asked: list[str] = []
 
 
 def note(event: str, arguments: tuple[object, ...]) -> None:
-    """Of all that Python opens, what may lead to MLflow."""
+    """Record everything that Python opens and that may lead to MLflow."""
     if event == "socket.connect" and isinstance(arguments[1], tuple):
         asked.append(f"port {arguments[1][1]}")
     elif event == "sqlite3.connect":

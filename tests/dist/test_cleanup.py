@@ -1,11 +1,11 @@
-"""When training ends it is over, and only the main process has talked to MLflow."""
+"""Training cleans up at its end, and only the main process connects to MLflow."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("check_what_is_left.py")
+SCRIPT = Path(__file__).with_name("check_cleanup.py")
 
 
 @pytest.mark.dist

@@ -1,4 +1,4 @@
-"""Networks that transformers alone has made predict the same here, bit by bit."""
+"""Networks that were saved by transformers alone predict the same here, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ SHAPE = {"encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 4,
 
 @pytest.mark.parametrize("auxiliary_loss", [False, True])
 @pytest.mark.parametrize("kind", WIDTHS)
-def test_a_network_from_elsewhere_predicts_what_it_does_there(
+def test_a_network_saved_by_transformers_predicts_the_same(
     tmp_path: Path, kind: str, auxiliary_loss: bool
 ) -> None:
     options = {"backbone_config": TINY_CONFIG["model"]["backbone"], "num_queries": 10, "num_labels": 2}
