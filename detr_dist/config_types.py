@@ -18,7 +18,7 @@ from pydantic import (
     model_serializer,
 )
 
-from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry, is_path
+from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry
 from detr_dist.redaction import redact_value
 
 
@@ -63,7 +63,7 @@ def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
     def check(value: Any, info: ValidationInfo) -> Any:
         names = [value] if isinstance(value, str) else list(value)
         known = registry.names
-        unknown = [name for name in names if name not in known and not is_path(name)]
+        unknown = [name for name in names if not registry.knows(name)]
         if unknown and (info.context or {}).get("only_known_names"):
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"

@@ -3,6 +3,7 @@
 Imports no torch, so that the configuration can be checked against the names.
 """
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -20,10 +21,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Objects of one kind under the names that a configuration uses."""
 
-    def __init__(self, kind: str, *, built_in: Iterable[str] = ()) -> None:
-        """Reserve the names `built_in` for the package itself."""
+    def __init__(self, kind: str, *, built_in: Iterable[str] = (), takes_paths: bool = False) -> None:
+        """Reserve the names `built_in` for the package itself; with `takes_paths`, `find` imports paths."""
         self.kind = kind
         self.built_in = tuple(built_in)
+        self._takes_paths = takes_paths
         self._objects: dict[str, T] = {}
         self._origins: dict[str, tuple[str, str]] = {}
 
@@ -31,6 +33,10 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Return all names, the package's own first."""
         return [*self.built_in, *(name for name in self._objects if name not in self.built_in)]
+
+    def knows(self, name: str) -> bool:
+        """Return whether `name` is registered, or a path that may lead to an object."""
+        return name in self.names or (self._takes_paths and is_path(name))
 
     def add(self, name: str, value: T, *, origin: tuple[str, str] | None = None) -> None:
         """Register `value`. The same definition, executed again as in a notebook, replaces the earlier one.
@@ -57,15 +63,14 @@ class Registry(Generic[T]):
         return decorate
 
     def find(self, name: str, key: str) -> T:
-        """Return what is registered as `name`, or what that path names: `package.module.Name`,
-        `file.py:Name`.
+        """Return what is registered as `name`, or the object at that path.
 
         Raises:
             UsageError: there is none; the configuration's `key` is named.
         """
         if name in self._objects:
             return self._objects[name]
-        if is_path(name):
+        if self._takes_paths and is_path(name):
             return load_object(name, key)  # type: ignore[no-any-return]
         raise UsageError(
             f"{key}: there is no {self.kind} {name!r}; known are {', '.join(self.names)}; those of your own "
@@ -74,6 +79,7 @@ class Registry(Generic[T]):
 
 
 def _origin(value: Any) -> tuple[str, str]:
+    value = value.func if isinstance(value, functools.partial) else value
     named = value if hasattr(value, "__qualname__") else type(value)
     return named.__module__, named.__qualname__
 
@@ -157,7 +163,7 @@ def _import(name: str) -> ModuleType:
 RECIPES = ("none", "light", "detr")
 """Augmentations that decide the size of an image before it is decoded; one at most."""
 
-TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"))
+TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"), takes_paths=True)
 LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
 FAMILIES: Registry[Any] = Registry(
     "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist import __version__
+from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
@@ -19,12 +20,19 @@ from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.extensions import LOSSES
 from detr_dist.inference.model import TrainedModel, open_model
-from detr_dist.inference.overrides import import_overrides, keys_of, tracking_uri_for, warn_of_no_effect
+from detr_dist.inference.overrides import (
+    EXTENSIONS_KEY,
+    import_overrides,
+    keys_of,
+    tracking_uri_for,
+    warn_of_no_effect,
+)
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.redaction import redact
 from detr_dist.storage import check_new, check_writable, write_text
-from detr_dist.text import printable
+from detr_dist.text import list_names, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +97,7 @@ def _evaluate(
     import_overrides(overrides)
     if not isinstance(model, TrainedModel):
         model = open_model(str(model), tracking_uri_for(tracking_uri, overrides), host)
-    config = resolve_precision(model.settings(overrides), host)
+    config, skipped = _without_unknown_losses(resolve_precision(model.settings(overrides), host))
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
     data = load_coco(
@@ -102,7 +110,7 @@ def _evaluate(
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
         if host.is_main_process:
             warn_of_no_effect(overrides)
-            for line in (*notices, *data.notices):
+            for line in (*skipped, *notices, *data.notices):
                 _logger.info(line)
             _logger.info(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
@@ -132,6 +140,20 @@ def _evaluate(
         },
         details=details,
     )
+
+
+def _without_unknown_losses(config: Config) -> tuple[Config, list[str]]:
+    """Return the configuration without parts of the loss that nobody has registered here, and a line on them.
+
+    No other metric needs them, and what a model's own settings name is never imported.
+    """
+    weights = {name: weight for name, weight in config.loss.weights.items() if LOSSES.knows(name)}
+    unknown = [name for name in config.loss.weights if name not in weights]
+    loss = config.loss.model_copy(update={"weights": weights})
+    line = (
+        f"val_loss is without {list_names(unknown)}: import what registers it, or give {EXTENSIONS_KEY}=[...]"
+    )
+    return config.model_copy(update={"loss": loss}), [line] if unknown else []
 
 
 def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -37,7 +37,7 @@ def export(
         onnx: Write `model.onnx` as well, for images of any number and size.
         register_as: Name in MLflow's registry under which it becomes a new version.
         alias: Alias that then points to the new version.
-        tracking_uri: Where MLflow is, as for `load_model`.
+        tracking_uri: Where MLflow is; None: where the model was loaded from, else as for `load_model`.
 
     Returns:
         The folder.
@@ -46,7 +46,10 @@ def export(
         DetrDistError: with one clear line. The folder is complete or absent; if only the registry fails, it
             is complete.
     """
-    output_dir, tracking_uri = Path(output_dir), tracking_uri_for(tracking_uri)
+    output_dir = Path(output_dir)
+    if tracking_uri is None and isinstance(model, TrainedModel):
+        tracking_uri = model.tracking_uri
+    tracking_uri = tracking_uri_for(tracking_uri)
     check_new("--output-dir", output_dir)
     if alias is not None and register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -67,6 +67,8 @@ class TrainedModel:
     """Epoch, step, metrics and so on, as far as they are known."""
     is_mlflow_model: bool
     """Whether its folder is an MLflow model."""
+    tracking_uri: str | None = None
+    """Where MLflow was when it was loaded."""
     _detectors: dict[str, Detector] = field(default_factory=dict, init=False, repr=False)
     """The one that was used last, by what it depends on."""
 
@@ -241,7 +243,7 @@ def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None)
         model = _read(reference, find() if host is None else host.once_per_machine(find))
         if host is not None:
             host.gather_rows([0.0])  # the files stay until every process has read them
-    return model
+    return replace(model, tracking_uri=tracking_uri)
 
 
 def _read(reference: str, found: FoundModel) -> TrainedModel:
