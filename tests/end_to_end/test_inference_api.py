@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import accelerate
@@ -17,6 +17,15 @@ from detr_dist.errors import DetrDistError
 from detr_dist.inference.evaluate import EvaluationReport, evaluate
 from detr_dist.inference.export import export
 from detr_dist.inference.model import TrainedModel, load_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the commands do: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
