@@ -72,7 +72,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check the data, report what would run where, and end: nothing is trained, tracked or written.",
+            help="Check the data, report what would run where, and end. Nothing is trained or written.",
         ),
     ] = False,
     overrides: Overrides = None,

@@ -81,6 +81,7 @@ class EnvironmentDefault:
     otherwise: str | None
 
     def __call__(self) -> Any:
+        """Return the variable's value, or the default without it."""
         return self.value or self.otherwise
 
     @property

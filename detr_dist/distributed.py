@@ -94,7 +94,7 @@ def build_accelerator(
     if uses_deepspeed():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # otherwise transformers would build every network partitioned, under ZeRO-3
+        unset_hf_deepspeed_config()  # else transformers would build every network partitioned, under ZeRO-3
     return accelerator
 
 

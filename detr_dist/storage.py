@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; afterwards flush it to disk and rename it to `folder`, replacing that.
+    """Yield a temporary folder to fill; then flush it to disk and rename it to `folder`, replacing that.
 
     All files become readable to everyone who may read the folder, because some libraries write theirs for the
     owner alone. After an exception `folder` is unchanged and the temporary folder is removed.

@@ -62,7 +62,7 @@ class Batch:
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def share_memory(self) -> "Batch":
-        """Move all tensors but the images, which are there already, to memory that other processes can map."""
+        """Move all tensors but the images, which are there already, to memory that processes can share."""
         return self._with_tensors(Tensor.share_memory_)
 
     def pad_to(self, height: int, width: int) -> "Batch":

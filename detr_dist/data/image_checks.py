@@ -32,7 +32,7 @@ LOOKALIKE_CORRELATION = 0.95
 twice, refocused in between, has 0.99; no two of 640 generated scenes on grass have more than 0.87."""
 
 MIN_CONTRAST = 16.0
-"""Thumbnails whose grey values deviate less than this from their mean, in levels, are not compared."""
+"""Least norm by which a thumbnail is divided: one flatter than a grey level per pixel resembles no other."""
 
 DARK = 16
 """Largest level, of 255, of an image that is nearly black: 12 bits stored in the low end of 16 stay below."""

@@ -19,7 +19,7 @@ SizeOf = Callable[[SampleKey], tuple[int, int]]
 """A function that returns height and width of a sample after augmentation."""
 
 WINDOW_STEPS = 32
-"""Similar shapes are grouped within this many steps. More steps would mean less padding, and less shuffling."""
+"""Similar shapes are grouped within this many steps. With more there is less padding, and less shuffling."""
 
 
 class Purpose(IntEnum):
@@ -149,7 +149,7 @@ class MicroBatchSampler:
                     size_hw(key)
 
     def _window(self, first: int, size_hw: SizeOf | None) -> NDArray[np.int64]:
-        """Return the samples [steps, global batch] of up to `WINDOW_STEPS` steps of one epoch from `first`."""
+        """Return the samples [steps, global batch] of up to `WINDOW_STEPS` steps of an epoch from `first`."""
         left_in_epoch = self.plan.steps_per_epoch - first % self.plan.steps_per_epoch
         steps = range(first, first + min(WINDOW_STEPS, left_in_epoch))
         keys = [key for step in steps for key in self._keys(step)]
@@ -184,8 +184,8 @@ class CanvasRule:
     multiple: int = 1
     """Round height and width up to multiples of this many pixels."""
     keep_one_size: bool = True
-    """Leave the images of a step unpadded if all have one size. Off for augmentations that produce many sizes,
-    as each would be one more to plan for."""
+    """Leave the images of a step unpadded if all have one size. Off for augmentations that produce many
+    sizes, as each would be one more to plan for."""
 
     def canvas_hw(self, least_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
         """Return the canvas for the images of all processes, from their smallest and largest sides."""

@@ -181,7 +181,7 @@ def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing],
 
 
 def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
-    """Paint the things and their shadows, far ones first; return which number is on top at each point."""
+    """Paint the things and their shadows, far ones first; return the number on top at each point."""
     for thing in things:
         shadow = Image.new("L", (round(0.8 * thing.sprite.width) + 1, round(0.25 * thing.sprite.width) + 1))
         ImageDraw.Draw(shadow).ellipse((0, 0, shadow.width - 1, shadow.height - 1), fill=110)

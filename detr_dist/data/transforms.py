@@ -58,7 +58,9 @@ class Transform(Protocol):
     image, and those without extent dropped.
     """
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example: ...
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the changed example, with an image of the same size."""
+        ...
 
 
 class TransformWithPartners(Protocol):
@@ -70,9 +72,9 @@ class TransformWithPartners(Protocol):
 
     num_partners: int
 
-    def __call__(
-        self, example: Example, rng: np.random.Generator, partners: Sequence[Example]
-    ) -> Example: ...
+    def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        """Return the changed example, with an image of the same size."""
+        ...
 
 
 class Colours(NamedTuple):
@@ -318,6 +320,7 @@ class Mosaic:
     num_partners: ClassVar[int] = 3
 
     def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        """Return the example itself, or a mosaic of it and its partners."""
         if rng.random() < 0.5:
             return example
         image, boxes, labels = torch.empty_like(example.image), [], []

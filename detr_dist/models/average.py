@@ -46,7 +46,8 @@ class WeightAverage:
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
         """Averaged and trained tensors, then those that only count. Taken at the first update: moving a model
-        to its device puts new buffers in place of the old ones."""
+        to its device puts new buffers in place of the old ones.
+        """
         pairs = [
             *zip(self.detector.parameters(), self._trained.parameters(), strict=True),
             *zip(self.detector.buffers(), self._trained.buffers(), strict=True),

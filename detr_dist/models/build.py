@@ -1,5 +1,6 @@
 """From configuration to network: members of the DETR family out of `transformers`, new or with pretrained
-weights."""
+weights.
+"""
 
 import math
 from collections.abc import Sequence
@@ -278,7 +279,8 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 def _check_forward(detector: Detector) -> None:
     """Some values that transformers accepts fail only when the network runs: better now than after the
-    start."""
+    start.
+    """
     try:
         with torch.no_grad():
             detector.eval()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), torch.tensor([[128, 128]]))

@@ -23,7 +23,8 @@ from detr_dist.models.matcher import CostWeights, match
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(CostWeights):
     """How a family of networks matches and weighs. A softmax class loss is cross entropy, with "no object"
-    last; a sigmoid one focal loss, every class on its own."""
+    last; a sigmoid one focal loss, every class on its own.
+    """
 
     weights: Mapping[str, float]
     """Of each term, by its registered name: multiplies a mean over the optimizer step. Other terms are not

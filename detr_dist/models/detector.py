@@ -169,7 +169,8 @@ def load_plain_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) 
 
 def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return a name for each class that the network tells apart, in the order of its outputs; one that the
-    configuration does not name gets the library's."""
+    configuration does not name gets the library's.
+    """
     names = cast(dict[int, str], config.id2label)
     return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
 

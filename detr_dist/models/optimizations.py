@@ -70,7 +70,8 @@ class _AssumeFinite(TorchFunctionMode):
 
 class PaddingMasks:
     """Makes the masks by which attention leaves out padding; the library would first ask whether there is
-    any."""
+    any.
+    """
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.is_padded = True
@@ -87,7 +88,8 @@ class PaddingMasks:
 
     def _mask(self, is_image: Tensor) -> Tensor | None:
         """For all heads and queries [B, 1, 1, S], from what is known of the S positions of the feature map
-        [B, S]."""
+        [B, S].
+        """
         if not self.is_padded:
             return None
         is_image = is_image[:, None, None]

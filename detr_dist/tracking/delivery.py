@@ -1,5 +1,6 @@
 """Delivers the records of an outbox to MLflow, each once, through outages of the server: while a run tracks
-there, or after it has ended."""
+there, or after it has ended.
+"""
 
 import json
 import logging
@@ -178,7 +179,8 @@ class Delivery:
 
     def _upload(self, name: str, artifact_path: str, last: str | None) -> None:
         """Upload file by file, the one named `last` after all others; into a store on this host by
-        linking."""
+        linking.
+        """
         with self._reader.uploading(name) as folder:
             if folder is None:
                 return
@@ -253,7 +255,8 @@ class DeliveryThread:
 
     def end(self, *, patience_s: float) -> int:
         """Wait until everything is delivered, `patience_s` at most, and end; return how many records are
-        left."""
+        left.
+        """
         self._give_up_at = time.monotonic() + patience_s
         self._ending.set()
         self._thread.join(patience_s + 1.0)

@@ -126,7 +126,8 @@ class MLflowTracker(OwnTracker):
 
     def note_resume(self, step: int, changes: Sequence[str]) -> None:
         """Set the run's status to running; its tags name the step it is resumed at, and which settings
-        changed."""
+        changed.
+        """
         self.outbox.append("resumption", step=step, changes=[*changes])
 
     def log_datasets(self, datasets: Mapping[str, CocoData]) -> None:
@@ -147,7 +148,8 @@ class MLflowTracker(OwnTracker):
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """Set the run's status once all that was logged has been delivered; wait for that, but not
-        forever."""
+        forever.
+        """
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:

@@ -60,7 +60,8 @@ class Outbox:
 
     def append(self, kind: str, **content: Any) -> None:
         """Note something of a kind that `delivery` knows; takes some microseconds, whatever the server
-        does."""
+        does.
+        """
         line = json.dumps({"kind": kind} | redact_value(content)).encode() + b"\n"
         with self._lock:
             self._file.write(line)
@@ -146,7 +147,8 @@ class OutboxReader:
     @contextmanager
     def uploading(self, name: str) -> Iterator[Path | None]:
         """Yield the folder of that name, out of reach for what supersedes it; None if it is gone or was
-        delivered."""
+        delivered.
+        """
         waiting = self.folder / "files" / name
         taken = waiting.with_suffix(".uploading")
         if waiting.exists():

@@ -71,7 +71,8 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
 
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
     """Return the library's processor of this architecture, which does what we do; DAB-DETR is published with
-    Conditional DETR's."""
+    Conditional DETR's.
+    """
     normalization = normalization_of(network.config)
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(

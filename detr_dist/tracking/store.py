@@ -86,7 +86,8 @@ def _allow_file_store(uri: str) -> None:
 
 def close_connections(client: MlflowClient) -> None:
     """Close what MLflow keeps open for a next call. It has no public way, and where its inside has changed
-    they stay open until the process ends."""
+    they stay open until the process ends.
+    """
     with suppress(ImportError, AttributeError):
         request_utils._cached_get_request_session.cache_clear()
     with suppress(AttributeError):

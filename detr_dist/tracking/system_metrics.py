@@ -118,7 +118,8 @@ def _release_driver() -> None:
 
 def _find(uuid: str) -> tuple[Any, str]:
     """Return NVML's handle and index of a GPU or MIG instance: that is `<GPU>.<device>`, as `nvidia-smi -L`
-    counts."""
+    counts.
+    """
     try:
         gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
         return gpu, str(pynvml.nvmlDeviceGetIndex(gpu))

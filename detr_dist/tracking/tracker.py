@@ -115,7 +115,8 @@ class Trackers:
 
     def write_log(self, path: Path) -> None:
         """Append the package's messages to `path` until `close`, which makes that file an artifact in
-        `logs`."""
+        `logs`.
+        """
         self._log, self._log_path = log_to_file(path), path
 
     @property

@@ -87,7 +87,8 @@ def _uri_of_this_project() -> str | None:
 
 def _is_there(uri: str) -> bool:
     """Return whether there is anything to show. A folder must hold an experiment: `mlruns` with artifacts
-    alone belongs to a database, and MLflow would make a second, empty store of it."""
+    alone belongs to a database, and MLflow would make a second, empty store of it.
+    """
     path = store_path(uri)
     if path is None:
         return True
@@ -115,7 +116,8 @@ def server_address(uri: str) -> str:
 
 def serve(uri: str, host: str, port: int, options: list[str]) -> None:
     """Become `mlflow ui`, at the first free port from `port` on. Signals then go to MLflow itself, which ends
-    its workers."""
+    its workers.
+    """
     free_port = find_free_port(host, port)
     if free_port != port != 0:
         print(f"port {port} is busy, taking {free_port}")

@@ -94,7 +94,8 @@ def take_snapshot(
     memory: OptimizerMemory | None = None,
 ) -> Snapshot:
     """Copy the run as it stands; `memory` is the optimizer state, where the optimizer has only a part. Waits
-    for the device."""
+    for the device.
+    """
     scaler = training.accelerator.scaler
     average = training.average
     return Snapshot(
@@ -261,7 +262,8 @@ def claimed_age(folder: Path) -> tuple[float, float]:
 
 def outdated_checkpoints(checkpoints_dir: Path, keep_last: int) -> list[Path]:
     """All but the newest `keep_last` of epoch_<N> and step_<N>, and first those that are damaged. `best` and
-    `last` are not among them."""
+    `last` are not among them.
+    """
     folders = [path for path in checkpoints_dir.glob("*") if re.fullmatch(r"(epoch|step)_\d+", path.name)]
     ages = {path: claimed_age(path) for path in folders}
     return sorted(folders, key=lambda path: (ages[path] != UNREADABLE, ages[path]))[:-keep_last]

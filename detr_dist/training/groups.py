@@ -84,7 +84,8 @@ class GroupStream:
 
     def largest_canvas_hw(self) -> tuple[int, int]:
         """Return height and width of the largest canvas of the steps to come; of a long run, of the first
-        ones."""
+        ones.
+        """
         plan = self._sampler.plan
         steps = replace(
             self._sampler,  # of one process that takes a step at once

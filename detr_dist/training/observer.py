@@ -311,7 +311,8 @@ class RunObserver:
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
         """Take a copy of the weights, which have been checked, and continue. What fails until then is raised
-        on every process: none waits for one that has stopped."""
+        on every process: none waits for one that has stopped.
+        """
         with self._host.failing_together():
             if self._saver is not None:
                 self._saver.wait()

@@ -94,7 +94,8 @@ def _describe_processes(setup: Setup) -> Iterator[str]:
 
 def _describe_sizes(setup: Setup) -> str:
     """Return sizes. AdamW has two moments for each trained value; a model is saved twice, for MLflow and for
-    transformers."""
+    transformers.
+    """
     network = setup.detector.network
     weights = _num_bytes(network.state_dict().values())
     learning = _num_bytes(p for p in network.parameters() if p.requires_grad)

@@ -1,5 +1,6 @@
 """Checkpoints and models are written and handed to MLflow in the background: training waits for a copy to the
-host only."""
+host only.
+"""
 
 import logging
 import shutil

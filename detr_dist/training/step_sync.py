@@ -55,7 +55,8 @@ class StepSync:
 
     def report(self, *, finite: bool, broken_terms: Sequence[str] = ()) -> None:
         """Note whether a micro-batch of the current step had finite predictions, and if not, which terms of
-        the loss had been NaN or Inf before. Local."""
+        the loss had been NaN or Inf before. Local.
+        """
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
             if broken_terms:

@@ -64,7 +64,8 @@ class Replicated:
     @contextmanager
     def whole(self) -> Iterator[OptimizerMemory | None]:
         """Meanwhile the main process has all weights in the detector. Yields it the optimizer state,
-        unless the optimizer itself has all of it. Collective."""
+        unless the optimizer itself has all of it. Collective.
+        """
         yield None
 
 
@@ -153,7 +154,8 @@ class Zero(Replicated):
 
     def _gather(self) -> OptimizerMemory:
         """Return the complete optimizer state, on the host of the main process. One tensor after the other,
-        so that the device needs room for one."""
+        so that the device needs room for one.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         memory: OptimizerMemory = {}
@@ -169,7 +171,8 @@ class Zero(Replicated):
 class GatheringAverage(WeightAverage):
     """The average under ZeRO-3. A complete detector of its own even where there is nothing to average (then
     on the host, while it is not used): in a sharded one all processes must compute at the same time, and an
-    evaluation has not the same number of batches on each."""
+    evaluation has not the same number of batches on each.
+    """
 
     def __init__(self, trained: Detector, decay: float) -> None:
         super().__init__(trained, decay)
