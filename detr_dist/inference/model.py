@@ -165,9 +165,9 @@ class TrainedModel:
         return np.full(len(self.class_names), threshold)
 
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:
-        """Return the thresholds of all classes from the last evaluation in training, and lines about gaps.
+        """Return each class's threshold from the last evaluation in training, and messages for the user.
 
-        Classes without a threshold get the default; the line names them.
+        Classes without a threshold get the default, and are named in a message.
         """
         known = self.metadata.get("thresholds") or {}
         unknown = [name for name in self.class_names if known.get(name) is None]
