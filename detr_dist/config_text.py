@@ -47,8 +47,8 @@ class _Loader(yaml.SafeLoader):
                 name, line = self.construct_object(key), key.start_mark.line + 1
                 if name in lines:
                     raise _RepeatedKeyError(
-                        f"line {line}: the key {key.value!r} is there already in line {lines[name]}; "
-                        "make them one"
+                        f"line {line}: the key {key.value!r} is already in line {lines[name]}; "
+                        "keep one of them"
                     )
                 lines[name] = line
         return node

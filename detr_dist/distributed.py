@@ -152,7 +152,7 @@ def group_of_processes(
         timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
         state = PartialState(**_place(), timeout=timeout)
         if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
-            _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
+            _logger.info("no GPU was found and none was requested by its number: running on the CPU")
         is_intact = rendezvous.size == 1
         _rendezvous = rendezvous
         try:
@@ -192,7 +192,7 @@ def check_launch_settings(mixed_precision: str, accumulation: int | None = None)
         if value is not None and launched not in (unset, str(value)):
             raise UsageError(
                 f"{key} is {launched} for accelerate launch, but training.{key} is {value}; set "
-                f"training.{key}={launched} or take it out of Accelerate's settings"
+                f"training.{key}={launched} or remove it from Accelerate's settings"
             )
     if mixed_precision == "fp16" and uses_cpu():
         raise UsageError(

@@ -190,7 +190,7 @@ def _lock(path: Path) -> TextIO:
             holder = file.read().strip() or "another process"
             file.close()
             raise DataError(
-                f"{path.parent}: {holder} is at work there; wait until it has ended, stop it, or "
+                f"{path.parent}: {holder} is using this folder; wait until it has ended, stop it, or "
                 "give another folder"
             ) from None
         except OSError as error:
@@ -207,8 +207,7 @@ def _lock(path: Path) -> TextIO:
 @functools.cache  # a run takes its lock twice
 def _warn_of_no_locks(output_dir: Path, reason: str) -> None:
     _logger.warning(
-        f"{output_dir}: cannot be locked on this file system ({reason}); nothing keeps a second run out of "
-        "it: make sure that there is none"
+        f"{output_dir}: cannot be locked on this file system ({reason}); make sure that no second run uses it"
     )
 
 

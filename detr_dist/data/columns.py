@@ -102,9 +102,7 @@ def _read_json(path: Path) -> Any:
             "repair the file or export it again"
         ) from None
     except _RepeatedKeyError as error:
-        raise DataError(
-            f"{path}: one object has several values for {error}, of which one would count; make them one"
-        ) from None
+        raise DataError(f"{path}: one object has several values for {error}; keep one of them") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
     except OSError as error:

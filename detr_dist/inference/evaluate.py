@@ -189,7 +189,7 @@ def _write(
     assert found.details is not None  # on the main process
     data = found.details.data
     print("\n".join(metrics_table(found)))
-    meaning = {"auto": "the best for these data", "model": "those that the model brings"}
+    meaning = {"auto": "the best for these data", "model": "those saved with the model"}
     print(f"thresholds: {meaning.get(found.facts['thresholds'], found.facts['thresholds'])}", flush=True)
     if predictions is not None:
         results = coco_results(data, found.details.records)

@@ -311,12 +311,14 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
         normalization = normalization_by(processor)
     except Exception as error:  # the library and pydantic raise many types
         raise UsageError(
-            f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
-            f"image, or prepares it as cannot be done here ({one_line(error)}); give another model, or "
+            f"{reference}: its preprocessor_config.json does not specify shortest_edge and longest_edge of "
+            f"an image, or prepares it in an unsupported way ({one_line(error)}); give another model, or "
             "the checkpoint that it comes from"
         ) from error
     if processor.resample != PILImageResampling.BILINEAR:
-        _logger.warning(f"{reference}: its images are not resized bilinearly elsewhere, but here")
+        _logger.warning(
+            f"{reference}: other programs do not resize its images bilinearly, but this package does"
+        )
     return edges, normalization
 
 

@@ -76,7 +76,7 @@ def _check_output(output_dir: Path, source: Path) -> None:
     check_new("--output-dir", output_dir)
     if source.is_dir() and source.resolve() in output_dir.resolve().parents:
         raise UsageError(
-            f"--output-dir {output_dir}: lies inside --input {source}, and its images would be taken for "
+            f"--output-dir {output_dir}: lies inside --input {source}, so its images would be "
             "input the next time; give another"
         )
     check_writable("--output-dir", output_dir)
@@ -136,7 +136,7 @@ def _copy_names(names: Sequence[str]) -> list[str]:
         taken.add(folded(str(copy)))
         copies[name] = str(copy)
         if copy != usual:
-            _logger.info(printable(f"{name}: drawn as {copy}, as another has its name"))
+            _logger.info(printable(f"{name}: drawn as {copy}, because another copy has that name"))
     return [copies[name] for name in names]
 
 

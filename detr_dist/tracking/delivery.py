@@ -281,8 +281,8 @@ class DeliveryThread:
         self._is_away = error is not None
         if self._is_away:
             _logger.warning(
-                f"MLflow cannot be reached ({one_line(error)}); training continues, and what is logged is "
-                "kept and delivered later"
+                f"MLflow cannot be reached ({one_line(error)}); training continues, and everything logged "
+                "is kept and delivered later"
             )
         else:
             _logger.info("MLflow can be reached again")

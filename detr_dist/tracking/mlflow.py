@@ -84,7 +84,7 @@ class MLflowTracker(OwnTracker):
             if is_known and is_away(error):
                 _logger.warning(
                     f"MLflow at {self.uri} cannot be reached ({one_line(error)}); run {self.run_id} "
-                    "continues all the same, and what is logged is delivered later"
+                    "continues all the same, and everything logged is delivered later"
                 )
                 return
             raise UsageError(

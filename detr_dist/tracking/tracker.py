@@ -188,8 +188,8 @@ class Trackers:
             if name not in self._failed:
                 self._failed.add(name)
                 _logger.warning(
-                    f"the tracker {name} failed ({as_one_line(error)}); training continues and does not "
-                    "repeat this"
+                    f"the tracker {name} failed ({as_one_line(error)}); training continues, and this is "
+                    "not reported again"
                 )
 
     def _close_log(self, error: str | None) -> None:

@@ -80,7 +80,7 @@ def check_escapes(uri: str) -> None:
     query = uri.partition("?")[2]
     if database_path(uri) is not None and query and not re.fullmatch(r"([\w.-]+=[^?&]*(&|$))+", query):
         raise UsageError(
-            f"tracking URI {uri}: after ? stands no name=value; in the path write ? as %3F; correct "
+            f"tracking URI {uri}: there is no name=value after ?; in the path write ? as %3F; correct "
             f"{WHERE_SET}"
         )
 

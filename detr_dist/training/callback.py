@@ -147,5 +147,6 @@ class Callbacks:
                     where = traceback.extract_tb(error.__traceback__)[-1]
                     _logger.warning(
                         f"callback {type(callback).__name__}.{method} failed ({as_one_line(error)}, "
-                        f"{where.filename}:{where.lineno}); training continues and does not repeat this"
+                        f"{where.filename}:{where.lineno}); training continues, and this is "
+                        "not reported again"
                     )

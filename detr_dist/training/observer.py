@@ -67,7 +67,8 @@ class PlotWriter:
             self._has_warned = True
             more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
             _logger.warning(
-                f"plots could not be drawn ({failures[0]}{more}); training continues and does not repeat this"
+                f"plots could not be drawn ({failures[0]}{more}); training continues, "
+                "and this is not reported again"
             )
 
 
@@ -290,7 +291,7 @@ class RunObserver:
         if sum(unreadable) > max(TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE * sum(images)):
             raise TrainingError(
                 f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; "
-                "the warnings above name them: mend the files or the disk"
+                "the warnings above name them: repair the files or the disk"
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at - self._paused_s

@@ -56,8 +56,8 @@ def check_output(output_dir: Path) -> None:
     there = [str(path.relative_to(output_dir)) for path in _of_runs(output_dir)]
     if there and not _holds_run(output_dir):
         raise UsageError(
-            f"--output-dir {output_dir}: holds {list_names(there)}, which are of no run, and which a run "
-            "would replace; give another folder, or move them away"
+            f"--output-dir {output_dir}: holds {list_names(there)}, which no run wrote, but which a run "
+            "would replace; give another folder, or move them"
         )
 
 

@@ -70,7 +70,9 @@ def prune(
         # By name, because a run may be given as a folder, as an id and with its experiment.
         done, failures = _go_through(list({find.name: find for find in finds}.values()), delete=delete)
     total = f"{len(done)} folders, {sum(find.num_bytes for find in done) / 2**20:.1f} MiB"
-    _logger.info(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
+    _logger.info(
+        f"{total} deleted" if delete else f"{total} could be deleted; nothing is deleted without --delete"
+    )
     if failures:
         raise DetrDistError("\n".join(failures))
 

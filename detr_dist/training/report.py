@@ -54,7 +54,7 @@ def describe_resumption(setup: Setup, training: Training, state: TrainState) -> 
         limit = "training.num_epochs or training.max_steps"
         if state.closed_step < training.total_steps:
             limit = "training.early_stopping_patience"
-        yield f"there is nothing left to do: raise {limit} to train on"
+        yield f"there is nothing left to do: raise {limit} to continue"
 
 
 def _describe_data(setup: Setup) -> Iterator[str]:
@@ -62,8 +62,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
     settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
     if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
         yield (
-            "warning: --train-dir and --val-dir are the same data: the validation metrics will say nothing "
-            "about other images"
+            "warning: --train-dir and --val-dir are the same data: the validation metrics do not show "
+            "how the model works on other images"
         )
     for split in (train_data, val_data):
         yield from split.notices

@@ -83,7 +83,7 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
     if refused:
         raise UsageError(
             f"this is not the run that was saved: {'; '.join(refused)}. Set it as it was to resume, or "
-            "begin a new run, if you like from its weights with --init-from"
+            "start a new run, optionally from its weights with --init-from"
         )
     if has_other_validation(saved, now):
         taken.append("validation data: the best score so far is of other data and no longer counts")

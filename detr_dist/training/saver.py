@@ -177,7 +177,7 @@ class Saver:
                 f"({describe_disk_error(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
             self._failures |= {name: failure for name in names if name in ("best", "last")}
-            _logger.warning(f"{failure}, and training continues; make room for the next one")
+            _logger.warning(f"{failure}, and training continues; free space for the next one")
             return
         try:
             self._prune()

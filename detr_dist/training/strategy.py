@@ -270,7 +270,7 @@ def _check_feasible(plugin: DeepSpeedPlugin, settings: TrainingConfig) -> None:
         raise UsageError("training.mixed_precision=fp16 is not supported with DeepSpeed; use bf16 or no")
     if settings.compile_model and plugin.zero_stage == 3:
         raise UsageError(
-            "training.compile_model=true is not supported with ZeRO stage 3, which takes the weights apart; "
+            "training.compile_model=true is not supported with ZeRO stage 3, which partitions the weights; "
             "set it to false, or use stage 1 or 2"
         )
 
@@ -289,14 +289,14 @@ def _check_agreement(given: dict[str, Any], settings: TrainingConfig, num_proces
     for name, (key, value) in pairs.items():
         if given.get(name, "auto") not in ("auto", value):
             raise UsageError(
-                f"{name} is {given[name]} for DeepSpeed, but {key} is {value}; make them agree or take it "
-                "out of DeepSpeed's settings"
+                f"{name} is {given[name]} for DeepSpeed, but {key} is {value}; make them agree or remove it "
+                "from DeepSpeed's settings"
             )
     for name in OURS_ALONE:
         section = given.get(name)
         is_off = isinstance(section, dict) and str(section.get("enabled")).lower() in ("false", "auto")
         if section is not None and not is_off:
             raise UsageError(
-                f"DeepSpeed's configuration has a section {name}, which the training configuration decides; "
-                "take it out of DeepSpeed's"
+                f"DeepSpeed's configuration has a section {name}, for which the training configuration is "
+                "used; remove it from DeepSpeed's"
             )

@@ -38,7 +38,7 @@ def try_largest_batch(
             _compute(training, torch.zeros(num_images, 3, *canvas_hw, dtype=torch.uint8), num_boxes)
     except TrainingError as error:
         if training.memory.config.training.compile_model:  # the trial ran uncompiled
-            _logger.warning(f"not compiled, it does not fit: {error}")
+            _logger.warning(f"without compilation the largest batch does not fit: {error}")
         else:
             training.step_sync.report_failure(error)
     if device.type == "cuda":
