@@ -297,7 +297,8 @@ def _open_store(rank: int, within_s: float) -> Store:
     except RuntimeError as error:
         raise TrainingError(
             f"process 0 is missing: no process of this run answers at {address}:{port} within "
-            f"{within_s:.0f} s; see the output of its host, and whether this one can reach it ({as_one_line(error)})"
+            f"{within_s:.0f} s; see the output of its host, and whether this one can reach it "
+            f"({as_one_line(error)})"
         ) from error
     return PrefixStore(f"detr_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
