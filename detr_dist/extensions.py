@@ -1,4 +1,4 @@
-"""What users add to the package: transforms, loss terms and families under names, and their own modules.
+"""Extension points: registered transforms, loss terms and families, and imports of users' modules.
 
 Imports no torch, so that the configuration can be checked against the names.
 """
@@ -39,10 +39,12 @@ class Registry(Generic[T]):
         return name in self.names or (self._takes_paths and is_path(name))
 
     def add(self, name: str, value: T, *, origin: tuple[str, str] | None = None) -> None:
-        """Register `value`. The same definition, executed again as in a notebook, replaces the earlier one.
+        """Register `value`; the same definition, executed again as in a notebook, replaces the earlier one.
 
         Args:
-            origin: Module and name of the definition, for a value that does not know them.
+            name: Name in the configuration.
+            value: The object.
+            origin: Module and name of the definition, for a value without `__module__` and `__qualname__`.
 
         Raises:
             UsageError: another definition has that name.
@@ -63,10 +65,12 @@ class Registry(Generic[T]):
         return decorate
 
     def find(self, name: str, key: str) -> T:
-        """Return what is registered as `name`, or the object at that path.
+        """Return the object that is registered as `name`, or the one at that path.
+
+        Paths have the form `package.module.Name` or `file.py:Name`.
 
         Raises:
-            UsageError: there is none; the configuration's `key` is named.
+            UsageError: there is none; the message names the configuration's `key`.
         """
         if name in self._objects:
             return self._objects[name]
@@ -93,35 +97,35 @@ def load_object(path: str, key: str) -> Any:
     """Return the object at `package.module.Name`, `package.module:Name` or `file.py:Name`.
 
     Raises:
-        UsageError: it cannot be imported; the configuration's `key` is named.
+        UsageError: it cannot be imported; the message names the configuration's `key`.
     """
     module, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     try:
         if not module or not name:
             raise ImportError("a module and a name in it are needed, as in package.module.Name")
         return pkgutil.resolve_name(f"{_import(module).__name__}:{name}")
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(f"{key}: {path} cannot be imported: {as_one_line(error)}") from error
 
 
 def instantiate(path: str, key: str) -> Any:
-    """Return an object of the class at `path`, made without arguments.
+    """Return an instance of the class at `path`, created without arguments.
 
     Raises:
-        UsageError: there is no such class, or it needs arguments or raises; the configuration's `key` is
-            named.
+        UsageError: there is no such class, or it needs arguments or raises; the message names the
+            configuration's `key`.
     """
     factory = load_object(path, key)
     try:
         return factory()
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(
             f"{key}: {path}() failed ({as_one_line(error)}); it is called without arguments"
         ) from error
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import modules by dotted name, or `.py` files by path; once each.
+    """Import each of the modules (by dotted name) and `.py` files (by path) once.
 
     Raises:
         UsageError: one cannot be imported.
