@@ -142,6 +142,12 @@ class CocoDetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def most_boxes_per_image(self) -> int:
+        """Boxes of the image that has most, if its partners have as many."""
+        num_images = 1 + sum(each.num_partners for each in self.transform.beside)
+        return self.data.max_boxes_per_image * num_images
+
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
         unreadable: list[Unreadable] = []

@@ -41,6 +41,7 @@ class StepCounts:
     """What the losses are divided by: sums over all micro-batches and processes of the optimizer step."""
 
     num_boxes: float
+    """That can be matched: of each image at most as many as there are queries."""
     num_images: float
 
     @property
@@ -54,7 +55,7 @@ class Matched:
     """Predictions of one micro-batch, float32, and the targets that they are matched with.
 
     Layer l's pair m says that query `pair[l, m]` answers for a target of class `labels[l, m]`. There are as
-    many pairs as boxes in the micro-batch, possibly none.
+    many pairs as boxes in the micro-batch, at most Q of an image, possibly none.
     """
 
     logits: Tensor
@@ -136,8 +137,8 @@ class SetCriterion:
         """Return the losses of one micro-batch's predictions against its targets.
 
         `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4]. `labels` [T] and
-        `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. No image may have more
-        than Q: the matcher would leave some out while the softmax denominator counts them all.
+        `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an image with more
+        than Q the matcher leaves the dearest out; `counts` holds Q of them.
 
         Raises:
             ValueError: the shapes disagree with the settings or with each other.

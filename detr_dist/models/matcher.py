@@ -73,8 +73,7 @@ def match(
     `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh) are float32; `labels` [T] and
     `boxes_cxcywh` [T, 4] hold the targets of all images in image order, `num_boxes[b]` of them for image b.
     Costs that are not finite count as the largest float, so such pairs are taken only where nothing else is
-    left. An image with more targets than queries leaves the dearest targets out; training refuses such data
-    beforehand, because the classification denominator assumes that every target is matched.
+    left. An image with more targets than queries leaves the dearest targets out.
 
     Costs one copy from the device (waits for the forward pass) and two small ones to it.
 

@@ -19,7 +19,7 @@ class Agreed(NamedTuple):
     group: list[Batch]
     """The micro-batches of the step on this process."""
     counts: StepCounts
-    """Boxes and images of the step over all processes: what the losses are divided by."""
+    """Boxes that can be matched and images of the step over all processes: what the losses are divided by."""
     canvas_hw: tuple[int, int]
     """Height and width to which every image of the step is padded. A convolution sees the padding at an
     image's border, so with a canvas per micro-batch the loss would depend on how the step is split over
@@ -46,10 +46,13 @@ class StepSync:
     next exchange, so that no step waits just to check. Nothing may be saved before `check`.
     """
 
-    def __init__(self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None) -> None:
+    def __init__(
+        self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None, *, num_queries: int
+    ) -> None:
         self._host = host
         self._signals = signals
         self._canvas = canvas or CanvasRule()
+        self._num_queries = num_queries
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
@@ -91,7 +94,7 @@ class StepSync:
         stops, boxes, images, lows, highs, narrows, wides = self._exchange(
             step,
             float(self._signals.is_requested),
-            sum(sum(batch.num_boxes) for batch in group),
+            sum(min(boxes, self._num_queries) for batch in group for boxes in batch.num_boxes),
             sum(len(batch.image_ids) for batch in group),
             *(min(heights), max(heights), min(widths), max(widths)),
         )

@@ -19,6 +19,7 @@ from detr_dist.data.sampling import MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import Example, Mosaic, build_transform, example_of
 from detr_dist.errors import LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
+from detr_dist.training.setup import warn_of_too_many_boxes
 
 NUM_IMAGES = 8
 SOURCE = """
@@ -264,6 +265,17 @@ def test_more_partners_than_images_are_an_error(tmp_path: Path) -> None:
     config = load_config(None, ["data.augmentation=[light, mosaic]"])
     with pytest.raises(UsageError, match="mosaic needs 3 other images, but the training data has 3"):
         training_dataset(load_coco(tmp_path / "train"), config)
+
+
+def test_more_boxes_than_queries_through_partners_are_a_warning(
+    data: CocoData, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert data.max_boxes_per_image == 2
+    warn_of_too_many_boxes(dataset(data, "mosaic"), num_queries=8)
+    assert not caplog.records
+    warn_of_too_many_boxes(dataset(data, "mosaic", Mean), num_queries=8)
+    assert "up to 12 boxes" in caplog.text
+    assert "model.num_queries" in caplog.text
 
 
 COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 20]], dtype=torch.uint8)
