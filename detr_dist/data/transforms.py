@@ -64,8 +64,8 @@ class Transform(Protocol):
 class TransformWithPartners(Protocol):
     """A `Transform` of several images: it gets `num_partners` other ones of the training data as well.
 
-    The generator chooses them. The built-in recipe has prepared each as for its own sample, so that their
-    sizes may differ.
+    The generator chooses them, and each is read when it is first used. The built-in recipe has prepared each
+    as for its own sample, so that their sizes may differ.
     """
 
     num_partners: int

@@ -16,8 +16,8 @@ from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, Sample, training_dataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
-from detr_dist.data.transforms import Example, Mosaic, build_transform, example_of
-from detr_dist.errors import LoaderError, UsageError
+from detr_dist.data.transforms import Example, Mosaic, Plan, build_transform, example_of
+from detr_dist.errors import DataError, LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
 from detr_dist.training.setup import warn_of_too_many_boxes
 
@@ -175,12 +175,48 @@ def test_partners_are_other_images_prepared_by_the_recipe(data: CocoData) -> Non
     assert sorted(images) == sorted(image for row, image in enumerate(expected) if row != 2)
 
 
-def test_an_unreadable_partner_is_replaced_and_reported(tmp_path: Path) -> None:
+def test_an_unreadable_partner_is_replaced_and_reported_as_its_own_sample_only(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
-    data = load_coco(tmp_path / "train")
+    samples = dataset(load_coco(tmp_path / "train"), Mean)
     (tmp_path / "train" / "001.jpg").write_text("no image")
-    sample = dataset(data, Mean)[0, 0]
-    assert [row for row, _ in sample.unreadable] == [1]
+    assert samples[0, 0].unreadable == ()
+    assert [row for row, _ in samples[0, 1].unreadable] == [1]
+
+
+def test_a_partner_is_read_once_and_only_when_it_is_used(
+    data: CocoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_image = CocoDetectionDataset._read_image
+
+    def note(self: CocoDetectionDataset, row: int, plan: Plan) -> Tensor:
+        read.append(row)
+        return read_image(self, row, plan)
+
+    monkeypatch.setattr(CocoDetectionDataset, "_read_image", note)
+    samples, numbers_read = dataset(data, "mosaic"), set()
+    for row in range(NUM_IMAGES):
+        samples[0, row]
+        numbers_read.add(len(read))
+        read.clear()
+    assert numbers_read == {1, 4}
+
+    def twice(example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        assert [partners[-1], partners[-1]] == [*partners[2:], partners[2]]
+        return example
+
+    twice.num_partners = 3  # type: ignore[attr-defined]
+    dataset(data, twice)[0, 0]
+    assert len(read) == 2
+
+
+def test_too_many_unreadable_partners_are_not_called_a_failure_of_the_transform(tmp_path: Path) -> None:
+    write_coco(tmp_path / "train", num_images=24, with_boxes=lambda i: 1, mixed_sizes=False)
+    samples = dataset(load_coco(tmp_path / "train"), Mean)
+    for number in range(1, 24):
+        (tmp_path / "train" / f"{number:03}.jpg").write_text("no image")
+    with pytest.raises(DataError, match=r"^10 images in a row cannot be read"):
+        [samples[epoch, 0] for epoch in range(9)]
 
 
 def test_evaluation_applies_no_transform_and_imports_none(data: CocoData) -> None:
