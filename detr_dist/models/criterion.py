@@ -115,7 +115,7 @@ class SetCriterion:
         not computed.
 
         Raises:
-            UsageError: a weight is of no term.
+            UsageError: a weight is of no term, or two terms would be logged under one name.
         """
         added = {
             name: weight for name, weight in (weights or {}).items() if weight or name in settings.weights
@@ -124,6 +124,13 @@ class SetCriterion:
         self._terms: dict[str, LossTerm] = {
             name: LOSSES.find(name, f"loss.weights.{name}") for name in self.settings.weights
         }
+        terms_by_log_name: dict[str, str] = {}
+        for name in self._terms:
+            other = terms_by_log_name.setdefault(_short(name), name)
+            if other != name:
+                raise UsageError(
+                    f"loss.weights: {other} and {name} would both be logged as loss_{_short(name)}"
+                )
         self._so_far: Tensor | None = None
 
     def __call__(

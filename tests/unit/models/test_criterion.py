@@ -323,6 +323,16 @@ def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
         reweighted("softmax", gio=1.0)
 
 
+def test_two_terms_that_would_be_logged_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("terms.bbox", "one.own", "two.py:own"):
+        monkeypatch.setitem(LOSSES._objects, name, center_distance)
+    for names in (["bbox", "terms.bbox"], ["one.own", "two.py:own"]):
+        complaint = f"^loss.weights: {names[0]} and {names[1]} would both be logged as loss_"
+        with pytest.raises(UsageError, match=complaint):
+            reweighted("softmax", **dict.fromkeys(names, 1.0))
+    reweighted("softmax", **{"bbox": 1.0, "terms.bbox": 0.0, "one.own": 1.0})
+
+
 def center_distance(matched: Matched) -> Tensor:
     """Return the distance of box centres, as a term that a user writes."""
     difference = matched.boxes_cxcywh[..., :2] - matched.target_boxes_cxcywh[..., :2]
