@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_dist.boxes import cxcywh_to_xyxy, giou
-from detr_dist.errors import UsageError
+from detr_dist.errors import DetrDistError, UsageError, as_one_line
 from detr_dist.extensions import LOSSES, register_loss
 from detr_dist.models.matcher import CostWeights, match
 
@@ -166,7 +166,7 @@ class SetCriterion:
                 counts=counts,
                 settings=self.settings,
             )
-            layers = {name: _checked(name, term(matched), logits) for name, term in self._terms.items()}
+            layers = {name: _computed(name, term, matched) for name, term in self._terms.items()}
             weights = self.settings.weights
             total = reduce(torch.add, [weights[name] * loss for name, loss in layers.items()]).sum()
         logged = {"loss": total.detach()}
@@ -197,12 +197,19 @@ class SetCriterion:
             )
 
 
-def _checked(name: str, loss: Tensor, logits: Tensor) -> Tensor:
-    """Return a term's result, if it is one number for each layer of logits [L, B, Q, C]."""
+def _computed(name: str, term: LossTerm, matched: Matched) -> Tensor:
+    """Return a term's result, if it is one number for each layer."""
+    try:
+        loss = term(matched)
+    except (DetrDistError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of any kind: it is the user's code
+        raise UsageError(f"loss.weights.{name}: the term failed: {as_one_line(error)}") from error
+    num_layers = len(matched.logits)
     found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    if found != logits.shape[:1]:
+    if found != (num_layers,):
         raise UsageError(
-            f"loss.weights.{name}: the term must return a tensor of shape ({logits.shape[0]},), one number "
+            f"loss.weights.{name}: the term must return a tensor of shape ({num_layers},), one number "
             f"for each decoder layer, and returned {found}"
         )
     return loss.float()

@@ -393,6 +393,23 @@ def test_a_term_with_a_wrong_return_value_fails_with_one_line(own_term, term, re
         problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
 
 
+def test_a_term_that_raises_is_named(own_term) -> None:
+    own_term(lambda matched: {}["two\nlines"])
+    with pytest.raises(UsageError, match=r"^loss\.weights\.own: the term failed: KeyError.*lines") as raised:
+        problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_term_that_runs_out_of_memory_is_not_blamed(own_term) -> None:
+    def greedy(matched: Matched) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own_term(greedy)
+    with pytest.raises(torch.OutOfMemoryError):
+        problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
+
+
 def test_a_term_that_was_not_finite_before_the_predictions_is_named(own_term) -> None:
     own_term(lambda matched: (center_distance(matched) * 0).log() - float("inf"))
     criterion = SetCriterion(reweighted("softmax", own=1.0))
