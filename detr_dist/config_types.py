@@ -57,6 +57,12 @@ def _recipe_first(value: Any) -> Any:
     return value
 
 
+def _as_short_as_possible(value: Any) -> Any:
+    """Give lists that mean the same one form, so that a resumed run does not count as changed."""
+    names = [value] if isinstance(value, str) else [name for name in value if name != "none"]
+    return names if len(names) > 1 else (names or ["none"])[0]
+
+
 def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
     """Refuse names that are not registered, unless an extension may still register them."""
 
@@ -126,6 +132,7 @@ Augmentation = Annotated[
     _wanted("a name or a list of names", _is_name_or_names),
     AfterValidator(_known(TRANSFORMS)),
     AfterValidator(_recipe_first),
+    AfterValidator(_as_short_as_possible),
 ]
 Family = Annotated[str, AfterValidator(_known(FAMILIES))]
 # A single name means a list of one name; a key without a value means an empty list.

@@ -7,6 +7,9 @@ import json
 import re
 import shutil
 import subprocess
+import time
+import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,7 @@ def show_mlflow() -> None:
     try:
         address = next(m[0] for line in server.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
         experiment = experiment_of(run["tracking_uri"], run["run_id"])
+        wait_until_served(address)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
@@ -61,6 +65,16 @@ def show_mlflow() -> None:
     finally:
         server.terminate()
         server.wait()
+
+
+def wait_until_served(address: str, limit_s: float = 60.0) -> None:
+    """Return when the server answers."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        with suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=5):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"{address} does not answer")
 
 
 def experiment_of(tracking_uri: str, run_id: str) -> str:

@@ -3,9 +3,10 @@
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -118,6 +119,25 @@ def _black(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
+class _NoneReadableError(DataError):
+    """Too many images in a row cannot be read."""
+
+
+class _ReadOnAccess(Sequence[Example]):
+    """Examples of some rows, each of which is read once, when it is first asked for."""
+
+    def __init__(self, rows: list[int], read: Callable[[int], Example]) -> None:
+        self._rows = rows
+        self._read = cache(read)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self._rows[index]
+        return [self._read(row) for row in rows] if isinstance(rows, list) else self._read(rows)
+
+
 class CocoDetectionDataset(Dataset[Sample]):
     """Images, boxes and labels, looked up by (epoch, index).
 
@@ -144,12 +164,18 @@ class CocoDetectionDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.data)
 
+    @property
+    def most_boxes_per_image(self) -> int:
+        """Boxes of the image that has most, if its partners have as many."""
+        num_images = 1 + sum(each.num_partners for each in self.transform.beside)
+        return self.data.max_boxes_per_image * num_images
+
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index = key
         unreadable: list[Unreadable] = []
         row, example = self._example(epoch, index, unreadable)
         for place in range(len(self.transform.beside)):
-            example = self._transformed(place, example, epoch, row, unreadable)
+            example = self._transformed(place, example, epoch, row)
         image, boxes, labels = example
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
@@ -184,7 +210,7 @@ class CocoDetectionDataset(Dataset[Sample]):
                 unreadable.append((row, str(error)))
         if not self.train:
             return row, self._prepared(row, plan, torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8))
-        raise DataError(
+        raise _NoneReadableError(
             f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1][1]}; "
             "check that the folder is reachable and its images are intact"
         )
@@ -209,19 +235,22 @@ class CocoDetectionDataset(Dataset[Sample]):
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
         return apply(plan, example_of(image, boxes, labels, self.data.size_hw(row)))
 
-    def _transformed(
-        self, place: int, example: Example, epoch: int, row: int, unreadable: list[Unreadable]
-    ) -> Example:
-        """Apply the transform at this place of the list to the example of a row, with its partners."""
+    def _transformed(self, place: int, example: Example, epoch: int, row: int) -> Example:
+        """Apply the transform at this place of the list to the example of a row, with its partners.
+
+        Partners that cannot be read are replaced silently: they are reported as samples of their own.
+        """
         transform, position = self.transform.beside[place], (self.seed, epoch, row, place)
         chosen = random_numbers(Purpose.PARTNERS, *position).choice(
             len(self) - 1, transform.num_partners, replace=False
         )
         rows = [(row + 1 + other) % len(self) for other in chosen.tolist()]
-        partners = [self._example(epoch, each, unreadable)[1] for each in rows]
+        partners = _ReadOnAccess(rows, lambda other: self._example(epoch, other, [])[1])
         rng = random_numbers(Purpose.TRANSFORM, *position)
         try:
             return transform(example, rng, partners, self.data.num_classes)
+        except _NoneReadableError:
+            raise
         except Exception as error:  # users' code may raise anything
             what = f"{transform.name} failed on image {self.data.image_ids[row]}, {self.data.image_path(row)}"
             raise failure(f"data.augmentation: {what}", error) from error

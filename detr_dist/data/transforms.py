@@ -66,8 +66,8 @@ class Transform(Protocol):
 class TransformWithPartners(Protocol):
     """A `Transform` of several images: it also gets `num_partners` others of the training data.
 
-    They are chosen at random. The built-in recipe has prepared each as its own sample, so that sizes may
-    differ.
+    They are chosen at random, and each is read when it is first used. The built-in recipe has prepared each
+    as its own sample, so that sizes may differ.
     """
 
     num_partners: int

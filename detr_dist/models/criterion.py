@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from detr_dist.boxes import cxcywh_to_xyxy, giou
-from detr_dist.errors import UsageError
+from detr_dist.errors import DetrDistError, UsageError, as_one_line
 from detr_dist.extensions import LOSSES, register_loss
 from detr_dist.models.matcher import CostWeights, match
 
@@ -44,6 +44,7 @@ class StepCounts:
     """The denominators of the losses: sums over all micro-batches and processes of the optimizer step."""
 
     num_boxes: float
+    """That can be matched: of each image at most as many as there are queries."""
     num_images: float
 
     @property
@@ -57,7 +58,7 @@ class Matched:
     """Predictions of one micro-batch, float32, and the targets that they are matched with.
 
     Pair m of layer l matches query `pair[l, m]` with a target of class `labels[l, m]`. There are as many
-    pairs as boxes in the micro-batch, possibly none.
+    pairs as boxes in the micro-batch, at most Q of an image, possibly none.
     """
 
     logits: Tensor
@@ -116,7 +117,7 @@ class SetCriterion:
         """Let `weights` (`loss.weights`) override those of the settings; added terms of weight 0 are skipped.
 
         Raises:
-            UsageError: a weight belongs to no term.
+            UsageError: a weight belongs to no term, or two terms would be logged under one name.
         """
         added = {
             name: weight for name, weight in (weights or {}).items() if weight or name in settings.weights
@@ -125,6 +126,13 @@ class SetCriterion:
         self._terms: dict[str, LossTerm] = {
             name: LOSSES.find(name, f"loss.weights.{name}") for name in self.settings.weights
         }
+        terms_by_log_name: dict[str, str] = {}
+        for name in self._terms:
+            other = terms_by_log_name.setdefault(_short(name), name)
+            if other != name:
+                raise UsageError(
+                    f"loss.weights: {other} and {name} would both be logged as loss_{_short(name)}"
+                )
         self._so_far: Tensor | None = None
 
     def __call__(
@@ -138,8 +146,8 @@ class SetCriterion:
         """Return the losses of one micro-batch's predictions against its targets.
 
         `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4]. `labels` [T] and
-        `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. No image may have more
-        than Q: the matcher would leave some out while the softmax denominator counts them all.
+        `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an image with more
+        than Q the matcher leaves the dearest out; `counts` holds Q of them.
 
         Raises:
             ValueError: the shapes disagree with the settings or with each other.
@@ -160,7 +168,7 @@ class SetCriterion:
                 counts=counts,
                 settings=self.settings,
             )
-            layers = {name: _checked(name, term(matched), logits) for name, term in self._terms.items()}
+            layers = {name: _computed(name, term, matched) for name, term in self._terms.items()}
             weights = self.settings.weights
             total = reduce(torch.add, [weights[name] * loss for name, loss in layers.items()]).sum()
         logged = {"loss": total.detach()}
@@ -191,12 +199,19 @@ class SetCriterion:
             )
 
 
-def _checked(name: str, loss: Tensor, logits: Tensor) -> Tensor:
-    """Check that a term returned one number for each layer of logits [L, B, Q, C], and return that."""
+def _computed(name: str, term: LossTerm, matched: Matched) -> Tensor:
+    """Return a term's result, checked to be one number for each layer."""
+    try:
+        loss = term(matched)
+    except (DetrDistError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # users' code may raise anything
+        raise UsageError(f"loss.weights.{name}: the term failed: {as_one_line(error)}") from error
+    num_layers = len(matched.logits)
     found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-    if found != logits.shape[:1]:
+    if found != (num_layers,):
         raise UsageError(
-            f"loss.weights.{name}: the term must return a tensor of shape ({logits.shape[0]},), one number "
+            f"loss.weights.{name}: the term must return a tensor of shape ({num_layers},), one number "
             f"for each decoder layer, and returned {found}"
         )
     return loss.float()

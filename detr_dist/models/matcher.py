@@ -73,8 +73,7 @@ def match(
     `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh) are float32; `labels` [T] and
     `boxes_cxcywh` [T, 4] hold the targets of all images in image order, `num_boxes[b]` of them for image b.
     Costs that are not finite count as the largest float, so such pairs are chosen only if nothing else is
-    left. In an image with more targets than queries the most expensive targets stay unmatched; training
-    refuses such data, because the classification denominator assumes that every target is matched.
+    left. In an image with more targets than queries the most expensive targets stay unmatched.
 
     Makes one copy from the device (waits for the forward pass) and two small ones to it.
 

@@ -43,6 +43,7 @@ class GroupStream:
     ) -> None:
         self._group_size = config.training.gradient_accumulation_steps
         dataset = training_dataset(data, config)
+        self.most_boxes_per_image = dataset.most_boxes_per_image
         self._size_hw = dataset.size_hw
         self._canvas_rule = canvas_rule(config.data)
         self._sampler = MicroBatchSampler(

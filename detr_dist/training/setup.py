@@ -1,5 +1,6 @@
 """Set-up of a run: everything is found and checked before the run writes or tracks anything."""
 
+import logging
 import platform
 import socket
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from accelerate import Accelerator
 from detr_dist import __version__
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import training_dataset
+from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
@@ -29,6 +30,8 @@ from detr_dist.training.resume import (
 )
 from detr_dist.training.sources import Sources
 from detr_dist.training.strategy import Replicated, strategy_for
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def set_up(
         _check_origin(init_from, resumed.facts.init_from)
         config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
-    training_dataset(train_data, config)  # reports a transform that cannot be used now
+    dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
@@ -124,6 +127,9 @@ def set_up(
     changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
+    detector = _build_network(facts, train_data, sources, resumed)
+    if accelerator.is_main_process:
+        warn_of_too_many_boxes(dataset, detector.num_queries)
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -137,9 +143,18 @@ def set_up(
         resumed=resumed,
         facts=facts,
         changes=changes,
-        detector=_build_network(facts, train_data, sources, resumed),
+        detector=detector,
         places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> None:
+    """Say so if the partners of transforms can give an image more boxes than are matched."""
+    if dataset.most_boxes_per_image > num_queries:
+        _logger.warning(
+            f"data.augmentation: an image can get up to {dataset.most_boxes_per_image} boxes, but the model "
+            f"finds at most {num_queries} and learns nothing from the others; raise model.num_queries"
+        )
 
 
 def _facts_of(

@@ -21,7 +21,7 @@ class Agreed(NamedTuple):
     group: list[Batch]
     """The micro-batches of the step on this process."""
     counts: StepCounts
-    """Boxes and images of the step over all processes: the denominators of the losses."""
+    """Boxes that can be matched and images of the step over all processes: the denominators of the losses."""
     canvas_hw: tuple[int, int]
     """Height and width to which every image of the step is padded, from the sizes of all of them. A
     convolution sees the padding at an image's border, so with a canvas per micro-batch the loss would depend
@@ -48,10 +48,13 @@ class StepSync:
     no step waits only for this check. Call `check` before saving anything.
     """
 
-    def __init__(self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None) -> None:
+    def __init__(
+        self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None, *, num_queries: int
+    ) -> None:
         self._host = host
         self._signals = signals
         self._canvas = canvas or CanvasRule()
+        self._num_queries = num_queries
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
@@ -95,7 +98,7 @@ class StepSync:
         stops, boxes, images, lows, highs, narrows, wides = self._exchange(
             step,
             float(self._signals.is_requested),
-            sum(sum(batch.num_boxes) for batch in group),
+            sum(min(boxes, self._num_queries) for batch in group for boxes in batch.num_boxes),
             sum(len(batch.image_ids) for batch in group),
             *(min(heights), max(heights), min(widths), max(widths)),
         )

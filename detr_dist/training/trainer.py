@@ -219,7 +219,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        step_sync=StepSync(setup.host, signals, canvas_rule(config.data)),
+        step_sync=StepSync(setup.host, signals, canvas_rule(config.data), num_queries=detector.num_queries),
         model=model,
         average=average,
         criterion=SetCriterion(detector.loss_settings, config.loss.weights),
@@ -277,7 +277,7 @@ def _try_largest_batch(setup: Setup, training: Training, state: TrainState, grou
             training,
             state.step,
             num_images=settings.batch_size,
-            num_boxes=setup.train_data.max_boxes_per_image,
+            num_boxes=min(groups.most_boxes_per_image, setup.detector.num_queries),
             canvas_hw=groups.largest_canvas_hw(),
         )
 

@@ -78,6 +78,21 @@ def test_unknown_names_are_refused_unless_an_extension_may_add_them(override: st
     assert load_config(None, [override, "training.extensions=mine.py"]).training.extensions == ["mine.py"]
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("[light]", "light"),
+        ("[]", "none"),
+        ("[none]", "none"),
+        ("[mosaic]", "mosaic"),
+        ("[none, mosaic]", "mosaic"),
+        ("[light, mosaic]", ["light", "mosaic"]),
+    ],
+)
+def test_augmentations_that_mean_the_same_are_equal(written: str, meant: object) -> None:
+    assert load_config(None, [f"data.augmentation={written}"]).data.augmentation == meant
+
+
 def test_several_augmentations_keep_their_order() -> None:
     config = load_config(None, ["data.augmentation=[detr, package.Blur, mine.py:Noise]"])
     assert config.data.augmentation == ["detr", "package.Blur", "mine.py:Noise"]

@@ -16,9 +16,10 @@ from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, Sample, training_dataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
-from detr_dist.data.transforms import Example, Mosaic, build_transform, example_of
-from detr_dist.errors import LoaderError, UsageError
+from detr_dist.data.transforms import Example, Mosaic, Plan, build_transform, example_of
+from detr_dist.errors import DataError, LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
+from detr_dist.training.setup import warn_of_too_many_boxes
 
 NUM_IMAGES = 8
 SOURCE = """
@@ -174,12 +175,48 @@ def test_partners_are_other_images_prepared_by_the_recipe(data: CocoData) -> Non
     assert sorted(images) == sorted(image for row, image in enumerate(expected) if row != 2)
 
 
-def test_an_unreadable_partner_is_replaced_and_reported(tmp_path: Path) -> None:
+def test_an_unreadable_partner_is_replaced_and_reported_as_its_own_sample_only(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
-    data = load_coco(tmp_path / "train")
+    samples = dataset(load_coco(tmp_path / "train"), Mean)
     (tmp_path / "train" / "001.jpg").write_text("no image")
-    sample = dataset(data, Mean)[0, 0]
-    assert [row for row, _ in sample.unreadable] == [1]
+    assert samples[0, 0].unreadable == ()
+    assert [row for row, _ in samples[0, 1].unreadable] == [1]
+
+
+def test_a_partner_is_read_once_and_only_when_it_is_used(
+    data: CocoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    read_image = CocoDetectionDataset._read_image
+
+    def note(self: CocoDetectionDataset, row: int, plan: Plan) -> Tensor:
+        read.append(row)
+        return read_image(self, row, plan)
+
+    monkeypatch.setattr(CocoDetectionDataset, "_read_image", note)
+    samples, numbers_read = dataset(data, "mosaic"), set()
+    for row in range(NUM_IMAGES):
+        samples[0, row]
+        numbers_read.add(len(read))
+        read.clear()
+    assert numbers_read == {1, 4}
+
+    def twice(example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        assert [partners[-1], partners[-1]] == [*partners[2:], partners[2]]
+        return example
+
+    twice.num_partners = 3  # type: ignore[attr-defined]
+    dataset(data, twice)[0, 0]
+    assert len(read) == 2
+
+
+def test_too_many_unreadable_partners_are_not_called_a_failure_of_the_transform(tmp_path: Path) -> None:
+    write_coco(tmp_path / "train", num_images=24, with_boxes=lambda i: 1, mixed_sizes=False)
+    samples = dataset(load_coco(tmp_path / "train"), Mean)
+    for number in range(1, 24):
+        (tmp_path / "train" / f"{number:03}.jpg").write_text("no image")
+    with pytest.raises(DataError, match=r"^10 images in a row cannot be read"):
+        [samples[epoch, 0] for epoch in range(9)]
 
 
 def test_evaluation_applies_no_transform_and_imports_none(data: CocoData) -> None:
@@ -264,6 +301,17 @@ def test_more_partners_than_images_are_an_error(tmp_path: Path) -> None:
     config = load_config(None, ["data.augmentation=[light, mosaic]"])
     with pytest.raises(UsageError, match="mosaic needs 3 other images, but the training data has 3"):
         training_dataset(load_coco(tmp_path / "train"), config)
+
+
+def test_more_boxes_than_queries_through_partners_are_a_warning(
+    data: CocoData, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert data.max_boxes_per_image == 2
+    warn_of_too_many_boxes(dataset(data, "mosaic"), num_queries=8)
+    assert not caplog.records
+    warn_of_too_many_boxes(dataset(data, "mosaic", Mean), num_queries=8)
+    assert "up to 12 boxes" in caplog.text
+    assert "model.num_queries" in caplog.text
 
 
 COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 20]], dtype=torch.uint8)

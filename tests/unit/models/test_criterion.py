@@ -323,6 +323,16 @@ def test_a_configured_weight_overrides_the_default_or_is_an_error() -> None:
         reweighted("softmax", gio=1.0)
 
 
+def test_two_terms_that_would_be_logged_under_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("terms.bbox", "one.own", "two.py:own"):
+        monkeypatch.setitem(LOSSES._objects, name, center_distance)
+    for names in (["bbox", "terms.bbox"], ["one.own", "two.py:own"]):
+        complaint = f"^loss.weights: {names[0]} and {names[1]} would both be logged as loss_"
+        with pytest.raises(UsageError, match=complaint):
+            reweighted("softmax", **dict.fromkeys(names, 1.0))
+    reweighted("softmax", **{"bbox": 1.0, "terms.bbox": 0.0, "one.own": 1.0})
+
+
 def center_distance(matched: Matched) -> Tensor:
     """Return the distance of box centres, as a term that a user writes."""
     difference = matched.boxes_cxcywh[..., :2] - matched.target_boxes_cxcywh[..., :2]
@@ -380,6 +390,23 @@ def test_a_term_needs_a_weight_and_is_zero_without_boxes(own_term) -> None:
 def test_a_term_with_a_wrong_return_value_fails_with_one_line(own_term, term, returned: str) -> None:
     own_term(term)
     with pytest.raises(UsageError, match=rf"^loss\.weights\.own: .*\({NUM_LAYERS},\).*returned {returned}$"):
+        problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
+
+
+def test_a_term_that_raises_is_named(own_term) -> None:
+    own_term(lambda matched: {}["two\nlines"])
+    with pytest.raises(UsageError, match=r"^loss\.weights\.own: the term failed: KeyError.*lines") as raised:
+        problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
+    assert isinstance(raised.value.__cause__, KeyError)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_term_that_runs_out_of_memory_is_not_blamed(own_term) -> None:
+    def greedy(matched: Matched) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    own_term(greedy)
+    with pytest.raises(torch.OutOfMemoryError):
         problem("softmax", [2]).loss(reweighted("softmax", own=1.0))
 
 

@@ -60,7 +60,7 @@ def training(detector: Detector) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=Replicated(),
-        step_sync=StepSync(HostGroup(accelerator), StopSignals()),
+        step_sync=StepSync(HostGroup(accelerator), StopSignals(), num_queries=detector.num_queries),
         model=detector,
         average=average,
         criterion=SetCriterion(detector.loss_settings),

@@ -16,7 +16,7 @@ from detr_dist.training.step_sync import StepSync
 
 @pytest.fixture
 def step_sync() -> StepSync:
-    return StepSync(HostGroup(Accelerator(cpu=True)), StopSignals())
+    return StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), num_queries=100)
 
 
 def batch(height: int, width: int, num_boxes: list[int], image_ids: list[int]) -> Batch:
@@ -43,7 +43,7 @@ def test_the_progress_watchdog_detects_a_gpu_hang_at_the_end_of_an_epoch() -> No
 
     host = Host(Accelerator(cpu=True))
     host.rendezvous.watch.pause = lambda: calls.append("paused")
-    StepSync(host, StopSignals()).check(3, torch.nn.Linear(2, 2))
+    StepSync(host, StopSignals(), num_queries=100).check(3, torch.nn.Linear(2, 2))
     assert calls == ["exchanged", "paused"]  # before the exchange the host has waited for its device
 
 
@@ -55,9 +55,15 @@ def test_counts_and_canvas_cover_all_micro_batches(step_sync: StepSync) -> None:
     assert agreed.canvas_hw == (50, 60)
 
 
+def test_boxes_beyond_the_queries_do_not_count() -> None:
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), num_queries=4)
+    group = [batch(40, 60, [7, 2], [1, 2]), batch(40, 60, [5], [3])]
+    assert step_sync.next_step(0, iter([group])).counts.num_boxes == 4 + 2 + 4
+
+
 @pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
 def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
-    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule)
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule, num_queries=100)
     together = batch(40, 60, [1, 1, 1], [1, 2, 3])
     together.sizes_hw = torch.tensor([[40, 60], [40, 50], [30, 60]])
     parts = [batch(40, 60, [1], [1]), batch(40, 50, [1], [2]), batch(30, 60, [1], [3])]
@@ -98,7 +104,7 @@ def test_a_data_error_stops_the_step_with_its_own_message(step_sync: StepSync) -
 
 def test_a_stop_request_takes_effect_before_the_next_step() -> None:
     signals = StopSignals()
-    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), signals)
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), signals, num_queries=100)
     groups = iter([[batch(8, 8, [0], [17])], [batch(8, 8, [0], [18])]])
     step_sync.next_step(4, groups)
     signals.received = "SIGTERM"
