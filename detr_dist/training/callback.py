@@ -107,7 +107,10 @@ class Callback:
         """Act after each evaluation, before its model and checkpoint are saved."""
 
     def on_checkpoint(self, event: CheckpointEvent) -> None:
-        """Act after a checkpoint was written, in the thread that writes it while training continues."""
+        """Act after a checkpoint was written, in a thread of its own while training continues.
+
+        No later checkpoint waits for this: one that takes long may find the folder replaced or deleted.
+        """
 
     def on_end(self, event: EndEvent) -> None:
         """Act when the run has ended, for whatever reason."""

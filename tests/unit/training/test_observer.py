@@ -138,9 +138,9 @@ def observe(
 
 
 @pytest.fixture
-def no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_detections(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
     """Replace evaluations by ones that find nothing, without delay."""
-    details = Details(DetectionRecords.none(), None, None)
+    details = Details(load_coco(tiny_data / "val"), DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)
     )
@@ -186,6 +186,7 @@ def test_callbacks_are_notified_of_steps_evaluations_and_checkpoints(
     state.closed_step = state.step
     observer.after_epoch(state)
     observer.finish()
+    observer.close()
     first, second, evaluation, (checkpoint, was_complete) = recorder.events
     assert first == StepEvent(1, 0.1, 1e-4, {})
     assert (second.step, second.epoch, second.metrics["train_loss"]) == (2, 0.2, 0.5)
