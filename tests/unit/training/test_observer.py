@@ -192,7 +192,8 @@ def test_callbacks_are_notified_of_steps_evaluations_and_checkpoints(
     assert (second.step, second.epoch, second.metrics["train_loss"]) == (2, 0.2, 0.5)
     assert (evaluation.step, evaluation.metrics) == (20, {"val_map": 0.25})
     assert evaluation.class_names == ("player", "ball")
-    assert len(evaluation.data) == 7
+    assert len(evaluation.details) == len(evaluation.data) == 7
+    assert evaluation.detections is evaluation.details.records
     assert checkpoint == CheckpointEvent(
         tmp_path / "checkpoints" / "epoch_2", ("epoch_2", "best", "last"), 20
     )
