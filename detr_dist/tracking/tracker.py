@@ -96,7 +96,7 @@ class Trackers:
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
-        self._failed: set[str] = set()  # classes of users' trackers, of which a warning was given
+        self._failed: set[int] = set()  # by id, users' trackers of which a warning was given
         self._log: logging.Handler | None = None
         self._log_path = Path()
         self._closing = threading.Lock()
@@ -179,8 +179,8 @@ class Trackers:
             name = type(tracker).__name__
             if isinstance(tracker, OwnTracker):
                 raise
-            if name not in self._failed:
-                self._failed.add(name)
+            if id(tracker) not in self._failed:
+                self._failed.add(id(tracker))
                 _logger.warning(
                     f"the tracker {name} failed ({as_one_line(error)}); training continues and does not "
                     "repeat this"
