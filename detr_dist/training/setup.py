@@ -16,7 +16,9 @@ from detr_dist.data.dataset import training_dataset
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
+from detr_dist.extensions import load_object
 from detr_dist.models.build import build_detector
+from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
@@ -109,6 +111,9 @@ def set_up(
         config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     training_dataset(train_data, config)  # a transform that cannot be used is an error at once
+    with host.failing_together():
+        if host.is_main_process:
+            _check_paths(config)
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
@@ -117,6 +122,8 @@ def set_up(
     changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
+    detector = _build_network(facts, train_data, sources, resumed)
+    SetCriterion(detector.loss_settings, config.loss.weights)  # so is a term of the loss that is not there
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -130,9 +137,17 @@ def set_up(
         resumed=resumed,
         facts=facts,
         changes=changes,
-        detector=_build_network(facts, train_data, sources, resumed),
+        detector=detector,
         places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def _check_paths(config: Config) -> None:
+    """Import the user's callbacks and trackers, and create none of them."""
+    for path in config.training.callbacks:
+        load_object(path, "training.callbacks")
+    for path in config.logging.trackers:
+        load_object(path, "logging.trackers")
 
 
 def _facts_of(
