@@ -21,7 +21,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
-from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, override_config
 from detr_dist.data.coco import CocoData
@@ -34,7 +33,7 @@ from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.extensions import FAMILIES
 from detr_dist.inference.images import ONE_IMAGE, OneImage, as_data_set
 from detr_dist.inference.overrides import EXTENSIONS_KEY, import_overrides, keys_of, tracking_uri_for
-from detr_dist.models.build import load_network, trained_detector
+from detr_dist.models.build import load_network, quiet_transformers, trained_detector
 from detr_dist.models.detector import (
     Detector,
     Normalization,
@@ -238,15 +237,15 @@ def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None)
     downloads it."""
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
         find = partial(find_model, reference, tracking_uri, Path(scratch))
-        model = _read(reference, find() if host is None else host.once_per_machine(find))
+        found = find() if host is None else host.once_per_machine(find)
+        with quiet_transformers(only_errors=True):
+            model = _read(reference, found)
         if host is not None:
             host.gather_rows([0.0])  # the files stay until every process has read them
     return model
 
 
 def _read(reference: str, found: FoundModel) -> TrainedModel:
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     mlmodel, metadata = Path(found.location) / "MLmodel", dict[str, Any]()
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)
