@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,7 +25,7 @@ from transformers.image_utils import PILImageResampling
 from detr_dist.config import Config, DataConfig, override_config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.loading import check_room, shared_memory_need
-from detr_dist.distributed import HostGroup, check_launch_settings
+from detr_dist.distributed import HostGroup, check_launch_settings, is_group_open
 from detr_dist.environment import find_device_problem, restored_environment, set_environment, uses_cpu
 from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass, Predicted
@@ -128,6 +128,8 @@ class TrainedModel:
     ) -> Generator[Predicted]:
         """Yield what is found in the images of `data` by batch, in this process alone. Close the generator.
 
+        While this process trains, the settings of torch are those of the training.
+
         Args:
             data: The images; their boxes do not matter.
             config: From `prediction_settings`.
@@ -136,8 +138,11 @@ class TrainedModel:
         if len(data) <= config.training.batch_size:  # to start loader processes would take longer
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
         check_room(shared_memory_need(config, data, train=False))
-        with restored_environment(), temporary_numerics(config.training):
-            set_environment(stacks_dir=None)
+        with ExitStack() as restoring:
+            if not is_group_open():  # in a callback, another thread may be training meanwhile
+                restoring.enter_context(restored_environment())
+                restoring.enter_context(temporary_numerics(config.training))
+                set_environment(stacks_dir=None)
             device = _device()
             images = ImagePass(data, config, device, pixels=pixels)
             with closing(images.run(self.detector(config, device))) as all_predicted:
