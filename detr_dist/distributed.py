@@ -130,10 +130,15 @@ def group_of_processes(
         may_compile: Whether a collective may have to wait for processes that compile.
 
     Raises:
-        UsageError: there are too few GPUs.
+        UsageError: there are too few GPUs, or this process trains or evaluates already.
         TrainingError: another process did not come, or was lost.
     """
     global _rendezvous
+    if is_group_open():
+        raise UsageError(
+            "this cannot run inside a training or an evaluation of the same process; in a callback use "
+            "model.predict, or event.details of an evaluation"
+        )
     with restored_environment():
         check_environment()
         set_environment(stacks_dir)
@@ -171,6 +176,11 @@ def group_of_processes(
                 state.destroy_process_group()
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()
+
+
+def is_group_open() -> bool:
+    """Return whether this process is inside `group_of_processes`, in whichever thread."""
+    return _rendezvous is not None
 
 
 def collective_limit_s() -> float:

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from detr_dist.text import one_line
 
 # Errors of a file system without locks, such as Lustre mounted without `flock`.
 _WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+_held: set[Path] = set()  # of this process: POSIX locks do not keep its own threads apart
+_held_guard = threading.Lock()
 
 _logger = logging.getLogger(__name__)
 
@@ -161,22 +165,36 @@ def describe_disk_error(error: Exception, folder: Path) -> str:
 
 @contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Lock the output folder, which must exist. The lock ends with its process, however that ends.
+    """Lock the output folder, which must exist, against other processes and threads of this one.
 
-    Where the file system has no locks this warns and continues without one.
+    The lock ends with its process, however that ends. Where the file system has no locks this warns and continues without one.
 
     Raises:
-        DataError: another process holds it; the message names it.
+        DataError: it is locked; the message names the process that holds it.
     """
-    path = output_dir / ".lock"
-    with _lock(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    path, own_name = output_dir / ".lock", f"process {os.getpid()} on {socket.gethostname()}"
+    resolved = output_dir.resolve()
+    with _held_guard:
+        if resolved in _held:
+            raise _is_in_use(output_dir, own_name)
+        _held.add(resolved)
+    try:
+        with _lock(path) as file:
+            file.truncate(0)
+            file.write(f"{own_name}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+    finally:
+        _held.discard(resolved)
+
+
+def _is_in_use(output_dir: Path, holder: str) -> DataError:
+    return DataError(
+        f"{output_dir}: {holder} is using this folder; wait until it has ended, stop it, or give another one"
+    )
 
 
 def _lock(path: Path) -> TextIO:
@@ -189,10 +207,7 @@ def _lock(path: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise DataError(
-                f"{path.parent}: {holder} is using this folder; wait until it has ended, stop it, or "
-                "give another folder"
-            ) from None
+            raise _is_in_use(path.parent, holder) from None
         except OSError as error:
             if error.errno not in _WITHOUT_LOCKS:
                 file.close()

@@ -8,6 +8,7 @@ from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
 from detr_dist.inference.overrides import tracking_uri_for
+from detr_dist.models.build import quiet_transformers
 from detr_dist.storage import check_new, describe_disk_error, new_folder
 from detr_dist.text import one_line
 from detr_dist.tracking.artifacts import register_artifact, run_of, upload_model
@@ -77,7 +78,7 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
     folder = output_dir.resolve()
     lines = [f"{output_dir}: {model.network.config.model_type} as MLflow model and transformers folder"]
     try:
-        with new_folder(folder) as partial:
+        with quiet_transformers(only_errors=True), new_folder(folder) as partial:
             write_model(model.network, partial, data=model.config.data, metadata=metadata)
             if onnx:
                 difference = write_onnx(model.network, partial / "model.onnx")

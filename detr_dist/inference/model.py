@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,12 +21,11 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
-from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import Config, DataConfig, override_config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.loading import check_room, shared_memory_need
-from detr_dist.distributed import HostGroup, check_launch_settings
+from detr_dist.distributed import HostGroup, check_launch_settings, is_group_open
 from detr_dist.environment import find_device_problem, restored_environment, set_environment, uses_cpu
 from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass, Predicted
@@ -34,7 +33,7 @@ from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.extensions import FAMILIES
 from detr_dist.inference.images import ONE_IMAGE, OneImage, as_data_set
 from detr_dist.inference.overrides import EXTENSIONS_KEY, import_overrides, keys_of, tracking_uri_for
-from detr_dist.models.build import load_network, trained_detector
+from detr_dist.models.build import load_network, quiet_transformers, trained_detector
 from detr_dist.models.detector import (
     Detector,
     Normalization,
@@ -132,6 +131,8 @@ class TrainedModel:
     ) -> Generator[Predicted]:
         """Yield the predictions for the images of `data` by batch, in this process. Close the generator.
 
+        While this process trains, the settings of torch are those of the training.
+
         Args:
             data: The images; their boxes are not used.
             config: From `prediction_settings`.
@@ -140,8 +141,11 @@ class TrainedModel:
         if len(data) <= config.training.batch_size:  # starting loader processes would take longer
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
         check_room(shared_memory_need(config, data, train=False))
-        with restored_environment(), temporary_numerics(config.training):
-            set_environment(stacks_dir=None)
+        with ExitStack() as restoring:
+            if not is_group_open():  # in a callback, another thread may be training meanwhile
+                restoring.enter_context(restored_environment())
+                restoring.enter_context(temporary_numerics(config.training))
+                set_environment(stacks_dir=None)
             device = _device()
             images = ImagePass(data, config, device, pixels=pixels)
             with closing(images.run(self.detector(config, device))) as all_predicted:
@@ -248,15 +252,15 @@ def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None)
     """
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
         find = partial(find_model, reference, tracking_uri, Path(scratch))
-        model = _read(reference, find() if host is None else host.once_per_node(find))
+        found = find() if host is None else host.once_per_node(find)
+        with quiet_transformers(only_errors=True):
+            model = _read(reference, found)
         if host is not None:
             host.gather_rows([0.0])  # the files stay until every process has read them
     return replace(model, tracking_uri=tracking_uri)
 
 
 def _read(reference: str, found: FoundModel) -> TrainedModel:
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     mlmodel, metadata = Path(found.location) / "MLmodel", dict[str, Any]()
     if found.checkpoint is not None:
         config, metadata = found.checkpoint.facts.config, _metadata_of(found.checkpoint)

@@ -1,13 +1,15 @@
 """Building a network of the DETR family in `transformers`, new or with pretrained weights."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import CheckpointError, UsageError
@@ -24,6 +26,21 @@ from detr_dist.models.detector import Detector, class_names_of, keep_normalizati
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
 from detr_dist.text import one_line
+
+
+@contextmanager
+def quiet_transformers(*, only_errors: bool = False) -> Iterator[None]:
+    """Let transformers show no progress bars and, with `only_errors`, log errors alone; then restore both."""
+    had_bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    if only_errors:
+        transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def build_detector(

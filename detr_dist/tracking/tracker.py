@@ -99,7 +99,7 @@ class Trackers:
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
-        self._failed: set[str] = set()  # classes of users' trackers that have failed
+        self._failed: set[int] = set()  # ids of users' trackers that have failed
         self._log: logging.Handler | None = None
         self._log_path = Path()
         self._closing = threading.Lock()
@@ -185,8 +185,8 @@ class Trackers:
             name = type(tracker).__name__
             if isinstance(tracker, OwnTracker):
                 raise
-            if name not in self._failed:
-                self._failed.add(name)
+            if id(tracker) not in self._failed:
+                self._failed.add(id(tracker))
                 _logger.warning(
                     f"the tracker {name} failed ({as_one_line(error)}); training continues, and this is "
                     "not reported again"

@@ -9,6 +9,7 @@ from pathlib import Path
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError, as_one_line
 from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.evaluator import Details
 from detr_dist.tracking.tracker import Status
 
 _logger = logging.getLogger(__name__)
@@ -51,11 +52,20 @@ class EvaluationEvent:
     epoch: float
     metrics: Mapping[str, float]
     """Metrics by their names in MLflow, such as `val_map`."""
-    detections: DetectionRecords
-    """All detections of all images, as columns: `image_rows`, `boxes_xyxy_px`, `scores`, `labels`."""
-    data: CocoData
-    """The ground truth; `image_rows` of the detections are rows of its images."""
+    details: Details
+    """Detections and annotations of each image: `for row in range(len(details))`,
+    `details.detections(row)` and `details.truth(row)`."""
     _log: Callable[[Mapping[str, float]], None]
+
+    @property
+    def detections(self) -> DetectionRecords:
+        """Return all detections as columns: `image_rows`, `boxes_xyxy_px`, `scores`, `labels`."""
+        return self.details.records
+
+    @property
+    def data(self) -> CocoData:
+        """Return the ground truth; `image_rows` of the detections are rows of its images."""
+        return self.details.data
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,7 +117,10 @@ class Callback:
         """Act after each evaluation, before its model and checkpoint are saved."""
 
     def on_checkpoint(self, event: CheckpointEvent) -> None:
-        """Act after a checkpoint was written, in the thread that writes it while training continues."""
+        """Act after a checkpoint was written, in a thread of its own while training continues.
+
+        No later checkpoint waits for this: one that takes long may find the folder replaced or deleted.
+        """
 
     def on_end(self, event: EndEvent) -> None:
         """Act once when the run has ended, for any reason."""

@@ -219,8 +219,7 @@ class RunObserver:
             state.metrics |= own
             self._trackers.log_metrics(own, step=state.step)
 
-        epoch, metrics, data = self._epoch(state), dict(state.metrics), self._evaluator.data
-        return EvaluationEvent(state.step, epoch, metrics, details.records, data, log)
+        return EvaluationEvent(state.step, self._epoch(state), dict(state.metrics), details, log)
 
     def after_epoch(self, state: TrainState) -> None:
         """Save what is due: the epoch's model for trackers, the best model, and checkpoints."""

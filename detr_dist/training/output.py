@@ -162,15 +162,11 @@ def open_run(setup: Setup, trackers: RunTrackers) -> None:
     from detr_dist.tracking.mlflow import MLflowTracker  # imports MLflow, which is slow
 
     saved = setup.resumed.facts if setup.resumed is not None else None
-    try:
-        trackers.mlflow = MLflowTracker(
-            setup.config.logging,
-            run_id=saved.mlflow_run_id if saved is not None else None,
-            known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
-        )
-    except UsageError as error:
-        trackers.close("FAILED", str(error))  # the user's, which are open already
-        raise
+    trackers.mlflow = MLflowTracker(
+        setup.config.logging,
+        run_id=saved.mlflow_run_id if saved is not None else None,
+        known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+    )
     trackers.add(trackers.mlflow)
 
 

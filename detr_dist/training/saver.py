@@ -106,6 +106,8 @@ class Saver:
         self._pack_model = pack_model
         self._callbacks = callbacks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
+        self._callback_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="callbacks")
+        self._is_finished = False
         self._pending: Future[None] | None = None
         self._failures: dict[str, str] = {}  # by name, of files that every run must have at its end
         finish_interrupted(checkpoints_dir)
@@ -140,10 +142,12 @@ class Saver:
         self.wait()
         for failure in self._failures.values():
             raise TrainingError(failure)
+        self._is_finished = True
 
     def close(self) -> None:
-        """End the thread after its pending work."""
+        """End the threads, once all is written and, after `finish`, once the callbacks have returned."""
         self._thread.shutdown()
+        self._callback_thread.shutdown(wait=self._is_finished, cancel_futures=not self._is_finished)
 
     def _save(self, snapshot: Snapshot, names: Sequence[str], model: ModelCard | None) -> None:
         if model is not None:
@@ -183,8 +187,6 @@ class Saver:
             self._prune()
         except OSError as error:
             _logger.warning(f"{self._checkpoints_dir}: an old checkpoint cannot be deleted ({error})")
-        step = snapshot.document["step"]
-        self._callbacks.notify(CheckpointEvent(self._checkpoints_dir / names[0], tuple(names), step))
         if self._tracker is not None:
             try:
                 self._upload(self._tracker, names)
@@ -192,6 +194,8 @@ class Saver:
                 _logger.warning(
                     f"{folders}: not uploaded ({describe_disk_error(error, self._checkpoints_dir)})"
                 )
+        event = CheckpointEvent(self._checkpoints_dir / names[0], tuple(names), snapshot.document["step"])
+        self._callback_thread.submit(self._callbacks.notify, event)  # no save waits for the user's code
 
     def _upload(self, tracker: Trackers, names: Sequence[str]) -> None:
         """Upload all names but step_<N>, of which there may be thousands."""

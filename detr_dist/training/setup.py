@@ -17,7 +17,9 @@ from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
 from detr_dist.data.sampling import StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
+from detr_dist.extensions import load_object
 from detr_dist.models.build import build_detector
+from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
@@ -119,6 +121,9 @@ def set_up(
         config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
+    with host.failing_together():
+        if host.is_main_process:
+            _check_paths(config)
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
@@ -130,6 +135,7 @@ def set_up(
     detector = _build_network(facts, train_data, sources, resumed)
     if accelerator.is_main_process:
         warn_of_too_many_boxes(dataset, detector.num_queries)
+    SetCriterion(detector.loss_settings, config.loss.weights)  # reports an unknown term now
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -155,6 +161,14 @@ def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> N
             f"data.augmentation: an image can get up to {dataset.most_boxes_per_image} boxes, but the model "
             f"finds at most {num_queries} and learns nothing from the others; raise model.num_queries"
         )
+
+
+def _check_paths(config: Config) -> None:
+    """Import the user's callbacks and trackers, and create none of them."""
+    for path in config.training.callbacks:
+        load_object(path, "training.callbacks")
+    for path in config.logging.trackers:
+        load_object(path, "logging.trackers")
 
 
 def _facts_of(

@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
-
 from detr_dist.config import Config
 from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_coco
@@ -16,10 +14,11 @@ from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
 from detr_dist.extensions import import_extensions, instantiate
+from detr_dist.models.build import quiet_transformers
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.families import num_queries_of
-from detr_dist.numerics import resolve_precision, set_numerics
+from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.storage import check_writable, locked
 from detr_dist.tracking.tracker import Tracker, tracked
 from detr_dist.training.callback import Callback, Callbacks, EndEvent, RunResult
@@ -114,12 +113,14 @@ def _prepared(
     is_dry: bool = False,
 ) -> Iterator[Setup]:
     """Form the process group, and yield the run, ready to be assembled. Collective."""
-    transformers_logging.disable_progress_bar()
     if init_from is not None and resume not in (None, "auto"):
         raise UsageError("--init-from starts a new run and --resume continues one; leave one of them out")
     stacks_dir, settings = output_dir / "stacks", config.training
-    with group_of_processes(stacks_dir, may_compile=settings.compile_model) as processes:
-        set_numerics(settings)
+    with (
+        group_of_processes(stacks_dir, may_compile=settings.compile_model) as processes,
+        temporary_numerics(settings),
+        quiet_transformers(),
+    ):
         host = HostGroup(processes)
         with host.failing_together():
             import_extensions(settings.extensions)
@@ -175,19 +176,20 @@ def _run(
     host, config = setup.host, setup.config
     opened, called = RunTrackers(), Callbacks()  # filled on the main process only
     with ExitStack() as held:
-        with host.failing_together():
-            if host.is_main_process:
-                named = [instantiate(path, "training.callbacks") for path in config.training.callbacks]
-                called = Callbacks([*callbacks, *named])
-                opened.add(*config.logging.trackers, *trackers)
-                check_writable("--output-dir", setup.output_dir)
-                held.enter_context(locked(setup.output_dir))
-                open_run(setup, opened)
         try:
             host.rendezvous.before_exit = opened.close_after_loss
             with tracked(opened):
                 with host.failing_together():
                     if host.is_main_process:
+                        opened.add(*trackers)  # whatever fails next, they are closed
+                        named = [
+                            instantiate(path, "training.callbacks") for path in config.training.callbacks
+                        ]
+                        called = Callbacks([*callbacks, *named])
+                        opened.add(*config.logging.trackers)
+                        check_writable("--output-dir", setup.output_dir)
+                        held.enter_context(locked(setup.output_dir))
+                        open_run(setup, opened)
                         open_output(setup, opened)
                 state = _train(setup, signals, opened, called)
                 with host.failing_together():

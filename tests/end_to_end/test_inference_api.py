@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers.utils.logging import get_verbosity, is_progress_bar_enabled
 
 from detr_dist.errors import DetrDistError
 from detr_dist.inference.evaluate import EvaluationReport, evaluate
@@ -103,6 +104,9 @@ def test_a_custom_metric_sees_every_image(report: EvaluationReport) -> None:
 def test_a_call_leaves_no_global_state(model, easy_data: Path, tmp_path: Path, capfd) -> None:
     """Check process group, Accelerate state, logging handlers and torch settings; nothing is printed."""
     logging.getLogger("detr_dist").handlers.clear()  # as in a notebook
+    before = is_progress_bar_enabled(), get_verbosity()
+    load_model(model.reference)
+    assert (is_progress_bar_enabled(), get_verbosity()) == before
     for batch_size in (2, 3):
         overrides = [f"training.batch_size={batch_size}", "training.tf32=false"]
         evaluate(model, easy_data / "val", overrides=overrides)

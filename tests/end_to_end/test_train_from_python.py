@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,11 @@ import torch
 from harness.commands import LIMIT_S, clean_environment, free_port
 from mlflow import MlflowClient
 from safetensors.torch import load_file
+from transformers.utils.logging import get_verbosity, is_progress_bar_enabled
+
+from detr_dist.config import Config
+from detr_dist.errors import UsageError
+from detr_dist.training.trainer import dry_run, train
 
 SETTINGS = ("training.max_steps=4", "training.num_epochs=2", "data.augmentation=light")
 
@@ -168,3 +174,58 @@ def test_a_notebook_launches_two_processes(workplace, tiny_data: Path) -> None:
     assert first[0] == workplace.results()["metrics"]
     run = MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}").get_run(first[1])
     assert (run.info.status, run.data.tags["num_processes"]) == ("FINISHED", "2")
+
+
+FAILS_AT_THE_START = """
+from pathlib import Path
+import detr_dist as dd
+
+class Good(dd.Tracker):
+    def close(self, status, error=None):
+        Path("closed").write_text(f"{status}: {error}")
+
+class Bad: ...
+"""
+
+
+def start(workplace, data: Path, *overrides: str, run: Callable[..., object] = train) -> str:
+    """Start a run in this process; return its error."""
+    (workplace.folder / "at_the_start.py").write_text(FAILS_AT_THE_START)
+    overrides = (*SETTINGS, "logging.mlflow=false", "training.tf32=false", *overrides)
+    config = Config.load(workplace.config, overrides)
+    folders = {"train_dir": data / "train", "val_dir": data / "val", "output_dir": workplace.folder / "out"}
+    try:
+        with pytest.raises(UsageError) as raised:
+            run(config, **folders)
+    finally:
+        sys.modules.pop("at_the_start", None)
+    return str(raised.value)
+
+
+def test_a_failed_start_closes_the_trackers_and_restores_the_settings_of_torch_and_transformers(
+    workplace, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace.folder)
+    before = torch.backends.cudnn.allow_tf32, is_progress_bar_enabled(), get_verbosity()
+    assert before[0]
+    error = start(workplace, tiny_data, "logging.trackers=[at_the_start.py:Good, at_the_start.py:Bad]")
+    assert "at_the_start.py:Bad is no tracker" in error
+    assert (workplace.folder / "closed").read_text() == f"FAILED: UsageError: {error}"
+    assert (torch.backends.cudnn.allow_tf32, is_progress_bar_enabled(), get_verbosity()) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("loss.weights={centre: 1}", "loss.weights.centre: there is no part of the loss 'centre'"),
+        ("training.callbacks=at_the_start.py:Absent", "training.callbacks: at_the_start.py:Absent cannot be"),
+        ("logging.trackers=absent.Tracker", "logging.trackers: absent.Tracker cannot be imported"),
+    ],
+)
+def test_a_dry_run_finds_a_wrong_name(
+    workplace, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, override: str, part: str
+) -> None:
+    monkeypatch.chdir(workplace.folder)
+    error = start(workplace, tiny_data, "training.extensions=at_the_start.py", override, run=dry_run)
+    assert part in error
+    assert not (workplace.folder / "out").exists()

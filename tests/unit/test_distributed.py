@@ -9,7 +9,13 @@ import torch
 from accelerate import PartialState
 
 from detr_dist.config import Config, TrainingConfig, load_config
-from detr_dist.distributed import HostGroup, build_accelerator, collective_limit_s, group_of_processes
+from detr_dist.distributed import (
+    HostGroup,
+    build_accelerator,
+    collective_limit_s,
+    group_of_processes,
+    is_group_open,
+)
 from detr_dist.errors import UsageError
 from detr_dist.numerics import resolve_precision, set_numerics
 
@@ -86,6 +92,18 @@ def test_a_process_can_rejoin_with_another_precision(error: BaseException | None
     with group_of_processes():
         again = build_accelerator(mixed_precision="bf16", gradient_accumulation_steps=1)
         assert (again.mixed_precision, again.gradient_accumulation_steps) == ("bf16", 1)
+
+
+def test_a_second_group_is_refused_and_leaves_the_first_intact() -> None:
+    assert not is_group_open()
+    with group_of_processes() as processes:
+        environment = dict(os.environ)
+        with pytest.raises(UsageError, match=r"inside a training.*model\.predict"), group_of_processes():
+            pytest.fail("opened")
+        assert is_group_open()
+        assert dict(os.environ) == environment
+        assert PartialState._shared_state == processes.__dict__
+    assert not is_group_open()
 
 
 def test_without_a_gpu_the_precision_is_full() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -54,6 +55,21 @@ def test_a_second_process_does_not_get_the_lock(
         locked(tmp_path),
     ):
         pytest.fail("got it")
+
+
+def test_a_second_thread_does_not_get_the_lock(tmp_path: Path) -> None:
+    def take() -> None:
+        with locked(tmp_path / ".." / tmp_path.name):
+            pytest.fail("got it")
+
+    with (
+        locked(tmp_path),
+        ThreadPoolExecutor() as thread,
+        pytest.raises(DataError, match=f"process {os.getpid()} on"),
+    ):
+        thread.submit(take).result()
+    with locked(tmp_path):
+        pass
 
 
 def test_a_lock_ends_with_its_process_even_if_a_forked_child_lives(

@@ -1,6 +1,8 @@
 """A loaded model predicts on every type of image, without the extensions of its training."""
 
+import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,10 @@ import yaml
 from PIL import Image
 
 from detr_dist.config import Config
+from detr_dist.distributed import group_of_processes
 from detr_dist.errors import DataError, DetrDistError, UsageError
 from detr_dist.evaluation.detections import Detections
+from detr_dist.inference.images import as_data_set
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.models.detector import plain_network
 from detr_dist.tracking.packaging import write_model
@@ -194,3 +198,16 @@ def test_a_loaded_model_has_its_metadata(saved: Callable[..., Path]) -> None:
     written = yaml.safe_load((folder / "MLmodel").read_text())["metadata"]
     model = load_model(str(folder))
     assert (model.metadata, model.reference, model.is_mlflow_model) == (written, str(folder), True)
+
+
+def test_a_prediction_during_a_training_leaves_its_settings_unchanged(model: TrainedModel) -> None:
+    image = np.zeros((64, 96, 3), np.uint8)
+    expected = model.predict(image, threshold=0, overrides=["training.tf32=false"])
+    with group_of_processes():
+        data, pixels = as_data_set([image], model.class_names)
+        config, environment = model.prediction_settings(["training.tf32=false"]), dict(os.environ)
+        with closing(model.find_objects(data, config, pixels)) as all_predicted:
+            records = next(all_predicted).records
+            assert torch.backends.cudnn.allow_tf32
+            assert dict(os.environ) == environment
+    assert np.array_equal(np.sort(records.scores), np.sort(expected.scores))

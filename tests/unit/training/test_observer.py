@@ -138,9 +138,9 @@ def observe(
 
 
 @pytest.fixture
-def no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_detections(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
     """Replace evaluations by ones that find nothing, without delay."""
-    details = Details(DetectionRecords.none(), None, None)
+    details = Details(load_coco(tiny_data / "val"), DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)
     )
@@ -186,12 +186,14 @@ def test_callbacks_are_notified_of_steps_evaluations_and_checkpoints(
     state.closed_step = state.step
     observer.after_epoch(state)
     observer.finish()
+    observer.close()
     first, second, evaluation, (checkpoint, was_complete) = recorder.events
     assert first == StepEvent(1, 0.1, 1e-4, {})
     assert (second.step, second.epoch, second.metrics["train_loss"]) == (2, 0.2, 0.5)
     assert (evaluation.step, evaluation.metrics) == (20, {"val_map": 0.25})
     assert evaluation.class_names == ("player", "ball")
-    assert len(evaluation.data) == 7
+    assert len(evaluation.details) == len(evaluation.data) == 7
+    assert evaluation.detections is evaluation.details.records
     assert checkpoint == CheckpointEvent(
         tmp_path / "checkpoints" / "epoch_2", ("epoch_2", "best", "last"), 20
     )

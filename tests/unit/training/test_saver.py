@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.errors import TrainingError
-from detr_dist.training.callback import Callbacks
+from detr_dist.training.callback import Callback, Callbacks, CheckpointEvent
 from detr_dist.training.checkpoint import Snapshot, newest_checkpoint, open_checkpoint
 from detr_dist.training.saver import ModelCard, Saver
 
@@ -49,12 +49,12 @@ def new_saver(tmp_path: Path) -> Iterator[NewSaver]:
         keep_last: int | None = None,
         upload: Callable[[Path, str], None] | None = None,
         pack_model: Callable[[Mapping[str, Tensor], ModelCard], None] = not_expected,
+        callback: Callback | None = None,
     ) -> Saver:
         tracker = None if upload is None else Tracker(upload)
+        callbacks = Callbacks([] if callback is None else [callback])
         savers.append(
-            Saver(
-                tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model, callbacks=Callbacks()
-            )
+            Saver(tmp_path, keep_last=keep_last, tracker=tracker, pack_model=pack_model, callbacks=callbacks)
         )
         return savers[-1]
 
@@ -310,3 +310,45 @@ def test_a_new_saver_completes_an_operation_that_a_kill_interrupted(
     new_saver()
     assert names_in(tmp_path) == {"last"}
     assert open_checkpoint(tmp_path / "last").state.step == 1
+
+
+class Slow(Callback):
+    """Callback that takes until it is released."""
+
+    def __init__(self) -> None:
+        self.begun, self.released = threading.Event(), threading.Event()
+        self.steps: list[int] = []
+
+    def on_checkpoint(self, event: CheckpointEvent) -> None:
+        self.begun.set()
+        assert self.released.wait(60)
+        self.steps.append(event.step)
+
+
+def test_a_save_does_not_wait_for_a_callback_but_a_finished_run_does(
+    new_saver: NewSaver, snapshot_at: SnapshotAt, tmp_path: Path
+) -> None:
+    slow = Slow()
+    saver = new_saver(callback=slow)
+    saver.save(lambda: snapshot_at(1), ["step_1", "last"])
+    assert slow.begun.wait(60)
+    saver.save(lambda: snapshot_at(2), ["step_2", "last"])
+    saver.finish()
+    assert open_checkpoint(tmp_path / "last").state.step == 2
+    assert slow.steps == []
+    threading.Timer(0.1, slow.released.set).start()
+    saver.close()
+    assert slow.steps == [1, 2]
+
+
+def test_a_failed_run_does_not_wait_for_a_callback(new_saver: NewSaver, snapshot_at: SnapshotAt) -> None:
+    slow = Slow()
+    saver = new_saver(callback=slow)
+    for step in (1, 2):
+        saver.save(lambda step=step: snapshot_at(step), [f"step_{step}"])
+    assert slow.begun.wait(60)
+    saver.close()
+    assert slow.steps == []
+    slow.released.set()
+    saver._callback_thread.shutdown()
+    assert slow.steps == [1], "the one that had not begun is cancelled"
