@@ -140,7 +140,7 @@ def observe(
 @pytest.fixture
 def no_detections(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace evaluations by ones that find nothing, without delay."""
-    details = Details(DetectionRecords.none(), None, None)
+    details = Details(None, DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)
     )
