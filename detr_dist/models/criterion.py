@@ -172,13 +172,13 @@ class SetCriterion:
         logged = {"loss": total.detach()}
         logged |= {f"loss_{_short(name)}": loss[-1].detach() for name, loss in layers.items()}
         if not found.finite:
-            return Losses(total, logged, finite=False, broken_terms=self._broken_terms())
+            return Losses(total, logged, finite=False, broken_terms=self.broken_terms())
         terms = torch.stack([*layers.values()]).detach()
         self._so_far = terms if self._so_far is None else self._so_far + terms  # NaN and Inf stay
         return Losses(total, logged, finite=True)
 
-    def _broken_terms(self) -> tuple[str, ...]:
-        """Return the terms that have not been finite so far. Waits for the device."""
+    def broken_terms(self) -> tuple[str, ...]:
+        """Return the terms that were NaN or Inf in any micro-batch so far. Waits for the device."""
         if self._so_far is None:
             return ()
         are_finite = self._so_far.isfinite().all(1).tolist()

@@ -38,6 +38,11 @@ class _Problem(NamedTuple):
     cause: Exception | None = None
 
 
+def _broken(terms: Sequence[str]) -> _Problem:
+    text = f"the term {', '.join(terms)} of the loss was NaN or Inf in this epoch or before"
+    return _Problem(text, _NOT_FINITE)
+
+
 class StepSync:
     """Sums and checks over all processes, once per optimizer step.
 
@@ -61,11 +66,7 @@ class StepSync:
         the loss had been NaN or Inf before. Local."""
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
-            if broken_terms:
-                text = (
-                    f"the term {', '.join(broken_terms)} of the loss was NaN or Inf in this epoch or before"
-                )
-            self._problem = _Problem(text, _NOT_FINITE)
+            self._problem = _broken(broken_terms) if broken_terms else _Problem(text, _NOT_FINITE)
 
     def report_failure(self, error: Exception) -> None:
         """Note what keeps this process from the next step. Local."""
@@ -107,12 +108,15 @@ class StepSync:
         canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
         return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
 
-    def check(self, step: int, model: nn.Module) -> None:
+    def check(self, step: int, model: nn.Module, broken_terms: Sequence[str] = ()) -> None:
         """Make sure that the first `step` steps went well and left finite weights. Collective; raises like
         `next_step`.
 
-        Waits for the device.
+        Under fp16 steps with a term of the loss that is NaN or Inf are skipped, and leave finite weights and
+        predictions: `broken_terms` are such terms. Waits for the device.
         """
+        if broken_terms:
+            self._problem = self._problem or _broken(broken_terms)
         # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
