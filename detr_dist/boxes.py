@@ -1,7 +1,7 @@
 """Box formats and generalised IoU: broadcasting tensor maths without checks of values or host syncs.
 
 A box is the last dimension of a float tensor: `cxcywh` is (centre x, centre y, width, height), `xyxy` is
-(left, top, right, bottom). Both may be normalised to [0, 1] or in pixels; two boxes that meet must use the
+(left, top, right, bottom). Both may be normalised to [0, 1] or in pixels; the boxes of one call must use the
 same unit.
 """
 
@@ -13,14 +13,14 @@ _MIN_AREA = 1e-12
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Return the corners of boxes [..., 4] that are given by centre and size."""
+    """Convert boxes [..., 4] from centre and size to corners."""
     center, size = boxes[..., :2], boxes[..., 2:]
     half = 0.5 * size
     return cat((center - half, center + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Return the centre and size of boxes [..., 4] that are given by their corners."""
+    """Convert boxes [..., 4] from corners to centre and size."""
     top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
     return cat((0.5 * (top_left + bottom_right), bottom_right - top_left), dim=-1)
 

@@ -42,7 +42,7 @@ TrackingUri = Annotated[
 
 
 def _keys_help() -> str:
-    """The configuration keys as Markdown, one line each."""
+    """Return the configuration keys as Markdown, one line each."""
     lines = [f"- `{key}={default}` {meaning}" for key, default, meaning in describe_keys()]
     return "**Configuration keys** and their defaults:\n\n" + "\n".join(lines)
 
@@ -64,7 +64,7 @@ def train(
     init_from: Annotated[
         str | None,
         typer.Option(
-            help="Begin a new run with these weights: a model's or checkpoint's folder, runs:/RUN_ID/model, "
+            help="Start a new run with these weights: a model's or checkpoint's folder, runs:/RUN_ID/model, "
             "models:/NAME/VERSION, or a hub id."
         ),
     ] = None,
@@ -72,7 +72,7 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check the data, say what would run where, and end: nothing is trained, tracked or written.",
+            help="Check the data, report what would run where, and end. Nothing is trained or written.",
         ),
     ] = False,
     overrides: Overrides = None,
@@ -122,7 +122,7 @@ def check_data(
         typer.Argument(
             metavar="D [D ...] [section.key=value]...",
             help="Data folders, one for each split, the one to train on first; settings that override the "
-            "YAML file's may stand among them.",
+            "YAML file's may be given as well.",
         ),
     ],
     config: Annotated[
@@ -139,12 +139,12 @@ def check_data(
 ) -> None:
     """Report what is wrong or unusual in a data set before training on it.
 
-    Finds images that are missing, cannot be decoded, or are of another size than the JSON says; records,
-    boxes, ids and classes that training would refuse, repair or leave out; and images that are in two
-    splits or look alike there. Shows how many boxes each class has by size after the configured resize.
+    Finds images that are missing, cannot be decoded, or differ in size from the JSON; records, boxes, ids
+    and classes that training would refuse, repair or leave out; and images that are in two splits or look
+    like an image of another split. Shows how many boxes each class has by size after the configured resize.
 
-    Exits with 1 if there is any error, and with 0 if there are only warnings. `train` does by itself what
-    takes no time.
+    Exits with 1 if there is any error, and with 0 if there are only warnings. `train` runs the fast checks
+    itself.
     """
     from detr_dist.data.checks import check_data as run_check
     from detr_dist.models.families import num_queries_of
@@ -171,8 +171,8 @@ def evaluate(
         bool,
         typer.Option(
             "--model-thresholds",
-            help="Precision, recall and F1 at the thresholds that training found, which the model brings, "
-            "instead of the best ones for this data: what it will do on new data.",
+            help="Precision, recall and F1 at the thresholds that training found and saved with the model, "
+            "instead of the best ones for this data: what to expect on new data.",
         ),
     ] = False,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
@@ -181,10 +181,10 @@ def evaluate(
 ) -> None:
     """Evaluate a model on any data of its classes.
 
-    The settings are those that it was trained by; `section.key=value` overrides them, e.g.
+    The model's training settings apply; `section.key=value` overrides them, e.g.
     `training.batch_size=16`. One process by itself, several with `accelerate launch --config_file
     accelerate_configs/multi_gpu.yaml -m detr_dist evaluate` and the same options: the metrics are the same.
-    docs/evaluation.md says what they mean.
+    docs/evaluation.md explains them.
     """
     from detr_dist.inference.evaluate import evaluate_to_files
 
@@ -218,12 +218,12 @@ def predict(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Find objects in images: boxes drawn into copies of them, and all as COCO results.
+    """Find objects in images: draw the boxes into copies and write COCO results.
 
-    In `predictions.json` an image_id counts the images from 1 in the order of their names, which stand
-    beside it, and a category_id the model's classes from 0. Boxes are [x, y, width, height] in pixels of the
-    image as it is stored: an EXIF rotation is not applied, as in training. The settings are those that the
-    model was trained by; `section.key=value` overrides them, e.g. `training.batch_size=16`.
+    In `predictions.json` image_id numbers the images from 1 in the order of their names, which the file
+    lists too, and category_id numbers the model's classes from 0. Boxes are [x, y, width, height] in pixels
+    of the stored image: an EXIF rotation is not applied, as in training. The model's training settings
+    apply; `section.key=value` overrides them, e.g. `training.batch_size=16`.
     """
     from detr_dist.inference.predict import predict_images
 
@@ -254,7 +254,7 @@ def export(
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     debug: Debug = False,
 ) -> None:
-    """Make a model ready for production: a folder that needs nothing of this package.
+    """Export a model for production, to a folder that can be used without this package.
 
     `mlflow.pytorch.load_model` and `transformers.pipeline("object-detection", model=...)` load it. The ONNX
     file is compared with torch before it is kept: inputs `pixel_values` (float32, normalised) and
@@ -270,7 +270,7 @@ def sync(
     output_dir: Annotated[Path, typer.Argument(help="The --output-dir of a run.")],
     debug: Debug = False,
 ) -> None:
-    """Deliver to MLflow what a run could not, because the server was away."""
+    """Deliver to MLflow what a run could not deliver because the server was unavailable."""
     from detr_dist.tracking.delivery import sync as deliver
 
     deliver(output_dir)
@@ -290,7 +290,7 @@ def prune(
     ] = 1,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     delete: Annotated[
-        bool, typer.Option("--delete", help="Delete; without it only say what could go.")
+        bool, typer.Option("--delete", help="Delete; without it only list what could be deleted.")
     ] = False,
     debug: Debug = False,
 ) -> None:
@@ -323,12 +323,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(argv: Sequence[str] | None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Plots are files. Under the backend that a notebook hands on, matplotlib may not even be importable.
+    # Plots are files. With the backend inherited from a notebook, matplotlib may fail to import.
     os.environ["MPLBACKEND"] = "agg"
     with exiting_with_code(show_traceback="--debug" in arguments):
         refuse_empty(arguments)
         try:
-            # Typer makes an exit code, which it returns, of Ctrl-C.
+            # Typer turns Ctrl-C into an exit code and returns it.
             if app(arguments, prog_name="detr-dist", standalone_mode=False) == 130:
                 raise KeyboardInterrupt
         except typer.Abort:

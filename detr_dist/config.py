@@ -40,11 +40,13 @@ DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # MLflow's own default
 
 
 class DataConfig(Section):
+    """How images are loaded, resized and augmented."""
+
     num_workers: CountOrAuto = "auto"
     """Loader processes per training process; `auto`: as many as it has CPU cores, but at most 4; 0 loads in
     the training process itself."""
     prefetch_factor: Count = 4
-    """Micro-batches that each loader process prepares ahead."""
+    """Micro-batches that each loader process prepares in advance."""
     shortest_edge: Annotated[int, Field(ge=32)] = 800
     """Pixels of an image's shorter side after the resize."""
     longest_edge: Annotated[int, Field(ge=32)] = 1333
@@ -55,11 +57,12 @@ class DataConfig(Section):
     image is made of four) and transforms of your own by registered name, `package.module.Name` or
     `file.py:Name`."""
     group_by_shape: bool = True
-    """Make each optimizer step of images that are of like height and width once augmented: all of a step are
-    padded to the largest. Where all are of one size, nothing changes; `false` mixes them as published."""
+    """Group images of similar height and width, after augmentation, into optimizer steps, because all images
+    of a step are padded to the largest. No effect if all images have one size; `false` mixes sizes as in the
+    paper."""
     canvas_multiple: Count = 32
-    """Round the height and width to which a step's images are padded up to multiples of so many pixels: a
-    GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr` images of
+    """Round the height and width to which a step's images are padded up to a multiple of this many pixels: a
+    GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr`, images of
     one size stay unpadded."""
 
     @model_validator(mode="after")
@@ -70,6 +73,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
+    """The network, and the weights that it starts from."""
+
     model_architecture: Family = "detr"
     """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, or a family that you registered."""
     backbone: str | dict[str, Any] = "resnet50"
@@ -80,35 +85,37 @@ class ModelConfig(Section):
     replaced."""
     pretrained_backbone: SwitchOrPath = True
     """Start the backbone from timm's ImageNet weights, downloaded once; or from the file at this path, a timm
-    state dict (.safetensors or .pth), where there is no internet. `pretrained` has a backbone of its own."""
+    state dict (.safetensors or .pth), without internet. A model from `pretrained` includes its backbone."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
     otherwise."""
     num_classes: Count | None = None
-    """Checked against the data when given; the data decide otherwise."""
+    """Number of classes, checked against the data; unset: taken from the data."""
     hidden_dim: Count | None = None
-    """Width of the transformer; unset: the architecture's or the pretrained model's own."""
+    """Width of the transformer; unset: the value of the architecture or the pretrained model."""
     num_encoder_layers: Count | None = None
-    """Encoder layers; unset: the architecture's or the pretrained model's own."""
+    """Encoder layers; unset: the value of the architecture or the pretrained model."""
     num_decoder_layers: Count | None = None
-    """Decoder layers; unset: the architecture's or the pretrained model's own."""
+    """Decoder layers; unset: the value of the architecture or the pretrained model."""
     num_queries: Count | None = None
-    """Most objects that can be found in one image; unset: the architecture's or the pretrained model's
-    own."""
+    """Largest number of objects that can be found in one image; unset: the value of the architecture or the
+    pretrained model."""
     dropout: Probability | None = None
-    """Dropout in the transformer; unset: the architecture's or the pretrained model's own."""
+    """Dropout in the transformer; unset: the value of the architecture or the pretrained model."""
     config_overrides: Mapping = Field({})
     """Further options of the architecture's transformers configuration, by their names there."""
 
 
 class TrainingConfig(Section):
+    """Batches, schedule, optimizer, precision, speed and memory."""
+
     batch_size: Count = 4
     """Images per process and micro-batch."""
     num_epochs: Count = 300
     """Passes over the training images."""
     max_steps: Count | None = None
-    """End after this many optimizer steps, if that comes before `num_epochs`; the learning-rate schedule
-    still spans `num_epochs`, so that a run that was cut short and resumed equals the uninterrupted one."""
+    """End after this many optimizer steps if they are reached before `num_epochs`; the learning-rate schedule
+    still spans `num_epochs`, so that a run that is ended early and resumed equals an uninterrupted one."""
     learning_rate: Positive = 1e-4
     """Peak learning rate of everything but the backbone."""
     learning_rate_backbone: PositiveOrZero = 1e-5
@@ -120,16 +127,17 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: Count = 1
     """Micro-batches per process and optimizer step."""
     mixed_precision: Precision = "auto"
-    """Autocast precision of the network; the loss is always computed in float32. `auto`: the one that
-    accelerate launch was given, else bf16 where the GPU computes it natively, else no."""
+    """Autocast precision of the network; the loss is always computed in float32. `auto`: the precision given
+    to accelerate launch, else bf16 if the GPU computes it natively, else no."""
     tf32: bool = True
     """Let a GPU round the factors of float32 convolutions and matrix products to TF32, which is faster;
     `false` keeps them exact. No effect on the CPU."""
     deterministic: bool = False
     """Choose deterministic algorithms where torch has them, which can be slower; on a GPU a warning names
-    what has none. The CPU is deterministic without it."""
+    operations without one. The CPU is always deterministic."""
     compile_model: bool = False
-    """Compile backbone and layers with torch.compile: minutes before the first step, faster ones after."""
+    """Compile backbone and layers with torch.compile: takes minutes before the first step, then steps are
+    faster."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, slower steps."""
     try_largest_batch: bool = True
@@ -145,46 +153,54 @@ class TrainingConfig(Section):
     warmup_steps: CountOrZero = 0
     """Optimizer steps over which the learning rate rises linearly to its peak."""
     ema_decay: Probability = 0.0
-    """Evaluate and save a moving average of the weights, e.g. 0.9998; shorter in the first steps; 0 does not
-    average."""
+    """Decay of the moving average of the weights that is evaluated and saved, e.g. 0.9998; lower in the first
+    steps; 0 does not average."""
     early_stopping_patience: CountOrZero = 0
-    """End after so many evaluations in a row without a better `val_map`; 0 never does."""
+    """End after this many evaluations in a row without a better `val_map`; 0 turns this off."""
     extensions: Names = Field([])
     """Your own modules, by dotted name or as `file.py`, that every process imports before it trains: they
-    register transforms, parts of the loss, and families."""
+    register transforms, loss terms and families."""
     callbacks: Names = Field([])
     """Your own `Callback` classes, as `package.module.Name` or `file.py:Name`."""
 
 
 class LossConfig(Section):
+    """The terms of the loss."""
+
     weights: Weights = Field({})
-    """Weight of each part of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a part that is left out has the weight
-    of its architecture's paper."""
+    """Weight of each term of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a term that is left out has the weight
+    of the architecture's paper."""
 
 
 class EvaluationConfig(Section):
+    """When and how the validation images are evaluated."""
+
     every_epochs: Count = 10
-    """Evaluate on the validation images after every so many epochs, and always at the end."""
+    """Evaluate on the validation images after every N epochs, and always at the end."""
     score_threshold: ShareOrAuto = "auto"
-    """Least score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each class
-    the one with the best F1."""
+    """Minimum score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each
+    class the one with the best F1."""
     pictures: bool = True
     """Draw curves, the confusion matrix and the images with the worst errors at every evaluation, into
     OUTPUT_DIR/pictures and MLflow."""
 
 
 class CheckpointConfig(Section):
+    """When checkpoints are saved, and how many are kept."""
+
     every_epochs: Count = 10
-    """Save checkpoints/epoch_N after every so many epochs, and always at the end."""
+    """Save checkpoints/epoch_N after every N epochs, and always at the end."""
     every_steps: Count | None = None
-    """Save checkpoints/step_N after every so many optimizer steps as well; set `keep_last` with it."""
+    """Save checkpoints/step_N after every N optimizer steps as well; set `keep_last` with it."""
     keep_last: Count | None = None
-    """Keep only so many of the newest checkpoints epoch_N and step_N in the output folder, and so many of
-    the newest checkpoints/epoch_N and models/epoch_N in MLflow, beside `best` and `last`; unset keeps
+    """Keep only this many of the newest checkpoints epoch_N and step_N in the output folder, and as many of
+    the newest checkpoints/epoch_N and models/epoch_N in MLflow, in addition to `best` and `last`; unset keeps
     all."""
 
 
 class LoggingConfig(Section):
+    """Where and how often metrics are logged."""
+
     mlflow: bool = True
     """Track the run in MLflow."""
     mlflow_tracking_uri: Annotated[str, Field(min_length=1)] = Field(
@@ -198,15 +214,15 @@ class LoggingConfig(Section):
     """Experiment that the run belongs to, created if it does not exist; unset: MLFLOW_EXPERIMENT_NAME, if
     there is one."""
     mlflow_run_name: str | None = Field(default_factory=EnvironmentDefault("MLFLOW_RUN_NAME", None))
-    """Name of the run; unset: MLFLOW_RUN_NAME, or else a name that MLflow invents."""
+    """Name of the run; unset: MLFLOW_RUN_NAME, or else a name that MLflow generates."""
     tensorboard: bool = True
     """Write TensorBoard event files to OUTPUT_DIR/tensorboard as well."""
     log_every_steps: Count = 10
-    """Log losses and learning rate every so many optimizer steps."""
+    """Log losses and learning rate every N optimizer steps."""
     memory_every_steps: Count = 50
-    """Log memory use every so many optimizer steps."""
+    """Log memory use every N optimizer steps."""
     trackers: Names = Field([])
-    """Your own `Tracker` classes, as `package.module.Name` or `file.py:Name`, beside MLflow and
+    """Your own `Tracker` classes, as `package.module.Name` or `file.py:Name`, in addition to MLflow and
     TensorBoard."""
     register_model_as: Annotated[str, Field(pattern=r"^[^/:']+$")] | None = None
     """Name in MLflow's registry under which the best model becomes a new version at the end, with the alias
@@ -214,13 +230,17 @@ class LoggingConfig(Section):
 
 
 class Config(Section):
+    """All settings of a run; immutable. docs and `detr-dist train --help` list the keys."""
+
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
     loss: LossConfig = LossConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = Field(default_factory=LoggingConfig)  # when asked for: the environment decides
+    logging: LoggingConfig = Field(
+        default_factory=LoggingConfig
+    )  # read the environment when a Config is made
 
     @staticmethod
     def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
@@ -247,7 +267,7 @@ FROM_ENVIRONMENT: dict[str, EnvironmentDefault] = {
     for name, field in LoggingConfig.model_fields.items()
     if isinstance(field.default_factory, EnvironmentDefault)
 }
-"""Keys of the section `logging` that environment variables decide where nothing else does."""
+"""Keys of the section `logging` whose defaults come from environment variables."""
 
 
 def _takes_text(annotation: Any) -> bool:
@@ -276,8 +296,9 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 
 def override_config(config: Config, overrides: Sequence[str], *, only_known_names: bool = True) -> Config:
-    """Return the same configuration with `section.key=value` overrides. Names of transforms, families and
-    parts of the loss may be unknown here without `only_known_names`.
+    """Return the same configuration with `section.key=value` overrides.
+
+    Without `only_known_names`, names of transforms, families and loss terms may be unknown here.
 
     Raises:
         UsageError: as `load_config`.
@@ -286,7 +307,7 @@ def override_config(config: Config, overrides: Sequence[str], *, only_known_name
 
 
 def ignored_variables(config: Config) -> Iterator[str]:
-    """Yield a line for each environment variable that is ignored, as the setting has another value."""
+    """Yield a line for each environment variable that is ignored because the setting has another value."""
     for key, default in FROM_ENVIRONMENT.items():
         if default.value not in (None, getattr(config.logging, key)):
             yield (
@@ -322,7 +343,7 @@ def _resolve(
 
 
 def _take_texts(tree: dict[str, Any], texts: dict[str, Any]) -> None:
-    """Take texts as they are written: YAML reads 123_4 as the number 1234, 007 as 7, on as true."""
+    """Keep texts as they are written: YAML reads 123_4 as the number 1234, 007 as 7, on as true."""
     for section, key in _TEXTS:
         if isinstance(tree.get(section), dict) and isinstance(tree[section].get(key), bool | int | float):
             tree[section][key] = (texts.get(section) or {}).get(key) or str(tree[section][key])
@@ -338,7 +359,7 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
 
 
 def _describe(problem: Any) -> str:
-    """Return a line on one of pydantic's errors: the key as the user writes it, and what is wanted."""
+    """Return one of pydantic's errors as a line: the key as the user writes it, and the expected value."""
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(location)

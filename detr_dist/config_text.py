@@ -1,4 +1,4 @@
-"""YAML files and `section.key=value` overrides, as trees of values and of texts as they were written."""
+"""YAML files and `section.key=value` overrides, parsed into values and into the original texts."""
 
 import re
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from detr_dist.errors import UsageError
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the file's content, and the same with every scalar as it is written."""
+    """Return the file's content twice: as values, and with every scalar as the text in the file."""
     try:
         tree, texts = _parse_yaml(path.read_bytes())
     except OSError as error:
@@ -35,7 +35,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _RepeatedKeyError(yaml.YAMLError):
-    """A mapping has a key twice. YAML forbids it, and the parser would keep the last one in silence."""
+    """A mapping has a key twice. YAML forbids it, but the parser silently keeps the last one."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,8 +47,8 @@ class _Loader(yaml.SafeLoader):
                 name, line = self.construct_object(key), key.start_mark.line + 1
                 if name in lines:
                     raise _RepeatedKeyError(
-                        f"line {line}: the key {key.value!r} is there already in line {lines[name]}; "
-                        "make them one"
+                        f"line {line}: the key {key.value!r} is already in line {lines[name]}; "
+                        "keep one of them"
                     )
                 lines[name] = line
         return node
@@ -61,19 +61,19 @@ _Loader.yaml_implicit_resolvers = {  # no setting is a date
 
 
 def _parse_yaml(text: bytes | str) -> tuple[Any, Any]:
-    """Return what a YAML text holds, and the same with every scalar as it is written.
+    """Return the content of a YAML text twice: as values, and with every scalar as the text in it.
 
     Bytes are UTF-8 or UTF-16 with a byte-order mark.
 
     Raises:
-        yaml.YAMLError, ValueError: it is no YAML, or has a key twice.
+        yaml.YAMLError, ValueError: it is not YAML, or has a key twice.
     """
     return yaml.load(text, _Loader), yaml.load(text, yaml.BaseLoader)
 
 
 def split_override(override: str) -> tuple[list[str], str]:
-    """Return the keys, two or more, and the value."""
-    # In a locale that is not UTF-8, Python escapes what it cannot decode of the command line.
+    """Split `section.key=value` into its keys, two or more, and its value."""
+    # In a locale other than UTF-8, Python escapes the bytes of the command line that it cannot decode.
     override = override.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
     keys_text, equals, value_text = override.partition("=")
     keys = keys_text.split(".")
@@ -83,8 +83,8 @@ def split_override(override: str) -> tuple[list[str], str]:
 
 
 def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
-    """Return the value of an override, and the same with every scalar as it is written."""
-    if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # the name of a file, and no comment
+    """Return the value of an override twice: parsed, and with every scalar as the text in it."""
+    if re.match(r"[^\s\"'{\[|>].*\s#|#", value_text):  # part of a file's name, not a comment
         return value_text, value_text
     try:
         return _parse_yaml(value_text)
@@ -97,8 +97,7 @@ def parse_value(override: str, value_text: str) -> tuple[Any, Any]:
 
 
 def set_key(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set one key. A dotted path may go deeper than section.key, into a mapping such as
-    model.config_overrides."""
+    """Set one key; `keys` may go deeper than section.key, into a mapping such as model.config_overrides."""
     *parents, last = keys
     for key in parents:
         if not isinstance(tree.get(key), dict):

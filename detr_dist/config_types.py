@@ -1,4 +1,4 @@
-"""Types of configuration values, which refuse what YAML reads as something else, and of sections."""
+"""Types of configuration values and sections; they refuse values that YAML reads as another type."""
 
 import difflib
 import os
@@ -18,12 +18,12 @@ from pydantic import (
     model_serializer,
 )
 
-from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry, is_path
+from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry
 from detr_dist.redaction import redact_value
 
 
 def _wanted(what: str, accepts: Callable[[Any], bool]) -> BeforeValidator:
-    """Refuse other values with one complaint; pydantic has one for each kind that it could have been."""
+    """Refuse other values with one message; pydantic has one for each member of a union."""
 
     def check(value: Any) -> Any:
         if not accepts(value):
@@ -45,13 +45,13 @@ def _is_name_or_names(value: Any) -> bool:
 
 
 def _switch(value: Any) -> Any:
-    """Take the path that an object stands for, and a switch that was quoted."""
+    """Accept a path object as text, and a quoted true or false."""
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
 
 
 def _recipe_first(value: Any) -> Any:
-    """Transforms change what the recipe has cropped and resized."""
+    """Require the recipe first: transforms change the image that it has cropped and resized."""
     if isinstance(value, list) and any(name in RECIPES for name in value[1:]):
         raise ValueError(f"of {', '.join(RECIPES)} there is one at most, and it comes first")
     return value
@@ -64,12 +64,12 @@ def _as_short_as_possible(value: Any) -> Any:
 
 
 def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
-    """Refuse names that are not registered, where no extension may still register them."""
+    """Refuse names that are not registered, unless an extension may still register them."""
 
     def check(value: Any, info: ValidationInfo) -> Any:
         names = [value] if isinstance(value, str) else list(value)
         known = registry.names
-        unknown = [name for name in names if name not in known and not is_path(name)]
+        unknown = [name for name in names if not registry.knows(name)]
         if unknown and (info.context or {}).get("only_known_names"):
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
@@ -81,16 +81,18 @@ def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
 
 @dataclass(frozen=True)
 class EnvironmentDefault:
-    """Default of a setting that an environment variable of MLflow decides; an empty one counts as unset."""
+    """Default of a setting, taken from an environment variable of MLflow; an empty one counts as unset."""
 
     variable: str
     otherwise: str | None
 
     def __call__(self) -> Any:
+        """Return the variable's value, or the default without it."""
         return self.value or self.otherwise
 
     @property
     def value(self) -> str | None:
+        """Value of the environment variable; None if it is unset or empty."""
         return os.environ.get(self.variable) or None
 
 
@@ -133,7 +135,7 @@ Augmentation = Annotated[
     AfterValidator(_as_short_as_possible),
 ]
 Family = Annotated[str, AfterValidator(_known(FAMILIES))]
-# A single name stands for a list of one; a key with nothing after it for none.
+# A single name means a list of one name; a key without a value means an empty list.
 Names = Annotated[
     list[str],
     BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
@@ -151,6 +153,6 @@ class Section(BaseModel):
 
     @model_serializer(mode="wrap")
     def _serialise(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:
-        """As JSON, which is written, a section holds no credentials."""
+        """Redact credentials in JSON, because JSON is what gets written to files."""
         values = handler(self)
         return redact_value(values) if info.mode == "json" else values

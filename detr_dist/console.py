@@ -1,4 +1,4 @@
-"""How a command talks: log messages on standard output, which never end it, errors, and exit codes."""
+"""Console output of a command: log messages on standard output, errors, and exit codes."""
 
 import io
 import logging
@@ -18,7 +18,7 @@ _PACKAGE = logging.getLogger("detr_dist")
 
 
 def configure_logging() -> None:
-    """Have the package's messages printed on standard output, one line each, warnings marked as such."""
+    """Print the package's messages on standard output, one line each, with warnings marked."""
     _PACKAGE.setLevel(logging.INFO)
     _PACKAGE.propagate = False
     if not any(isinstance(handler, _StandardOutput) for handler in _PACKAGE.handlers):
@@ -43,7 +43,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StandardOutput(logging.Handler):
-    """Prints on `sys.stdout` as it is at that time. A record with `is_on_screen` is there already."""
+    """Prints on the current `sys.stdout`. A record with `is_on_screen` is skipped, as it is there already."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,8 +58,10 @@ class _StandardOutput(logging.Handler):
 
 
 class _LogFile(logging.FileHandler):
-    """Gets all of INFO whatever the process shows, and is incomplete where the disk is full: that is reported
-    by those who need the room."""
+    """Records INFO and above whatever the process shows.
+
+    On a full disk the file is incomplete without an error: the writers of checkpoints report it.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="backslashreplace")
@@ -80,21 +82,21 @@ class _LogFile(logging.FileHandler):
             self._above = None
             level, _PACKAGE.propagate = self._before
             _PACKAGE.setLevel(level)
-        with suppress(OSError):  # of a full disk, once more
+        with suppress(OSError):  # the disk may be full here too
             super().close()
 
 
 class _Above(logging.Handler):
-    """Hands on to the other loggers' handlers what they would get without a log file."""
+    """Passes records to the parent loggers' handlers, which get what they would get without a log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
         logging.getLogger().callHandlers(record)
 
 
 def make_robust() -> None:
-    """Have standard output and error escape what they cannot encode, and outlive their reader.
+    """Make standard output and error escape what they cannot encode, and ignore a closed pipe.
 
-    A class may have a name that the terminal's encoding lacks. Where the reader of a pipe has ended, as
+    A class may have a name that the terminal's encoding lacks. After the reader of a pipe has ended, as
     `head` does, nothing more is written to it, and the command still finishes its work.
     """
     for name in ("stdout", "stderr"):
@@ -106,7 +108,7 @@ def make_robust() -> None:
 
 
 def _outliving_its_reader(stream: io.TextIOWrapper) -> io.TextIOWrapper:
-    """The same stream, which drops what can no longer be read."""
+    """Return the same stream, which drops output once its reader is gone."""
     raw = _Descriptor(stream.fileno(), "wb", closefd=False)
     is_unbuffered = isinstance(stream.buffer, io.RawIOBase)  # by python -u
     return io.TextIOWrapper(
@@ -131,7 +133,7 @@ class _Descriptor(io.FileIO):
 
 @contextmanager
 def exiting_with_code(*, show_traceback: bool) -> Iterator[None]:
-    """End the process with the exit code of an error, after its one line.
+    """Turn an error in the block into one line and its exit code, and end the process with that.
 
     0 done, 1 failed, 2 wrong usage or configuration, 75 stopped on request, 130 for Ctrl-C.
     """
@@ -154,7 +156,7 @@ def exiting_with_code(*, show_traceback: bool) -> Iterator[None]:
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
-    """Refuse an empty path, name or id: as a path it would be the current folder.
+    """Refuse an empty path, name or id: an empty path would mean the current folder.
 
     Raises:
         UsageError: naming the option.

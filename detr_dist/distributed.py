@@ -1,7 +1,7 @@
 """The one place that builds an Accelerator, and host-side collectives.
 
-Sums, agreement and gathered records travel as host memory over gloo: a step must not make the host wait for
-the device.
+Sums, decisions and gathered records are exchanged from host memory over gloo, so that no step makes the host
+wait for the device.
 """
 
 import importlib
@@ -38,19 +38,19 @@ T = TypeVar("T")
 _logger = logging.getLogger(__name__)
 
 COLLECTIVE_LIMIT_S = 90.0
-"""A collective that waits longer has failed. Torch's own limits are 10 minutes (NCCL) and 30 (gloo), but
-between two collectives of a step there are seconds. A stopped process and its launcher, which needs 30 s to
-kill it, are gone within 150 s."""
+"""A collective that waits longer has failed. Torch's own limits are 10 minutes (NCCL) and 30 (gloo), but two
+collectives of a step are only seconds apart. A stopped process, and its launcher, which needs 30 s to kill
+it, have ended within 150 s."""
 
 COMPILE_LIMIT_S = 600.0
-"""The same where any step may compile first, which each process does at its own pace."""
+"""The limit with torch.compile: any step may compile first, and processes take different times for it."""
 
 PATIENT_LIMIT_S = 3600.0
-"""Limit where one process may take its time while the others wait: to download, score or save."""
+"""Limit while the others wait for one process that downloads, scores or saves."""
 
 _COLLECTIVE_LIMIT = "DETR_DIST_COLLECTIVE_LIMIT_S"
 
-_rendezvous: Rendezvous | None = None  # of the process group, of which there is one as well
+_rendezvous: Rendezvous | None = None  # one, like the process group
 
 
 def build_accelerator(
@@ -59,27 +59,29 @@ def build_accelerator(
     gradient_accumulation_steps: int | None = None,
     deepspeed: DeepSpeedPlugin | None = None,
 ) -> Accelerator:
-    """The Accelerator of this process, on the CPU where there is no accelerator. Without accumulation steps
-    it is for predictions only. `deepspeed` replaces what the launcher says of DeepSpeed.
+    """Build the Accelerator of this process, on the CPU if there is no accelerator.
+
+    Without accumulation steps it is for predictions only. `deepspeed` replaces the launcher's DeepSpeed
+    settings.
 
     Collective: forms the process group.
 
     Raises:
         UsageError: Accelerate's own settings contradict ours, the precision is not available on this device,
-            or another number of processes came up than was asked for.
+            or the number of processes differs from the requested one.
     """
     check_launch_settings(mixed_precision, gradient_accumulation_steps)
     accelerator = Accelerator(
         cpu=uses_cpu() and not uses_deepspeed(),
-        # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 as all others do.
+        # Accelerate would make it the precision of DeepSpeed's weights, which stay float32 like all others.
         mixed_precision="no" if uses_deepspeed() else mixed_precision,
         deepspeed_plugin=deepspeed,
-        # The loop hands over whole groups of micro-batches; a data loader's end means nothing to it.
+        # The loop passes complete groups of micro-batches; the end of a data loader has no meaning there.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps or 1, sync_with_dataloader=False
         ),
         step_scheduler_with_optimizer=False,
-        # Gradients lie where they are summed: one copy of all of them less, in memory and in time.
+        # Gradients are views of DDP's buckets: saves one copy of all gradients, in memory and in time.
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
@@ -92,12 +94,12 @@ def build_accelerator(
     if uses_deepspeed():
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-        unset_hf_deepspeed_config()  # or transformers would build every network in parts, under ZeRO-3
+        unset_hf_deepspeed_config()  # else transformers would build every network partitioned, under ZeRO-3
     return accelerator
 
 
 def _place() -> dict[str, Any]:
-    """Where the processes compute, in Accelerate's words.
+    """Return Accelerate's arguments that decide on which device the processes compute.
 
     Raises:
         UsageError: DeepSpeed is wanted, but not installed.
@@ -109,7 +111,7 @@ def _place() -> dict[str, Any]:
             "the Accelerate configuration wants DeepSpeed, which is not installed: pip install "
             "'detr_dist[deepspeed]', or start with accelerate_configs/multi_gpu.yaml"
         )
-    # On the CPU DeepSpeed works over gloo, if Accelerate does not know that it is the CPU.
+    # On the CPU DeepSpeed works over gloo, but only if Accelerate does not know that it is the CPU.
     return {} if torch.accelerator.is_available() else {"backend": "gloo"}
 
 
@@ -119,12 +121,12 @@ def group_of_processes(
 ) -> Iterator[PartialState]:
     """Join the processes that were launched together, until the block ends.
 
-    Collective. An Accelerator that is built meanwhile joins the same group. When one of the processes is
-    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it. Afterwards
-    the environment and Accelerate's state are as before: the same process may do so again.
+    Collective. An Accelerator that is built in the block joins the same group. When one of the processes is
+    lost, every other one writes its stacks into `stacks_dir` and ends with one line that names it. After the
+    block the environment and Accelerate's state are as before, so that the process can join a group again.
 
     Args:
-        stacks_dir: Folder for what helps to find out why a process hangs.
+        stacks_dir: Folder for the stacks of all threads, which show why a process hangs.
         may_compile: Whether a collective may have to wait for processes that compile.
 
     Raises:
@@ -136,7 +138,8 @@ def group_of_processes(
         check_environment()
         set_environment(stacks_dir)
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and importlib.util.find_spec("deepspeed") is not None:
-            # transformers imports it when it first saves a model; what it then keeps would outlive the group.
+            # transformers imports it when it first saves a model; state that it then keeps would outlive the
+            # group.
             with nullcontext() if uses_deepspeed() else suppress(Exception):  # a broken one is not needed
                 importlib.import_module("deepspeed")
         if may_compile:
@@ -144,12 +147,12 @@ def group_of_processes(
         limit_s = collective_limit_s()
         rendezvous = Rendezvous.of_environment(stacks_dir)
         rendezvous.check_in(seconds_from_environment("DETR_DIST_FORM_LIMIT_S", 40.0))
-        # Collectives on the CPU time out first, which is an error that can be explained; then the watch on a
-        # main thread that hangs in the driver; at last NCCL's watchdog, which aborts the process.
+        # Collectives on the CPU time out first, with an error that can be explained; then the watch ends a
+        # process whose main thread hangs in the driver; last, NCCL's watchdog aborts the process.
         timeout = timedelta(seconds=limit_s if uses_cpu() else limit_s * 5 / 3)
         state = PartialState(**_place(), timeout=timeout)
         if is_cpu_fallback() and state.is_main_process and "WORLD_SIZE" in os.environ:
-            _logger.info("no GPU is found and none was asked for by its number: this runs on the CPU")
+            _logger.info("no GPU was found and none was requested by its number: running on the CPU")
         is_intact = rendezvous.size == 1
         _rendezvous = rendezvous
         try:
@@ -176,7 +179,7 @@ def collective_limit_s() -> float:
 
 
 def check_launch_settings(mixed_precision: str, accumulation: int | None = None) -> None:
-    """Compare with what `accelerate launch` exports: its settings, and "no" or 1 where its YAML has none.
+    """Compare settings with those that `accelerate launch` exports ("no" or 1 if its YAML has none).
 
     Raises:
         UsageError: they contradict ours, or the precision is not available on this device.
@@ -189,7 +192,7 @@ def check_launch_settings(mixed_precision: str, accumulation: int | None = None)
         if value is not None and launched not in (unset, str(value)):
             raise UsageError(
                 f"{key} is {launched} for accelerate launch, but training.{key} is {value}; set "
-                f"training.{key}={launched} or take it out of Accelerate's settings"
+                f"training.{key}={launched} or remove it from Accelerate's settings"
             )
     if mixed_precision == "fp16" and uses_cpu():
         raise UsageError(
@@ -203,7 +206,7 @@ class HostGroup:
     Every method is collective.
 
     Attributes:
-        rendezvous: What this process tells the others; local.
+        rendezvous: Start-up checks and failure reports of the processes; its use is not collective.
     """
 
     def __init__(self, processes: Accelerator | PartialState) -> None:
@@ -221,7 +224,7 @@ class HostGroup:
 
     @contextmanager
     def explained(self, *, is_collective: bool = False) -> Iterator[None]:
-        """Turn what torch raises when another process is lost into one line that names the process. Local.
+        """Turn torch's error after the loss of another process into one line that names it. Not collective.
 
         Raises:
             TrainingError: instead of any RuntimeError, if there are several processes.
@@ -235,15 +238,16 @@ class HostGroup:
             line = self.rendezvous.explain(error, is_lost_contact=is_lost_contact)
             raise TrainingError(line) from error
         except BaseException:
-            self.rendezvous.watch.pause()  # to end in order may take its time
+            self.rendezvous.watch.pause()  # an orderly end may take longer
             raise
 
     @property
     def is_main_process(self) -> bool:
+        """Whether this is process 0, which logs, saves and writes files. Not collective."""
         return bool(self.process_index == 0)
 
     def gather_rows(self, values: Sequence[float]) -> list[list[float]]:
-        """The values of every process, on every process, in process order. float64."""
+        """Return the values of every process as float64, on every process, in process order."""
         if self._group is None:
             return [list(values)]
         row = torch.tensor(values, dtype=torch.float64)
@@ -253,8 +257,7 @@ class HostGroup:
         return torch.stack(rows).tolist()
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Any picklable value of every process, on the main process, in process order; an empty list
-        elsewhere."""
+        """Return a picklable value of every process in process order, on the main process; elsewhere []."""
         if self._group is None:
             return [value]
         self._wait_for_others()
@@ -264,7 +267,7 @@ class HostGroup:
         return gathered or []
 
     def all_gather_objects(self, value: Any) -> list[Any]:
-        """Any picklable value of every process, on every process, in process order."""
+        """Return a picklable value of every process, on every process, in process order."""
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.num_processes
@@ -274,15 +277,17 @@ class HostGroup:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Run a block that may differ between processes; what it raises on one is raised on all of them, once
-        all have left it, however long that takes."""
+        """Run a block on each process and raise the first exception of any process on all of them.
+
+        Waits until all processes have left the block, however long that takes.
+        """
         failure: Exception | None = None
         try:
             yield
         except Exception as error:  # anything else would leave the other processes waiting
             failure = error
         self._wait_for_others()
-        is_ours = failure is None or isinstance(failure, DetrDistError)  # others may not be fit to travel
+        is_ours = failure is None or isinstance(failure, DetrDistError)  # others may not be picklable
         own = failure if is_ours else DetrDistError(as_one_line(cast(Exception, failure)))
         failures = [each for each in self.all_gather_objects(own) if each is not None]
         if failure is not None:
@@ -290,11 +295,10 @@ class HostGroup:
         if failures:
             raise failures[0]
 
-    def once_per_machine(self, action: Callable[[], T]) -> T:
-        """Run `action` on the first process of each node; what it raises on any is raised on every
-        process.
+    def once_per_node(self, action: Callable[[], T]) -> T:
+        """Run `action` on the first process of each node and return its result on all processes there.
 
-        Returns the result of one's own node, which must be picklable.
+        The result must be picklable. An exception on any node is raised on every process.
         """
         result: T | None = None
         with self.failing_together():
@@ -304,24 +308,24 @@ class HostGroup:
         return cast(T, results[self.process_index - self.local_process_index])
 
     def _wait_for_others(self) -> None:
-        """For as long as it takes them."""
+        """Wait until every process is here, however long that takes."""
         if self._patient_group is not None:
             self.rendezvous.watch.pause()
             with self.explained(is_collective=True):
                 dist.barrier(group=self._patient_group)
 
     def synchronise_buffers(self, module: nn.Module) -> None:
-        """Give every process the main process's buffers.
+        """Copy the main process's buffers to every process.
 
-        The statistics of batch norm follow each process's own images in all forward passes; the main
-        process's are the ones that are evaluated and saved.
+        Batch-norm statistics are updated from each process's own images; those of the main process are
+        evaluated and saved.
         """
         if self._group is not None:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's value, on every process."""
+        """Return the main process's value, on every process."""
         if self._group is None:
             return value
         box = [value]

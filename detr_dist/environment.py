@@ -1,4 +1,4 @@
-"""What a launcher put into the environment of this process, and whether it can be so."""
+"""The environment variables that launchers set: read, checked and completed."""
 
 import math
 import os
@@ -12,7 +12,7 @@ import torch
 
 from detr_dist.errors import UsageError
 
-# What torch and Accelerate read as whole numbers, and what a run of several processes needs.
+# Torch and Accelerate read these as whole numbers, and a run of several processes needs them.
 _LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _SIZES_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -23,7 +23,7 @@ _LAUNCHED_BY_MPI = (
 )
 _FLAGS = ("ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED")
 _YES, _NO = {"1", "on", "t", "true", "y", "yes"}, {"0", "f", "false", "n", "no", "off"}
-# The first is torch's name; the others it still reads.
+# The first is torch's current name; torch still reads the others.
 _ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _WAY_OUT = "unset it if it is left over, or start with accelerate launch"
 
@@ -32,7 +32,7 @@ def seconds_from_environment(name: str, default: float) -> float:
     """Return a duration in seconds from an environment variable.
 
     Raises:
-        UsageError: it is no number above 0.
+        UsageError: it is not a number above 0.
     """
     text = os.environ.get(name, str(default))
     try:
@@ -45,12 +45,13 @@ def seconds_from_environment(name: str, default: float) -> float:
 
 
 def launch_numbers() -> dict[str, int]:
-    """Return what launchers and MPI have put into the environment.
+    """Return the numbers that launchers and MPI have put into the environment, by variable.
 
-    What is set to nothing, or to -1, is unset: torch and Accelerate would read a number there.
+    Variables that are empty or -1 are unset, because torch and Accelerate would fail to read them or misread
+    them.
 
     Raises:
-        UsageError: naming a variable that is no whole number.
+        UsageError: naming a variable that is not a whole number.
     """
     values = {}
     for name in (*_LAUNCHED, *_LAUNCHED_BY_MPI):
@@ -68,7 +69,7 @@ def launch_numbers() -> dict[str, int]:
 
 
 def check_environment() -> None:
-    """Refuse what a launcher has left over in the environment, before torch and Accelerate stumble on it.
+    """Refuse variables left over from another launcher, before torch and Accelerate fail because of them.
 
     Raises:
         UsageError: naming the variable that is wrong, or that contradicts the others.
@@ -87,7 +88,7 @@ def check_environment() -> None:
             known = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in values else "WORLD_SIZE is not set"
             raise UsageError(f"{name} is {values[name]} in the environment, but {known}; {_WAY_OUT}")
     lacking = [name for name in _NEEDED if not os.environ.get(name)]
-    if "WORLD_SIZE" not in values:  # nobody has launched anything
+    if "WORLD_SIZE" not in values:  # no launcher was used
         os.environ.pop("LOCAL_WORLD_SIZE", None)
     elif not 1 <= values.get("LOCAL_WORLD_SIZE", 1) <= size:
         raise UsageError(
@@ -98,8 +99,8 @@ def check_environment() -> None:
         raise UsageError(
             f"WORLD_SIZE is {size} in the environment, but {', '.join(lacking)} not set; {_WAY_OUT}"
         )
-    if lacking or "WORLD_SIZE" not in values:  # nobody has launched several processes, or one in their way
-        os.environ.pop("LOCAL_RANK", None)  # by which Accelerate would form a group
+    if lacking or "WORLD_SIZE" not in values:  # there is no process group to join
+        os.environ.pop("LOCAL_RANK", None)  # Accelerate would form a group because of it
         for name in _SIZES_OF_MPI:
             if values.get(name, 1) > 1:
                 raise UsageError(
@@ -109,17 +110,17 @@ def check_environment() -> None:
 
 
 def set_environment(stacks_dir: Path | None) -> None:
-    """Set what torch, NCCL and DeepSpeed read from the environment, where the user has not.
+    """Set variables for torch, NCCL and DeepSpeed that the user has not set.
 
-    Torch grows its pieces of GPU memory, as images of many sizes would leave gaps between them; that counts
-    where nothing has been allocated yet. When a collective times out, NCCL writes its last ones beside the
-    stacks.
+    Torch's GPU memory segments become expandable, because images of many sizes would fragment them; this has
+    an effect only before the first allocation. When a collective times out, NCCL writes its last collectives
+    beside the stacks.
     """
     if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR_SETTINGS):
         os.environ[_ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
     defaults = {}
     if uses_cpu():
-        defaults["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it finds nothing else
+        defaults["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed warns that it found no accelerator
     if stacks_dir is not None:
         defaults |= {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
         defaults["TORCH_FR_DUMP_TEMP_FILE"] = str(stacks_dir.absolute() / "nccl_rank_")
@@ -129,7 +130,7 @@ def set_environment(stacks_dir: Path | None) -> None:
 
 @contextmanager
 def restored_environment() -> Iterator[None]:
-    """Leave the environment variables as they were: torch, Accelerate and MLflow are told much by them."""
+    """Restore the environment variables after the block; torch, Accelerate and MLflow are set up by them."""
     before = dict(os.environ)
     try:
         yield
@@ -140,12 +141,12 @@ def restored_environment() -> Iterator[None]:
 
 
 def uses_deepspeed() -> bool:
-    """Return whether `accelerate launch` was told to train with DeepSpeed."""
+    """Return whether `accelerate launch` is configured to train with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def uses_cpu() -> bool:
-    """Return whether this process computes on the CPU, for want of anything else or on request."""
+    """Return whether this process computes on the CPU, on request or because there is nothing else."""
     return _is_cpu_requested() or not torch.accelerator.is_available()
 
 
@@ -176,12 +177,12 @@ def find_device_problem() -> str | None:
 
 def is_cpu_fallback() -> bool:
     """Return whether this process computes on the CPU only because no accelerator was found."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # so do the YAML files for the CPU
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") is not None  # the YAML files for the CPU set it too
     return not _is_cpu_requested() and not hidden and not torch.accelerator.is_available()
 
 
 def _visible_gpus() -> list[str]:
-    """CUDA sees the ids before the first that there cannot be."""
+    """Return the ids in CUDA_VISIBLE_DEVICES; CUDA ignores all from the first invalid one on."""
     named: list[str] = []
     for each in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","):
         if not each.strip() or each.strip().startswith("-"):

@@ -8,8 +8,10 @@ from detr_dist.text import one_line
 
 
 class DetrDistError(Exception):
-    """A failure with a clear message; the command line prints it without a traceback and exits with
-    `exit_code`. The message holds no credentials, whatever it quotes."""
+    """A failure with a message that the user can act on, without credentials.
+
+    The command line prints it without a traceback and exits with `exit_code`.
+    """
 
     exit_code = 1
 
@@ -18,7 +20,7 @@ class DetrDistError(Exception):
 
 
 class UsageError(DetrDistError):
-    """Wrong option or configuration."""
+    """An option or the configuration is wrong."""
 
     exit_code = 2
 
@@ -36,17 +38,17 @@ class TrainingError(DetrDistError):
 
 
 class CheckpointError(DetrDistError):
-    """A checkpoint is corrupt, or holds what it must not."""
+    """A checkpoint is corrupt, or contains something that it must not."""
 
 
 class StopRequested(DetrDistError):
-    """The run was asked to stop, has saved, and wants to be run again."""
+    """The run was asked to stop, has saved, and can be resumed."""
 
     exit_code = 75
 
 
 def as_one_line(error: BaseException) -> str:
-    """Return what an error says; of one that is not ours, its type as well."""
+    """Return an error's message on one line, with its type unless it is a `DetrDistError`."""
     if isinstance(error, DetrDistError):
         return " ".join(str(error).split())
     reason = one_line(error)
@@ -54,7 +56,7 @@ def as_one_line(error: BaseException) -> str:
 
 
 def report_error(message: str) -> None:
-    """Print the one line of an error, with the number of the process where there are several."""
+    """Print an error as one line on standard error, with the process's number if there are several."""
     several = os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
     process = f"[process {os.environ.get('RANK', '?')}] " if several else ""
     for line in message.splitlines():

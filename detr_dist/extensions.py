@@ -1,8 +1,9 @@
-"""What users add to the package: transforms, loss terms and families under names, and their own modules.
+"""Extension points: registered transforms, loss terms and families, and imports of users' modules.
 
 Imports no torch, so that the configuration can be checked against the names.
 """
 
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -20,10 +21,11 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """Objects of one kind under the names that a configuration uses."""
 
-    def __init__(self, kind: str, *, built_in: Iterable[str] = ()) -> None:
-        """Reserve the names `built_in` for the package itself."""
+    def __init__(self, kind: str, *, built_in: Iterable[str] = (), takes_paths: bool = False) -> None:
+        """Reserve the names `built_in` for the package itself; with `takes_paths`, `find` imports paths."""
         self.kind = kind
         self.built_in = tuple(built_in)
+        self._takes_paths = takes_paths
         self._objects: dict[str, T] = {}
         self._origins: dict[str, tuple[str, str]] = {}
 
@@ -32,11 +34,17 @@ class Registry(Generic[T]):
         """Return all names, the package's own first."""
         return [*self.built_in, *(name for name in self._objects if name not in self.built_in)]
 
+    def knows(self, name: str) -> bool:
+        """Return whether `name` is registered, or a path that may lead to an object."""
+        return name in self.names or (self._takes_paths and is_path(name))
+
     def add(self, name: str, value: T, *, origin: tuple[str, str] | None = None) -> None:
-        """Register `value`. The same definition, executed again as in a notebook, replaces the earlier one.
+        """Register `value`; the same definition, executed again as in a notebook, replaces the earlier one.
 
         Args:
-            origin: Module and name of the definition, for a value that does not know them.
+            name: Name in the configuration.
+            value: The object.
+            origin: Module and name of the definition, for a value without `__module__` and `__qualname__`.
 
         Raises:
             UsageError: another definition has that name.
@@ -57,15 +65,16 @@ class Registry(Generic[T]):
         return decorate
 
     def find(self, name: str, key: str) -> T:
-        """Return what is registered as `name`, or what that path names: `package.module.Name`,
-        `file.py:Name`.
+        """Return the object that is registered as `name`, or the one at that path.
+
+        Paths have the form `package.module.Name` or `file.py:Name`.
 
         Raises:
-            UsageError: there is none; the configuration's `key` is named.
+            UsageError: there is none; the message names the configuration's `key`.
         """
         if name in self._objects:
             return self._objects[name]
-        if is_path(name):
+        if self._takes_paths and is_path(name):
             return load_object(name, key)  # type: ignore[no-any-return]
         raise UsageError(
             f"{key}: there is no {self.kind} {name!r}; known are {', '.join(self.names)}; those of your own "
@@ -74,6 +83,7 @@ class Registry(Generic[T]):
 
 
 def _origin(value: Any) -> tuple[str, str]:
+    value = value.func if isinstance(value, functools.partial) else value
     named = value if hasattr(value, "__qualname__") else type(value)
     return named.__module__, named.__qualname__
 
@@ -87,35 +97,35 @@ def load_object(path: str, key: str) -> Any:
     """Return the object at `package.module.Name`, `package.module:Name` or `file.py:Name`.
 
     Raises:
-        UsageError: it cannot be imported; the configuration's `key` is named.
+        UsageError: it cannot be imported; the message names the configuration's `key`.
     """
     module, _, name = path.rpartition(":") if ":" in path else path.rpartition(".")
     try:
         if not module or not name:
             raise ImportError("a module and a name in it are needed, as in package.module.Name")
         return pkgutil.resolve_name(f"{_import(module).__name__}:{name}")
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(f"{key}: {path} cannot be imported: {as_one_line(error)}") from error
 
 
 def instantiate(path: str, key: str) -> Any:
-    """Return an object of the class at `path`, made without arguments.
+    """Return an instance of the class at `path`, created without arguments.
 
     Raises:
-        UsageError: there is no such class, or it needs arguments or raises; the configuration's `key` is
-            named.
+        UsageError: there is no such class, or it needs arguments or raises; the message names the
+            configuration's `key`.
     """
     factory = load_object(path, key)
     try:
         return factory()
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(
             f"{key}: {path}() failed ({as_one_line(error)}); it is called without arguments"
         ) from error
 
 
 def import_extensions(names: Iterable[str]) -> None:
-    """Import modules by dotted name, or `.py` files by path; once each.
+    """Import each of the modules (by dotted name) and `.py` files (by path) once.
 
     Raises:
         UsageError: one cannot be imported.
@@ -157,7 +167,7 @@ def _import(name: str) -> ModuleType:
 RECIPES = ("none", "light", "detr")
 """Augmentations that decide the size of an image before it is decoded; one at most."""
 
-TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"))
+TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"), takes_paths=True)
 LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
 FAMILIES: Registry[Any] = Registry(
     "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")

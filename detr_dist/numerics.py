@@ -1,4 +1,4 @@
-"""How exactly a run computes: TF32, deterministic algorithms, autocast."""
+"""Numerical settings of a run: TF32, deterministic algorithms, autocast."""
 
 import logging
 import os
@@ -15,9 +15,11 @@ _logger = logging.getLogger(__name__)
 
 
 def set_numerics(settings: TrainingConfig) -> None:
-    """Let torch compute float32 and choose algorithms as the configuration says. Call it before CUDA starts:
-    cuBLAS reads its environment only then."""
-    # torch.compile still reads these older flags, and fails with those that are to replace them.
+    """Apply `training.tf32` and `training.deterministic` to torch.
+
+    Call it before CUDA starts: cuBLAS reads its environment only then.
+    """
+    # torch.compile still reads these older flags, and fails with their replacements.
     torch.backends.cuda.matmul.allow_tf32 = settings.tf32
     torch.backends.cudnn.allow_tf32 = settings.tf32
     if settings.deterministic:
@@ -27,7 +29,7 @@ def set_numerics(settings: TrainingConfig) -> None:
 
 @contextmanager
 def temporary_numerics(settings: TrainingConfig) -> Iterator[None]:
-    """Apply `set_numerics` while entered: a notebook, or a training around it, keeps its own."""
+    """Apply `set_numerics` within the block, and restore the caller's settings afterwards."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     tf32 = matmul.allow_tf32, cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -41,11 +43,12 @@ def temporary_numerics(settings: TrainingConfig) -> Iterator[None]:
 
 
 def resolve_precision(config: Config, host: HostGroup | None = None) -> Config:
-    """Return the configuration with a precision in the place of `auto`: that of the launcher, if it was given
-    one, else bf16 if the GPUs of all processes compute it natively, else no.
+    """Return the configuration with a specific precision instead of `auto`.
 
-    Collective with `host`; without one, this process is alone. Warns where bf16 is asked of a GPU that only
-    emulates it.
+    That is the launcher's precision if it has one, else bf16 if the GPUs of all processes compute it
+    natively, else no. Warns if bf16 is requested of a GPU that only emulates it.
+
+    Collective with `host`; without one, this process is alone.
     """
     on_gpu = not uses_cpu() and torch.cuda.is_available()
     is_native = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)

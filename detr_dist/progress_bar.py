@@ -1,7 +1,7 @@
 """Progress bars on a terminal and in a notebook, and none elsewhere.
 
-One display by rich for all bars of a process. It has no thread, whose locks a forked loader process would
-inherit in any state, and leaves standard error alone.
+One display by rich serves all bars of a process. It has no thread, because a forked loader process would
+inherit the thread's locks in any state, and it does not write to standard error.
 """
 
 import importlib
@@ -31,6 +31,7 @@ class ProgressBar:
 
     @property
     def is_shown(self) -> bool:
+        """Whether there is a terminal or notebook that shows the bar."""
         return self._display is not None
 
     def advance(self, num_steps: int = 1) -> None:
@@ -42,7 +43,7 @@ class ProgressBar:
                 self._display.refresh()
 
     def describe(self, text: str) -> None:
-        """Show `text` behind the bar."""
+        """Show `text` to the right of the bar."""
         if self._display is not None:
             self._display.update(self._task, description=text)
 
@@ -70,9 +71,9 @@ class _NotebookProgress(Progress):
 
 
 def _start_display() -> Progress | None:
-    """Return a display that is shown, where there is something to show it on."""
+    """Return a started display, or None if there is no terminal or notebook to show it on."""
     console = rich.get_console()
-    # What a notebook has forked cannot use its connection to the page.
+    # A process forked by a notebook cannot use the notebook's connection to the page.
     is_notebook = console.is_jupyter and multiprocessing.parent_process() is None
     if not is_notebook and not (sys.stdout.isatty() and console.is_interactive):
         return None

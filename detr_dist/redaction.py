@@ -1,7 +1,7 @@
 """Keeps credentials out of what leaves the process: files, tags, parameters, messages.
 
-User information and secret query parameters are cut out of an address, which stays one: nobody can take a
-placeholder for a password and connect with it. The value of a variable or setting becomes `***`.
+User information and secret query parameters are removed from an address instead of being masked, so that
+nobody connects with a placeholder as the password. The value of a variable or setting becomes `***`.
 """
 
 import re
@@ -18,23 +18,23 @@ _SECRET = (
 )
 _SECRET_NAME = re.compile(rf".*{_SECRET}", re.IGNORECASE)
 
-# What an unescaped password may hold depends on who reads the address: to SQLAlchemy all but `@`.
+# Which characters an unescaped password may contain depends on the reader: for SQLAlchemy all but `@`.
 _USER_INFO = re.compile(
     r"""
     (\b[a-z][a-z0-9+.-]*://)
     (?:
         # user:password@, if it is neither host:port nor the end of an address in a sentence
         [^\s/?\#:\[]* : (?! \s | \d+ (?: [/?\#\s,;)\]}'"] | [:.](?:\s|$) | $ ) ) [^\n@]*@ (?:\S*@)?
-        # the same where a password may begin like a port
+        # the same for schemes where a password may begin like a port
         | (?<!http://) (?<!https://) [^\s/?\#:\[]* : \S+@
-        # token@, but for the stores that have a container or a profile there
+        # token@, except for stores whose addresses have a container or a profile there
         | (?<!abfs://) (?<!abfss://) (?<!wasb://) (?<!wasbs://) (?<!dbfs://) [^\s/?\#]*@
     )
     """,
     re.IGNORECASE | re.VERBOSE,
 )
 
-# What ODBC is to connect with is encoded, its password too.
+# ODBC's connection string is encoded, including its password.
 _PARAMETER = rf"[^=&\s]*(?:{_SECRET}|key|sig|signature|pass|odbc_connect)=[^&\s]*"
 _PARAMETERS = re.compile(rf"([?&])(?:{_PARAMETER}&)*{_PARAMETER}(&?)", re.IGNORECASE)
 
@@ -58,7 +58,7 @@ def redact(text: str) -> str:
 
 
 def redact_value(value: Any) -> Any:
-    """Return a setting, an argument or a tree of such without credentials."""
+    """Return a setting, an argument, or a tree of them, without credentials."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, dict):
@@ -72,7 +72,7 @@ def redact_value(value: Any) -> Any:
 
 
 class _RedactedStream:
-    """A text stream that is written to without credentials."""
+    """A text stream that removes credentials from everything written to it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -87,7 +87,7 @@ class _RedactedStream:
 
 @contextmanager
 def redacted_output() -> Iterator[None]:
-    """Within it nothing that is printed holds credentials, whichever library prints it."""
+    """Remove credentials from everything that is printed within the block, by any library."""
     stdout, stderr = (cast(TextIO, _RedactedStream(stream)) for stream in (sys.stdout, sys.stderr))
     with redirect_stdout(stdout), redirect_stderr(stderr):
         yield

@@ -1,8 +1,7 @@
-"""Start-up checks and failure reports of the processes of a run: who is missing, stuck, or cannot take part.
+"""Start-up checks and failure reports of the processes of a run: which are missing, stuck or unable to run.
 
-Forming the group, noticing dead processes and killing the rest is the launcher's work, and that of the
-time-outs of collectives. This module adds names: of the processes that did not come or do not answer, and of
-what each of the others was doing.
+The launcher and the time-outs of collectives form the group, notice dead processes and kill the rest. This
+module names the processes that did not start or do not answer, and reports what the others were doing.
 """
 
 import faulthandler
@@ -38,8 +37,8 @@ class Rendezvous:
         rank: Index of this process.
         size: Number of processes.
         stacks_dir: Where stacks are written when the run fails, if anywhere.
-        watch: Ends this process when it is stuck, where others wait for it.
-        before_exit: Called with the reason before that.
+        watch: Ends this process when it is stuck, if others wait for it.
+        before_exit: Called with the reason before the watch ends the process.
     """
 
     def __init__(self, rank: int, size: int, stacks_dir: Path | None) -> None:
@@ -53,7 +52,7 @@ class Rendezvous:
 
     @classmethod
     def of_environment(cls, stacks_dir: Path | None) -> Self:
-        """Describe the processes that a launcher started together, by what it put into the environment."""
+        """Create it from the variables that a launcher has put into the environment."""
         is_launched = "MASTER_ADDR" in os.environ
         size = int(os.environ.get("WORLD_SIZE", "1")) if is_launched else 1
         return cls(int(os.environ.get("RANK", "0")), size, stacks_dir)
@@ -64,13 +63,13 @@ class Rendezvous:
         Collective.
 
         Raises:
-            UsageError: what keeps this process or another one from taking part.
-            TrainingError: names the processes that did not come.
+            UsageError: this process or another one cannot take part; the message has the reason.
+            TrainingError: processes are missing; the message names them.
         """
         problem = find_device_problem()
         is_alone = self.size == 1
         if problem is not None and (is_alone or not _has_launcher_store()):
-            raise UsageError(problem)  # the store of this process would end with it
+            raise UsageError(problem)  # raised only now, as the store of this process ends with it
         if is_alone:
             return
         self._store = _open_store(self.rank, within_s)
@@ -103,7 +102,7 @@ class Rendezvous:
 
     @contextmanager
     def watched(self, limit_s: float) -> Iterator[None]:
-        """End this process if it makes no progress for `limit_s`, where others wait for it."""
+        """End this process if it makes no progress for `limit_s` within the block and others wait for it."""
         if self.size > 1:
             self.watch.start(limit_s)
         try:
@@ -117,15 +116,15 @@ class Rendezvous:
         self.watch.progress()
 
     def report(self, error: BaseException) -> None:
-        """Tell the others why this process stops, so that they can say so when they miss it."""
+        """Post why this process stops, so that the others can report it when it does not answer."""
         self.watch.pause()
         self._post("end", {"reason": as_one_line(error), "is_cause": True})
 
     def explain(self, error: RuntimeError, *, is_lost_contact: bool) -> str:
-        """Return one line on why this process cannot continue, naming the processes that do not answer.
+        """Return one line that explains why this process cannot continue and names silent processes.
 
         Args:
-            error: What a collective, or anything else, raised here.
+            error: The exception of a collective, or of anything else, in this process.
             is_lost_contact: Whether it is certain that a collective raised it.
         """
         self.watch.pause()
@@ -151,8 +150,11 @@ class Rendezvous:
         )
 
     def write_stacks(self, why: str, error: BaseException | None = None) -> str:
-        """Write what all threads are doing, and where `error` was raised, to a file; return where it is, as
-        the end of a message."""
+        """Write the stacks of all threads, and the traceback of `error`, to a file.
+
+        Returns:
+            The path of the file, worded as the end of a message.
+        """
         if self.stacks_dir is None:
             return ""
         path = self.stacks_dir / f"rank_{self.rank}.txt"
@@ -170,14 +172,14 @@ class Rendezvous:
         return f"; stacks of all threads in {path}"
 
     def _write_collectives(self) -> None:
-        """Write NCCL's last collectives beside the stacks; its own watchdog would do so later, if at all."""
+        """Write NCCL's last collectives beside the stacks; NCCL's watchdog would do it later, if at all."""
         dump = getattr(_distributed_c10d, "_dump_nccl_trace", None)  # torch for the CPU has none
         if self.stacks_dir is not None and dump is not None and not uses_cpu():
             with suppress(OSError, RuntimeError):
                 (self.stacks_dir / f"nccl_rank_{self.rank}").write_bytes(dump())
 
     def _end_stalled(self, limit_s: float) -> None:
-        """The main thread is inside a call that does not return."""
+        """End this process: its main thread is inside a call that does not return."""
         reason = f"no progress for {limit_s:.0f} s"
         stacks = self.write_stacks(reason)
         self._post("end", {"reason": f"{reason}{self._step()}", "is_cause": True})
@@ -187,7 +189,7 @@ class Rendezvous:
         with suppress(Exception):  # the process must end
             self.before_exit(line)
         report_error(line)
-        self._write_collectives()  # at last, as it asks the GPU
+        self._write_collectives()  # last, because it queries the GPU
         os._exit(1)
 
     def _collect_ends(self) -> dict[int, Any]:
@@ -204,7 +206,7 @@ class Rendezvous:
                 self._store.set(f"{phase}/{self.rank}", json.dumps(facts))
 
     def _collect(self, phase: str, within_s: float) -> dict[int, Any]:
-        """Return what the processes have posted, by rank, once all have or the time is over."""
+        """Return the facts that processes have posted, by rank, once all have or the time is over."""
         assert self._store is not None
         deadline = time.monotonic() + within_s
         posted: dict[int, Any] = {}
@@ -231,8 +233,8 @@ class Rendezvous:
 class StallWatch:
     """A thread that acts when the process makes no progress.
 
-    Where the main thread waits for a GPU that hangs, no time-out and no signal handler reaches it.
-    Seconds in which the process was stopped (a paused container, a laptop asleep) do not count.
+    While the main thread waits for a GPU that hangs, no time-out and no signal handler reaches it. Seconds in
+    which the process was suspended (a paused container, a sleeping laptop) do not count.
     """
 
     def __init__(self, on_stall: Callable[[float], None]) -> None:
@@ -258,8 +260,10 @@ class StallWatch:
         self._is_paused = True
 
     def hurry(self) -> None:
-        """Allow 20 more seconds for the current step: the launcher, which has asked this process to end,
-        kills it after 30."""
+        """Allow 20 more seconds for the current step.
+
+        The launcher has asked this process to end, and kills it after 30 seconds.
+        """
         self.limit_s = min(self.limit_s, self._quiet_s + 20.0)
 
     def close(self) -> None:
@@ -292,8 +296,9 @@ def _open_store(rank: int, within_s: float) -> Store:
         )
     except RuntimeError as error:
         raise TrainingError(
-            f"process 0 is missing: nothing of this run answers at {address}:{port} within {within_s:.0f} s; "
-            f"see the output of its host, and whether this one can reach it ({as_one_line(error)})"
+            f"process 0 is missing: no process of this run answers at {address}:{port} within "
+            f"{within_s:.0f} s; see the output of its host, and whether this one can reach it "
+            f"({as_one_line(error)})"
         ) from error
     return PrefixStore(f"detr_dist/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -1,4 +1,4 @@
-"""Folders and files that are complete or absent, whenever the host stops; the lock on an output folder."""
+"""Atomic writes of folders and files (complete or absent after a crash), and the output folder's lock."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ from typing import TextIO
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import one_line
 
-# What a file system reports that has no locks, such as Lustre mounted without `flock`.
+# Errors of a file system without locks, such as Lustre mounted without `flock`.
 _WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 _logger = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to fill; once it is complete and on disk it is renamed to `folder`, replacing that one.
+    """Yield a temporary folder to fill; then flush it to disk and rename it to `folder`, replacing that.
 
-    Whoever may read the folder may read its files: some libraries write theirs for the owner alone. After an
-    exception `folder` is unchanged and nothing of the new one remains.
+    All files become readable to everyone who may read the folder, because some libraries write theirs for the
+    owner alone. After an exception `folder` is unchanged and the temporary folder is removed.
     """
     _finish(folder)
     partial, replaced = _partial(folder), _replaced(folder)
@@ -46,15 +46,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def link_folder(source: Path, folder: Path) -> None:
-    """Make a new folder with the files of `source`: hard links where the file system can, else copies."""
+    """Make a new folder with the files of `source`, as hard links if the file system can, else as copies."""
     with new_folder(folder) as partial:
         for path in source.iterdir():
             link_or_copy(path, partial / path.name)
 
 
 def link_or_copy(source: str | Path, target: str | Path) -> None:
-    """Give a file another name, as a hard link where the file system can, or else copy it; what has that name
-    is replaced, and never written into."""
+    """Link a file to `target` if the file system can, else copy it.
+
+    An existing `target` is replaced, and never written into.
+    """
     partial = _partial(Path(target))
     partial.unlink(missing_ok=True)
     try:
@@ -66,7 +68,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder; under its name it is complete until it is absent."""
+    """Delete a folder atomically: it is renamed first, so that its name is never an incomplete folder's."""
     removed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(removed, ignore_errors=True)
     folder.replace(removed)
@@ -74,11 +76,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def finish_interrupted(parent: Path, pattern: str = "*") -> list[str]:
-    """Complete or undo what `new_folder` and `remove_folder` were doing to folders of such names in `parent`
-    when their process was killed.
+    """Complete or undo interrupted calls of `new_folder` and `remove_folder` in `parent`.
+
+    Args:
+        parent: The folder that contains the folders.
+        pattern: Names of the folders.
 
     Returns:
-        The names of the incomplete folders, which were removed.
+        The names of the incomplete folders that were removed.
     """
     for removed in parent.glob(f".{pattern}.removed"):
         shutil.rmtree(removed, ignore_errors=True)
@@ -126,11 +131,13 @@ def check_new(option: str, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
-    """Write a file of UTF-8 text; until it is complete on disk, the old one stays. The umask narrows
-    `mode`."""
+    """Write a file of UTF-8 text atomically: the old one stays until the new one is complete on disk.
+
+    The umask narrows `mode`.
+    """
     partial = _partial(path)
     try:
-        partial.unlink(missing_ok=True)  # a kill may have left it, with another mode
+        partial.unlink(missing_ok=True)  # a killed process may have left it, with another mode
         partial.touch(mode)
         partial.write_text(text, encoding="utf-8")
         _flush_entry(partial)
@@ -141,8 +148,10 @@ def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
 
 
 def describe_disk_error(error: Exception, folder: Path) -> str:
-    """Return on one line why writing to `folder` failed, with the free space: torch and safetensors wrap a
-    full disk in errors of their own."""
+    """Return on one line why writing to `folder` failed, with the free space.
+
+    Torch and safetensors wrap the error of a full disk in their own errors.
+    """
     reason = getattr(error, "strerror", None) or one_line(error)
     try:
         return f"{reason}; {shutil.disk_usage(folder).free / 2**20:.0f} MiB free"
@@ -174,14 +183,14 @@ def _lock(path: Path) -> TextIO:
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
-            # Of this process alone: loader processes that outlive it for seconds do not inherit it.
+            # Not inherited by loader processes, which may outlive this process for seconds.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
             raise DataError(
-                f"{path.parent}: {holder} is at work there; wait until it has ended, stop it, or "
+                f"{path.parent}: {holder} is using this folder; wait until it has ended, stop it, or "
                 "give another folder"
             ) from None
         except OSError as error:
@@ -198,8 +207,7 @@ def _lock(path: Path) -> TextIO:
 @functools.cache  # a run takes its lock twice
 def _warn_of_no_locks(output_dir: Path, reason: str) -> None:
     _logger.warning(
-        f"{output_dir}: cannot be locked on this file system ({reason}); nothing keeps a second run out of "
-        "it: make sure that there is none"
+        f"{output_dir}: cannot be locked on this file system ({reason}); make sure that no second run uses it"
     )
 
 

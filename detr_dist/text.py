@@ -10,7 +10,7 @@ MAX_NAMES = 4
 
 
 def one_line(text: object, limit: int = 300) -> str:
-    """Return what an error says, on one line of at most `limit` characters and without credentials."""
+    """Return text on one line of at most `limit` characters, without credentials."""
     return shorten(redact(" ".join(str(text).split())), limit)  # a cut could hide a password from redaction
 
 
@@ -25,7 +25,7 @@ def value_of(value: Any, limit: int = 60) -> str:
 
 
 def list_names(names: Iterable[object], *, in_ascii: bool = False) -> str:
-    """Return the first few names in quotes, and the number of the others."""
+    """Return the first `MAX_NAMES` names in quotes, and how many more there are."""
     quote = ascii if in_ascii else repr
     quoted = [quote(name if isinstance(name, str | int) else str(name)) for name in names]
     rest = len(quoted) - MAX_NAMES
@@ -33,5 +33,5 @@ def list_names(names: Iterable[object], *, in_ascii: bool = False) -> str:
 
 
 def printable(name: str) -> str:
-    """Return the name, in quotes and escaped if a terminal could not show it."""
+    """Return the name; in quotes and escaped if a terminal could not show it."""
     return name if name.isprintable() else repr(name)

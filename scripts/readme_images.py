@@ -41,6 +41,7 @@ def show_mlflow() -> None:
         ["bash", "scripts/start_mlflow_ui.sh", run["tracking_uri"], "--port", "5055"],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     assert server.stdout is not None

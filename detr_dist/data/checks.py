@@ -30,28 +30,28 @@ BAND_NAMES = ("<4", "4-8", "8-16", "16-32", "32-96", ">=96")
 TINY_SIDE_PX = SIDE_BANDS_PX[0]
 
 DUPLICATE_IOU = 0.8
-"""Two objects of one class hardly ever overlap so much; a box that was drawn twice does."""
+"""Boxes of one class with at least this IoU are duplicates: two objects hardly ever overlap that much."""
 
 
 CORNERS_FRACTION, CORNERS_LEAST = 1 / 3, 10
-"""If more than this fraction of the boxes reach outside, of at least so many, their last two numbers are
-probably a corner."""
+"""If more than this fraction of the boxes reach outside, of at least this many boxes, their last two numbers
+are probably a corner."""
 
 MOSTLY_EMPTY_FRACTION = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class CheckSettings:
-    """The part of the configuration that decides what can be found."""
+    """The settings that the checks depend on."""
 
     shortest_edge: int
     longest_edge: int
-    num_queries: int | None  # None where it cannot be known
+    num_queries: int | None  # None if it is unknown
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Statistics:
-    """Counts of the boxes that training sees, so without crowds."""
+    """Counts of images, and of the boxes used for training (all but crowds)."""
 
     num_images: int
     num_empty: int
@@ -60,9 +60,11 @@ class Statistics:
 
     @property
     def num_boxes(self) -> int:
+        """Number of boxes of all classes and sizes."""
         return sum(map(sum, self.num_boxes_by_band.values()))
 
     def as_document(self) -> dict[str, Any]:
+        """Return the statistics as a JSON object."""
         return {
             "images": self.num_images,
             "empty_images": self.num_empty,
@@ -77,26 +79,29 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found in the splits, in their order."""
+    """Findings and statistics of the splits, in their order."""
 
     settings: CheckSettings
     opened_images: bool
-    statistics: dict[str, Statistics]  # of the splits that have something to count
-    findings: dict[str, list[Finding]]  # of each split, errors first
+    statistics: dict[str, Statistics]  # by split, if there is anything to count
+    findings: dict[str, list[Finding]]  # by split, errors first
 
     def _num(self, level: Level) -> int:
         return sum(each.level == level for findings in self.findings.values() for each in findings)
 
     @property
     def num_errors(self) -> int:
+        """Number of findings of level `error`, over all splits."""
         return self._num("error")
 
     @property
     def num_warnings(self) -> int:
+        """Number of findings of level `warning`, over all splits."""
         return self._num("warning")
 
     @property
     def verdict(self) -> str:
+        """Return the counts of errors and warnings, and whether the data is ready to train on."""
         counts = f"{counted(self.num_errors, 'error')}, {counted(self.num_warnings, 'warning')}"
         return f"{counts}: {'not ready' if self.num_errors else 'ready'} to train"
 
@@ -190,7 +195,7 @@ def check_splits(
 
 
 def _as_corners(finding: Finding, num_boxes: int) -> Finding:
-    """Return an error in place of the warning that boxes reach outside, if very many do."""
+    """Replace the warning that boxes reach outside the image by an error if very many do."""
     is_rare = num_boxes < CORNERS_LEAST or finding.count <= CORNERS_FRACTION * num_boxes
     if finding.kind != "box_outside" or is_rare:
         return finding
@@ -210,15 +215,15 @@ def _check_repeats(data: CocoData) -> list[Finding]:
 
 
 def _repeated(values: NDArray[Any]) -> list[Any]:
-    """Return the values that an earlier one equals, once for each time that they are repeated."""
+    """Return each value that repeats an earlier one, once for each repetition."""
     repeated: list[Any] = np.delete(values, np.unique(values, return_index=True)[1]).tolist()
     return repeated
 
 
 def check_boxes(data: CocoData, settings: CheckSettings, *, trains: bool = False) -> list[Finding]:
-    """Return what is unusual in the boxes that training sees; `trains` if the data are to train on.
+    """Return what is unusual in the boxes used for training; `trains` if this is the training split.
 
-    Takes a fraction of a second for 100,000 images, so that every run can afford it.
+    Fast enough for the start of every run: a fraction of a second for 100,000 images.
     """
     single = np.flatnonzero(~data.iscrowd)
     on_another = "on another of the same image and class; remove all but one"
@@ -229,7 +234,7 @@ def check_boxes(data: CocoData, settings: CheckSettings, *, trains: bool = False
         findings += found("boxes_in_fractions", "box", in_fractions, (), count=len(single))
     else:
         findings += _tiny_boxes(data, settings)
-    refused: Level = "error" if trains else "warning"  # by training alone
+    refused: Level = "error" if trains else "warning"  # only training refuses it
     if settings.num_queries is not None:
         num_boxes, limit = data.num_boxes, settings.num_queries
         rows = np.flatnonzero(num_boxes > limit)
@@ -285,10 +290,10 @@ def _tiny_boxes(data: CocoData, settings: CheckSettings) -> list[Finding]:
 
 
 def _duplicates(data: CocoData, single: NDArray[np.intp]) -> list[str]:
-    """Return the boxes that all but cover, and are covered by, an earlier one of their image and class.
+    """Describe the boxes that nearly coincide with an earlier one of their image and class.
 
-    Boxes of one image and class are compared from left to right, each with those that begin so close to it
-    that they could overlap enough.
+    Boxes of one image and class are compared from left to right, each with those whose left edge is close
+    enough for the required overlap.
     """
     groups = data.image_rows[single] * data.num_classes + data.box_classes[single]
     order = np.lexsort((data.boxes_xywh_px[single, 0], groups))
@@ -296,7 +301,7 @@ def _duplicates(data: CocoData, single: NDArray[np.intp]) -> list[str]:
     starts = data.boxes_xywh_px[rows, :2]
     ends = starts + data.boxes_xywh_px[rows, 2:]
     reach = (1 - DUPLICATE_IOU) * (ends - starts)[:, 0]
-    covered = np.full(len(data.image_rows), -1)  # the earlier box that each lies on
+    covered = np.full(len(data.image_rows), -1)  # the earlier box that each one repeats
     left, step = np.arange(len(rows)), 0
     while len(left):
         step += 1

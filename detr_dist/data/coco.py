@@ -20,13 +20,15 @@ from detr_dist.text import list_names
 class CocoData:
     """N images and their M boxes; those of image `row` are `box_rows(row)` of the columns of boxes.
 
-    Boxes lie inside their image and have an extent. Crowd boxes are among them, for evaluation.
+    Boxes lie inside their image and have an extent. They include crowd boxes, which evaluation uses.
     """
 
     annotations_path: Path
     images_dir: Path
     class_names: tuple[str, ...]
-    category_ids: tuple[int | None, ...]  # of each class, in the JSON; None where it does not list it
+    category_ids: tuple[
+        int | None, ...
+    ]  # of each class, in the JSON; None if the JSON does not list the class
     notices: list[str]  # what was repaired or left out while reading, one line each
     image_ids: NDArray[np.int64]  # [N]
     sizes_hw: NDArray[np.int64]  # [N, 2]
@@ -35,7 +37,7 @@ class CocoData:
     boxes_xywh_px: NDArray[np.float64]  # [M, 4]
     box_classes: NDArray[np.int64]  # [M]
     iscrowd: NDArray[np.bool_]  # [M]
-    areas: NDArray[np.float64]  # [M] as annotated (of the outline, where there is one), else of the box
+    areas: NDArray[np.float64]  # [M] as annotated (of the outline, if there is one), else of the box
     annotation_ids: NDArray[np.int64]  # [M]
 
     def __len__(self) -> int:
@@ -43,15 +45,17 @@ class CocoData:
 
     @property
     def num_classes(self) -> int:
+        """Number of classes, without background."""
         return len(self.class_names)
 
     @property
     def num_boxes(self) -> NDArray[np.int64]:
-        """Count the boxes of each image that training sees, so without crowds, shape [N]."""
+        """Count the boxes of each image that training uses (all but crowds), shape [N]."""
         return np.bincount(self.image_rows[~self.iscrowd], minlength=len(self))
 
     @property
     def max_boxes_per_image(self) -> int:
+        """Largest number of boxes in one image, without crowds; 0 without images."""
         return int(self.num_boxes.max(initial=0))
 
     @property
@@ -65,12 +69,15 @@ class CocoData:
         return np.argsort(np.argsort(self.image_ids))
 
     def image_path(self, row: int) -> Path:
+        """Return the path of the image file of a row."""
         return self.images_dir / os.fsdecode(self.file_names[row])
 
     def size_hw(self, row: int) -> tuple[int, int]:
+        """Return the annotated height and width of the image of a row, in pixels."""
         return int(self.sizes_hw[row, 0]), int(self.sizes_hw[row, 1])
 
     def box_rows(self, row: int) -> slice:
+        """Return where the boxes of an image are in the columns of boxes, crowds included."""
         return slice(int(self.box_offsets[row]), int(self.box_offsets[row + 1]))
 
     def training_targets(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
@@ -80,8 +87,7 @@ class CocoData:
         return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of everything that training sees but the pixels: images, boxes and classes, in
-        their order."""
+        """Return the SHA-256 of all that training uses except pixels: images, boxes and classes, in order."""
         digest = hashlib.sha256()
         boxes = self.box_offsets, self.boxes_xywh_px, self.box_classes, self.iscrowd
         for column in (self.file_names, self.sizes_hw, *boxes):
@@ -90,10 +96,10 @@ class CocoData:
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
-    """Return the COCO JSON of a data folder and the folder that its `file_name` entries start from.
+    """Return the COCO JSON of a data folder, and the folder that its `file_name` entries are relative to.
 
-    Either one `*.json` of any name lies beside the images, usually `_annotations.coco.json` or
-    `annotations.json`, or the folder holds COCO's own `annotations/` with one JSON, and `images/`.
+    Either one `*.json` of any name is next to the images, usually `_annotations.coco.json` or
+    `annotations.json`, or the folder has COCO's own layout: `annotations/` with one JSON, and `images/`.
 
     Raises:
         DataError: there is no such folder, or it holds no JSON or several.
@@ -127,9 +133,9 @@ def load_coco(
 ) -> CocoData:
     """Read and check the COCO data set in `folder`.
 
-    With `classes` the class indices follow that order, by name, whatever ids this JSON gives them, and
-    whether it lists all of them if `may_lack_classes`; `classes_source` is what an error calls their origin.
-    Without `check_files` no image file need exist.
+    With `classes`, the class indices follow their order, matched by name, whatever their ids in this JSON;
+    with `may_lack_classes` the JSON may list only some of them. Errors call the origin of `classes` by the
+    text `classes_source`. Without `check_files` no image file needs to exist.
 
     Raises:
         DataError: names the file, the first record at fault, and what to do about it.
@@ -152,8 +158,10 @@ def load_coco(
 def to_columns(
     records: Records, path: Path, images_dir: Path, class_names: Sequence[str] | None = None
 ) -> CocoData:
-    """Return the data set of checked records; without `class_names` its classes are in the order of their
-    category ids."""
+    """Return the data set of checked records.
+
+    Without `class_names` its classes are in the order of their category ids.
+    """
     own = classes_of(records.categories, class_names or ())
     names = tuple(own if class_names is None else class_names)
     listed = sorted((own[name].id, index) for index, name in enumerate(names) if name in own)
@@ -183,8 +191,10 @@ def to_columns(
 def read_unannotated(
     folder: Path, names: Sequence[str], class_names: Sequence[str]
 ) -> tuple[CocoData, list[str]]:
-    """Return a data set, without any box, of the images whose header can be read, numbered from 1; and for
-    each other one a line with the reason."""
+    """Return a data set without boxes of the images whose header can be read, and the reasons for the others.
+
+    Image ids count from 1.
+    """
     readable, sizes_hw, unreadable = [], [], []
     for name in names:
         try:
@@ -198,7 +208,7 @@ def read_unannotated(
 def unannotated(
     folder: Path, names: Sequence[str], sizes_hw: Sequence[tuple[int, int]], class_names: Sequence[str]
 ) -> CocoData:
-    """Return a data set, without any box, of images of these sizes, numbered from 1."""
+    """Return a data set without boxes, of images of these sizes; image ids count from 1."""
     return CocoData(
         annotations_path=folder,
         images_dir=folder,
@@ -218,8 +228,9 @@ def unannotated(
 
 
 def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:
-    """Return the categories that are classes, by name in the order of their ids: all but those that only
-    group others, as Roboflow's id 0, unless `class_names` has them.
+    """Return the categories that are classes, by name in the order of their ids.
+
+    Categories that only group others, such as Roboflow's id 0, are no classes unless `class_names` has them.
     """
     own = {category.name: category for category in categories if not category.only_groups}
     groups = {category.name: category for category in categories if category.only_groups}
@@ -227,7 +238,7 @@ def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) 
 
 
 def differing_classes(names: Sequence[str], own: Iterable[str], there: str, here: str) -> list[Finding]:
-    """Return a finding if the classes `names`, of `there`, are not those of `here`."""
+    """Return a finding if the classes `names` of `there` differ from the classes `own` of `here`."""
     expected, listed = set(names), set(own)
     lacking, foreign = [n for n in names if n not in listed], [n for n in own if n not in expected]
     looks_equal = {folded(name) for name in lacking} & {folded(name) for name in foreign}
@@ -249,7 +260,7 @@ def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[
 
 
 def _json_files(folder: Path) -> list[Path]:
-    """Return all but hidden files: macOS leaves `._name.json` beside files that it copied."""
+    """Return all JSON files but hidden ones: macOS writes `._name.json` next to files that it copies."""
     return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith("."))
 
 

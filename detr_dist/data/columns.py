@@ -1,4 +1,4 @@
-"""The lists of a COCO JSON as columns, and what is found wrong with their records."""
+"""The lists of a COCO JSON as columns, and the faults of their records."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ _PLURALS = {"box": "boxes", "category": "categories", "class": "classes"}
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number of things in words."""
+    """Return a count with its noun in singular or plural."""
     return f"{count} {noun if count == 1 else _PLURALS.get(noun, noun + 's')}"
 
 
@@ -61,7 +61,7 @@ def found(
     count: int | None = None,
     level: Level = "error",
 ) -> list[Finding]:
-    """Return the finding, or none where the count is 0; without `count` there is one example for each."""
+    """Return a list with the finding, empty if the count is 0; without `count` each example counts once."""
     named = list(examples) if count is None else list(islice(examples, MAX_EXAMPLES))
     count = len(named) if count is None else count
     if count == 0:
@@ -91,9 +91,9 @@ def read_document(path: Path) -> dict[str, list[Any]]:
 
 
 def _read_json(path: Path) -> Any:
-    """Read without the outlines: in COCO's own files they are most of the memory."""
+    """Read a JSON file without the outlines: in COCO's own files they take most of the memory."""
     collecting = gc.isenabled()
-    gc.disable()  # a million new objects, none of them garbage: the collector would walk them again and again
+    gc.disable()  # the collector would repeatedly scan a million new objects, none of them garbage
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_without_outline)
     except json.JSONDecodeError as error:
@@ -102,9 +102,7 @@ def _read_json(path: Path) -> Any:
             "repair the file or export it again"
         ) from None
     except _RepeatedKeyError as error:
-        raise DataError(
-            f"{path}: one object has several values for {error}, of which one would count; make them one"
-        ) from None
+        raise DataError(f"{path}: one object has several values for {error}; keep one of them") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
     except OSError as error:
@@ -131,7 +129,7 @@ def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _Kind(NamedTuple):
-    """What a value of a record must be, and what takes the place of a wrong one."""
+    """The rule for a value of a record, and the value that replaces a wrong one."""
 
     is_right: Callable[[Any], bool]
     wanted: str
@@ -161,9 +159,9 @@ _TEXT = _Kind(lambda value: isinstance(value, str) and value != "", "a text that
 
 
 class Faults:
-    """The rules that were broken: how often, and the first examples.
+    """Broken rules, each with the number of violations and the first examples.
 
-    `rules` has of each kind the noun for what is counted, and what is wrong with it or what to do.
+    `rules` has, for each kind of fault, the noun for what is counted, and the problem or the remedy.
     """
 
     def __init__(self, rules: dict[str, tuple[str, str]]) -> None:
@@ -172,10 +170,12 @@ class Faults:
         self._examples: dict[str, list[str]] = {}
 
     def add(self, kind: str, count: int = 1, examples: Iterable[str] = ()) -> None:
+        """Count violations of one rule, with examples for the message."""
         self._counts[kind] += count
         self._examples.setdefault(kind, []).extend(examples)
 
     def findings(self) -> list[Finding]:
+        """Return one finding of level `error` for each broken rule."""
         return [
             each
             for kind, examples in self._examples.items()
@@ -186,8 +186,8 @@ class Faults:
 class Section:
     """One list of the JSON, read column by column; `sound` marks the records that have broken no rule yet.
 
-    A column is converted at once; only when that fails is each value looked at. A wrong value's place
-    in its column holds a filler.
+    A column is converted at once; values are examined one by one only if that fails. A wrong value is
+    replaced by a filler.
     """
 
     def __init__(self, name: str, document: dict[str, list[Any]], faults: Faults) -> None:
@@ -214,6 +214,7 @@ class Section:
         return values
 
     def integers(self, key: str, default: Any = _ABSENT) -> Integers:
+        """Return the values of a key as int64 [len]; refuse records with another value."""
         values = self.column(key, default)
         array = _as_array(values)
         if array is not None and array.ndim == 1:
@@ -224,6 +225,7 @@ class Section:
         return np.array(self._only_right("malformed_record", key, values, _WHOLE), dtype=np.int64)
 
     def numbers(self, key: str, default: float) -> Floats:
+        """Return the values of a key as float64 [len]; refuse records with another value."""
         values = self.column(key, default)
         array = _as_array(values)
         if array is None or array.ndim != 1:
@@ -231,7 +233,7 @@ class Section:
         return array.astype(np.float64)
 
     def boxes(self, key: str) -> Floats:
-        """Return [len, 4]."""
+        """Return the values of a key as float64 [len, 4]; refuse records with another value."""
         values = self.column(key)
         array = _as_array(values)
         if array is None or array.shape != (len(values), 4) or not np.isfinite(array).all():
@@ -239,10 +241,11 @@ class Section:
         return array.astype(np.float64).reshape(-1, 4)
 
     def texts(self, key: str) -> list[str]:
+        """Return the values of a key as texts that are not empty; refuse records with another value."""
         return self._only_right("malformed_record", key, self.column(key), _TEXT)
 
     def refuse(self, kind: str, is_broken: Mask, describe: Callable[[int], str]) -> None:
-        """Note which of the sound records have broken a rule; they are sound no longer."""
+        """Record which of the sound records break a rule; they stop being sound."""
         rows = np.flatnonzero(is_broken & self.sound)
         if len(rows):
             self.sound[rows] = False
@@ -257,9 +260,9 @@ class Section:
         self.refuse(kind, is_repeated, lambda row: names[row])
 
     def look_up(self, kind: str, key: str, others: "Section") -> tuple[Integers, Integers]:
-        """Return the ids that a key refers to, and where they are among the sound ones of another section.
+        """Return the ids in a key, and the positions of these ids among the sound records of another section.
 
-        Refuse records whose id is not listed there, and leave out those whose id is of a record at fault.
+        Refuses records whose id is not listed there, and leaves out those that refer to a faulty record.
         """
         wanted = self.integers(key)
         ids = others.ids[others.sound]
@@ -289,7 +292,7 @@ class Section:
 
 
 def _as_array(values: list[Any]) -> NDArray[Any] | None:
-    """Return None where the values are not all numbers, or lists of them of one length."""
+    """Return the values as an array; None unless all are numbers, or lists of numbers of one length."""
     try:
         array = np.array(values)
     except ValueError:

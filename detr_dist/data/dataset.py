@@ -23,10 +23,10 @@ from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply, 
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
 
 MAX_UNREADABLE_IN_A_ROW = 10
-"""More than this is no accident: a disk is gone, or a folder is empty."""
+"""More than this in a row mean that a disk is gone or a folder is empty."""
 
 Unreadable = tuple[int, str]
-"""Row of an image that could not be read, and "path: reason"."""
+"""Row of an image that could not be read, and the text "path: reason"."""
 
 
 class Sample(NamedTuple):
@@ -51,7 +51,7 @@ class Batch:
     num_boxes: list[int]  # per image
     image_ids: list[int]
     original_sizes_hw: list[tuple[int, int]]  # before the resize
-    unreadable: list[Unreadable]  # of these, another image or a black one is in the batch
+    unreadable: list[Unreadable]  # each is replaced by another image or a black one
     is_padded: bool  # whether any image is smaller than the canvas, known without asking the device
 
     def pin_memory(self) -> "Batch":
@@ -59,11 +59,11 @@ class Batch:
         return self._with_tensors(Tensor.pin_memory)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """Return the batch on `device`; the copy overlaps with computing only from pinned memory."""
+        """Return the batch on `device`; the copy overlaps with computation only from pinned memory."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def share_memory(self) -> "Batch":
-        """Move all tensors to memory that another process can map; that of the images is there already."""
+        """Move all tensors but the images, which are there already, to memory that processes can share."""
         return self._with_tensors(Tensor.share_memory_)
 
     def pad_to(self, height: int, width: int) -> "Batch":
@@ -88,8 +88,8 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """Put samples on one canvas, just large enough for the highest and the widest.
 
-    Its memory is channels-last, as decoders write images: to sort the colours apart costs as much as the
-    resize here, and next to nothing on an accelerator.
+    Its memory is channels-last, as decoders write images: separating the colours costs as much as the resize
+    here, and next to nothing on an accelerator.
     """
     sizes_hw = [tuple(sample.image.shape[-2:]) for sample in samples]
     height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
@@ -110,10 +110,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _black(shape: tuple[int, ...]) -> Tensor:
-    """In a loader process it lies in memory shared with the parent: one copy of the batch less."""
+    """Return a black canvas; in a loader process in memory shared with the parent, which saves a copy."""
     if get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(prod(shape))  # new from the system: zero
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(
+        prod(shape)
+    )  # new memory from the system is zero
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
@@ -142,12 +144,12 @@ class CocoDetectionDataset(Dataset[Sample]):
     A sample depends on the seed and its key alone, whichever process makes it and when.
 
     An image that cannot be read, or is not of the annotated size, is reported in `Sample.unreadable`. In
-    training the next one that can be read takes its place; in evaluation, where each image must appear once,
-    a black one of the annotated size does.
+    training it is replaced by the next one that can be read; in evaluation, where each image must appear
+    once, by a black one of the annotated size.
     """
 
     def __init__(self, data: CocoData, transform: DetectionTransform, *, seed: int, train: bool) -> None:
-        """`transform` is of `build_transform` with the same `train`."""
+        """Take a `transform` from `build_transform` with the same `train`."""
         self.data = data
         self.transform = transform
         self.seed = seed
@@ -187,7 +189,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         )
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
-        """Return height and width of a training sample for the network, if its image can be read."""
+        """Return height and width of a training sample after augmentation, assuming its image is readable."""
         return self._plan(*key).size_hw
 
     def _plan(self, epoch: int, row: int) -> Plan:
@@ -195,9 +197,9 @@ class CocoDetectionDataset(Dataset[Sample]):
         return self.transform.plan(self.data.size_hw(row), rng)
 
     def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, Example]:
-        """Return an image as the recipe prepares it, and its row: in training the first one that can be read.
+        """Return the row and the prepared example of an image; in training, of the first readable one.
 
-        What cannot be read is added to `unreadable`.
+        Unreadable images are added to `unreadable`.
         """
         for attempt in range(MAX_UNREADABLE_IN_A_ROW if self.train else 1):
             row = (index + attempt) % len(self)
@@ -214,8 +216,10 @@ class CocoDetectionDataset(Dataset[Sample]):
         )
 
     def _read_image(self, row: int, plan: Plan) -> Tensor:
-        """Read, in training, at a reduced scale where the plan needs no more. A window is cut in the pixels
-        of the file."""
+        """Read an image; in training at a reduced scale if that is enough for the plan.
+
+        With a window the full scale is read, because windows are in the pixels of the file.
+        """
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
         may_be_reduced = self.train and plan.window is None
         image = decode_reduced(path, size_hw, plan.size_hw) if may_be_reduced else None
@@ -225,16 +229,16 @@ class CocoDetectionDataset(Dataset[Sample]):
         return image
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
-        """Return the image and the boxes of a row after what is planned."""
+        """Return the image and boxes of a row with the plan applied."""
         boxes_xywh, classes = self.data.training_targets(row)
         boxes_xyxy = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
         return apply(plan, example_of(image, boxes, labels, self.data.size_hw(row)))
 
     def _transformed(self, place: int, example: Example, epoch: int, row: int) -> Example:
-        """Return what the transform at this place makes of the example of a row, and of its partners.
+        """Apply the transform at this place of the list to the example of a row, with its partners.
 
-        Partners that cannot be read are replaced silently: they are reported as samples of their own.
+        Partners that cannot be read are replaced silently; they are reported as samples of their own.
         """
         transform, position = self.transform.beside[place], (self.seed, epoch, row, place)
         chosen = random_numbers(Purpose.PARTNERS, *position).choice(
@@ -247,13 +251,13 @@ class CocoDetectionDataset(Dataset[Sample]):
             return transform(example, rng, partners, self.data.num_classes)
         except _NoneReadableError:
             raise
-        except Exception as error:  # of any kind: it is the user's code
+        except Exception as error:  # users' code may raise anything
             what = f"{transform.name} failed on image {self.data.image_ids[row]}, {self.data.image_path(row)}"
             raise failure(f"data.augmentation: {what}", error) from error
 
 
 def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
-    """Return what a run trains on.
+    """Return the training data with its augmentation.
 
     Raises:
         UsageError: `data.augmentation` names a transform that cannot be used.
@@ -264,7 +268,7 @@ def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
 
 
 def failure(what: str, error: Exception) -> LoaderError:
-    """Return an error that can cross processes: one line, with the traceback for --debug as a note."""
+    """Return an error that can be sent to another process: one line, and the traceback as a note."""
     advice = ""
     if isinstance(error, MemoryError):
         advice = "; memory ran out: lower data.num_workers, data.prefetch_factor or training.batch_size"
@@ -274,7 +278,7 @@ def failure(what: str, error: Exception) -> LoaderError:
 
 
 def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, int]) -> None:
-    """Refuse an image of another size: its boxes would be wrong, and nothing else would ever show it."""
+    """Refuse an image of another size: its boxes would be wrong without any other sign."""
     if found_hw != annotated_hw:
         (height, width), (annotated_height, annotated_width) = found_hw, annotated_hw
         turned = "; its EXIF rotation is not applied" if found_hw == annotated_hw[::-1] else ""

@@ -1,4 +1,4 @@
-"""What is wrong with the images of a data set: each is decoded as training decodes it."""
+"""Checks of the image files of a data set, each decoded as in training."""
 
 import hashlib
 import os
@@ -22,20 +22,20 @@ from detr_dist.data.records import RULES
 from detr_dist.progress_bar import ProgressBar
 
 IMAGES_AT_A_TIME = 256
-"""Handed to the threads together, so that a million images wait in no queue."""
+"""Images passed to the threads at once, so that no queue holds a million images."""
 
 COMPARED_AT_A_TIME = 64
 
 THUMBNAIL_EDGE = 16
 LOOKALIKE_CORRELATION = 0.95
-"""Of the grey values of two thumbnails. Measured: one view photographed twice, refocused in between, has
-0.99; of 640 generated scenes on grass no two have more than 0.87."""
+"""Correlation of the grey values of two thumbnails that counts as alike. Measured: one view photographed
+twice, refocused in between, has 0.99; no two of 640 generated scenes on grass have more than 0.87."""
 
 MIN_CONTRAST = 16.0
-"""A thumbnail that is flatter than one grey level around its mean resembles no other."""
+"""Least norm by which a thumbnail is divided: one flatter than a grey level per pixel resembles no other."""
 
 DARK = 16
-"""Of 256 levels: 12 bits of brightness in the lower end of 16 reach no further."""
+"""Largest level, of 255, of an image that is nearly black: 12 bits stored in the low end of 16 stay below."""
 
 _KINDS: dict[str, tuple[Level, str]] = {
     "unreadable_image": ("error", RULES["unreadable_image"][1]),
@@ -62,7 +62,7 @@ _KINDS: dict[str, tuple[Level, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class _Summary:
-    """What is kept of an image: little, whatever its size."""
+    """The data kept of an image, about a kilobyte whatever its size."""
 
     size_hw: tuple[int, int] = (0, 0)
     digest: bytes = b""  # of size and pixels
@@ -76,12 +76,12 @@ class ImageCheck:
     """Checks the images of one split after the other, and keeps about a kilobyte of each."""
 
     def __init__(self) -> None:
-        self._files: dict[bytes, str] = {}  # a file of each content
+        self._files: dict[bytes, str] = {}  # one file for each content
         self._thumbnails: list[NDArray[np.float32]] = []  # of these, in the same order
 
     def check(self, split: str, data: CocoData, missing: frozenset[str]) -> list[Finding]:
-        """Return what is wrong with the files of `data` but for those that are known to be missing."""
-        rows_of = defaultdict(list)  # several where a file is listed more than once
+        """Return the findings on the image files of `data`, except those that are known to be missing."""
+        rows_of = defaultdict(list)  # several rows if a file is listed more than once
         for row, name in enumerate(map(decoded_name, data.file_names)):
             if name not in missing:
                 rows_of[normpath(name)].append(row)

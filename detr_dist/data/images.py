@@ -24,22 +24,22 @@ from torchvision.io import decode_image
 from detr_dist.errors import DataError
 
 MAX_PIXELS = 2**30
-"""Of one image: 3 GiB as RGB. A file of a few kilobytes may claim more than any memory holds."""
+"""Largest image in pixels: 3 GiB as RGB. A file of a few kilobytes may claim more than any memory holds."""
 
 _ONLY_IDENTIFIED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats whose names Pillow knows, but which it cannot decode by itself."""
 
 _DECODED_BY_TORCHVISION = {"JPEG", "MPO", "PNG", "WEBP"}
-"""To the same pixels as by Pillow, but faster, and PNG with all 16 bits."""
+"""Formats that torchvision decodes to the same pixels as Pillow, but faster, and PNG with all 16 bits."""
 
 _WHITE_IN_16_BITS = 65535
 
 _INTEGERS_OF_16_BITS = {"PNG", "PPM"}
-"""Formats whose values in Pillow's mode I reach from 0 to 65535, whatever the file calls white."""
+"""Formats whose values in Pillow's mode I range from 0 to 65535, whatever the file declares as white."""
 
 _EVENLY_SAMPLED = (0, 2)
-"""Colours as fine as the brightness (4:4:4) or half as fine both ways (4:2:0), by Pillow's numbers. At a
-reduced scale 4:2:2 would be blurred, by three levels on average."""
+"""Pillow's numbers of the colour resolutions 4:4:4 and 4:2:0. At a reduced scale 4:2:2 would be blurred, by
+three levels on average."""
 
 
 class UnreadableImageError(Exception):
@@ -59,9 +59,9 @@ def open_image(path: Path, content: IO[bytes] | None = None) -> Iterator[Image.I
     """Open an image file, or its `content`, and read its header; pixels are decoded on demand.
 
     Raises:
-        UnreadableImageError: naming the file and the reason, here or in the body of the `with`.
+        UnreadableImageError: naming the file and the reason, on entry or in the body of the `with`.
     """
-    # Pillow refuses what is twice as large, by default 179 megapixels; torchvision has no limit.
+    # Pillow refuses images above twice its limit, by default 179 megapixels; torchvision has no limit.
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(content or path) as image:
@@ -76,7 +76,7 @@ def open_image(path: Path, content: IO[bytes] | None = None) -> Iterator[Image.I
 
 
 def read_size_hw(path: Path) -> tuple[int, int]:
-    """Return height and width by the header of an image file.
+    """Read height and width from the header of an image file.
 
     Raises:
         UnreadableImageError: with the reason.
@@ -88,8 +88,8 @@ def read_size_hw(path: Path) -> tuple[int, int]:
 def decode_rgb(path: Path) -> Tensor:
     """Return an image as uint8 [3, H, W], in the orientation in which it is stored.
 
-    An EXIF rotation is not applied: annotations are in the pixels of the file. Transparency is dropped; of an
-    animation the first frame is taken. Of 16 bits per colour 65535 is white, as in PNG. The tensor may be a
+    An EXIF rotation is not applied: annotations are in the pixels of the file. Transparency is dropped, and
+    an animation gives its first frame. With 16 bits per colour 65535 is white, as in PNG. The tensor may be a
     view of interleaved colours.
 
     Raises:
@@ -109,11 +109,10 @@ def decode_rgb(path: Path) -> Tensor:
 
 
 def decode_reduced(path: Path, size_hw: tuple[int, int], needed_hw: tuple[int, int]) -> Tensor | None:
-    """Return a colour JPEG of this size as `decode_rgb` does, but at 1/2, 1/4 or 1/8 of the scale: the
-    smallest at which both sides are still as long as needed.
+    """Decode a colour JPEG of this size at the smallest of 1/2, 1/4 and 1/8 that covers `needed_hw`.
 
-    JPEG's own transform does this for a fraction of the cost. None if no such scale is small enough, the file
-    is anything else, or something is wrong with it, which `decode_rgb` then reports.
+    JPEG's own transform does this for a fraction of the cost. Returns None if none of these scales is large
+    enough, or the file is of another kind or damaged, which `decode_rgb` then reports.
     """
     (height, width), (needed_height, needed_width) = size_hw, needed_hw
     if height < 2 * needed_height or width < 2 * needed_width:
@@ -144,7 +143,7 @@ def rgb_of(image: Image.Image) -> Tensor:
 
 
 def _decode_with_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
-    # torchvision 0.29 announces that its decoders will go; torchcodec's, named instead, always apply the EXIF
+    # torchvision 0.29 deprecates its decoders; torchcodec, the suggested replacement, always applies the EXIF
     # rotation.
     with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
         image: Tensor = decode_image(torch.from_numpy(encoded), mode="RGB")
@@ -152,11 +151,11 @@ def _decode_with_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
 
 
 def _grey_levels(image: Image.Image) -> NDArray[np.uint8]:
-    """Return [H, W] of Pillow's modes with more than 8 bits, which it would cut off at 255 itself."""
+    """Scale an image in a mode with more than 8 bits to uint8 [H, W]; Pillow would clip it at 255."""
     values, white = np.asarray(image), _WHITE_IN_16_BITS
     if image.mode == "F" or (image.mode == "I" and image.format not in _INTEGERS_OF_16_BITS):
         lowest, highest = values.min().item(), values.max().item()
-        # With 8 bits in use white may be 255 as well as 65535.
+        # If only 8 bits are in use, white may be 255 or 65535.
         if image.mode == "F" or lowest < 0 or not 255 < highest <= white:
             raise UnreadableImageError(
                 f"values from {lowest:g} to {highest:g} in Pillow's mode {image.mode}, which defines no "
@@ -171,7 +170,7 @@ def _grey_levels(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _eight_bits(values: NDArray[Any], white: int = _WHITE_IN_16_BITS) -> NDArray[np.uint8]:
-    """Round to the nearest level."""
+    """Scale values, with `white` as the largest, to 0 to 255, rounded to the nearest level."""
     return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
@@ -182,12 +181,12 @@ class FoundImages(NamedTuple):
     names: list[str]
     """Relative to the folder, sorted."""
     left_out: list[str]
-    """What else is there, sorted: files of other suffixes, hidden files and folders, folders that cannot be
-    listed, and links to a folder that they lie in."""
+    """Everything else, sorted: files with other suffixes, hidden files and folders, folders that cannot be
+    listed, and links to a folder that contains them."""
 
 
 def find_images(source: Path) -> FoundImages:
-    """Return the images in a folder, or a file itself, whatever its suffix. Links to folders are followed.
+    """Return the images in a folder, or a single file whatever its suffix; links to folders are followed.
 
     Raises:
         DataError: the path does not exist, or holds no image.
@@ -208,7 +207,7 @@ def find_images(source: Path) -> FoundImages:
                 left_out.append(_relative(path, source))
         for name in files:
             path = Path(parent, name)
-            # A broken link is not skipped silently, and reading a pipe would wait.
+            # Keep broken links, so that they are reported; skip pipes, because reading one would block.
             is_taken = _is_image(path) and (path.is_file() or not path.exists())
             (names if is_taken else left_out).append(_relative(path, source))
     if not names:
@@ -220,7 +219,7 @@ def find_images(source: Path) -> FoundImages:
 
 
 def missing_images(images_dir: Path, file_names: Iterable[str]) -> set[str]:
-    """Return the files that do not exist, by one listing per folder; a stat per image would be slow."""
+    """Return the files that do not exist; lists each folder once, as a stat per image would be slow."""
     listings: dict[str, set[str]] = {}
     missing = set()
     for file_name in file_names:
@@ -271,12 +270,12 @@ def _first_alike(name: str, names: set[str]) -> str | None:
 
 
 def folded(name: str) -> str:
-    """Return the same text for names that look the same but for upper and lower case."""
+    """Return the same text for names that look the same apart from upper and lower case."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
 def encoded_name(file_name: str) -> bytes | None:
-    """Return a file's name as Linux keeps it, in UTF-8 whatever the locale; None if no file can have it."""
+    """Return a file's name as Linux stores it, in UTF-8 whatever the locale; None if no file can have it."""
     try:
         return file_name.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
@@ -302,7 +301,7 @@ def _relative(path: str | Path, source: Path) -> str:
 
 
 def _leads_back(link: Path, source: Path) -> bool:
-    """Return whether a link leads to a folder between it and `source`, or to one that contains these."""
+    """Return whether a link leads to a folder that contains the link itself, so that following it loops."""
     target = link.resolve()
     between = [above for above in link.parents if above.is_relative_to(source)]
     return any(above.resolve().is_relative_to(target) for above in between)
@@ -313,14 +312,14 @@ def _is_image(path: PurePath) -> bool:
 
 
 def _real(images_dir: Path, folder: str) -> str:
-    """Return the folder's absolute path without links; its name alone where no folder can have that."""
+    """Return the folder's absolute path without links; the name itself if no folder can have it."""
     with suppress(ValueError):
         return decoded_name(os.path.realpath(os.fsencode(path_of(images_dir, folder))))
     return folder
 
 
 def _listing(images_dir: Path, folder: str) -> set[str]:
-    """Return the names in a folder that a JSON names; none where it does not exist."""
+    """Return the names in a folder that a JSON refers to; none if the folder does not exist."""
     try:
         with os.scandir(path_of(images_dir, folder)) as entries:
             return {decoded_name(os.fsencode(entry.name)) for entry in entries}

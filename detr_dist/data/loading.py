@@ -1,4 +1,4 @@
-"""Loader processes: batches of a data set in the order of a batch sampler, handed over in shared memory."""
+"""Loader processes: batches of a data set in the order of a batch sampler, passed in shared memory."""
 
 import logging
 import math
@@ -28,22 +28,22 @@ SHARED_MEMORY = Path("/dev/shm")
 
 _MOST_BY_DEFAULT = 4
 
-# A loader process finishes its current batch before it ends; one that hangs on a disk never does.
+# A loader process finishes its current batch before it ends; one that hangs on a disk never ends.
 _END_WITHIN_S = 2.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Need(NamedTuple):
-    """Bytes of shared memory for all that the loaders of one process may have loaded."""
+    """Bytes of shared memory for all batches that the loaders of one process may hold at once."""
 
     at_least: int
-    """With the smallest images."""
+    """The bytes if all images have the smallest size."""
     at_most: int
-    """With the largest images."""
+    """The bytes if all images have the largest size."""
 
     def beside(self, other: "Need") -> "Need":
-        """Return what both need while they exist at the same time."""
+        """Return the need of two loaders that exist at the same time."""
         return Need(self.at_least + other.at_least, self.at_most + other.at_most)
 
 
@@ -53,7 +53,7 @@ def num_loader_processes(setting: int | Literal["auto"]) -> int:
 
 
 def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
-    """Return what the loader of one process takes of /dev/shm when it has loaded all that it may."""
+    """Return how much of /dev/shm the loader of one process takes when it is as far ahead as it may be."""
     num_workers = num_loader_processes(config.data.num_workers)
     if num_workers == 0:
         return Need(0, 0)
@@ -73,8 +73,7 @@ def check_room(need: Need) -> None:
     """Warn if /dev/shm may be too small for the loaders of all processes on this host.
 
     Raises:
-        LoaderError: it is too small in any case. Loaders that are ahead of training, as they should be, would
-            fill it.
+        LoaderError: it is too small even for the smallest images, so that loaders ahead of training fill it.
     """
     room = _room()
     if room is not None and room[0] < num_local_processes() * need.at_least:
@@ -87,7 +86,7 @@ class BatchLoader:
     """Iterates over batches; each iteration has its own loader processes, until it is closed.
 
     Raises:
-        DetrDistError: while iterating, in one line, whatever loading raises or a loader process dies of.
+        DetrDistError: while iterating, with one line, if loading fails or a loader process dies.
     """
 
     def __init__(
@@ -99,12 +98,14 @@ class BatchLoader:
         pin_memory: bool,
         need: Need,
     ) -> None:
-        """`need` is reported when shared memory runs out."""
+        """Take `need` for the message when shared memory runs out."""
         self._need = need
         num_workers = num_loader_processes(config.num_workers)
         self._failures: SimpleQueue[DetrDistError] | None
         self._failures = multiprocessing.SimpleQueue() if num_workers else None
-        with warnings.catch_warnings(action="ignore"):  # of more processes than cores: as the user asked for
+        with warnings.catch_warnings(
+            action="ignore"
+        ):  # on more processes than cores, which the user asked for
             self._loader: DataLoader[Any] = DataLoader(
                 _Batches(dataset, need, self._failures),
                 sampler=batch_sampler,
@@ -140,14 +141,16 @@ class BatchLoader:
             raise failure("starting the loader processes failed", error) from None
         finally:
             processes += set(multiprocessing.active_children()) - before
-            # Torch would raise the end of a loader process wherever the main thread then is.
+            # Torch would raise an error about the end of a loader process anywhere in the main thread.
             if signal.getsignal(signal.SIGCHLD) is not handler and handler is not None:
                 signal.signal(signal.SIGCHLD, handler)
 
     def _next(self, batches: Iterator[Any], processes: list[BaseProcess]) -> Batch | DetrDistError | None:
-        """Return the next batch, None at the end, or what has gone wrong in any loader process, although its
-        batch may not be due yet. It is not raised here: the traceback of torch's error would keep the loader
-        processes."""
+        """Return the next batch, None at the end, or the first error of any loader process.
+
+        The error is returned even before its batch is due. It is not raised here, because the traceback of
+        torch's error would keep the loader processes alive.
+        """
         if self._failures is not None and not self._failures.empty():
             return self._failures.get()
         if (death := self._death(processes)) is not None:
@@ -158,7 +161,7 @@ class BatchLoader:
             return self._death(processes) or failure("loading images failed", error)
 
     def _death(self, processes: list[BaseProcess]) -> DetrDistError | None:
-        """Return what a loader process has died of, if one has."""
+        """Return why a loader process has died, if one has."""
         code = next((process.exitcode for process in processes if process.exitcode), None)
         if code is None:
             return None
@@ -176,19 +179,22 @@ class BatchLoader:
 
 
 class _Batches(Dataset[Batch | DetrDistError]):
-    """Batches by their keys. Failures are returned: of what is raised in a loader process torch would pass on
-    the text only, and nothing of what fails while a batch is sent."""
+    """Batches by their keys, or errors, which are returned instead of raised.
+
+    Torch would pass on only the text of what a loader process raises, and nothing of an error while a batch
+    is sent.
+    """
 
     def __init__(
         self, samples: CocoDetectionDataset, need: Need, failures: "SimpleQueue[DetrDistError] | None"
     ) -> None:
         self._samples = samples
         self._need = need
-        self._failures = failures  # passes on the first at once, and not when the batch is due
+        self._failures = failures  # delivers the first error at once, before its batch is due
 
     def __getitem__(self, keys: list[SampleKey]) -> Batch | DetrDistError:
         batch = self._load(keys)
-        # One is enough: when the pipe is full, `put` waits for a reader that may wait for this batch.
+        # Only one: when the pipe is full, `put` would wait for a reader that may wait for this batch.
         if isinstance(batch, DetrDistError) and self._failures is not None and self._failures.empty():
             self._failures.put(batch)
         return batch
@@ -208,7 +214,7 @@ class _Batches(Dataset[Batch | DetrDistError]):
             return batch.share_memory() if is_loader else batch
         except Exception as error:
             room = _room()
-            num_bytes = 2 * sum(sample.image.nbytes for sample in samples)  # with the padding, and some room
+            num_bytes = 2 * sum(sample.image.nbytes for sample in samples)  # with padding, and some reserve
             if is_loader and room is not None and room[1] < num_bytes:
                 return LoaderError(f"shared memory ran out: {_describe_room(self._need)}")
             return failure("putting a batch together failed", error)
@@ -220,7 +226,7 @@ def _unchanged(batch: Any) -> Any:
 
 @contextmanager
 def _killed_after(seconds: float, processes: list[BaseProcess]) -> Iterator[None]:
-    """Kill the remaining processes after so long, or on leaving: there is nothing in them to save."""
+    """Kill the remaining processes after `seconds`, or on leaving: they have nothing to save."""
 
     def kill() -> None:
         for process in processes:
@@ -238,10 +244,11 @@ def _killed_after(seconds: float, processes: list[BaseProcess]) -> Iterator[None
 
 
 def _set_signals_of_loader(worker_id: int) -> None:
-    """Ignore requests to stop, which often go to all processes of a job: a loader process that ended by one
-    would take the trainer with it before it has saved. It ends with its trainer, or a minute later.
+    """Ignore stop signals in a loader process, and reset torch's handlers.
 
-    The trainer reports in one line what a loader process dies of: torch's own handlers print another.
+    Stop signals often go to all processes of a job, and a loader process that ended would end the trainer
+    before it has saved. It ends with its trainer, or a minute later. The trainer itself reports in one line
+    why a loader process died; torch's handlers would print more.
     """
     signal.set_wakeup_fd(-1)  # the trainer's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -264,7 +271,7 @@ def num_local_processes() -> int:
 
 
 def _room() -> tuple[int, int] | None:
-    """Return total and free bytes of /dev/shm; None where there is none, or one without a limit."""
+    """Return total and free bytes of /dev/shm; None if there is none, or it has no limit."""
     try:
         usage = shutil.disk_usage(SHARED_MEMORY)
     except OSError:
@@ -273,7 +280,7 @@ def _room() -> tuple[int, int] | None:
 
 
 def _describe_room(need: Need) -> str:
-    """Return in words how large /dev/shm is, what is needed, and how to get it."""
+    """Describe how large /dev/shm is, how much is needed, and how to enlarge it."""
     room = _room()
     size = f"has {_mib(room[0])}, {_mib(room[1])} of them free" if room is not None else "is missing"
     needed = num_local_processes() * need.at_most

@@ -1,6 +1,6 @@
-"""The rules for the records of a COCO JSON: what breaks one is a finding, the other records become columns.
+"""The rules for the records of a COCO JSON; violations become findings, the other records become columns.
 
-Each rule looks at a whole column. Loading a data set raises the first error, `check-data` shows all of them.
+Each rule examines a complete column. Loading a data set raises the first error, `check-data` shows them all.
 """
 
 from collections import Counter
@@ -23,12 +23,12 @@ from detr_dist.data.images import (
 )
 
 MIN_BOX_EXTENT_PX = 1e-3
-"""A box this narrow or flat has no extent: far under a pixel, still over float32's rounding at 4000 px."""
+"""Boxes this narrow or flat have no extent: far below a pixel, still above float32's rounding at 4000 px."""
 
 NO_SUPERCATEGORY = {"", "-", "n/a", "nan", "none", "null", "undefined"}
-"""How exporters write that a category has no supercategory; a class of such a name groups nothing."""
+"""Supercategories by which exporters mean "none"; a class with such a name groups nothing."""
 
-# What breaks a rule: the thing that is counted, and what is wrong with it or what to do.
+# For each broken rule: the noun that is counted, and the problem or the remedy.
 RULES = {
     "malformed_record": ("record", "not in the form that COCO requires; correct or remove them"),
     "malformed_box": ("box", "not of four finite numbers [x, y, width, height] in pixels; correct them"),
@@ -47,7 +47,7 @@ _UNKNOWN = -1  # width or height
 
 
 class Category(NamedTuple):
-    """One that the JSON lists."""
+    """A category that the JSON lists."""
 
     id: int
     name: str
@@ -62,7 +62,7 @@ class Records:
     """
 
     findings: list[Finding]
-    listed_files: list[str]  # of images at fault, too
+    listed_files: list[str]  # including faulty images
     missing_files: frozenset[str]
     categories: list[Category]
     image_ids: Integers  # [N]
@@ -73,7 +73,7 @@ class Records:
     category_ids: Integers  # [M]
     boxes_xywh_px: Floats  # [M, 4]
     iscrowd: Mask  # [M]
-    areas: Floats  # [M] as annotated (of the outline, where there is one), else of the box
+    areas: Floats  # [M] as annotated (of the outline, if there is one), else of the box
 
 
 def check_records(
@@ -81,8 +81,9 @@ def check_records(
 ) -> Records:
     """Apply the rules to the images, annotations and categories of a document.
 
-    The boxes of a record at fault are left out with it, and are no fault of their own; categories of one name
-    are merged. Without `check_files` no image file need exist, and without `needs_classes` no category.
+    The boxes of a faulty record are left out with it, and are not faults themselves; categories of one name
+    are merged. Without `check_files` image files need not exist; without `needs_classes` no category needs
+    to.
     """
     faults = Faults(RULES)
     images = Section("images", document, faults)
@@ -142,7 +143,7 @@ class _Files(NamedTuple):
 
 
 def _read_images(images: Section, images_dir: Path, *, check_files: bool) -> _Files:
-    """Read names and sizes. Where the JSON has no size, the header of the image file is read."""
+    """Read names and sizes; a size that the JSON lacks is read from the header of the image file."""
     names = images.texts("file_name")
     listed = [name for name in names if name]
     sizes_hw = np.stack([images.integers(side, default=_UNKNOWN) for side in ("height", "width")], axis=1)
@@ -181,7 +182,7 @@ def _read_images(images: Section, images_dir: Path, *, check_files: bool) -> _Fi
 def _merge_categories(
     categories: Section, names: list[str], category_ids: Integers
 ) -> tuple[list[Category], Integers]:
-    """Return the sound categories by id, and the category of each box after those of one name are merged."""
+    """Merge categories of one name; return the sound categories by id, and the category of each box."""
     groups = [_group(value) for value in categories.column("supercategory", None)]
     rows = np.flatnonzero(categories.sound)
     members, used_ids = Counter(groups[row] for row in rows), set(category_ids.tolist())
@@ -202,8 +203,7 @@ def _merge_categories(
 
 
 def _group(supercategory: object) -> str | None:
-    """Return the name of the category that it is part of; None if it is part of none, however that is
-    written."""
+    """Return the name of a supercategory; None for all ways to write that there is none."""
     is_name = isinstance(supercategory, str) and supercategory.strip().casefold() not in NO_SUPERCATEGORY
     return str(supercategory) if is_name else None
 

@@ -1,4 +1,4 @@
-"""Which samples make which optimizer step, on which process: pure functions of the seed and the position."""
+"""Assignment of samples to optimizer steps and processes: pure functions of the seed and the position."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,17 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 from detr_dist.errors import UsageError
 
 SampleKey = tuple[int, int]
-"""Epoch and index of a sample: with the seed they determine it."""
+"""Epoch and index of a sample; with the seed they determine the sample."""
 
 SizeOf = Callable[[SampleKey], tuple[int, int]]
-"""Returns height and width of a sample as the network will see it."""
+"""A function that returns height and width of a sample after augmentation."""
 
 WINDOW_STEPS = 32
-"""Similar shapes are grouped within the samples of so many steps. More would pad less, and shuffle less."""
+"""Similar shapes are grouped within this many steps. With more there is less padding, and less shuffling."""
 
 
 class Purpose(IntEnum):
-    """What random numbers are for; the same position draws independent ones for each purpose."""
+    """Uses of random numbers; the same position draws independent numbers for each of them."""
 
     SHUFFLE = 1
     AUGMENT = 2
@@ -48,11 +48,11 @@ def epoch_order(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def group_by_shape(sizes_hw: NDArray[np.int64], step_size: int) -> NDArray[np.int64]:
-    """Return places [S, step_size] of images of these sizes [S * step_size, 2], similar heights and widths in
-    one step: all images of a step are padded to one canvas.
+    """Group images of sizes [S * step_size, 2] by similar shape; return their positions, [S, step_size].
 
-    The images are halved by the side that differs most, and the halves again. A step stands where its first
-    image stood, and similar images stay in their order. Integers only: all processes must agree.
+    All images of a step are padded to one canvas. The images are halved by the side that differs most, and
+    the halves again. A step takes the place of its first image, and similar images stay in their order.
+    Integers only: all processes must agree.
     """
     steps = np.array(list(_halve(np.arange(len(sizes_hw)), sizes_hw, step_size)))
     return steps[np.argsort(steps[:, 0])]
@@ -75,10 +75,10 @@ def _halve(
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """How an epoch is cut into optimizer steps, those into processes, those into micro-batches.
+    """The split of an epoch into optimizer steps, of a step over processes, and of these into micro-batches.
 
-    Only the product `global_batch_size` decides which samples a step sees. The incomplete tail of an epoch is
-    left out: every step normalises over the same number of images.
+    Only the product `global_batch_size` decides which samples a step has. The incomplete tail of an epoch is
+    left out, so that every step normalises over the same number of images.
     """
 
     num_samples: int
@@ -97,10 +97,12 @@ class StepPlan:
 
     @property
     def global_batch_size(self) -> int:
+        """Images per optimizer step, over all processes and micro-batches."""
         return self.batch_size * self.num_processes * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
+        """Complete optimizer steps per epoch."""
         return self.num_samples // self.global_batch_size
 
     @property
@@ -111,10 +113,10 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatchSampler:
-    """The keys of this process's micro-batches, from optimizer step `start_step` on for `num_steps` steps.
+    """The keys of this process's micro-batches for `num_steps` optimizer steps, starting at `start_step`.
 
-    Steps count through all epochs. A loader that takes this as its batch sampler delivers one stream without
-    a pause between epochs. With `size_hw` the samples of every `WINDOW_STEPS` steps are put into steps of
+    Steps are numbered through all epochs. A loader with this batch sampler delivers one stream without a
+    pause between epochs. With `size_hw` the samples of every `WINDOW_STEPS` steps are grouped into steps of
     similar shape.
     """
 
@@ -142,13 +144,12 @@ class MicroBatchSampler:
             for micro_batch in own.tolist():
                 yield [(epoch, index) for index in micro_batch]
             if size_hw is not None and step + WINDOW_STEPS < end:
-                # A step's part of the next window, so that training does not pause for all of it at once.
+                # Prepare a part of the next window in each step, so that training does not pause for it.
                 for key in self._keys(step + WINDOW_STEPS):
                     size_hw(key)
 
     def _window(self, first: int, size_hw: SizeOf | None) -> NDArray[np.int64]:
-        """Return the samples of the steps from `first` on, up to `WINDOW_STEPS` of the same epoch, [steps,
-        global batch]."""
+        """Return the samples [steps, global batch] of up to `WINDOW_STEPS` steps of an epoch from `first`."""
         left_in_epoch = self.plan.steps_per_epoch - first % self.plan.steps_per_epoch
         steps = range(first, first + min(WINDOW_STEPS, left_in_epoch))
         keys = [key for step in steps for key in self._keys(step)]
@@ -175,25 +176,27 @@ def round_up(size_hw: tuple[int, int], multiple: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class CanvasRule:
-    """Decides what to pad the images of a step to.
+    """The size to which the images of a step are padded.
 
-    A GPU plans its convolutions and its attention again for each new size, so few should occur.
+    A GPU plans its convolutions and its attention again for each new size, so there should be few.
     """
 
     multiple: int = 1
-    """Round height and width up to multiples of so many pixels."""
+    """Round height and width up to multiples of this many pixels."""
     keep_one_size: bool = True
-    """Leave the images of a step unpadded where all are of one size. Where an augmentation invents sizes,
-    each of those would be one more to plan for."""
+    """Leave the images of a step unpadded if all have one size. Off for augmentations that produce many
+    sizes, as each would be one more to plan for."""
 
     def canvas_hw(self, least_hw: tuple[int, int], most_hw: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width for the images of all processes, from the extremes of theirs."""
+        """Return the canvas for the images of all processes, from their smallest and largest sides."""
         if self.keep_one_size and least_hw == most_hw:
             return most_hw
         return round_up(most_hw, self.multiple)
 
 
 class EvaluationBatch(NamedTuple):
+    """Images of one size that are evaluated together."""
+
     size_hw: tuple[int, int]  # of each image after the resize
     indices: list[int]
 
@@ -201,12 +204,12 @@ class EvaluationBatch(NamedTuple):
 def evaluation_batches(
     sizes_hw: ArrayLike, batch_size: int, *, num_processes: int, process_index: int
 ) -> list[EvaluationBatch]:
-    """Return this process's part of all images, each image in one batch of one process.
+    """Return this process's batches; each image is in one batch of one process.
 
-    Images share a batch only if they are of one size after the resize. A convolution sees the padding at an
-    image's edge; without any, detections are those of the image alone, whatever the batch size, the number of
-    processes and the other images. The largest batches come first, so that a lack of memory shows at once. A
-    process may get none.
+    Images share a batch only if they have one size after the resize, because a convolution sees the padding
+    at an image's edge. Without padding, detections depend neither on the batch size, nor on the number of
+    processes, nor on the other images. The largest batches come first, so that a lack of memory shows at
+    once. A process may get none.
     """
     by_size: dict[tuple[int, int], list[int]] = {}
     for index, (height, width) in enumerate(np.asarray(sizes_hw).tolist()):

@@ -1,7 +1,7 @@
 """Generated football match scenes with exact boxes: a small COCO data set that needs no download.
 
-Beside the image, a second canvas takes the number of the object that is on top at each point, so that a box
-holds exactly the visible part of its object.
+A second canvas holds, for each point of the image, the number of the object that is on top, so that a box
+encloses exactly the visible part of its object.
 """
 
 import json
@@ -21,8 +21,8 @@ from detr_dist.storage import check_new, new_folder
 NUM_TRAIN, NUM_VAL, SEED = 512, 128, 0
 CATEGORIES = {1: "player", 2: "ball"}
 PLAYER_ID, BALL_ID = CATEGORIES
-MIN_VISIBLE_SHARE = 0.25  # an object that is hidden or cut off further than this gets no box
-PLACING_ATTEMPTS = 5  # to find a place where a player hides nobody; then one may
+MIN_VISIBLE_SHARE = 0.25  # an object with less of its area visible gets no box
+PLACING_ATTEMPTS = 5  # to find a place where a player hides nobody; after that, hiding is allowed
 NO_PLAYER_SHARE, NO_BALL_SHARE, BALL_IN_AIR_SHARE = 0.05, 0.15, 0.25
 MAX_PLAYERS = 7
 PLAYER_M = 1.8
@@ -35,7 +35,7 @@ BoxXywh = tuple[float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One image; `boxes_xywh_px[i]` holds the visible part of an object of category `category_ids[i]`."""
+    """One image; `boxes_xywh_px[i]` encloses the visible part of an object of category `category_ids[i]`."""
 
     image: Image.Image
     category_ids: list[int]
@@ -66,10 +66,10 @@ def make_data(
     """Write `train` and `val` below `output_dir`, each with JPEGs and `_annotations.coco.json`.
 
     The same seed gives the same bytes (with the same Pillow and NumPy), and scene i of a split does not
-    depend on how many there are. A folder is complete or absent.
+    depend on the number of scenes. A folder is complete or absent.
 
     Raises:
-        UsageError: impossible numbers, or folders that hold something or cannot be written.
+        UsageError: impossible numbers, or folders that are not empty or cannot be written.
     """
     for option, number, least in (("num-train", num_train, 1), ("num-val", num_val, 1), ("seed", seed, 0)):
         if number < least:
@@ -181,7 +181,7 @@ def _place_ball(rng: np.random.Generator, camera: Camera, players: list[_Thing],
 
 
 def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
-    """Paint the things and their shadows, far ones first; return which number is on top at each point."""
+    """Paint the things and their shadows, far ones first; return the number on top at each point."""
     for thing in things:
         shadow = Image.new("L", (round(0.8 * thing.sprite.width) + 1, round(0.25 * thing.sprite.width) + 1))
         ImageDraw.Draw(shadow).ellipse((0, 0, shadow.width - 1, shadow.height - 1), fill=110)
@@ -196,7 +196,7 @@ def _compose(canvas: Image.Image, things: list[_Thing]) -> Image.Image:
 
 
 def _visible_box(owners: Image.Image, number: int, thing: _Thing, visible_sp: list[int]) -> BoxXywh | None:
-    """Return the smallest box around the visible part of a thing, or None if that is too little of it."""
+    """Return the smallest box around the visible part of a thing; None if too little of it is visible."""
     whole_sp = thing.sprite.getchannel("A").histogram()[255]
     if visible_sp[number] < MIN_VISIBLE_SHARE * whole_sp:
         return None

@@ -1,4 +1,4 @@
-"""What a generated match scene is drawn from: the camera, the pitch and its light, players and balls.
+"""Drawing of the parts of a match scene: the camera, the pitch and its light, players and balls.
 
 Everything is drawn `SUPERSAMPLING` times larger than it is stored. Names in `_px` are in stored pixels, names
 in `_sp` in the larger ones, names in `_m` in metres on the pitch. Players and balls are RGBA images cropped
@@ -41,7 +41,7 @@ FAR_SIDE = 0.75  # brightness of the limbs on the far side of the body
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """Flat ground seen from `height_m` above it; it would end at the row `horizon_px`, above the image."""
+    """A view of flat ground from `height_m` above it; the horizon is at row `horizon_px`, above the image."""
 
     horizon_px: float
     height_m: float
@@ -49,7 +49,7 @@ class Camera:
     heading: float
 
     def px_per_m(self, row_px: Any) -> Any:
-        """Return the scale of what stands on the ground at a row (a number or an array of them)."""
+        """Return the scale of objects that stand on the ground at a row (a number or an array of them)."""
         return (row_px - self.horizon_px) / self.height_m
 
     @property
@@ -115,7 +115,7 @@ def _line_points_m() -> Floats:
 
 
 def draw_markings(rng: np.random.Generator, canvas: Image.Image, camera: Camera) -> None:
-    """Draw pitch lines and spots, and flat things of a ball's size that are no ball."""
+    """Draw pitch lines and spots, and flat objects of a ball's size that are not balls."""
     draw = ImageDraw.Draw(canvas)
     ends_px = camera.to_image(_line_points_m())
     inside = np.all((ends_px > -40) & (ends_px < (WIDTH + 40, HEIGHT + 40)), axis=(1, 2))
@@ -172,7 +172,7 @@ def _to_image(pixels: Floats) -> Image.Image:
 
 
 class Kit(NamedTuple):
-    """What the players of one side wear."""
+    """The clothes of one side's players."""
 
     shirt: Colour
     stripe: Colour

@@ -1,9 +1,9 @@
 """Augmentation and resizing of one image and its boxes, in uint8.
 
-The built-in recipe crops, flips and resizes an image as it was planned before decoding; then come the
-transforms that `data.augmentation` names beside it. They get the image as the network will see it: an effect
-of so many pixels means the same for every camera, there are fewer pixels to change, and steps are still
-planned from the sizes alone, which is why a transform keeps the size.
+The built-in recipe crops, flips and resizes an image by a plan made before decoding. Then the other
+transforms that `data.augmentation` names follow. They get the image at the network's input size: an effect
+measured in pixels means the same for every camera, and there are fewer pixels to change. A transform keeps
+the size, because optimizer steps are planned from the sizes alone.
 
 Every random choice comes from the generator that the caller passes; nothing here uses global random state.
 """
@@ -25,7 +25,7 @@ from detr_dist.data.records import MIN_BOX_EXTENT_PX
 from detr_dist.errors import DataError, UsageError, as_one_line
 from detr_dist.extensions import RECIPES, TRANSFORMS, register_transform
 
-# The published recipe in its own pixels, where a full image has 800 on its shorter side.
+# The published recipe in its own pixels: the shorter side of a full image has 800.
 DETR_EDGE = 800
 DETR_RESIZE_EDGES = tuple(range(480, DETR_EDGE + 1, 32))
 DETR_CROP_RESIZE_EDGES = (400, 500, 600)
@@ -34,14 +34,14 @@ DETR_CROP_EDGES = (384, 600)
 # Mild photometric changes of every second image, as factors of 1 - range to 1 + range.
 BRIGHTNESS_RANGE = 0.2
 CONTRAST_RANGE = 0.2
-CAST_RANGE = 0.1  # of red, green and blue each: another light, another white balance
+CAST_RANGE = 0.1  # for red, green and blue each: simulates other light and white balance
 
 
 class Example(NamedTuple):
     """One image with its boxes, as transforms get and return it.
 
     They get a `tv_tensors.Image` and `tv_tensors.BoundingBoxes`, which the functions of
-    `torchvision.transforms.v2` know; they may return plain tensors.
+    `torchvision.transforms.v2` support; they may return ordinary tensors.
     """
 
     image: Tensor  # uint8 [3, H, W]
@@ -52,27 +52,29 @@ class Example(NamedTuple):
 class Transform(Protocol):
     """A function, or a class that is instantiated without arguments, that changes an example.
 
-    It keeps nothing from call to call, and draws from `rng`, which depends on seed, epoch, sample and the
-    transform's place in the list alone; torch's default generator is seeded from it for the call, so that
-    `torchvision.transforms.v2` can be used. The image keeps its size. Boxes are then clipped to the image,
-    and those without extent dropped.
+    It keeps no state between calls, and draws from `rng`, which depends only on seed, epoch, sample and the
+    transform's place in the list. Torch's default generator is seeded from it for the call, so that
+    `torchvision.transforms.v2` can be used. The image keeps its size. Afterwards boxes are clipped to the
+    image, and those without extent dropped.
     """
 
-    def __call__(self, example: Example, rng: np.random.Generator) -> Example: ...
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the changed example, with an image of the same size."""
+        ...
 
 
 class TransformWithPartners(Protocol):
-    """A `Transform` of several images: it gets `num_partners` other ones of the training data as well.
+    """A `Transform` of several images: it also gets `num_partners` others of the training data.
 
-    The generator chooses them, and each is read when it is first used. The built-in recipe has prepared each
-    as for its own sample, so that their sizes may differ.
+    They are chosen at random, and each is read when it is first used. The built-in recipe has prepared each
+    as its own sample, so that sizes may differ.
     """
 
     num_partners: int
 
-    def __call__(
-        self, example: Example, rng: np.random.Generator, partners: Sequence[Example]
-    ) -> Example: ...
+    def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        """Return the changed example, with an image of the same size."""
+        ...
 
 
 class Colours(NamedTuple):
@@ -83,7 +85,7 @@ class Colours(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What the recipe does to one image, in this order."""
+    """The operations of the recipe on one image, in this order."""
 
     flip: bool
     window: tuple[int, int, int, int] | None  # top, left, height, width of the crop, in pixels of the file
@@ -92,22 +94,23 @@ class Plan(NamedTuple):
 
 
 class NamedTransform(NamedTuple):
-    """A transform that `data.augmentation` names beside the recipe."""
+    """A transform that `data.augmentation` names in addition to the recipe."""
 
     name: str
     function: Callable[..., Any]
 
     @property
     def num_partners(self) -> int:
+        """Number of other images that it needs."""
         return getattr(self.function, "num_partners", 0)
 
     def __call__(
         self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
     ) -> Example:
-        """Return what the transform makes of the example.
+        """Return the transformed example.
 
         Raises:
-            DataError: it returns what no transform may. What it raises itself is passed on.
+            DataError: the transform returned something invalid. Its own exceptions are passed on.
         """
         height, width = example.image.shape[-2:]
         with torch.random.fork_rng(devices=[]):
@@ -118,12 +121,12 @@ class NamedTransform(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DetectionTransform:
-    """Chooses what is done to an image."""
+    """The augmentation and resize of images."""
 
     recipe: str
     shortest_edge: int
     longest_edge: int
-    beside: tuple[NamedTransform, ...] = ()  # what changes the image after the recipe, in this order
+    beside: tuple[NamedTransform, ...] = ()  # applied after the recipe, in this order
 
     def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
         """Make all random choices for an image of this size, before it is decoded."""
@@ -140,10 +143,10 @@ class DetectionTransform:
 
 
 def apply(plan: Plan, example: Example) -> Example:
-    """Return the example as planned, without the boxes that a crop has left without extent.
+    """Apply a plan to an example, and drop boxes that the crop leaves without extent.
 
-    Boxes are in pixels of the file; the image may have been decoded at a reduced scale, unless a window is
-    cut from it.
+    Boxes are in pixels of the file; the image may have been decoded at a reduced scale, unless the plan has a
+    window.
     """
     image, boxes, labels = example
     if plan.flip:
@@ -160,7 +163,7 @@ def apply(plan: Plan, example: Example) -> Example:
 def build_transform(
     augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
 ) -> DetectionTransform:
-    """Return what `data.augmentation` means in training; evaluation only resizes.
+    """Return the transform for `data.augmentation` in training; evaluation only resizes.
 
     Raises:
         UsageError: in training, a transform cannot be found or instantiated.
@@ -183,7 +186,7 @@ def _find_transform(name: str) -> NamedTransform:
     found = TRANSFORMS.find(name, "data.augmentation")
     try:
         function = found() if isinstance(found, type) else found
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(
             f"data.augmentation: {name} cannot be instantiated without arguments: {as_one_line(error)}"
         ) from error
@@ -193,7 +196,7 @@ def _find_transform(name: str) -> NamedTransform:
 
 
 def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Example:
-    """Return what a transform returned, its boxes clipped, if it is an example."""
+    """Check that a transform returned a valid example, and return it with boxes clipped to the image."""
     if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(r, Tensor) for r in result)):
         raise DataError(f"it returned a {type(result).__name__} in place of an Example of three tensors")
     image, boxes, labels = result
@@ -215,13 +218,13 @@ def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Exam
 
 
 def example_of(image: Tensor, boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> Example:
-    """Return an example of plain tensors, with boxes in pixels of an image of this size."""
+    """Return an example of ordinary tensors, with boxes in pixels of an image of this size."""
     corners = tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size_hw)
     return Example(tv_tensors.Image(image), corners, labels)
 
 
 def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Return the size after the resize: the shorter side as configured, unless the longer would be too long.
+    """Return the size after the resize: the shorter side as configured, less if the longer is over its limit.
 
     Source: DETR. Departure: integer arithmetic, so that the limit holds to the pixel.
     """
@@ -236,8 +239,10 @@ def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -
 def areas_after_resize(
     sizes_hw: NDArray[np.int64], augmentation: Augmentation, shortest_edge: int, longest_edge: int
 ) -> tuple[int, int]:
-    """Return the pixels of the smallest and largest image that the resize makes of these sizes [N, 2]; `detr`
-    may stay between them."""
+    """Return the areas of the smallest and largest image after the resize, in pixels, for sizes [N, 2].
+
+    Images of the recipe `detr` lie between them.
+    """
     sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
     areas = [height * width for height, width in sizes]
     if recipe_of(augmentation) == "detr":  # with a crop of almost any shape
@@ -247,9 +252,9 @@ def areas_after_resize(
 
 
 def adjust_colours(image: Tensor, contrast: float, gains_rgb: Sequence[float]) -> Tensor:
-    """Pull every pixel from or to the mean grey of the image, then multiply its three colours.
+    """Scale every pixel's distance to the mean grey of the image by `contrast`, then multiply its colours.
 
-    One pass in 16-bit integers, 64 standing for 1, so products of 2 and more would overflow. Pixels stay
+    One pass in 16-bit integers, where 64 means 1, so products of 2 and more would overflow. Pixels stay
     interleaved, as the decoder and the resize leave them. Saturation is left out: it needs a pixel's three
     colours at once, which costs as much as the resize, and in torchvision's ColorJitter ten times that.
     """
@@ -272,15 +277,15 @@ def _random_colours(rng: np.random.Generator) -> Colours:
 
 
 def _one_of(values: tuple[int, ...], rng: np.random.Generator) -> int:
-    """Return what `rng.choice` does, in a fifth of its time."""
+    """Draw one value like `rng.choice`, in a fifth of its time."""
     return values[rng.integers(len(values))]
 
 
 def _random_window(size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Return a window as DETR cuts it: of 384 to 600 pixels a side after a resize to 400, 500 or 600.
+    """Return a random window like DETR's: 384 to 600 pixels a side after a resize to 400, 500 or 600.
 
-    Source: DETR. Departure: cut from the original, so that its pixels are interpolated only once, in the
-    resize that follows.
+    Source: DETR. Departure: the window is cut from the original, so that its pixels are interpolated only
+    once, by the resize that follows.
     """
     height, width = size_hw
     unit = min(height, width) / _one_of(DETR_CROP_RESIZE_EDGES, rng)
@@ -296,7 +301,7 @@ def _crop(example: Example, window: tuple[int, int, int, int]) -> Example:
 
 
 def _clipped(example: Example) -> Example:
-    """Clip boxes to the image; those without extent are dropped with their labels."""
+    """Clip boxes to the image, and drop those without extent together with their labels."""
     boxes = F.clamp_bounding_boxes(example.boxes)
     kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
     return Example(example.image, tv_tensors.wrap(boxes[kept], like=boxes), example.labels[kept])
@@ -304,10 +309,10 @@ def _clipped(example: Example) -> Example:
 
 @register_transform("mosaic")
 class Mosaic:
-    """Makes every second image of four: more objects in a step, so more matched queries.
+    """Composes every second image of four: more objects in a step, so more matched queries.
 
     The image is divided at a point in its middle half. Each part is filled with a random window of one of
-    the four, at a scale between the least that fills it and that of the image itself.
+    the four images, at a scale between the smallest that fills it and the image's own.
 
     Source: YOLOv4; for DETR, DEIM (dense one-to-one matching).
     """
@@ -315,6 +320,7 @@ class Mosaic:
     num_partners: ClassVar[int] = 3
 
     def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
+        """Return the example itself, or a mosaic of it and its partners."""
         if rng.random() < 0.5:
             return example
         image, boxes, labels = torch.empty_like(example.image), [], []

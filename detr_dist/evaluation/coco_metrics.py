@@ -21,15 +21,15 @@ from detr_dist.evaluation.matching import (
 
 IOUS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-"""Where precision is read off."""
+"""Recall values at which precision is sampled."""
 SIZES = ("small", "medium", "large")
-"""Of boxes, by their area in pixels of the original image."""
+"""Sizes of boxes, by their area in pixels of the original image."""
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
-"""From and to, of all sizes and of each; a box at a limit belongs to both sides."""
+"""Smallest and largest area, for all sizes together and for each; a box at a limit belongs to both sides."""
 DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)
-"""Detections of an image and class, for recall."""
+"""Numbers of detections of an image and class for which recall is computed."""
 MAX_NAME_BYTES = 250 - len("val__precision")
-"""Of a class in a metric's name: MLflow takes 250 characters, and its file store makes file names of them."""
+"""Largest class name in a metric's name: MLflow takes 250 characters, which its file store uses in paths."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class CocoMetrics:
     """COCO's AP and AR."""
 
     metrics: dict[str, float]
-    """By name; those without any box to compute them from are absent."""
+    """Values by metric name; metrics without any box to compute them from are absent."""
     ap_by_size: NDArray[np.float64]
     """[C, 3], AP of each class for boxes of each of `SIZES`; NaN without any such box."""
 
@@ -47,7 +47,7 @@ def compute_coco_metrics(data: CocoData, records: DetectionRecords) -> CocoMetri
 
     AP at IoU 0.50:0.05:0.95: `map` over all classes, `<class>_map` of each, `map_small`, `map_medium` and
     `map_large` of boxes of that size; `map_50` and `map_75` at these IoUs; `mar_1`, `mar_10` and `mar_100`,
-    the average recall with so many detections of each image and class.
+    the average recall with at most that many detections of each image and class.
 
     Source: COCOeval of pycocotools, equal to the last digits.
     """
@@ -77,15 +77,17 @@ def _precision_and_recall(
     candidates: Candidates,
     area: tuple[float, float],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision [C, T, R] at the least `IOUS` and at `RECALLS`, and recall [C, T, 3] with
-    `DETECTION_LIMITS` detections, on boxes of one range of areas; NaN for classes without any. `ranks` [D] is
-    each detection's place among those of its image and class."""
+    """Return precision [C, T, R] and recall [C, T, 3] on boxes of one range of areas.
+
+    Precision is at the T minimum `IOUS` and the R `RECALLS`, recall with the `DETECTION_LIMITS`; both are NaN
+    for classes without such boxes. `ranks` [D] is each detection's rank among those of its image and class.
+    """
     low, high = area
     ignored = data.iscrowd | (data.areas < low) | (data.areas > high)
     found = match_at_ious(candidates, data.iscrowd, ignored, IOUS)
     left, top, right, bottom = detections.boxes_xyxy_px.T.astype(np.float64)
     extents = (right - left) * (bottom - top)
-    # Neither true nor false positive: a match with an ignored box, or of another size without a match.
+    # Neither true nor false positive: matched with an ignored box, or unmatched and of another size.
     is_tp = np.zeros((len(IOUS), len(extents)), dtype=np.bool_)
     is_tp[:, candidates.rows] = (found >= 0) & ~ignored[found]
     is_fp = np.tile((extents >= low) & (extents <= high), (len(IOUS), 1))
@@ -106,8 +108,10 @@ def _precision_and_recall(
 def _precision_at_recalls(
     is_tp: NDArray[np.bool_], is_fp: NDArray[np.bool_], num_truth: int
 ) -> NDArray[np.float64]:
-    """Return [R], the best precision at each recall or a higher one, 0 where it is not reached; detections
-    come by descending score."""
+    """Return the best precision [R] at each recall or a higher one, 0 if the recall is not reached.
+
+    Detections are given by descending score.
+    """
     num_tp = np.cumsum(is_tp, dtype=np.float64)
     precision = num_tp / (num_tp + np.cumsum(is_fp) + np.spacing(1))
     best_from_here = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
@@ -116,17 +120,16 @@ def _precision_at_recalls(
 
 
 def _mean_of_known(values: NDArray[np.float64]) -> float:
-    """Return the mean of what is not NaN; NaN if there is nothing."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan
 
 
 def metric_names(class_names: Sequence[str]) -> list[str]:
-    """Return each class name as it stands in metric names: lower case, anything but letters, digits and _
-    replaced by _.
+    """Return the form of each class name in metric names.
 
-    A name that another class has already gets its class index appended. A name that is too long for MLflow
-    ends in a hash of it.
+    Lower case, with _ for anything but letters, digits and _. A name that another class already has gets its
+    class index appended. A name that is too long for MLflow is cut and ends in a hash.
     """
     names: dict[str, None] = {}
     for index, class_name in enumerate(class_names):

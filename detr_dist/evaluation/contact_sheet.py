@@ -1,4 +1,4 @@
-"""The images of an evaluation with most errors on one sheet, with what is there and what was detected."""
+"""One sheet with the images that have the most errors, showing annotations and detections."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,13 +40,13 @@ def image_errors(data: CocoData, matches: Matches) -> dict[str, NDArray[np.int64
 
 
 def describe_errors(errors: dict[str, NDArray[np.int64]], row: int | None = None) -> str:
-    """Return the errors in one image, or in all, in words; empty if there are none."""
+    """Describe the errors in one image, or in all; empty if there are none."""
     counts = {kind: int(each.sum() if row is None else each[row]) for kind, each in errors.items()}
     return ", ".join(f"{kind}: {count:,}" for kind, count in counts.items() if count)
 
 
 def worst_first(errors: dict[str, NDArray[np.int64]]) -> list[int]:
-    """Return the rows of all images by number of errors, equal ones in the order of the data set."""
+    """Return the rows of all images, most errors first; equal ones stay in the order of the data set."""
     order: list[int] = np.argsort(-sum(errors.values()), kind="stable").tolist()
     return order
 
@@ -58,7 +58,7 @@ def contact_sheet(data: CocoData, matches: Matches) -> Image.Image:
     num_columns = min(NUM_COLUMNS, len(rows))
     shape = np.median(data.sizes_hw[rows, 0] / data.sizes_hw[rows, 1])
     tile_height = round(TILE_WIDTH * float(np.clip(shape, 0.4, 1.3)))
-    width = GAP + max(num_columns, 2) * (TILE_WIDTH + GAP)  # the title needs as much
+    width = GAP + max(num_columns, 2) * (TILE_WIDTH + GAP)  # at least two columns, for the title
     in_all = describe_errors(errors)
     title = f"{len(rows)} of {len(data):,} images, worst first. In all: {in_all}"
     head = _head(title if in_all else f"No errors in {len(data):,} images", width)

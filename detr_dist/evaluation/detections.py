@@ -1,4 +1,4 @@
-"""What a detector finds in images: one image's detections, those of many as columns, the pass over images."""
+"""Detections: of one image, of many images as columns, and the pass of images through a detector."""
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -77,7 +77,7 @@ class DetectionRecords:
 
     @classmethod
     def concatenate(cls, parts: Sequence["DetectionRecords"]) -> "DetectionRecords":
-        """Join the parts, ordered by image: the result does not depend on who evaluated which image."""
+        """Join the parts, ordered by image: the result does not depend on the split over processes."""
         columns = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("evaluated_rows", "image_rows", "boxes_xyxy_px", "scores", "labels")
@@ -91,11 +91,11 @@ class DetectionRecords:
         return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
     def at_least(self, scores: NDArray[np.float64]) -> "DetectionRecords":
-        """Return the detections that reach the least score of their class; `scores` [C]."""
+        """Return the detections that reach the minimum score of their class; `scores` [C]."""
         return self.take(np.flatnonzero(self.scores >= scores[self.labels]))
 
     def of_image(self, row: int, class_names: Sequence[str]) -> Detections:
-        """Return the detections of one image, where those of all are ordered by image."""
+        """Return the detections of one image; requires that these records are ordered by image."""
         own = slice(*np.searchsorted(self.image_rows, [row, row + 1]))
         labels = self.labels[own]
         names = tuple(class_names[label] for label in labels)
@@ -105,7 +105,7 @@ class DetectionRecords:
 def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
     """Return detections for pycocotools' `loadRes`, with the ids of the data set's own JSON.
 
-    Those of classes that it does not list are left out.
+    Detections of classes that the JSON does not list are left out.
     """
     is_listed = np.array([category_id is not None for category_id in data.category_ids])
     records = records.take(np.flatnonzero(is_listed[records.labels]))
@@ -123,22 +123,22 @@ def coco_results(data: CocoData, records: DetectionRecords) -> list[dict[str, An
 
 
 class Predicted(NamedTuple):
-    """What a detector predicts for one batch of images."""
+    """The predictions of a detector for one batch of images."""
 
     rows: list[int]
-    """Of the images in the data set."""
+    """Rows of the images in the data set."""
     batch: Batch
-    """On the device."""
+    """The batch, on the device."""
     outputs: dict[str, Tensor]
     """`pred_logits` and `pred_boxes` of all decoder layers, float32."""
     records: DetectionRecords
     """The detections, on the host."""
     unreadable: dict[int, str]
-    """Why the image of a row cannot be read; a black one was evaluated, and has no detections."""
+    """Row and reason of each image that cannot be read; a black one was evaluated, and has no detections."""
 
 
 class _Images(CocoDetectionDataset):
-    """The images of a data set, some of which may be in memory instead of a file."""
+    """The images of a data set; some of them may be in memory instead of in files."""
 
     def __init__(self, data: CocoData, edges: tuple[int, int], pixels: Mapping[int, Tensor]) -> None:
         super().__init__(data, build_transform("none", *edges, train=False), seed=0, train=False)
@@ -159,8 +159,8 @@ class _Images(CocoDetectionDataset):
 class ImagePass:
     """Passes this process's part of a data set's images through a detector, any number of times.
 
-    Images are resized, but not padded: the predictions for an image depend neither on the batch size, nor on
-    the number of processes, nor on the other images.
+    Images are resized but not padded, so that the predictions for an image do not depend on the batch size,
+    the number of processes or the other images.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ImagePass:
         process_index: int = 0,
         pixels: Mapping[int, Tensor] | None = None,
     ) -> None:
-        """Prepare the images; `pixels`, uint8 [3, H, W] by row, are of those that are not read from files."""
+        """Prepare the images; `pixels` holds those that are in no file, as uint8 [3, H, W] by row."""
         self._device = device
         self._has_bar = process_index == 0
         self._memory = DeviceMemory(config, device)
@@ -196,7 +196,7 @@ class ImagePass:
 
     @torch.no_grad()
     def run(self, detector: Detector) -> Generator[Predicted]:
-        """Yield the predictions of a detector in evaluation mode by batch, with a bar on a terminal."""
+        """Yield the predictions of a detector in evaluation mode, batch by batch, with a progress bar."""
         with closing(iter(self._loader)) as batches, ExitStack() as held:
             bar: ProgressBar | None = None
             if self._has_bar and len(self._batches) > 1:
@@ -220,8 +220,8 @@ class ImagePass:
                     bar.advance()
 
     def _forward(self, detector: Detector, batch: Batch, planned: EvaluationBatch) -> dict[str, Tensor]:
-        # The detector does not bring its own precision. What was compiled for training would round otherwise
-        # than the same model does later, and be compiled for each size of images.
+        # The precision is not part of the detector. A network compiled for training would round differently
+        # from the saved model, and be compiled again for each size of images.
         with (
             self._memory.explained(
                 "in evaluation",

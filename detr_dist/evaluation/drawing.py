@@ -9,28 +9,29 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = "DejaVu Sans"
-"""Comes with matplotlib, so it looks the same everywhere."""
+"""A font that comes with matplotlib, so that text looks the same everywhere."""
 MAX_CHARACTERS = 24
-"""Of a name in a plot or image."""
+"""Characters of a name in a plot or image."""
 LIGHTNESS = np.array([0.299, 0.587, 0.114])
-"""Weights of red, green and blue in how light a colour looks."""
+"""Weights of red, green and blue in the lightness of a colour."""
 MIN_FONT_PX = 10
 MIN_BOX_PX = 6
-"""A box with a shorter side is drawn larger, so that it is visible."""
+"""Minimum side of a drawn box, in pixels; smaller boxes are drawn larger, so that they are visible."""
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]
-"""Left, top, right and bottom, all inside."""
+"""Left, top, right and bottom pixel, all inclusive."""
 
 
 @cache
 def font(size_px: int) -> ImageFont.FreeTypeFont:
+    """Load the font in a size."""
     return ImageFont.truetype(_font_path(), size_px)
 
 
 @cache
 def _letters() -> frozenset[int]:
-    from matplotlib.ft2font import FT2Font  # what draws nothing starts without matplotlib
+    from matplotlib.ft2font import FT2Font  # slow to import, and needed only for drawing
 
     return frozenset(FT2Font(_font_path()).get_charmap())
 
@@ -42,8 +43,7 @@ def _font_path() -> Path:
 
 
 def drawable(name: str, otherwise: str = "?", *, limit: int = MAX_CHARACTERS) -> str:
-    """Return the name as far as the font can show it, shortened in the middle; `otherwise` if nothing is
-    left."""
+    """Return the characters of a name that the font has, shortened in the middle; `otherwise` for none."""
     letters = _letters()
     shown = "".join(letter for letter in name if letter.isprintable() and ord(letter) in letters).strip()
     if len(shown) > limit:
@@ -52,19 +52,19 @@ def drawable(name: str, otherwise: str = "?", *, limit: int = MAX_CHARACTERS) ->
 
 
 def class_label(index: int, name: str) -> str:
-    """Return what stands for a class in a plot or image."""
+    """Return the label of a class in a plot or image."""
     return drawable(name, f"class {index}")
 
 
 def class_colour(index: int) -> Colour:
-    """Return the colour of a class in an image, always the same; after some hundred classes they repeat."""
+    """Return the fixed colour of a class in images; colours repeat after some hundred classes."""
     colours = _colours()
     return colours[index % len(colours)]
 
 
 @cache
 def _colours() -> list[Colour]:
-    """Order colours so that each is as far from all before it as possible, without greys and extremes."""
+    """Return colours, each as far from all before it as possible, without greys and extremes."""
     levels = np.arange(0, 256, 51)
     cube = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(-1, 3)
     lightness = cube @ LIGHTNESS
@@ -92,8 +92,8 @@ class Mark:
 def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> None:
     """Draw boxes and captions into the RGB image, with lines and letters in proportion to it.
 
-    The first mark lies on top. Captions neither leave the image nor cover one another; where there is no
-    room, that of the earlier mark is written.
+    The first mark is on top. Captions neither leave the image nor overlap; if two compete for room, that of
+    the earlier mark is written.
     """
     unit = (image.width * image.height) ** 0.5
     thick, size_px = max(2, round(unit / 300)), max(MIN_FONT_PX, round(unit / 42))
@@ -111,7 +111,7 @@ def draw_marks(image: Image.Image, marks: Sequence[Mark]) -> None:
 
 
 def _frame(mark: Mark, image: Image.Image, width: int) -> Rectangle:
-    """Return the outermost pixels of the lines: around the box, as far as the image reaches."""
+    """Return the outermost pixels of the lines around the box, limited to the image."""
     low, high = np.array(mark.box_xyxy_px, dtype=np.float64).reshape(2, 2)
     extents = np.array(image.size)
     missing = (MIN_BOX_PX - (high - low)).clip(min=0) / 2
@@ -135,7 +135,7 @@ def _draw_dashed(image: Image.Image, frame: Rectangle, width: int, colour: Colou
 def _write_caption(
     image: Image.Image, mark: Mark, frame: Rectangle, width: int, *, size_px: int, taken: list[Rectangle]
 ) -> None:
-    """Write the caption above the box, else under it, else inside it, where no other one is yet."""
+    """Write the caption above the box, else under it, else inside it, wherever no other caption is."""
     letters, margin = font(size_px), max(1, size_px // 6)
     height = sum(letters.getmetrics())
     text = drawable(mark.caption, limit=len(mark.caption))

@@ -29,7 +29,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """M annotated objects of one image, crowds among them."""
+    """M annotated objects of one image, including crowds."""
 
     boxes_xyxy_px: NDArray[np.float64]
     """[M, 4], in pixels of the image as it is stored."""
@@ -43,13 +43,13 @@ class Truth:
 
 @dataclass(frozen=True, eq=False)
 class Details:
-    """What the metrics of an evaluation come from, for plots and for metrics of one's own.
+    """The detections and annotations behind the metrics of an evaluation, for plots and custom metrics.
 
     `for row in range(len(details)): metric(details.detections(row), details.truth(row))`
     """
 
     data: CocoData
-    """N images and their boxes; `image_path(row)`, `image_ids` and `class_names` are among it."""
+    """N images and their boxes, with `image_path(row)`, `image_ids` and `class_names`."""
     records: DetectionRecords
     """All detections, without any threshold."""
     coco: CocoMetrics
@@ -59,11 +59,11 @@ class Details:
         return len(self.data)
 
     def detections(self, row: int) -> Detections:
-        """Return what was found in the image of this row of the data set, without any threshold."""
+        """Return all detections in the image of this row of the data set, without any threshold."""
         return self.records.of_image(row, self.data.class_names)
 
     def truth(self, row: int) -> Truth:
-        """Return what is annotated in that image."""
+        """Return the annotations of the image of this row."""
         rows = self.data.box_rows(row)
         boxes = self.data.boxes_xywh_px[rows].copy()
         boxes[:, 2:] += boxes[:, :2]
@@ -76,17 +76,17 @@ class Scores:
     """The result of an evaluation."""
 
     metrics: dict[str, float]
-    """By their names in MLflow without `val_`, the same on every process; docs/evaluation.md."""
+    """Metrics by their names in MLflow without `val_`, the same on every process; docs/evaluation.md."""
     details: Details | None
-    """On the main process only."""
+    """Detections and annotations, on the main process only."""
 
 
 class _Part(NamedTuple):
     """The result for one process's images."""
 
     records: DetectionRecords
-    losses: dict[str, float]  # what they add to each loss; empty without images
-    finite: bool  # whether all predictions were
+    losses: dict[str, float]  # contributions to each loss; empty without images
+    finite: bool  # whether all predictions were finite
 
 
 class Evaluator:
@@ -102,7 +102,7 @@ class Evaluator:
         thresholds: Sequence[float | None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Prepare the data; `thresholds` of each class replace `evaluation.score_threshold`."""
+        """Prepare the data; `thresholds`, one for each class, replace `evaluation.score_threshold`."""
         self.data = data
         self._images = ImagePass(
             data,
@@ -119,11 +119,11 @@ class Evaluator:
     def evaluate(self, detector: Detector) -> Scores:
         """Return the detector's scores on the data set.
 
-        Collective. The detector must hold the same weights and statistics on every process; it is left in
-        training or evaluation mode as it came.
+        Collective. The detector must hold the same weights and statistics on every process; its training or
+        evaluation mode is restored.
 
         Raises:
-            StopRequested: on every process, when any of them was asked to stop meanwhile.
+            StopRequested: on every process, if any of them was asked to stop during the evaluation.
         """
         was_training = detector.training
         detector.eval()
@@ -174,7 +174,7 @@ class Evaluator:
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:
-        """Detect in this process's images, and sum what they add to the losses."""
+        """Detect in this process's images, and sum their contributions to the losses."""
         criterion = SetCriterion(detector.loss_settings, self._loss_weights)
         counts = self._counts(detector.num_queries)
         parts, finite = [DetectionRecords.none()], True
@@ -197,7 +197,9 @@ class Evaluator:
         return _Part(DetectionRecords.concatenate(parts), sums, finite)
 
     def _counts(self, num_queries: int) -> StepCounts:
-        """Return what the losses of the data set are divided by. An image with more boxes than queries
-        has as many matched as queries."""
+        """Return the denominators of the losses on the data set.
+
+        An image with more boxes than queries counts as many boxes as queries.
+        """
         boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
         return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))

@@ -1,6 +1,6 @@
-"""Which detections match which boxes, by the rules of COCO's evaluation, for all images at once.
+"""Matching of detections and boxes by the rules of COCO's evaluation, for all images at once.
 
-docs/evaluation.md has the rules in words.
+docs/evaluation.md explains the rules.
 """
 
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.detections import DetectionRecords
 
 MAX_DETECTIONS = 100
-"""Of one image and class, the best ones count, as in COCO's own evaluation."""
+"""Only this many detections of an image and class count, the best ones, as in COCO's own evaluation."""
 MIN_IOU = 0.5
-"""The least IoU of a detection with the box that it matches."""
+"""The minimum IoU of a detection with the box that it matches."""
 PAIRS_AT_ONCE = 2**18
-"""Pairs of detection and box whose IoU is computed together: some 50 MB of memory."""
+"""Pairs of detection and box whose IoU is computed at once: some 50 MB of memory."""
 
 
 def best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRecords:
     """Return the detections by descending score, at most `MAX_DETECTIONS` of an image and class.
 
-    Equal scores are in the order of the images' ids, within an image in their own.
+    Equal scores are in the order of the images' ids; within an image they keep their order.
     """
     ordered = records.take(np.lexsort((data.image_ranks[records.image_rows], -records.scores)))
     rank = rank_in_group(ordered.image_rows * data.num_classes + ordered.labels)
@@ -50,7 +50,7 @@ class Candidates:
     rows: NDArray[np.int64]
     """[K], rows of the detections, in their order."""
     turns: NDArray[np.int64]
-    """[K], how many of the same image (and class) choose before it."""
+    """[K], how many candidates of the same image (and class) choose before this one."""
     positions: NDArray[np.int64]
     """[P], of the pair's detection in `rows`."""
     boxes: NDArray[np.int64]
@@ -60,15 +60,17 @@ class Candidates:
 
 
 def find_candidates(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> Candidates:
-    """Pair detections, the best score first, with boxes of their image (and class, if `by_class`) that they
-    overlap with an IoU of at least `MIN_IOU`."""
+    """Pair detections with boxes of their image that they overlap with an IoU of at least `MIN_IOU`.
+
+    Detections come by descending score. With `by_class` the classes must be equal too.
+    """
     num_groups = data.num_classes if by_class else 1
     box_group = data.image_rows * num_groups + (data.box_classes if by_class else 0)
     group = detections.image_rows * num_groups + (detections.labels if by_class else 0)
     boxes_of_groups = np.argsort(box_group, kind="stable")
     first = np.searchsorted(box_group[boxes_of_groups], group, side="left")
     num_boxes = np.searchsorted(box_group[boxes_of_groups], group, side="right") - first
-    # Coordinates apart, [4, ...]: a third less time where many boxes overlap many detections.
+    # Coordinates are separate, [4, ...]: takes a third less time if many boxes overlap many detections.
     truth_xywh = np.ascontiguousarray(data.boxes_xywh_px.T)
     parts = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
     near = np.flatnonzero(num_boxes)
@@ -93,14 +95,14 @@ def match_at_ious(
     ignored: NDArray[np.bool_],
     min_ious: ArrayLike,
 ) -> NDArray[np.int64]:
-    """Return the row of the box that each candidate matches at each of T least IoUs, -1 for none: [T, K].
+    """Return the row of the box that each candidate matches at each of T minimum IoUs, -1 for none: [T, K].
 
-    In its turn each takes, of the boxes that overlap it enough and are still free, the one with the highest
-    IoU; an ignored one ([M], crowds among them) only if there is no other. A crowd may match any number of
-    detections. Of equal IoUs the later box wins.
+    Candidates choose in order of their score. Each takes the free box with the highest sufficient IoU, and an
+    ignored box ([M], including crowds) only if there is no other. A crowd may match any number of detections.
+    Of equal IoUs the later box wins.
 
-    Source: COCOeval.evaluateImg of pycocotools. Instead of one image and detection at a time, the detections
-    of all images that have the same turn choose together.
+    Source: COCOeval.evaluateImg of pycocotools. Instead of one image and detection at a time, the n-th
+    detections of all images choose together.
     """
     turn = candidates.turns[candidates.positions]
     order = np.lexsort(
@@ -127,8 +129,10 @@ def match_at_ious(
 
 
 def match_detections(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> NDArray[np.int64]:
-    """Return the row of the box that each of D detections, the best score first, matches with an IoU of
-    `MIN_IOU` or more, -1 for none: [D]."""
+    """Return the row of the box that each detection matches with an IoU of at least `MIN_IOU`: [D].
+
+    Detections come by descending score; -1 means none.
+    """
     candidates = find_candidates(data, detections, by_class=by_class)
     found = np.full(len(detections.scores), -1)
     (found[candidates.rows],) = match_at_ious(candidates, data.iscrowd, data.iscrowd, [MIN_IOU])
@@ -138,10 +142,10 @@ def match_detections(data: CocoData, detections: DetectionRecords, *, by_class: 
 def _iou(
     found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
-    """Return the IoU of boxes [4, P] with boxes [4, P], pair by pair; with a crowd, the fraction of the first
-    that lies in it.
+    """Return the IoU of boxes [4, P] with boxes [4, P], pair by pair.
 
-    In the order of COCO's operations, so that no pair at the limit falls on another side.
+    With a crowd, return the fraction of the first box that lies in it. Operations are in COCO's order, so
+    that rounding decides the same way for pairs at a limit.
     """
     left, top, width, height = found_xywh
     truth_left, truth_top, truth_width, truth_height = truth_xywh

@@ -33,9 +33,9 @@ STYLE: dict[str, Any] = {
 }
 DPI = 120
 MAX_CLASSES = 80
-"""In a table; with more, lines of text come closer than they can be read."""
-MAX_NAMED = 10  # as many as colours
-"""Curves with a colour and a name of their own; of more classes the best and the worst have one."""
+"""Classes in a table; with more, the lines of text would be too close to be readable."""
+MAX_NAMED = 10  # the number of colours
+"""Curves with their own colour and name; of more classes only the best and the worst are named."""
 COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9", "navy")
 GREY = "0.8"
 SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 96² px")
@@ -44,11 +44,10 @@ SIZE_LABELS = ("small\nup to 32² px", "medium\n32² to 96² px", "large\nfrom 9
 def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
     """Draw an evaluation on `data` into files of a new folder, whatever goes wrong.
 
-    It needs no display and leaves matplotlib's settings as they are.
+    It needs no display and leaves matplotlib's settings unchanged.
 
     Returns:
-        A line for each plot that could not be drawn; the others are there. One line if the folder cannot be
-        written.
+        A line for each plot that could not be drawn, or one line if the folder cannot be written.
     """
     names, points = data.class_names, details.operating_points
     plots: dict[str, Callable[[Path], object]] = {
@@ -66,21 +65,21 @@ def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
                     draw(partial / name)
                 except OSError:
                     raise
-                except Exception as error:  # a library's failure: no reason to lose the other plots
+                except Exception as error:  # any failure of a library; the other plots are drawn
                     failures.append(f"{folder / name}: {as_one_line(error)}")
-    except Exception as error:  # a full disk: no reason to lose a run
+    except Exception as error:  # such as a full disk; the run continues
         return [f"{folder}: {describe_disk_error(error, folder.parent)}"]
     return failures
 
 
 def figure_style() -> AbstractContextManager[None]:
-    """Apply our matplotlib settings while entered, whatever the user's own. They are global meanwhile."""
+    """Apply our matplotlib settings within the block, instead of the user's. They are global."""
     return matplotlib.style.context(["default", STYLE])
 
 
 def _save(figure: Figure, path: Path) -> None:
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # once, where Figure.savefig draws twice
+    canvas.draw()  # draws once, while Figure.savefig draws twice
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(path)
 
 
@@ -97,7 +96,7 @@ def _empty_figure(title: str) -> Figure:
 
 
 def precision_recall_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) -> Figure:
-    """Plot precision over recall of every class with a box, and of all together, with their thresholds."""
+    """Plot precision over recall for every class with a box and for all together, with their thresholds."""
     return _curves_figure(
         (f"Precision and recall at IoU {MIN_IOU:g}", "recall", "precision"),
         class_names,
@@ -108,7 +107,7 @@ def precision_recall_figure(class_names: Sequence[str], classes: Sequence[ClassP
 
 
 def f1_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) -> Figure:
-    """Plot F1 of the same classes over the score threshold."""
+    """Plot F1 over the score threshold, for the same classes."""
     return _curves_figure(
         (f"F1 at IoU {MIN_IOU:g}, by score threshold", "score threshold", "F1"),
         class_names,
@@ -119,8 +118,10 @@ def f1_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) 
 
 
 def _f1_over_threshold(curve: Curve) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return steps from 1 down to 0: a threshold lets its own score through, and up to the next nothing
-    changes."""
+    """Return thresholds from 1 down to 0, and F1 at each, as a step function.
+
+    A detection with a score equal to the threshold counts.
+    """
     thresholds = np.concatenate([[1.0], curve.thresholds, [0.0]])
     f1 = np.concatenate([[0.0], curve.f1])
     return np.repeat(thresholds, 2)[1:-1], np.repeat(f1, 2)
@@ -134,7 +135,7 @@ def _curves_figure(
     line_of: Callable[[Curve], tuple[NDArray[np.float64], NDArray[np.float64]]],
     dot_of: Callable[[Counts, float], tuple[float, float]],
 ) -> Figure:
-    """Plot a line for each class and a dot at its threshold; `texts` are the title and names of the axes."""
+    """Plot a line for each class and a dot at its threshold; `texts` are the title and the axis labels."""
     title, x_label, y_label = texts
     known = [(label, point) for label, point in enumerate(classes) if point is not None]
     if not known:
@@ -176,14 +177,14 @@ def _curves_figure(
 
 
 def _together(points: Sequence[ClassPoint]) -> ClassPoint:
-    """Pool all classes at the threshold that all have, or else the best one."""
+    """Pool all classes at their common threshold, or else at the best one."""
     curve = pooled([point.curve for point in points])
     thresholds = {point.threshold for point in points}
     return ClassPoint(thresholds.pop() if len(thresholds) == 1 else curve.best_threshold(), curve)
 
 
 def confusion_figure(class_names: Sequence[str], confusion: NDArray[np.int64]) -> Figure:
-    """Plot counts [C + 1, C + 1], coloured by their fraction of the row, without classes that have none."""
+    """Plot counts [C + 1, C + 1], coloured by their fraction of the row, without classes of zero counts."""
     background = len(class_names)
     inside = confusion[:-1].sum(axis=1) + confusion[:, :-1].sum(axis=0)
     known = np.flatnonzero(inside).tolist()
@@ -248,7 +249,7 @@ def size_figure(data: CocoData, coco: CocoMetrics) -> Figure:
 
 
 def _boxes_by_size(data: CocoData) -> NDArray[np.int64]:
-    """Count boxes [C, 3], without crowds. A box at a limit counts on both sides of it, as in COCO's AP."""
+    """Count boxes [C, 3], without crowds. A box at a limit counts for both sizes, as in COCO's AP."""
     areas, classes = data.areas[~data.iscrowd], data.box_classes[~data.iscrowd]
     columns = [
         np.bincount(classes[(low <= areas) & (areas <= high)], minlength=data.num_classes)
@@ -258,12 +259,12 @@ def _boxes_by_size(data: CocoData) -> NDArray[np.int64]:
 
 
 def _heaviest(labels: Sequence[int], weight: NDArray[Any]) -> list[int]:
-    """Return the classes of most weight, at most `MAX_CLASSES`, in their order."""
+    """Return the `MAX_CLASSES` classes with the most weight, in their original order."""
     return sorted(sorted(labels, key=lambda label: -weight[label])[:MAX_CLASSES])
 
 
 def _few_of_many(shown: Sequence[int], known: Sequence[int], which: str) -> str:
-    """Return what a title adds where classes are left out."""
+    """Return the addition to a title if classes are left out."""
     return f"; {len(shown)} of {len(known):,} classes, {which}" if len(shown) < len(known) else ""
 
 
@@ -275,5 +276,5 @@ def _label_cells(axes: Axes, rows: Sequence[str], columns: Sequence[str], font_s
 
 def _write_cell(axes: Axes, row: int, column: int, text: str, value: float, font_size: float) -> None:
     colour = "white" if value > 0.55 else "black"  # on the blue of the cell
-    # Not in the layout, as it lies inside: with thousands of cells that is half the time.
+    # Excluded from the layout, as it is inside the axes: with thousands of cells this halves the time.
     axes.text(column, row, text, ha="center", va="center", fontsize=font_size, color=colour, in_layout=False)

@@ -16,8 +16,8 @@ from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.matching import best_of_each_image, match_detections
 
 Thresholds = float | Literal["auto"] | Sequence[float | None]
-"""The least score that counts: one for all classes, `auto` for that of each class's best F1, or one for each
-class, where None lets nothing through."""
+"""The minimum score that counts: one for all classes, `auto` for the one with each class's best F1, or one
+for each class, where None excludes all detections."""
 
 
 class Counts(NamedTuple):
@@ -29,24 +29,27 @@ class Counts(NamedTuple):
 
     @property
     def precision(self) -> float:
-        """0 without any detection."""
+        """Fraction of detections that are true positives; 0 without any detection."""
         return self.tp / max(self.tp + self.fp, 1)
 
     @property
     def recall(self) -> float:
+        """Fraction of boxes that are found; 0 without any box."""
         return self.tp / max(self.tp + self.fn, 1)
 
     @property
     def f1(self) -> float:
+        """Harmonic mean of precision and recall; 0 without any box or detection."""
         return 2 * self.tp / max(2 * self.tp + self.fp + self.fn, 1)
 
     def metrics(self, prefix: str = "") -> dict[str, float]:
+        """Return `precision`, `recall` and `f1`, with a prefix before each name."""
         return {f"{prefix}{name}": getattr(self, name) for name in ("precision", "recall", "f1")}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One class at every threshold that makes a difference: P distinct scores, the highest first."""
+    """One class at each of the P distinct scores that can be its threshold, the highest first."""
 
     thresholds: NDArray[np.float64]
     tp: NDArray[np.int64]
@@ -58,7 +61,7 @@ class Curve:
     def of_steps(
         cls, scores: NDArray[Any], tp: NDArray[np.int64], fp: NDArray[np.int64], num_truth: int
     ) -> "Curve":
-        """Build a curve from descending scores and what each adds to the counts."""
+        """Build a curve from descending scores and the contribution of each to the counts."""
         last_of_score = np.flatnonzero(np.diff(scores, append=-1))  # equal scores pass a threshold together
         return cls(
             scores[last_of_score].astype(np.float64),
@@ -69,14 +72,17 @@ class Curve:
 
     @property
     def precision(self) -> NDArray[np.float64]:
+        """Precision at each score, [P]."""
         return self.tp / (self.tp + self.fp)
 
     @property
     def recall(self) -> NDArray[np.float64]:
+        """Recall at each score, [P]."""
         return self.tp / self.num_truth
 
     @property
     def f1(self) -> NDArray[np.float64]:
+        """F1 at each score, [P]."""
         return 2 * self.tp / (self.tp + self.fp + self.num_truth)
 
     def best_threshold(self) -> float | None:
@@ -84,7 +90,7 @@ class Curve:
         return float(self.thresholds[self.f1.argmax()]) if len(self.thresholds) else None
 
     def at(self, threshold: float | None) -> Counts:
-        """Return the counts at a threshold; None lets nothing through."""
+        """Return the counts at a threshold; None excludes all detections."""
         num_points = 0 if threshold is None else int((self.thresholds >= threshold).sum())
         if num_points == 0:
             return Counts(0, 0, self.num_truth)
@@ -93,7 +99,7 @@ class Curve:
 
 
 def pooled(curves: Sequence[Curve]) -> Curve:
-    """Return the curve of all classes together at one threshold: their counts are added up."""
+    """Return the curve of all classes together at a common threshold: their counts are added."""
     scores = np.concatenate([curve.thresholds for curve in curves])
     order = np.argsort(-scores, kind="stable")
     tp, fp = (
@@ -108,25 +114,26 @@ class ClassPoint:
     """One class at its threshold."""
 
     threshold: float | None
-    """None where the best one was asked for and there is no detection to choose it by."""
+    """None if the best one was requested and there is no detection to choose it from."""
     curve: Curve
 
     @property
     def counts(self) -> Counts:
+        """The counts at the threshold."""
         return self.curve.at(self.threshold)
 
 
 @dataclass(frozen=True)
 class Matches:
-    """The D detections at or over their class's threshold, and the box of any class that each matches."""
+    """The D detections at or above their class's threshold, and the box of any class that each matches."""
 
     detections: DetectionRecords
     boxes: NDArray[np.int64]
     """[D], the row of the box or crowd; -1 for none."""
     in_crowd: NDArray[np.bool_]
-    """[D], those that match a crowd: neither true nor false positives."""
+    """[D], whether it matches a crowd, so that it is neither a true nor a false positive."""
     false_negatives: NDArray[np.int64]
-    """Rows of the boxes that none of them matches."""
+    """Rows of the boxes that no detection matches."""
 
 
 @dataclass(frozen=True)
@@ -134,21 +141,23 @@ class OperatingPoints:
     """All classes at their thresholds."""
 
     classes: list[ClassPoint | None]
-    """By class index; None for a class without any box."""
+    """The classes by index; None for a class without any box."""
     matches: Matches
-    """What `confusion` counts."""
+    """The matches that `confusion` counts."""
     confusion: NDArray[np.int64]
-    """[C + 1, C + 1], rows truth, columns predicted, the last of each is background."""
+    """[C + 1, C + 1], rows truth, columns predicted; the last row and column are the background."""
 
     @property
     def overall(self) -> Counts | None:
-        """All classes' counts together; None if none has a box."""
+        """Return the sum of all classes' counts; None if no class has a box."""
         counts = [point.counts for point in self.classes if point is not None]
         return Counts(*map(sum, zip(*counts, strict=True))) if counts else None
 
     def metrics(self, class_names: Sequence[str]) -> dict[str, float]:
-        """Return `precision`, `recall`, `f1`, and for each class with a box `<class>_precision` and so on,
-        with `<class>_threshold`."""
+        """Return `precision`, `recall` and `f1`, over all classes and as `<class>_precision` etc. for each.
+
+        Classes with a threshold also have `<class>_threshold`; those without any box have no metrics.
+        """
         overall = self.overall
         metrics = {} if overall is None else overall.metrics()
         for name, point in zip(metric_names(class_names), self.classes, strict=True):
@@ -202,7 +211,7 @@ def _match_over_thresholds(
 
 def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:
     background = data.num_classes
-    of_class = np.append(data.box_classes, background)  # -1, no match, is the last
+    of_class = np.append(data.box_classes, background)  # index -1, no match, selects the background
     unmatched = data.box_classes[matches.false_negatives]
     truth = np.concatenate([of_class[matches.boxes[~matches.in_crowd]], unmatched])
     predicted = np.concatenate(

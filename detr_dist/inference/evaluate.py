@@ -1,4 +1,4 @@
-"""Any model on any data of its classes, on one process or several; `detr-dist evaluate` writes the result."""
+"""Evaluation of any model on any data of its classes, on one process or several, and its output files."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist import __version__
+from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
@@ -19,12 +20,19 @@ from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.extensions import LOSSES
 from detr_dist.inference.model import TrainedModel, open_model
-from detr_dist.inference.overrides import import_overrides, keys_of, tracking_uri_for, warn_of_no_effect
+from detr_dist.inference.overrides import (
+    EXTENSIONS_KEY,
+    import_overrides,
+    keys_of,
+    tracking_uri_for,
+    warn_of_no_effect,
+)
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.redaction import redact
 from detr_dist.storage import check_new, check_writable, write_text
-from detr_dist.text import printable
+from detr_dist.text import list_names, printable
 
 _logger = logging.getLogger(__name__)
 
@@ -33,17 +41,17 @@ _METRICS_OF_CLASS = ("map", "precision", "recall", "f1", "threshold")
 
 @dataclass(frozen=True, eq=False)
 class EvaluationReport:
-    """What an evaluation has found. The same on every process, but for `details`."""
+    """The result of an evaluation, the same on every process except for `details`."""
 
     metrics: dict[str, float]
-    """By their names in a run: `val_map`, `val_<class>_map` and so on; docs/evaluation.md."""
+    """Metrics by their names in a run: `val_map`, `val_<class>_map` and so on; docs/evaluation.md."""
     per_class: dict[str, dict[str, float]]
-    """`map`, `precision`, `recall`, `f1` and `threshold` by class name, as far as they are defined."""
+    """`map`, `precision`, `recall`, `f1` and `threshold` by class name, if they are defined."""
     class_names: tuple[str, ...]
     confusion: NDArray[np.int64]
-    """[C + 1, C + 1], rows truth, columns predicted; the last of each is the background."""
+    """[C + 1, C + 1], rows truth, columns predicted; the last row and column are the background."""
     facts: dict[str, Any]
-    """How it was evaluated: the model, the data, the settings, the time it took."""
+    """The model, the data, the settings and the duration of the evaluation."""
     details: Details | None
     """The detections and annotations of every image; on the main process only, None elsewhere."""
 
@@ -62,12 +70,12 @@ def evaluate(
     images.
 
     Args:
-        model: A loaded model, or what `load_model` takes.
+        model: A loaded model, or a reference for `load_model`.
         data_dir: A data set with the classes of the model, or some of them.
-        model_thresholds: Compute precision, recall and F1 at the thresholds that the model brings from
-            training, and not at the best ones for these data.
+        model_thresholds: Compute precision, recall and F1 at the thresholds found in training and saved with
+            the model, instead of the best ones for these data.
         overrides: `section.key=value`; the other settings are those that the model was trained with.
-        tracking_uri: Where MLflow is, as for `load_model`.
+        tracking_uri: URI of MLflow's store, as for `load_model`.
 
     Raises:
         DetrDistError: with one clear line, on every process.
@@ -89,20 +97,20 @@ def _evaluate(
     import_overrides(overrides)
     if not isinstance(model, TrainedModel):
         model = open_model(str(model), tracking_uri_for(tracking_uri, overrides), host)
-    config = resolve_precision(model.settings(overrides), host)
+    config, skipped = _without_unknown_losses(resolve_precision(model.settings(overrides), host))
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
     data = load_coco(
         data_dir, classes=model.class_names, classes_source=model.reference, may_lack_classes=True
     )
-    host.once_per_machine(lambda: check_room(shared_memory_need(config, data, train=False)))
+    host.once_per_node(lambda: check_room(shared_memory_need(config, data, train=False)))
     with temporary_numerics(config.training):
         accelerator = build_accelerator(mixed_precision=config.training.mixed_precision)
         thresholds, notices = model.thresholds_or_default() if model_thresholds else (None, [])
         evaluator = Evaluator(data, config, accelerator, host, thresholds=thresholds)
         if host.is_main_process:
             warn_of_no_effect(overrides)
-            for line in (*notices, *data.notices):
+            for line in (*skipped, *notices, *data.notices):
                 _logger.info(line)
             _logger.info(
                 f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
@@ -134,6 +142,20 @@ def _evaluate(
     )
 
 
+def _without_unknown_losses(config: Config) -> tuple[Config, list[str]]:
+    """Return the configuration without parts of the loss that nobody has registered here, and a line on them.
+
+    No other metric needs them, and what a model's own settings name is never imported.
+    """
+    weights = {name: weight for name, weight in config.loss.weights.items() if LOSSES.knows(name)}
+    unknown = [name for name in config.loss.weights if name not in weights]
+    loss = config.loss.model_copy(update={"weights": weights})
+    line = (
+        f"val_loss is without {list_names(unknown)}: import what registers it, or give {EXTENSIONS_KEY}=[...]"
+    )
+    return config.model_copy(update={"loss": loss}), [line] if unknown else []
+
+
 def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str, dict[str, float]]:
     keys = zip(class_names, metric_names(class_names), strict=True)
     return {name: _with_prefix(metrics, f"val_{key}_") for name, key in keys}
@@ -154,7 +176,7 @@ def evaluate_to_files(
     model_thresholds: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Evaluate, print a table, and write the files that were asked for.
+    """Evaluate, print a table, and write the requested files.
 
     Collective.
 
@@ -173,7 +195,7 @@ def evaluate_to_files(
 
 
 def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path | None) -> None:
-    """Check that what is to be written can be, as far as can be known before hours of work."""
+    """Check, before hours of work, that the output files can be written."""
     for name, path in (("--predictions", predictions), ("--report", report)):
         if path is not None:
             check_writable(name, path.parent)
@@ -187,11 +209,11 @@ def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path
 def _write(
     found: EvaluationReport, *, predictions: Path | None, report: Path | None, pictures: Path | None
 ) -> None:
-    """Print the table and write the files that were asked for. Main process."""
+    """Print the table and write the requested files. Main process only."""
     assert found.details is not None  # on the main process
     data = found.details.data
     print("\n".join(metrics_table(found)))
-    meaning = {"auto": "the best for these data", "model": "those that the model brings"}
+    meaning = {"auto": "the best for these data", "model": "those saved with the model"}
     print(f"thresholds: {meaning.get(found.facts['thresholds'], found.facts['thresholds'])}", flush=True)
     if predictions is not None:
         results = coco_results(data, found.details.records)
@@ -203,7 +225,7 @@ def _write(
         write_text(report, json.dumps(document, indent=2) + "\n")
         print(f"{report}: the metrics, the confusion matrix, and how they were computed")
     if pictures is not None:
-        from detr_dist.evaluation.plots import write_plots  # matplotlib: evaluation starts without it
+        from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
 
         for failure in write_plots(pictures, data, found.details):
             _logger.warning(f"{printable(failure)}; not drawn")

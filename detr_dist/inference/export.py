@@ -1,4 +1,4 @@
-"""Any model that can be named, as a folder that needs nothing of this package."""
+"""Export of any model to a folder that can be used without this package."""
 
 import logging
 from pathlib import Path
@@ -29,15 +29,15 @@ def export(
     alias: str | None = None,
     tracking_uri: str | None = None,
 ) -> Path:
-    """Write a model into a new folder for MLflow and transformers, which then need nothing of this package.
+    """Write a model into a new folder from which MLflow and transformers load it without this package.
 
     Args:
-        model: A loaded model, or what `load_model` takes.
-        output_dir: The folder to make.
+        model: A loaded model, or a reference for `load_model`.
+        output_dir: The folder to make; it must not exist, or be empty.
         onnx: Write `model.onnx` as well, for images of any number and size.
-        register_as: Name in MLflow's registry under which it becomes a new version.
-        alias: Alias that then points to the new version.
-        tracking_uri: Where MLflow is, as for `load_model`.
+        register_as: Name in MLflow's registry under which to register it as a new version.
+        alias: Alias to set on the new version.
+        tracking_uri: URI of MLflow's store; None: where the model was loaded from, else as for `load_model`.
 
     Returns:
         The folder.
@@ -46,7 +46,10 @@ def export(
         DetrDistError: with one clear line. The folder is complete or absent; if only the registry fails, it
             is complete.
     """
-    output_dir, tracking_uri = Path(output_dir), tracking_uri_for(tracking_uri)
+    output_dir = Path(output_dir)
+    if tracking_uri is None and isinstance(model, TrainedModel):
+        tracking_uri = model.tracking_uri
+    tracking_uri = tracking_uri_for(tracking_uri)
     check_new("--output-dir", output_dir)
     if alias is not None and register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")
@@ -81,7 +84,7 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
                 lines.append(f"{output_dir / 'model.onnx'}: largest difference to torch {difference:.1e}")
     except DetrDistError:
         raise
-    except Exception as error:  # of a full disk each library says it in its own kind
+    except Exception as error:  # each library reports a full disk by its own type
         raise DetrDistError(
             f"--output-dir {output_dir}: cannot be written ({describe_disk_error(error, folder.parent)})"
         ) from error
@@ -90,7 +93,7 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
 
 
 def _register(model: TrainedModel, output_dir: Path, name: str, alias: str | None, tracking_uri: str) -> None:
-    """Register the model that a run has as artifact; upload the folder and register that for any other."""
+    """Register a run's model artifact; for any other model, upload the folder and register that."""
     client, reference = open_client(tracking_uri), model.reference
     try:
         with patience(_UPLOAD_TIMEOUT_S):
@@ -103,7 +106,7 @@ def _register(model: TrainedModel, output_dir: Path, name: str, alias: str | Non
             version = register_artifact(client, name, run_id, artifact_path)
             if alias is not None:
                 client.set_registered_model_alias(name, alias, version.version)
-    except Exception as error:  # each kind of store raises its own
+    except Exception as error:  # each kind of store raises its own types
         raise DetrDistError(
             f"--register-as {name}: MLflow at {tracking_uri} refuses ({one_line(error)}); the export in "
             f"{output_dir} is complete: give it as --model to register it"

@@ -1,4 +1,4 @@
-"""Images as a user of the Python API hands them over: paths, Pillow images, arrays and tensors."""
+"""Images that the Python API accepts: paths, Pillow images, arrays and tensors."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -26,11 +26,11 @@ _FORMS = (
 
 
 def as_data_set(images: Iterable[OneImage], class_names: Sequence[str]) -> tuple[CocoData, dict[int, Tensor]]:
-    """Return the images as a data set without boxes, and the pixels of those that are in no file, by row.
+    """Return the images as a data set without boxes, and the pixels of those not in a file, by row.
 
     Raises:
         DataError: a file cannot be read.
-        UsageError: something is no image.
+        UsageError: something is not an image.
     """
     if not isinstance(images, Iterable):
         raise UsageError(f"{type(images).__name__} is no image; give {_FORMS}")
@@ -50,7 +50,7 @@ def as_data_set(images: Iterable[OneImage], class_names: Sequence[str]) -> tuple
 
 
 def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
-    """Return an image as uint8 [3, H, W] on the CPU; transparency is dropped."""
+    """Convert an image to uint8 [3, H, W] on the CPU; transparency is dropped."""
     if isinstance(image, Image.Image):
         try:
             return rgb_of(image)

@@ -1,4 +1,4 @@
-"""A trained model, wherever it is: loaded, with what is known of it, and predicting."""
+"""Trained models: loading them from anywhere, and predicting."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
@@ -48,30 +48,33 @@ from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
 
 DEFAULT_THRESHOLD = 0.5
-"""Of a class for which a model brings none."""
+"""Threshold of a class for which none is saved with the model."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """A network that detects objects, with how it was trained."""
+    """A network that detects objects, with the settings and metadata of its training."""
 
     reference: str
-    """What it was loaded by."""
+    """The reference it was loaded by."""
     network: PreTrainedModel
-    """On the CPU, in evaluation mode, as it was saved: predicting works on a copy."""
+    """The network as it was saved, on the CPU in evaluation mode; predictions use a copy."""
     config: Config
-    """The one it was trained with; for a model from elsewhere the defaults, with its own image sizes."""
+    """The training configuration; for a model from elsewhere the defaults, with its own image sizes."""
     metadata: dict[str, Any]
-    """Epoch, step, metrics and so on, as far as they are known."""
+    """Epoch, step, metrics and so on, if they are known."""
     is_mlflow_model: bool
     """Whether its folder is an MLflow model."""
+    tracking_uri: str | None = None
+    """Where MLflow was when it was loaded."""
     _detectors: dict[str, Detector] = field(default_factory=dict, init=False, repr=False)
-    """The one that was used last, by what it depends on."""
+    """The most recent detector, by device and settings."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the network's outputs."""
         return class_names_of(self.network.config)
 
     @overload
@@ -91,16 +94,16 @@ class TrainedModel:
         threshold: float | None = None,
         overrides: Sequence[str] = (),
     ) -> Detections | list[Detections]:
-        """Find objects in one image, or in several: as `detr-dist predict`, to the last bit.
+        """Find objects in one image, or in several, with the same results as `detr-dist predict`.
 
-        On the GPU if there is one, where the network stays for the next call. An EXIF rotation is not
+        Runs on the GPU if there is one; the network stays there for the next call. An EXIF rotation is not
         applied to a file, as in training.
 
         Args:
             images: A path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, a tensor uint8
                 [3, H, W], or an iterable of such images.
-            threshold: Least score of a detection; None: that of each class which the model brings from
-                training, else 0.5.
+            threshold: Minimum score of a detection; None: the one of each class that training found and saved
+                with the model, else 0.5.
             overrides: `section.key=value`, e.g. `training.batch_size=16`.
 
         Returns:
@@ -108,7 +111,7 @@ class TrainedModel:
 
         Raises:
             DataError: a file cannot be read.
-            UsageError: something else is no image, or an override is wrong.
+            UsageError: something is not an image, or an override is wrong.
         """
         if isinstance(images, ONE_IMAGE):
             return self.predict([images], threshold=threshold, overrides=overrides)[0]
@@ -127,14 +130,14 @@ class TrainedModel:
     def find_objects(
         self, data: CocoData, config: Config, pixels: dict[int, Tensor] | None = None
     ) -> Generator[Predicted]:
-        """Yield what is found in the images of `data` by batch, in this process alone. Close the generator.
+        """Yield the predictions for the images of `data` by batch, in this process. Close the generator.
 
         Args:
-            data: The images; their boxes do not matter.
+            data: The images; their boxes are not used.
             config: From `prediction_settings`.
-            pixels: uint8 [3, H, W], by row, of images that are in no file.
+            pixels: Images that are in no file, as uint8 [3, H, W] by row.
         """
-        if len(data) <= config.training.batch_size:  # to start loader processes would take longer
+        if len(data) <= config.training.batch_size:  # starting loader processes would take longer
             config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
         check_room(shared_memory_need(config, data, train=False))
         with restored_environment(), temporary_numerics(config.training):
@@ -147,8 +150,10 @@ class TrainedModel:
     def least_scores(
         self, config: Config, threshold: float | None, overrides: Sequence[str]
     ) -> NDArray[np.float64]:
-        """Return the least score of a detection of each class, [C]: `threshold`, or the one among the
-        overrides, or those that the model brings."""
+        """Return the minimum score of a detection for each class, [C].
+
+        That is `threshold`, else the one among the overrides, else those saved with the model.
+        """
         configured = config.evaluation.score_threshold
         if threshold is None and "evaluation.score_threshold" in keys_of(overrides) and configured != "auto":
             threshold = configured
@@ -162,8 +167,10 @@ class TrainedModel:
         return np.full(len(self.class_names), threshold)
 
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:
-        """Return the least score of a detection of each class that the last evaluation in training found, and
-        a line on the classes without one, which get the default."""
+        """Return each class's threshold from the last evaluation in training, and messages for the user.
+
+        Classes without a threshold get the default, and are named in a message.
+        """
         known = self.metadata.get("thresholds") or {}
         unknown = [name for name in self.class_names if known.get(name) is None]
         line = f"the model brings no threshold for {list_names(unknown)}: {DEFAULT_THRESHOLD} is used"
@@ -171,11 +178,10 @@ class TrainedModel:
         return values, [line] if unknown else []
 
     def settings(self, overrides: Sequence[str]) -> Config:
-        """Return the configuration it was trained with, as far as this host can follow it, with
-        `section.key=value` overrides.
+        """Return the training configuration, adapted to this host, with `section.key=value` overrides.
 
-        It may name transforms and callbacks that are not there: nothing of it is imported. Extensions among
-        the overrides are.
+        Nothing that it names is imported, so that its transforms and callbacks may be missing. Extensions
+        among the overrides are imported.
         """
         import_overrides(overrides)
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
@@ -183,14 +189,16 @@ class TrainedModel:
         return override_config(self.config, overrides, only_known_names=False)
 
     def prediction_settings(self, overrides: Sequence[str]) -> Config:
-        """Return `settings` with a precision that this process, alone, computes in."""
+        """Return `settings` with the precision resolved for this process alone."""
         config = resolve_precision(self.settings(overrides))
         check_launch_settings(config.training.mixed_precision)
         return config
 
     def detector(self, config: Config, device: torch.device) -> Detector:
-        """Return a copy of the network on the device, ready to predict with `config`, which is its own or
-        derived from that. It is kept until another one is asked for."""
+        """Return a copy of the network on the device, ready to predict with `config`.
+
+        `config` is the model's own or derived from it. The copy is kept until a different one is requested.
+        """
         key = f"{device} {config.training.channels_last} {config.model.model_dump_json()}"
         if key not in self._detectors:
             self._detectors.clear()
@@ -204,7 +212,7 @@ def _device() -> torch.device:
     """Return the accelerator that this process uses, or the CPU.
 
     Raises:
-        UsageError: there are not the GPUs that were asked for.
+        UsageError: the requested GPUs are not available.
     """
     problem = find_device_problem()
     if problem is not None:
@@ -218,13 +226,13 @@ def _device() -> torch.device:
 def load_model(reference: str | os.PathLike[str], *, tracking_uri: str | None = None) -> TrainedModel:
     """Load a trained model.
 
-    Nothing that its training imported is imported: a family of your own must be registered before.
+    The extensions of its training are not imported: register a family of your own before.
 
     Args:
         reference: A model's or checkpoint's folder, a run's id (its best model), `runs:/RUN_ID/model`,
             `models:/NAME/VERSION`, `models:/NAME@ALIAS`, or a hub id.
-        tracking_uri: Where MLflow keeps runs and registry; None: the environment's MLFLOW_TRACKING_URI, or
-            else `sqlite:///mlflow.db`.
+        tracking_uri: URI of MLflow's runs and registry; None: the environment's MLFLOW_TRACKING_URI, else
+            `sqlite:///mlflow.db`.
 
     Raises:
         UsageError: there is no such model, or it cannot be used here.
@@ -234,14 +242,16 @@ def load_model(reference: str | os.PathLike[str], *, tracking_uri: str | None = 
 
 
 def open_model(reference: str, tracking_uri: str, host: HostGroup | None = None) -> TrainedModel:
-    """Load a trained model; with `host`, which makes it collective, one process of each node finds and
-    downloads it."""
+    """Load a trained model.
+
+    With `host` this is collective, and one process of each node finds and downloads the model.
+    """
     with tempfile.TemporaryDirectory(prefix="detr_dist_") as scratch:
         find = partial(find_model, reference, tracking_uri, Path(scratch))
-        model = _read(reference, find() if host is None else host.once_per_machine(find))
+        model = _read(reference, find() if host is None else host.once_per_node(find))
         if host is not None:
             host.gather_rows([0.0])  # the files stay until every process has read them
-    return model
+    return replace(model, tracking_uri=tracking_uri)
 
 
 def _read(reference: str, found: FoundModel) -> TrainedModel:
@@ -274,10 +284,10 @@ def _config_of(reference: str, metadata: dict[str, Any]) -> Config:
 
 
 def _check_family(reference: str, config: Config) -> None:
-    """Refuse a family that is not registered: loading a model imports no code that it names.
+    """Refuse a family that is not registered, because loading a model never imports its extensions.
 
     Raises:
-        UsageError: with the names of what its training imported.
+        UsageError: the family is unknown; the message names the extensions of the training.
     """
     family, extensions = config.model.model_architecture, config.training.extensions
     if family not in FAMILIES.names:
@@ -289,10 +299,10 @@ def _check_family(reference: str, config: Config) -> None:
 
 
 def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Normalization]:
-    """Return the edges that images are resized to, and how their pixels are normalized.
+    """Return the edges that images are resized to, and the normalization of their pixels.
 
     Raises:
-        UsageError: its images are prepared in a way that this package does not have.
+        UsageError: the model prepares images in a way that this package does not support.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
@@ -301,14 +311,16 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
         edges = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
         DataConfig.model_validate(edges)
         normalization = normalization_by(processor)
-    except Exception as error:  # the library raises many kinds, and pydantic another
+    except Exception as error:  # the library and pydantic raise many types
         raise UsageError(
-            f"{reference}: its preprocessor_config.json does not say shortest_edge and longest_edge of an "
-            f"image, or prepares it as cannot be done here ({one_line(error)}); give another model, or "
+            f"{reference}: its preprocessor_config.json does not specify shortest_edge and longest_edge of "
+            f"an image, or prepares it in an unsupported way ({one_line(error)}); give another model, or "
             "the checkpoint that it comes from"
         ) from error
     if processor.resample != PILImageResampling.BILINEAR:
-        _logger.warning(f"{reference}: its images are not resized bilinearly elsewhere, but here")
+        _logger.warning(
+            f"{reference}: other programs do not resize its images bilinearly, but this package does"
+        )
     return edges, normalization
 
 

@@ -1,4 +1,4 @@
-"""A detector as an ONNX file for any number and size of images, compared with torch before it is kept."""
+"""Export to ONNX, for any number and size of images, with a comparison of the outputs with torch's."""
 
 import contextlib
 import warnings
@@ -18,22 +18,23 @@ from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.text import one_line
 
 TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
-"""Largest difference to torch. Rounding in float32 stays well below; 1e-4 of an image 1333 pixels wide is a
-seventh of a pixel, 1e-3 of a logit at most 0.00025 of a score."""
+"""Largest accepted difference to torch. Rounding in float32 stays well below; 1e-4 of an image 1333 pixels
+wide is a seventh of a pixel, 1e-3 of a logit at most 0.00025 of a score."""
 
 _PACKAGES = ("onnx", "onnxruntime")
 _OPSET = 17  # the first with layer normalisation; grid_sample came in 16
 _TRACED_SHAPE = (2, 256, 320)
 
-# Number, height and width of images to compare, none of them as traced; odd sizes show wrong rounding.
+# Number, height and width of images to compare, all different from the traced ones; odd sizes reveal wrong
+# rounding.
 _CHECKED_SHAPES = ((1, 224, 224), (3, 288, 199), (2, 193, 352))
 
 
 def check_onnx_packages() -> None:
-    """Check that the packages are installed that the other functions need.
+    """Check that the packages needed by the other functions are installed.
 
     Raises:
-        UsageError: names the missing ones.
+        UsageError: some are missing; the message names them.
     """
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
@@ -48,21 +49,21 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
     be any.
 
     Raises:
-        DetrDistError: it cannot be exported, or computes something else at another size; delete the file.
+        DetrDistError: the export fails, or gives different results at other sizes; delete the file.
     """
     traced = _Traced(network).eval()
     try:
         with _shapes_that_follow_the_image(network):
             _export(traced, path)
         differences = _differences(traced, path)
-    except Exception as error:  # of torch, onnx and onnxruntime, each of many kinds
+    except Exception as error:  # torch, onnx and onnxruntime raise many types
         reason = one_line(error)
         raise DetrDistError(
             f"--onnx: this {network.config.model_type} cannot be exported for images of any size ({reason}); "
             "export without --onnx"
         ) from error
     for name, tolerance in TOLERANCES.items():
-        if not differences[name] <= tolerance:  # NaN is none either
+        if not differences[name] <= tolerance:  # also refuses NaN
             raise DetrDistError(
                 f"--onnx: {name} of this {network.config.model_type} differ from torch's by "
                 f"{differences[name]:.1e}, more than {tolerance:.0e}; export without --onnx"
@@ -71,7 +72,7 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
 
 
 class _Traced(nn.Module):
-    """Tensors in, tensors out."""
+    """A network with tensors as inputs and outputs, as tracing needs it."""
 
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
@@ -83,10 +84,12 @@ class _Traced(nn.Module):
 
 
 def _export(traced: _Traced, path: Path) -> None:
-    """Export by tracing: the newer exporter (`dynamo=True`) fixes a size of Deformable DETR, and takes half a
-    minute."""
+    """Export by tracing.
+
+    The newer exporter (`dynamo=True`) fixes a size of Deformable DETR, and takes half a minute.
+    """
     size = {2: "height", 3: "width"}
-    with warnings.catch_warnings(action="ignore"):  # one for each size that is traced, and its deprecation
+    with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
             _images(*_TRACED_SHAPE),
@@ -105,8 +108,10 @@ def _export(traced: _Traced, path: Path) -> None:
 
 @contextlib.contextmanager
 def _shapes_that_follow_the_image(network: PreTrainedModel) -> Iterator[None]:
-    """Make the sizes of Deformable DETR's feature maps part of the trace: transformers makes a tensor of them
-    in a way that fixes those of the traced images."""
+    """Make the sizes of Deformable DETR's feature maps part of the trace.
+
+    The way in which transformers converts them to a tensor would fix the sizes of the traced images.
+    """
 
     def follow(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         shapes = named["spatial_shapes_list"]
@@ -131,7 +136,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what fails is raised as well
+    options.log_severity_level = 4  # errors are raised in any case
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
     for shape in _CHECKED_SHAPES:
@@ -146,7 +151,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return noise and its mask: image i is smaller than the batch by 16 i rows and 24 (i + 1) columns."""
+    """Return noise and its mask: image i is 16 i rows and 24 (i + 1) columns smaller than the batch."""
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(num_images, 3, height, width, generator=generator)
     pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What `section.key=value` overrides mean for a model that is trained already."""
+"""Handling of `section.key=value` overrides for a trained model."""
 
 import logging
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def import_overrides(overrides: Sequence[str]) -> None:
 
 
 def warn_of_no_effect(overrides: Sequence[str]) -> None:
-    """Log a warning for each override that changes nothing about what a trained model does."""
+    """Log a warning for each override that has no effect on a trained model."""
     for key in keys_of(overrides):
         if not key.startswith(KEYS_WITH_EFFECT):
             _logger.warning(f"{key}: has no effect here")

@@ -1,4 +1,4 @@
-"""`detr-dist predict`: what a model finds in images, drawn into copies of them and as COCO results."""
+"""`detr-dist predict`: detections drawn into copies of images, and as COCO results."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ from detr_dist.text import list_names, printable
 
 RESULTS = "predictions.json"
 _WRITTEN_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-"""Of formats that a copy is written in; the others become PNG."""
+"""Suffixes of formats that copies keep; copies of other images are PNG."""
 
 _logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def predict_images(
     threshold: float | None = None,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Draw what the model that `reference` names finds into copies of an image or a folder of them.
+    """Draw the detections of the model `reference` into copies of an image or of a folder of images.
 
     Raises:
         DetrDistError: with one clear line.
@@ -76,7 +76,7 @@ def _check_output(output_dir: Path, source: Path) -> None:
     check_new("--output-dir", output_dir)
     if source.is_dir() and source.resolve() in output_dir.resolve().parents:
         raise UsageError(
-            f"--output-dir {output_dir}: lies inside --input {source}, and its images would be taken for "
+            f"--output-dir {output_dir}: lies inside --input {source}, so its images would be "
             "input the next time; give another"
         )
     check_writable("--output-dir", output_dir)
@@ -88,7 +88,7 @@ def _draw_all(
     """Draw each batch of images while the next one is computed.
 
     Returns:
-        The detections that reach their class's least score, and why images cannot be decoded.
+        The detections that reach their class's minimum score, and the reasons why images cannot be decoded.
     """
     copies = _copy_names([os.fsdecode(name) for name in data.file_names])
     parts, undecodable, not_drawn = [DetectionRecords.none()], list[str](), list[str]()
@@ -98,7 +98,7 @@ def _draw_all(
             found = records.at_least(least_scores)
             parts.append(found)
             undecodable += unreadable.values()
-            not_drawn += _reasons(drawing)  # of the batch before: no more than two wait in memory
+            not_drawn += _reasons(drawing)  # waits for the batch before: at most two are in memory
             drawing = [
                 threads.submit(
                     _draw,
@@ -120,10 +120,10 @@ def _reasons(drawing: Sequence[Future[str | None]]) -> list[str]:
 
 
 def _copy_names(names: Sequence[str]) -> list[str]:
-    """Return the file of each image's copy: its own name, with `.png` behind it where it is written as PNG.
+    """Return the file name of each image's copy: its own name, with `.png` appended if it becomes PNG.
 
-    No two are one name to a file system that knows neither case nor composed letters: the later one gets a
-    number. Those that keep their names choose first.
+    If a file system that ignores case and Unicode composition would not distinguish two names, the later one
+    gets a number. Images that keep their names choose first.
     """
     taken = {folded(str(parent)) for name in names for parent in PurePath(name).parents}
     copies: dict[str, str] = {}
@@ -136,12 +136,12 @@ def _copy_names(names: Sequence[str]) -> list[str]:
         taken.add(folded(str(copy)))
         copies[name] = str(copy)
         if copy != usual:
-            _logger.info(printable(f"{name}: drawn as {copy}, as another has its name"))
+            _logger.info(printable(f"{name}: drawn as {copy}, because another copy has that name"))
     return [copies[name] for name in names]
 
 
 def _draw(source: Path, path: Path, found: Detections) -> str | None:
-    """Draw a copy of one image with its boxes; or return the reason why there is none.
+    """Draw a copy of one image with its boxes; return the reason if that fails.
 
     Raises:
         DetrDistError: nothing can be written there.
@@ -150,9 +150,7 @@ def _draw(source: Path, path: Path, found: Detections) -> str | None:
         image = found.draw(Image.fromarray(decode_rgb(source).permute(1, 2, 0).numpy()))
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-    except (
-        Exception
-    ) as error:  # a format's limits, a library's failure: the detections are there nevertheless
+    except Exception as error:  # a format's limits or a library's failure, which the detections survive
         if isinstance(error, OSError) and error.errno not in (None, errno.ENAMETOOLONG):
             raise DetrDistError(
                 f"{path}: cannot be written ({describe_disk_error(error, path.parent)})"
@@ -162,7 +160,7 @@ def _draw(source: Path, path: Path, found: Detections) -> str | None:
 
 
 def _write_results(path: Path, data: CocoData, records: DetectionRecords) -> int:
-    """Write all detections as COCO results, with the names of files and classes; return their number."""
+    """Write all detections as COCO results, with the names of files and classes; return their count."""
     file_names = [decoded_name(name) for name in data.file_names]
     results = [
         {"file_name": file_names[row], "category_name": data.class_names[label], **result}

@@ -14,12 +14,12 @@ from detr_dist.models.detector import Detector
 class WeightAverage:
     """Exponential moving average (EMA) of a detector's weights and buffers, kept on its device.
 
-    `detector` is the averaged one; with `decay` 0 there is nothing to average and it is the trained one
-    itself. In the first steps the average is short, so that it does not hang on to the initial weights: after
-    t updates its decay is min(decay, 1 - (1 + t)^(-2/3)).
+    `detector` has the averaged weights; with `decay` 0 nothing is averaged, and it is the trained one itself.
+    In the first steps the decay is lower, so that the initial weights lose their influence: after t updates
+    it is min(decay, 1 - (1 + t)^(-2/3)).
 
-    Source: Polyak and Juditsky 1992 for the average; the warm-up is that of timm's ModelEmaV3, which itself
-    is not used because it averages weights that two layers share twice per step.
+    Source: Polyak and Juditsky 1992 for the average, timm's ModelEmaV3 for the warm-up. ModelEmaV3 itself is
+    not used, because it averages weights that two layers share twice per step.
     """
 
     def __init__(self, trained: Detector, decay: float) -> None:
@@ -29,12 +29,12 @@ class WeightAverage:
 
     @contextmanager
     def current(self) -> Iterator[Detector]:
-        """`detector`, as of now and ready to predict meanwhile. Collective."""
+        """Yield `detector` with the current average, ready to predict within the block. Collective."""
         yield self.detector
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after optimizer step `step`, counted from 0."""
+        """Update the average with the weights after optimizer step `step`, counted from 0."""
         if not self.decay:
             return
         averaged, current, counters = self._tensors
@@ -45,8 +45,10 @@ class WeightAverage:
 
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-        """Averaged and trained tensors, then those that only count. Taken at the first update: moving a model
-        to its device puts new buffers in place of the old ones."""
+        """Return averaged and trained float tensors, then pairs of tensors that are copied, such as counters.
+
+        Collected at the first update, because moving a model to its device replaces its buffers.
+        """
         pairs = [
             *zip(self.detector.parameters(), self._trained.parameters(), strict=True),
             *zip(self.detector.buffers(), self._trained.buffers(), strict=True),

@@ -1,8 +1,8 @@
-"""The backbone of a detector: where it lies, its pretrained weights, and its batch norm.
+"""The backbone of a detector: access to it, its pretrained weights, and its batch norm.
 
-The library puts frozen batch norm of its own into every backbone. In timm's EfficientNets, MobileNets and
-others batch norm holds the activation as well, and has its own epsilon: both would be lost, and published
-weights would be of no use. There timm's own batch norm is put back.
+Transformers replaces the batch norm of every backbone by its own frozen one. In timm's EfficientNets,
+MobileNets and others, batch norm includes the activation and has its own epsilon; both would be lost, and
+published weights would be useless. In these networks timm's own batch norm is restored.
 """
 
 import pickle
@@ -20,33 +20,33 @@ from detr_dist.text import one_line
 
 _LIBRARYS_EPS = 1e-5
 _KEY = "timm_batch_norm"
-"""Set in a network's configuration, which is saved with it. Networks that were trained without their
-activations have no such mark and stay as they are."""
+"""Key of a mark in a network's configuration, which is saved with it. Networks that were trained without
+their activations have no such mark and stay unchanged."""
 WAY_OUT = "give a timm state dict (.safetensors or .pth), or set model.pretrained_backbone=false"
 
 
 def backbone_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone with what the library may wrap around timm's."""
+    """Return the backbone, including the library's wrapper around timm's."""
     encoder = network.model.backbone
     return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
 
 
 def unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone without what the library may wrap around timm's."""
+    """Return the backbone without the library's wrapper around timm's."""
     body = backbone_body(network)
     return cast(nn.Module, getattr(body, "_backbone", body))
 
 
 def check_backbone(network_config: PreTrainedConfig) -> None:
-    """Make sure that timm has the backbone of this configuration, if that is one of timm's.
+    """Check that timm has the backbone of this configuration, if it is one of timm's.
 
     Raises:
-        UsageError: it is not registered, or not yet.
+        UsageError: it is not registered.
     """
     config = network_config.backbone_config
-    if config.model_type != "timm_backbone" or ":" in config.backbone:  # of a hub or a folder
+    if config.model_type != "timm_backbone" or ":" in config.backbone:  # ":" means a hub or a folder
         return
-    import timm  # a network without it is built sooner
+    import timm  # slow to import, and needed only here
 
     if not timm.is_model(config.backbone):
         raise UsageError(
@@ -56,23 +56,23 @@ def check_backbone(network_config: PreTrainedConfig) -> None:
 
 
 def is_stem(name: str) -> bool:
-    """Return whether a parameter is of a ResNet's stem or first stage, as timm or transformers name it."""
+    """Return whether a parameter, by its name, belongs to the stem or first stage of a ResNet."""
     timm, transformers = r"(_backbone\.)?(conv1|bn1|layer1)\.", r"embedder\.embedder\.|encoder\.stages\.0\."
     return re.match(f"{timm}|{transformers}", name) is not None
 
 
 def is_frozen_norm(module: nn.Module) -> bool:
-    """Return whether this is batch norm that learns nothing: each architecture and timm have their own."""
+    """Return whether this is frozen batch norm; each architecture and timm have their own class."""
     return type(module).__name__.endswith(("FrozenBatchNorm2d", "FrozenBatchNormAct2d"))
 
 
 def keeps_timm_norms(network: PreTrainedModel) -> bool:
-    """Return whether the network has timm's batch norm, which the library itself would leave out."""
+    """Return whether the network has timm's batch norm, which the library would replace."""
     return bool(getattr(network.config, _KEY, False))
 
 
 def mark_timm_norms(network: PreTrainedModel) -> None:
-    """Mark a new network if the library's batch norm would not compute what its backbone's does."""
+    """Mark a new network if the library's batch norm would compute something else than its backbone's."""
     norms = _original_norms(network).values()
     if any(type(norm) is not nn.BatchNorm2d or norm.eps != _LIBRARYS_EPS for norm in norms):
         setattr(network.config, _KEY, True)
@@ -82,7 +82,7 @@ def restore_timm_norms(network: PreTrainedModel) -> None:
     """Put timm's frozen batch norm, with the same weights, into the backbone of a marked network."""
     if not keeps_timm_norms(network):
         return
-    from timm.layers.norm_act import freeze_batch_norm_2d  # only where timm is loaded in any case
+    from timm.layers.norm_act import freeze_batch_norm_2d  # timm is loaded already in this case
 
     body = unwrapped_body(network)
     for name, norm in _original_norms(network).items():
@@ -91,7 +91,7 @@ def restore_timm_norms(network: PreTrainedModel) -> None:
 
 
 def _original_norms(network: PreTrainedModel) -> dict[str, nn.BatchNorm2d]:
-    """Return the batch norm of the backbone as timm makes it, by name, without memory."""
+    """Return the backbone's batch norm modules as timm makes them, by name, without allocating memory."""
     config = network.config.backbone_config
     if config.model_type != "timm_backbone":
         return {}
@@ -101,7 +101,7 @@ def _original_norms(network: PreTrainedModel) -> dict[str, nn.BatchNorm2d]:
 
 
 def thaw_batch_norm(network: PreTrainedModel) -> None:
-    """Put trainable batch norm where there is frozen one, with the same weights and statistics."""
+    """Replace frozen by trainable batch norm, with the same weights and statistics."""
     body = backbone_body(network)
     if keeps_timm_norms(network):
         from timm.layers.norm_act import unfreeze_batch_norm_2d
@@ -115,10 +115,10 @@ def thaw_batch_norm(network: PreTrainedModel) -> None:
 
 
 def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> None:
-    """Put the weights that `model.pretrained_backbone` names, a file's or timm's, into the backbone.
+    """Load the weights that `model.pretrained_backbone` names, a file's or timm's, into the backbone.
 
     Raises:
-        UsageError: they are not available, or not of this backbone.
+        UsageError: they are not available, or do not fit this backbone.
     """
     own = network.config.backbone_config
     if isinstance(config.pretrained_backbone, str):
@@ -130,13 +130,13 @@ def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> No
             "model.backbone is a configuration of its own, for which there are no pretrained weights; "
             "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
         )
-    import timm  # a network that begins from scratch starts sooner without it
+    import timm  # slow to import, and needed only here
 
     try:
         source = timm.create_model(
             config.backbone, pretrained=True, features_only=True, out_indices=own.out_indices
         )
-    except Exception as error:  # timm and the hub raise many kinds, from name look-up to a broken download
+    except Exception as error:  # timm and the hub raise many types, for unknown names, broken downloads etc.
         reason = one_line(error)
         raise UsageError(
             f"the pretrained weights of backbone {config.backbone} are not available ({reason}); "
@@ -146,13 +146,13 @@ def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> No
 
 
 def _load_file(path: Path, body: nn.Module, backbone: str) -> None:
-    """Put the weights of a timm classification or feature network into `body`, the backbone of a detector.
+    """Load the weights of a timm classification or feature network into `body`, the backbone of a detector.
 
-    `body` is timm's network or the library's own ResNet. Heads in the file are ignored. Nothing but tensors
-    is loaded, so that a file cannot run code.
+    `body` is timm's network or the library's own ResNet. Heads in the file are ignored. Only tensors are
+    loaded, so that a file cannot run code.
 
     Raises:
-        UsageError: naming the file, when it is missing, unreadable, or not of this network.
+        UsageError: naming the file, if it is missing, unreadable, or does not fit this network.
     """
     weights = _read(path)
     wanted = {name: tensor for name, tensor in body.state_dict().items() if not _is_counter(name)}
@@ -180,7 +180,7 @@ def _load_file(path: Path, body: nn.Module, backbone: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    import timm  # a network that begins from scratch starts sooner without it
+    import timm  # slow to import, and needed only here
 
     if not path.is_file():
         what = "a folder; name the file in it" if path.is_dir() else "no such file"
@@ -188,7 +188,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         content = timm.models.load_state_dict(str(path), weights_only=True)
         weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    except Exception as error:  # of what they cannot read torch and safetensors raise nearly everything
+    except Exception as error:  # torch and safetensors raise nearly any type for files they cannot read
         if isinstance(error.__cause__, pickle.UnpicklingError):
             reason = (
                 "no state dict, or one with other Python objects, which could run code and were not loaded"
@@ -206,18 +206,18 @@ def _refusal(path: Path, reason: str, remedy: str) -> UsageError:
 
 
 def _is_counter(name: str) -> bool:
-    """Whether it counts the batches of batch norm, which no forward pass uses."""
+    """Return whether a tensor is batch norm's counter of batches, which no forward pass uses."""
     return name.endswith("num_batches_tracked")
 
 
 def _flat_name(name: str) -> str:
-    """The same for a network and for its features alone, where timm calls `stages.0` `stages_0`."""
+    """Return one name for both of timm's forms: a feature network calls `stages.0` `stages_0`."""
     return _timm_name(name).replace(".", "_")
 
 
 def _timm_name(name: str) -> str:
-    """The name of a tensor in timm's ResNet, for one in the library's own; others stay as they are."""
-    name = name.removeprefix("resnet.")  # of the library's classification network
+    """Return the name in timm's ResNet of a tensor of the library's ResNet; other names stay unchanged."""
+    name = name.removeprefix("resnet.")  # the prefix in the library's classification network
     name = name.replace("embedder.embedder.convolution", "conv1")
     name = name.replace("embedder.embedder.normalization", "bn1")
     block = re.fullmatch(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.(.+)", name)

@@ -1,5 +1,4 @@
-"""From configuration to network: members of the DETR family out of `transformers`, new or with pretrained
-weights."""
+"""Building a network of the DETR family in `transformers`, new or with pretrained weights."""
 
 import math
 from collections.abc import Sequence
@@ -35,17 +34,16 @@ def build_detector(
     train_backbone: bool = True,
     structure: Path | None = None,
 ) -> Detector:
-    """The detector that `config` describes, with one output per class name.
+    """Build the detector that `config` describes, with one output per class name.
 
-    With `structure`, a folder that holds a transformers `config.json`, the network is built by that one and
-    its weights are for the caller to load: nothing is downloaded.
+    With `structure`, a folder with a transformers `config.json`, the network is built from that file, nothing
+    is downloaded, and the caller loads the weights.
 
     A ResNet with pretrained weights keeps its stem and first stage fixed, as in the DETR paper (appendix
-    A.4); from scratch everything learns.
+    A.4); from scratch all weights are trained.
 
     Raises:
-        UsageError: an option that this architecture does not have, a value it refuses, weights that cannot be
-        had.
+        UsageError: the architecture lacks an option or refuses a value, or weights are not available.
     """
     if config.num_classes is not None and config.num_classes != len(class_names):
         raise UsageError(
@@ -78,10 +76,10 @@ def build_detector(
 
 
 def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_last: bool) -> Detector:
-    """A detector around a network that `load_network` has loaded, in evaluation mode.
+    """Build a detector, in evaluation mode, around a network that `load_network` has loaded.
 
-    With the `config` that it was trained by it computes what it did in training to the last bit: the two
-    kinds of batch norm round differently.
+    With the `config` of its training, results equal those in training to the last bit; the two kinds of batch
+    norm round differently.
     """
     if not _freezes_batch_norm(config):
         thaw_batch_norm(network)
@@ -89,7 +87,7 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
 
 
 def _shape_options(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return the options of the network's shape that are set.
+    """Return the options for the network's shape that are set.
 
     Raises:
         UsageError: the family has no such option.
@@ -102,10 +100,10 @@ def _shape_options(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _further_options(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """Return what goes beside the shape: the paper's constants, dropout, and the user's overrides.
+    """Return the options besides the shape: the paper's constants, dropout, and the user's overrides.
 
     Raises:
-        UsageError: an override is none of the family's options, or has a key of its own.
+        UsageError: an override is not one of the family's options, or has its own configuration key.
     """
     own_keys = {option: f"model.{key}" for key, option in family.shape_options.items()} | {
         "hidden_size": "model.hidden_dim",
@@ -140,21 +138,21 @@ def _freezes_batch_norm(config: ModelConfig) -> bool:
 
 
 def _network_like(structure: Path) -> PreTrainedModel:
-    """Only what transformers has itself: code that lies beside a config.json is not run."""
+    """Build the network of a `config.json`; only transformers' own classes, code beside it is not run."""
     try:
         network_config = AutoConfig.from_pretrained(structure, trust_remote_code=False)
         check_backbone(network_config)
         return cast(PreTrainedModel, AutoModelForObjectDetection.from_config(network_config))
-    except Exception as error:  # the library raises many kinds
+    except Exception as error:  # the library raises many types
         reason = one_line(error)
         raise CheckpointError(f"{structure}: transformers cannot build its network ({reason})") from error
 
 
 def load_network(reference: str, location: str) -> PreTrainedModel:
-    """The trained detector at `location`, a folder or hub id, in evaluation mode; only safetensors are read.
+    """Load the trained detector at `location`, a folder or hub id, in evaluation mode, from safetensors only.
 
     Raises:
-        UsageError: naming it as `reference`, when there is none of the family, or not all of its weights.
+        UsageError: naming it as `reference`, if it is no detector of a known family, or lacks weights.
     """
     try:
         network_config = AutoConfig.from_pretrained(location, trust_remote_code=False)
@@ -180,7 +178,7 @@ def load_network(reference: str, location: str) -> PreTrainedModel:
 def _from_pretrained(
     source: str, network_config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """Return a network and what became of its weights; code that lies beside them is not run."""
+    """Load a network, and return it with a report on its weights; code beside them is not run."""
     return AutoModelForObjectDetection.from_pretrained(  # type: ignore[no-any-return]
         source,
         config=network_config,
@@ -201,7 +199,7 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
         network_config = AutoConfig.for_model(family.model_type, **options)
         check_backbone(network_config)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
-    except Exception as error:  # the libraries raise many kinds for a value they refuse
+    except Exception as error:  # the libraries raise many types for a value they refuse
         reason = one_line(error)
         raise UsageError(f"model: transformers cannot build it as configured: {reason}") from error
     _begin_class_heads(network, family, renew=False)
@@ -265,9 +263,9 @@ def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool)
         if renew:
             layer.reset_parameters()
         if family.loss_kind == "sigmoid":
-            # Each class begins with probability 1 / (C + 1), which for COCO's 91 classes is the 0.01 of the
-            # released codes, or the first steps teach little but that most queries are background. Source:
-            # Lin et al. 2017 (focal loss), section 3.3; the rule for other C is that of DAB-DETR in
+            # Each class starts with probability 1 / (C + 1), about the 0.01 of the released codes for COCO's
+            # 91 classes. Otherwise the first steps would teach little but that most queries are background.
+            # Source: Lin et al. 2017 (focal loss), section 3.3; the rule for other C is DAB-DETR's in
             # transformers.
             nn.init.constant_(layer.bias, -math.log(layer.out_features))
 
@@ -277,8 +275,7 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 
 def _check_forward(detector: Detector) -> None:
-    """Some values that transformers accepts fail only when the network runs: better now than after the
-    start."""
+    """Run the network once: some values that transformers accepts fail only then, better now than later."""
     try:
         with torch.no_grad():
             detector.eval()(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), torch.tensor([[128, 128]]))

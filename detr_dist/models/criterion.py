@@ -1,6 +1,6 @@
 """The set prediction loss of the DETR family: all layers and images at once, normalised by given counts.
 
-Shapes: L decoder layers, or whatever rows of predictions a family has, B images, Q queries, C class columns,
+Shapes: L decoder layers (or other rows of predictions of a family), B images, Q queries, C class columns,
 T targets of all images, M matched pairs per layer.
 """
 
@@ -22,31 +22,34 @@ from detr_dist.models.matcher import CostWeights, match
 
 @dataclass(frozen=True, kw_only=True)
 class LossSettings(CostWeights):
-    """How a family of networks matches and weighs. A softmax class loss is cross entropy, with "no object"
-    last; a sigmoid one focal loss, every class on its own."""
+    """Kind of class loss, and weights of loss and matching, of a family of networks.
+
+    The class loss with softmax is cross entropy with "no object" last; with sigmoid it is focal loss, for
+    every class independently.
+    """
 
     weights: Mapping[str, float]
-    """Of each term, by its registered name: multiplies a mean over the optimizer step. Other terms are not
-    computed."""
+    """Weight of each term by its registered name; it multiplies a mean over the optimizer step. Other terms
+    are not computed."""
     num_classes: int
-    """Classes without "no object"."""
+    """Number of classes without "no object"."""
     eos_coef: float = 0.1
     """Weight of "no object" in the cross entropy, above 0; softmax only."""
     focal_alpha: float = 0.25
-    """Weight of the class that is present against 1 - focal_alpha for the others, in (0, 1); sigmoid only."""
+    """Weight of the class that is present, in (0, 1); the others have 1 - focal_alpha. Sigmoid only."""
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """What the losses are divided by: sums over all micro-batches and processes of the optimizer step."""
+    """The denominators of the losses: sums over all micro-batches and processes of the optimizer step."""
 
     num_boxes: float
-    """That can be matched: of each image at most as many as there are queries."""
+    """Boxes that can be matched: of each image at most as many as there are queries."""
     num_images: float
 
     @property
     def num_boxes_or_one(self) -> float:
-        """The divisor of a mean over boxes, also where no image has any."""
+        """The denominator of a mean over boxes; 1 if there are none."""
         return max(self.num_boxes, 1.0)
 
 
@@ -54,8 +57,8 @@ class StepCounts:
 class Matched:
     """Predictions of one micro-batch, float32, and the targets that they are matched with.
 
-    Layer l's pair m says that query `pair[l, m]` answers for a target of class `labels[l, m]`. There are as
-    many pairs as boxes in the micro-batch, at most Q of an image, possibly none.
+    Pair m of layer l matches query `pair[l, m]` with a target of class `labels[l, m]`. There are as many
+    pairs as boxes in the micro-batch, at most Q of each image, possibly none.
     """
 
     logits: Tensor
@@ -69,7 +72,7 @@ class Matched:
     target_boxes_cxcywh: Tensor
     """[L, M, 4]."""
     counts: StepCounts
-    """Boxes and images of the whole optimizer step, over all micro-batches and processes."""
+    """Boxes and images of the complete optimizer step, over all micro-batches and processes."""
     settings: LossSettings
 
 
@@ -80,29 +83,29 @@ LossTerm = Callable[[Matched], Tensor]
 It returns float [L], for each layer its mean over the optimizer step: a sum over the pairs, or over all
 queries, of this micro-batch alone, divided by numbers from `matched.counts`, never by a number of its own
 micro-batch. Then the training is the same on any number of processes, with or without accumulation. A term
-must also be finite, and without pairs it must still depend on the predictions: sum what is empty, and do not
-return a constant."""
+must also be finite. Without pairs it must still depend on the predictions: return an empty sum, not a
+constant."""
 
 
 class Losses(NamedTuple):
-    """One micro-batch's part: summed over the micro-batches and processes of a step, the published loss."""
+    """One micro-batch's part of the loss; the sum over a step's micro-batches and processes is the loss."""
 
     total: Tensor
     """Weighted sum over all terms and decoder layers, with gradient."""
     logged: dict[str, Tensor]
     """`loss`, which is `total`, and `loss_<term>` of the last layer, unweighted; all without gradient."""
     finite: bool
-    """Whether all predictions were finite. If not, neither losses nor gradients mean anything."""
+    """Whether all predictions were finite. If not, losses and gradients are meaningless."""
     broken_terms: tuple[str, ...] = ()
-    """Where predictions are not finite: the terms that were NaN or Inf before they were."""
+    """If predictions are not finite, the terms that had been NaN or Inf before."""
 
 
 class SetCriterion:
-    """Matches predictions with targets and gives the part of the loss that this micro-batch contributes.
+    """Matches predictions with targets, and computes this micro-batch's part of the loss.
 
-    Runs no collective, and waits for the device once (in the matcher). Maths is in float32
-    whatever the autocast. A micro-batch without any box still gives every prediction a gradient (zero for the
-    boxes), so that all processes reduce the same parameters.
+    Runs no collective, and waits for the device once (in the matcher). Computes in float32 whatever the
+    autocast. A micro-batch without any box still gives every prediction a gradient (zero for the boxes), so
+    that all processes reduce the same parameters.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1 and appendix A.2
     (softmax); Zhu et al., "Deformable DETR", 2021, and Lin et al., "Focal Loss for Dense Object Detection",
@@ -111,11 +114,10 @@ class SetCriterion:
     """
 
     def __init__(self, settings: LossSettings, weights: Mapping[str, float] | None = None) -> None:
-        """Take `weights` (`loss.weights`) in place of those of the settings; further terms with weight 0 are
-        not computed.
+        """Let `weights` (`loss.weights`) override those of the settings; added terms of weight 0 are skipped.
 
         Raises:
-            UsageError: a weight is of no term, or two terms would be logged under one name.
+            UsageError: a weight belongs to no term, or two terms would be logged under one name.
         """
         added = {
             name: weight for name, weight in (weights or {}).items() if weight or name in settings.weights
@@ -145,7 +147,7 @@ class SetCriterion:
 
         `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4]. `labels` [T] and
         `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an image with more
-        than Q the matcher leaves the dearest out; `counts` holds Q of them.
+        than Q the most expensive targets stay unmatched, and `counts` holds only Q of it.
 
         Raises:
             ValueError: the shapes disagree with the settings or with each other.
@@ -198,12 +200,12 @@ class SetCriterion:
 
 
 def _computed(name: str, term: LossTerm, matched: Matched) -> Tensor:
-    """Return a term's result, if it is one number for each layer."""
+    """Compute a term, and check that it returns one number for each layer."""
     try:
         loss = term(matched)
     except (DetrDistError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of any kind: it is the user's code
+    except Exception as error:  # users' code may raise anything
         raise UsageError(f"loss.weights.{name}: the term failed: {as_one_line(error)}") from error
     num_layers = len(matched.logits)
     found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -222,10 +224,10 @@ def _short(name: str) -> str:
 
 @register_loss("ce")
 def class_loss(matched: Matched) -> Tensor:
-    """Return the mean classification loss [L] over the optimizer step, of all queries.
+    """Return the mean classification loss [L] of all queries over the optimizer step.
 
-    Softmax: over the summed class weights, which are eos_coef for each query and 1 where it is matched.
-    Sigmoid: over the boxes.
+    The denominator is, for softmax, the sum of the class weights (1 for matched queries, else eos_coef), and
+    for sigmoid the number of boxes.
     """
     settings, counts = matched.settings, matched.counts
     if settings.kind == "sigmoid":
@@ -253,14 +255,14 @@ def giou_loss(matched: Matched) -> Tensor:
 def cross_entropy(logits: Tensor, matched: Tensor, matched_labels: Tensor, eos_coef: float) -> Tensor:
     """Return the sums [L] of the cross entropy of all queries of logits [L, B, Q, C].
 
-    Queries that are not matched are to say "no object", column C - 1. `matched` [L, M] are positions in the
-    flattened [L, B, Q], `matched_labels` [L, M] their classes.
+    Queries that are not matched should predict "no object", column C - 1. `matched` [L, M] are positions in
+    the flattened [L, B, Q], `matched_labels` [L, M] their classes.
     """
     num_layers, num_columns = logits.shape[0], logits.shape[-1]
     classes = matched.new_full((logits.shape[:-1].numel(),), num_columns - 1)
     classes[matched.flatten()] = matched_labels.flatten()
     class_weight = logits.new_ones(num_columns)
-    class_weight[-1:].fill_(eos_coef)  # by assignment it would travel from the host, which waits
+    class_weight[-1:].fill_(eos_coef)  # an assignment would copy it from the host, which waits
     losses = F.cross_entropy(logits.flatten(0, 2), classes, class_weight, reduction="none")
     return losses.view(num_layers, -1).sum(1)
 
@@ -275,6 +277,6 @@ def focal_loss(logits: Tensor, matched: Tensor, matched_labels: Tensor, alpha: f
     sign, weight = logits.new_ones(logits.shape), logits.new_full(logits.shape, 1 - alpha)
     sign.view(-1).index_fill_(0, present, -1.0)
     weight.view(-1).index_fill_(0, present, alpha)
-    # A class that is present with logit x is as wrong as an absent one with -x: one formula serves both.
+    # The loss of a present class with logit x is that of an absent class with -x: one formula serves both.
     wrong = logits * sign
     return (wrong.sigmoid().square() * F.softplus(wrong) * weight).flatten(1).sum(1)

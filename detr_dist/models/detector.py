@@ -1,6 +1,6 @@
 """A `transformers` detector as the one module that training, evaluation and packaging work with.
 
-Its pixels are normalized as ImageNet's are, unless its image processor does otherwise.
+Pixels are normalized as for ImageNet, unless the model's image processor does it differently.
 """
 
 import copy
@@ -28,36 +28,36 @@ from detr_dist.models.optimizations import (
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of red, green and blue, where a pixel's values are from 0 to 1."""
+    """Mean and standard deviation of red, green and blue, for values from 0 to 1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""What every published backbone expects."""
+"""The normalization that every published backbone expects."""
 
 _NORMALIZATION_KEY = "pixel_normalization"
-"""In a network's configuration, which is saved with it, where it is not ImageNet's."""
+"""Key in a network's configuration, which is saved with it, for a normalization other than ImageNet's."""
 
 
 def normalization_of(config: PreTrainedConfig) -> Normalization:
-    """Return what the network of this configuration expects."""
+    """Return the normalization that the network of this configuration expects."""
     kept = getattr(config, _NORMALIZATION_KEY, None)
     return IMAGENET if kept is None else Normalization(tuple(kept["mean"]), tuple(kept["std"]))
 
 
 def keep_normalization(config: PreTrainedConfig, normalization: Normalization) -> None:
-    """Let the network of this configuration expect `normalization`, also once it is saved and loaded."""
+    """Store `normalization` in the network's configuration, which is saved with it."""
     if normalization != normalization_of(config):
         setattr(config, _NORMALIZATION_KEY, dataclasses.asdict(normalization))
 
 
 def normalization_at(source: str, config: PreTrainedConfig) -> Normalization:
-    """Return what the network with this configuration at `source`, a folder or hub id, expects.
+    """Return the normalization that the network at `source`, a folder or hub id, expects.
 
     Raises:
-        OSError: there is an image processor, or should be, and it cannot be read.
+        OSError: its image processor cannot be read.
     """
     folder = Path(source)
     if folder.is_dir() and not (folder / IMAGE_PROCESSOR_NAME).exists():
@@ -68,7 +68,7 @@ def normalization_at(source: str, config: PreTrainedConfig) -> Normalization:
 
 
 def normalization_by(processor: Any) -> Normalization:
-    """Return one step for what an image processor does in up to two: a factor, then mean and deviation."""
+    """Combine the two steps of an image processor, a factor, then mean and deviation, into one."""
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0], [1.0])
     red, green, blue = np.broadcast_to(np.array([mean, std]).T / scale, (3, 2)).tolist()
@@ -79,9 +79,9 @@ def normalization_by(processor: Any) -> Normalization:
 class Detector(nn.Module):
     """A `transformers` detector that takes uint8 images and returns the predictions of every row.
 
-    Conversion to float, normalisation and the pixel mask are made on the network's device, so that only bytes
-    travel. Predictions are float32 whatever the autocast. `network` is the library's module, and belongs to
-    this one with the hooks that it gets; its state dict and `plain_config` are what gets saved.
+    Conversion to float, normalisation and the pixel mask happen on the network's device, so that only bytes
+    are copied to it. Predictions are float32 whatever the autocast. `network` is the library's module, owned
+    by this one, which adds hooks to it; its state dict and `plain_config` are saved.
     """
 
     def __init__(self, network: PreTrainedModel, family: Family, *, channels_last: bool = False) -> None:
@@ -106,11 +106,12 @@ class Detector(nn.Module):
 
     @property
     def class_names(self) -> tuple[str, ...]:
+        """Name of each class, in the order of the outputs."""
         return class_names_of(self.network.config)
 
     @property
     def num_queries(self) -> int:
-        """The most objects that can be found in one image."""
+        """Largest number of objects that can be found in one image."""
         config = self.network.config
         if getattr(config, "two_stage", False):
             return int(config.two_stage_num_proposals)
@@ -118,18 +119,23 @@ class Detector(nn.Module):
 
     @property
     def plain_config(self) -> PreTrainedConfig:
-        """The configuration by which the library alone predicts the same with these weights."""
+        """The configuration with which the library alone makes the same predictions from these weights."""
         config = copy.deepcopy(self.network.config)
         config.auxiliary_loss = self._has_auxiliary_loss
         return config
 
     def forward(self, images: Tensor, sizes_hw: Tensor, is_padded: bool = True) -> dict[str, Tensor]:
-        """`images` uint8 [B, 3, H, W] padded at the right and bottom, `sizes_hw` [B, 2] each image's own size
-        in pixels; `is_padded` False if all of them are H x W.
+        """Predict classes and boxes for a batch of images.
 
-        Returns `pred_logits` [R, B, Q, C] (softmax family: C + 1, the last one is no-object) and `pred_boxes`
-        [R, B, Q, 4], cxcywh as fractions of the image's own size; R rows, as many as decoder layers unless
-        the family says otherwise. The last one is the prediction, which is the library's.
+        Args:
+            images: uint8 [B, 3, H, W], padded at the right and bottom.
+            sizes_hw: [B, 2], each image's own size in pixels.
+            is_padded: False if all images are H x W.
+
+        Returns:
+            `pred_logits` [R, B, Q, C] (softmax families: C + 1, the last one is no-object) and `pred_boxes`
+            [R, B, Q, 4], cxcywh as fractions of the image's own size. There is a row for each decoder layer,
+            unless the family defines others; the last row is the prediction, equal to the library's.
         """
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
@@ -142,19 +148,19 @@ class Detector(nn.Module):
             self._masks.is_padded = is_padded
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = pixels.contiguous(memory_format=layout)
-        # Any labels but None make the library call its loss function, which hands us all rows instead.
+        # Any labels but None make the library call its loss function, which returns all rows instead.
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
         return cast(dict[str, Tensor], output.loss_dict)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """Return the parameters that are trained with `training.learning_rate_backbone`."""
         return backbone_body(self.network).parameters()
 
 
 def plain_network(detector: Detector) -> PreTrainedModel:
-    """A copy on the CPU that is all the library's own: loss function and frozen batch norm, as if never
-    trained here.
+    """Return a copy on the CPU with only the library's modules: its loss function and frozen batch norm.
 
-    Frozen and trained batch norm compute the same in evaluation, so its predictions are the detector's.
+    Frozen and trained batch norm compute the same in evaluation, so its predictions equal the detector's.
     """
     network = AutoModelForObjectDetection.from_config(detector.plain_config)
     restore_timm_norms(network)
@@ -163,19 +169,21 @@ def plain_network(detector: Detector) -> PreTrainedModel:
 
 
 def load_plain_weights(network: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Put a detector's weights, on any device, into a plain network; frozen batch norm counts no batches."""
+    """Load a detector's weights, on any device, into a network of `plain_network`, without batch counters."""
     network.load_state_dict({k: v for k, v in weights.items() if not k.endswith("num_batches_tracked")})
 
 
 def class_names_of(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return a name for each class that the network tells apart, in the order of its outputs; one that the
-    configuration does not name gets the library's."""
+    """Return the name of each class, in the order of the network's outputs.
+
+    Classes without a name in the configuration get the library's default.
+    """
     names = cast(dict[int, str], config.id2label)
     return tuple(names.get(index, f"LABEL_{index}") for index in range(cast(int, config.num_labels)))
 
 
 def _instead_of_loss(rows: Callable[..., dict[str, Tensor]]) -> Callable[..., Any]:
-    """Return what stands where the library computes its loss, which is wrong with several processes."""
+    """Return the replacement for the library's loss function, which is wrong with several processes."""
 
     def loss_function(
         logits: Tensor,

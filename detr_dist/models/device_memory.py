@@ -1,4 +1,4 @@
-"""One line when the device runs out of memory."""
+"""The error message when the device runs out of memory."""
 
 import resource
 import sys
@@ -16,7 +16,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Says what to do when the device has run out of it."""
+    """Turns a lack of device memory into an error that lists remedies."""
 
     config: Config = field(default_factory=Config)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -25,7 +25,7 @@ class DeviceMemory:
     def explained(
         self, doing: str, *, num_images: int, canvas_hw: tuple[int, int], is_training: bool
     ) -> Iterator[None]:
-        """While entered, a lack of memory is an error in one line; `num_images` on a canvas are computed.
+        """Report a lack of memory in the block, which computes `num_images` on a canvas, in one line.
 
         Raises:
             TrainingError: the device has run out of memory.
@@ -48,7 +48,7 @@ class DeviceMemory:
         return f"peak memory {peak / _GIB:.1f} of {total / _GIB:.1f} GiB"
 
     def _remedies(self, is_training: bool) -> Iterator[str]:
-        """Yield them in the order of docs/performance.md, without what is done already."""
+        """Yield the remedies in the order of docs/performance.md, except those in use already."""
         settings, edges = self.config.training, self.config.data
         if is_training and not settings.gradient_checkpointing:
             yield "training.gradient_checkpointing=true"

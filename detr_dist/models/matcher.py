@@ -1,4 +1,4 @@
-"""Which query answers for which target: the best assignment for each decoder layer and image.
+"""Matching of queries and targets: the best assignment for each decoder layer and image.
 
 Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all images, M matched pairs per
 layer.
@@ -18,7 +18,7 @@ from torch import Tensor
 from detr_dist.boxes import cxcywh_to_xyxy, giou
 
 ClassKind = Literal["softmax", "sigmoid"]
-"""How class logits are read: softmax with "no object" as the last column, or a sigmoid for each class."""
+"""Meaning of class logits: softmax with "no object" as the last column, or a sigmoid for each class."""
 
 # The published matcher has these constants in its code, whatever the loss uses.
 _FOCAL_COST_ALPHA = 0.25
@@ -27,7 +27,7 @@ _FOCAL_COST_EPS = 1e-8
 
 @dataclass(frozen=True)
 class CostWeights:
-    """What a pair of query and target costs: weights of class, L1 distance and negative generalised IoU."""
+    """Weights of class, L1 distance and negative generalised IoU in the cost of a query and a target."""
 
     kind: ClassKind
     cost_class: float = 2.0
@@ -36,7 +36,7 @@ class CostWeights:
 
 
 class Targets(NamedTuple):
-    """All images' targets in image order: labels [T], boxes [T, 4] and the image [T] that each belongs to."""
+    """Targets of all images in image order: labels [T], boxes [T, 4] and the image of each [T]."""
 
     labels: Tensor
     boxes_cxcywh: Tensor
@@ -68,14 +68,14 @@ def match(
     *,
     weights: CostWeights,
 ) -> Matches:
-    """The assignment of least cost between queries and targets, for each layer and image on its own.
+    """Find the assignment of minimum cost between queries and targets, for each layer and image.
 
     `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh) are float32; `labels` [T] and
     `boxes_cxcywh` [T, 4] hold the targets of all images in image order, `num_boxes[b]` of them for image b.
-    Costs that are not finite count as the largest float, so such pairs are taken only where nothing else is
-    left. An image with more targets than queries leaves the dearest targets out.
+    Costs that are not finite count as the largest float, so such pairs are chosen only if nothing else is
+    left. In an image with more targets than queries the most expensive targets stay unmatched.
 
-    Costs one copy from the device (waits for the forward pass) and two small ones to it.
+    Makes one copy from the device (waits for the forward pass) and two small ones to it.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1; for sigmoid
     classes Zhu et al., "Deformable DETR", 2021, appendix A.4 and its code.
@@ -83,7 +83,7 @@ def match(
     image = torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes))
     targets = Targets(labels, boxes_cxcywh, _to_device(image, pred_boxes.device))
     cost = _pair_costs(pred_logits, pred_boxes, targets, weights)
-    # NaN wins in aminmax: four numbers in the same copy tell whether everything was finite.
+    # aminmax propagates NaN: four numbers in the same copy show whether everything was finite.
     extremes = torch.stack((*pred_logits.aminmax(), *pred_boxes.aminmax()))
     on_host = _to_host(torch.cat((extremes, cost.flatten())))
     finite = all(isfinite(value) for value in on_host[:4])
@@ -93,21 +93,21 @@ def match(
 
 
 def _to_host(values: Tensor) -> NDArray[np.float32]:
-    """A copy on the host: here a micro-batch waits for its device, and nowhere else."""
+    """Copy to the host: the only place where a micro-batch waits for its device."""
     copy: NDArray[np.float32] = values.cpu().numpy()
     return copy
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. From pinned memory the host need not wait until the device has caught up."""
+    """Copy to the device, from pinned memory, so that the host need not wait for the device."""
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 
 def _pair_costs(pred_logits: Tensor, pred_boxes: Tensor, targets: Targets, weights: CostWeights) -> Tensor:
-    """Finite costs [L, T, Q] of every target with the queries of its own image, and no other image's."""
-    # Queries last, coordinates apart [L, T, 4, Q]: every later operation runs over contiguous memory.
+    """Return finite costs [L, T, Q] of every target with the queries of its own image."""
+    # Queries last and coordinates separate, [L, T, 4, Q]: all operations run over contiguous memory.
     boxes = pred_boxes.transpose(2, 3).index_select(1, targets.image)
     distance = (boxes - targets.boxes_cxcywh[:, :, None]).abs_().sum(2)
     corners = cxcywh_to_xyxy(pred_boxes).transpose(2, 3).index_select(1, targets.image)
@@ -119,7 +119,7 @@ def _pair_costs(pred_logits: Tensor, pred_boxes: Tensor, targets: Targets, weigh
 
 
 def _class_costs(pred_logits: Tensor, targets: Targets, kind: ClassKind) -> Tensor:
-    """Class costs [L, T, Q], computed only for the labels that occur."""
+    """Return class costs [L, T, Q], computed only for the labels that occur."""
     if kind == "softmax":
         return -pred_logits.softmax(-1).transpose(2, 3)[:, targets.image, targets.labels]
     prob = pred_logits.transpose(2, 3)[:, targets.image, targets.labels].sigmoid()
@@ -129,7 +129,7 @@ def _class_costs(pred_logits: Tensor, targets: Targets, kind: ClassKind) -> Tens
 
 
 def _assign(cost: NDArray[np.float32], num_boxes: list[int]) -> NDArray[np.int64]:
-    """Layer, image, query and target [4, L, M] of the best pairs, from costs [L, T, Q]."""
+    """Return layer, image, query and target [4, L, M] of the best pairs, from costs [L, T, Q]."""
     num_layers, _, num_queries = cost.shape
     spans = [span for span in pairwise(accumulate(num_boxes, initial=0)) if span[0] < span[1]]
     num_pairs = [min(num_queries, count) for count in num_boxes]

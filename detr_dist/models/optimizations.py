@@ -1,8 +1,8 @@
-"""How a network computes: without waiting for its device, in which precision, compiled, in less memory.
+"""Optimizations of a network: no waits for the device, precision, compilation, less memory.
 
-None of it changes what is computed but for rounding. Each wait for the device in the middle of a forward pass
-leaves a GPU with nothing queued, and ends a compiled region. One is left: Deformable DETR copies the sizes of
-its feature maps to the device.
+They change results only by rounding. A wait for the device in the middle of a forward pass leaves a GPU
+without queued work, and ends a compiled region. One is left: Deformable DETR copies the sizes of its feature
+maps to the device.
 """
 
 import functools
@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, is_frozen_norm, unwrapped_body
 
-# Of one piece of code, before torch gives it up: the library's layers share theirs, and each comes with and
-# without padding, for one size and for any.
+# Compilations of one function before torch gives up on it: the library's layers share their code, and each is
+# compiled with and without padding, for one size and for any.
 _MOST_VARIANTS = 32
 
 
@@ -32,19 +32,19 @@ def _transformer_layers(network: PreTrainedModel) -> list[nn.Module]:
 
 
 def spare_finite_checks(network: PreTrainedModel) -> None:
-    """Let the encoder layers take for granted that what they have computed is finite.
+    """Make the encoder layers assume that their outputs are finite.
 
-    In training the library asks, and clamps what is not. Here predictions that are not finite end the run.
+    In training the library checks, and clamps other values. Here predictions that are not finite end the run.
     """
     for layer in network.model.encoder.layers:
         _put_before(layer, _Unasked)
 
 
 def _put_before(module: nn.Module, methods: type[nn.Module]) -> None:
-    """Let the methods of another class come before a module's own, which they call by `super()`.
+    """Override a module's methods with those of another class, which call the originals by `super()`.
 
-    Unlike a wrapper that changes no name in the state dict, and unlike a function on the instance it survives
-    a copy.
+    Unlike a wrapper, this changes no name in the state dict; unlike a function on the instance, it survives a
+    copy.
     """
     kind = type(module)
     module.__class__ = type(kind.__name__, (methods, kind), {})
@@ -62,19 +62,21 @@ class _Finite:
 
 
 class _AssumeFinite(TorchFunctionMode):
-    """While entered, `torch.isfinite` is not computed."""
+    """Skips the computation of `torch.isfinite` within the block."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _Finite() if function is torch.isfinite else function(*args, **(kwargs or {}))
 
 
 class PaddingMasks:
-    """Makes the masks by which attention leaves out padding; the library would first ask whether there is
-    any."""
+    """Makes the masks that exclude padding from attention.
+
+    The library would first wait for the device to find out whether there is any padding.
+    """
 
     def __init__(self, network: PreTrainedModel) -> None:
         self.is_padded = True
-        """Of the images that come next. Without padding there is no mask, and attention has faster ways."""
+        """Whether the next images are padded. Without padding there is no mask, and attention is faster."""
         self._is_additive = network.config._attn_implementation == "eager"
         for part in (network.model.encoder, network.model.decoder):
             part.register_forward_pre_hook(self._make, with_kwargs=True)
@@ -86,8 +88,7 @@ class PaddingMasks:
         return args, kwargs | {name: self._mask(mask) for name, mask in masks.items() if mask.ndim == 2}
 
     def _mask(self, is_image: Tensor) -> Tensor | None:
-        """For all heads and queries [B, 1, 1, S], from what is known of the S positions of the feature map
-        [B, S]."""
+        """Return the mask for all heads and queries [B, 1, 1, S] from that of the feature map [B, S]."""
         if not self.is_padded:
             return None
         is_image = is_image[:, None, None]
@@ -97,23 +98,23 @@ class PaddingMasks:
 
 
 def keep_in_float32(network: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Let the modules of these names, which are prediction heads, compute in float32 whatever the autocast.
+    """Make the modules of these names, which are prediction heads, compute in float32 whatever the autocast.
 
-    In bf16 a coordinate would lie on a grid of up to 1/256, which is 5.2 pixels of 1333, and converting it
-    later repairs nothing. What follows a head (sigmoid, refinement) takes its type.
+    In bf16 a coordinate would be rounded to a grid of up to 1/256, which is 5.2 pixels of 1333; a later
+    conversion cannot restore it. The operations after a head (sigmoid, refinement) use its type.
     """
     for name, module in network.named_modules():
-        own_name = re.sub(r"\.\d+$", "", name).rpartition(".")[2]  # layers have their own in a list
+        own_name = re.sub(r"\.\d+$", "", name).rpartition(".")[2]  # lists have a head for each layer
         if own_name in names and not isinstance(module, nn.ModuleList):
             # On the instance, because a wrapper around the module would rename its weights. A copy of the
-            # network gets its own: bound methods and partial functions are copied with what they refer to.
+            # network gets its own function: bound methods and partials are copied with their modules.
             setattr(module, "forward", functools.partial(_in_float32, module.forward))  # noqa: B010
 
 
 def keep_type_in_frozen_norms(backbone: nn.Module) -> None:
-    """Let frozen batch norm return the type that it takes.
+    """Make frozen batch norm return the type of its input.
 
-    The library multiplies by float32 buffers, so that half precision would end at the first norm: the
+    The library multiplies by float32 buffers, so that half precision would end at the first norm, and the
     activations kept for the backward pass would take more memory than in float32, not less.
     """
     for module in backbone.modules():
@@ -133,22 +134,21 @@ def _to_input_type(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> 
 def compile_regions(network: PreTrainedModel, backend: Any = "inductor") -> None:
     """Compile the backbone and each layer of encoder and decoder, when they first run.
 
-    Layers of one kind share what is compiled. Images of a second size are compiled for once more, then for
-    sizes of any kind. `torch.compile` of the whole network takes several times as long, and again for each
-    question in between.
+    Layers of one kind share their compiled code. A second image size is compiled again, this time for any
+    size. Compiling the complete network takes several times as long, and again after each graph break.
     """
     import torch._dynamo.config as dynamo  # slow to import, and only here
 
     dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_VARIANTS)
-    # Under DDP it would cut each region where its parameters fill a bucket, so that sums over processes begin
-    # sooner; the regions are smaller than that already.
+    # Under DDP torch would split each region where its parameters fill a bucket, so that sums over processes
+    # start sooner; the regions are smaller than a bucket already.
     dynamo.optimize_ddp = False
     for region in (backbone_body(network), *_transformer_layers(network)):
         region.compile(backend=backend)
 
 
 def check_compiler(device_type: str) -> None:
-    """Make sure that torch.compile finds a compiler: on a GPU Triton needs one for C, else it is C++.
+    """Check that torch.compile finds its compiler: for C on a GPU, because of Triton, else for C++.
 
     Raises:
         UsageError: there is none.
@@ -174,17 +174,16 @@ def check_compiler(device_type: str) -> None:
 
 
 def num_compiled_graphs() -> int:
-    """Return this process's so far: a number that keeps growing costs more time than compiling saves."""
+    """Return how many graphs this process has compiled; if it keeps growing, compiling wastes time."""
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
 
 
 def recompute_activations(network: PreTrainedModel) -> None:
-    """Keep only what goes into each layer of encoder and decoder and each stage of a timm backbone, and
-    compute what is inside again in the backward pass.
+    """Keep only the inputs of encoder and decoder layers and timm stages, and recompute the rest in backward.
 
-    A backbone whose batch norm learns keeps everything: its statistics would take in each batch twice.
+    A backbone whose batch norm is trained keeps everything, because its statistics would be updated twice.
     """
     body = unwrapped_body(network)
     learns_statistics = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
@@ -194,7 +193,7 @@ def recompute_activations(network: PreTrainedModel) -> None:
 
 
 class _Recomputed(nn.Module):
-    """Around the call and not inside `forward`, where it would cut what is compiled into pieces."""
+    """Recomputes around the call; inside `forward` it would split the compiled code."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.training:

@@ -1,4 +1,4 @@
-"""From the network's outputs to boxes in pixels of the original image, with scores and class labels.
+"""Conversion of the network's outputs to boxes in pixels of the original image, with scores and labels.
 
 Shapes: L decoder layers, B images, Q queries, C class columns, K detections per image.
 """
@@ -12,7 +12,7 @@ from detr_dist.boxes import cxcywh_to_xyxy
 from detr_dist.models.matcher import ClassKind
 
 MAX_DETECTIONS = 300
-"""Most detections per image from sigmoid classes, where one query may stand for several classes."""
+"""Maximum detections per image with sigmoid classes, where one query may count for several classes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class RankedDetections:
 
 @torch.no_grad()
 def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: ClassKind) -> RankedDetections:
-    """The detections of the last decoder layer, for all images at once and without waiting for the device.
+    """Return the detections of the last decoder layer, for all images, without waiting for the device.
 
     `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh in [0, 1]);
     `original_sizes_hw` [B, 2] is each image's height and width before any resizing. Softmax: the best class
@@ -46,14 +46,14 @@ def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: Cla
 
 
 def _rank_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, queries and labels, each [B, Q], best first."""
+    """Return scores, queries and labels, each [B, Q], best first."""
     best, labels = logits.softmax(-1)[..., :-1].max(-1)
     scores, query = best.sort(dim=-1, descending=True, stable=True)
     return scores, query, labels.gather(1, query)
 
 
 def _rank_sigmoid(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores, queries, labels, each [B, K], best first. A full sort: `topk` breaks ties as it likes."""
+    """Return scores, queries and labels, each [B, K], best first; `topk` would break ties arbitrarily."""
     scores, position = logits.sigmoid().flatten(1).sort(dim=-1, descending=True, stable=True)
     scores, position = scores[:, :MAX_DETECTIONS], position[:, :MAX_DETECTIONS]
     return scores, position // logits.shape[-1], position % logits.shape[-1]

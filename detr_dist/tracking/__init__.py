@@ -1,1 +1,1 @@
-"""What is logged, under which name, and where it goes."""
+"""Tracking of runs: names of params and metrics, MLflow, TensorBoard and users' trackers."""

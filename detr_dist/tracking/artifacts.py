@@ -1,4 +1,4 @@
-"""Models and checkpoints in MLflow: fetched as local folders, deleted, and versions in the registry."""
+"""Models and checkpoints in MLflow: downloads, deletion, and versions in the registry."""
 
 import json
 import os
@@ -28,13 +28,13 @@ from detr_dist.tracking.uris import WHERE_SET, client_uri, database_path
 
 
 def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
-    """Return the artifact folder as a local one, within `into`.
+    """Download an artifact folder into a folder within `into`, and return that.
 
     Raises:
         UsageError: there is no such artifact, or the server cannot be reached.
     """
     database = database_path(tracking_uri)
-    if database is not None and not database.exists():  # MLflow would make an empty one
+    if database is not None and not database.exists():  # MLflow would create an empty one
         raise UsageError(
             f"{artifact_uri}: cannot be fetched, as there is no database {database.absolute()}; correct "
             f"{WHERE_SET}"
@@ -53,10 +53,10 @@ def download_folder(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
 
 
 def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
-    """Return an artifact, file or folder, as a local one within `into`.
+    """Download an artifact, file or folder, into a path within `into`, and return that.
 
     Raises:
-        MlflowException, OSError: there is none, or the server cannot be reached.
+        MlflowException, OSError: it does not exist, or the server cannot be reached.
     """
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with patience(timeout_s=120):
@@ -73,10 +73,10 @@ def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
 
 
 def checkpoint_uris(run_id: str, tracking_uri: str, scratch: Path) -> list[str]:
-    """Return the checkpoints of a run, the one that was saved last first, whatever its step.
+    """Return the URIs of a run's checkpoints, the one that was saved last first, whatever its step.
 
     Raises:
-        UsageError: there is no such run, or it has none.
+        UsageError: there is no such run, or it has no checkpoints.
     """
     client = open_client(tracking_uri)
     try:
@@ -100,7 +100,7 @@ def _saved_at(checkpoint_uri: str, tracking_uri: str, scratch: Path) -> str:
         state = fetch(f"{checkpoint_uri}/state.json", tracking_uri, scratch).read_text(encoding="utf-8")
         return str(json.loads(state)["saved_at"])
     except (MlflowException, OSError, ValueError, KeyError, TypeError):
-        return ""  # the upload did not get that far
+        return ""  # the upload was interrupted before
 
 
 def delete_artifacts(client: MlflowClient, run_id: str, artifact_path: str) -> None:
@@ -110,7 +110,7 @@ def delete_artifacts(client: MlflowClient, run_id: str, artifact_path: str) -> N
 
 
 def _version_of(reference: str, client: MlflowClient) -> tuple[str, str] | None:
-    """Return name and version that `models:/NAME/VERSION` or `models:/NAME@ALIAS` means; None for others."""
+    """Return name and version of `models:/NAME/VERSION` or `models:/NAME@ALIAS`; None for all others."""
     if re.fullmatch("models:/[^/@]+[/@]{1,2}[^/@]+/?", reference) is None:
         return None
     name, version = get_model_name_and_version(client, reference.rstrip("/").replace("/@", "@"))
@@ -118,9 +118,9 @@ def _version_of(reference: str, client: MlflowClient) -> tuple[str, str] | None:
 
 
 def _location_of(reference: str, client: MlflowClient) -> str:
-    """Return the artifact URI of a version in the registry; other references stay.
+    """Return the artifact URI of a version in the registry; other references stay unchanged.
 
-    MLflow itself asks the process's default registry for them, whichever it is given.
+    MLflow itself would use the process's default registry, whichever it is given.
     """
     version = _version_of(reference, client)
     return client.get_model_version_download_uri(*version) if version is not None else reference
@@ -135,16 +135,16 @@ def run_of(reference: str, client: MlflowClient) -> str | None:
 
 
 def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_path: str) -> ModelVersion:
-    """Make a model that a run has as artifact a new version of `name`, which may be new as well."""
+    """Register a run's model artifact as a new version of `name`, which is created if necessary."""
     source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)
     with locked_store(client.tracking_uri):  # the next number is free until another run takes it
         unless_exists(lambda: client.create_registered_model(name))
-        # The files are there already: no need to wait for them.
+        # The files are uploaded already: no need to wait for them.
         return unless_busy(lambda: client.create_model_version(name, source, run_id, await_creation_for=0))
 
 
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:
-    """Log a model folder as `model/` of a new run, as the registry keeps no files itself; return its id."""
+    """Log a model folder as `model/` of a new run, as the registry stores no files; return the run id."""
     experiment_id = find_or_make_experiment(client, experiment)
     tags = {"source": redact_value(source)}
     run = unless_busy(lambda: client.create_run(experiment_id, run_name="export", tags=tags))

@@ -1,5 +1,4 @@
-"""Delivers the records of an outbox to MLflow, each once, through outages of the server: while a run tracks
-there, or after it has ended."""
+"""Delivery of an outbox's records to MLflow, each once, through outages, during a run or afterwards."""
 
 import json
 import logging
@@ -27,10 +26,10 @@ from detr_dist.tracking.uris import local_path
 _MAX_VALUES = {"metrics": 1000, "params": 100, "tags": 100}
 _MAX_PARAM_LENGTH = 6000
 
-# Values are light and go first; folders and the run's status follow when all values before them are there.
+# Values are small and are delivered first; folders and the run's status follow after all earlier values.
 _VALUES, _FOLDERS = "values", "folders"
 
-# What a server may refuse for good, for want of a right or a method, and must not keep back the rest.
+# Records that a server may refuse permanently, for lack of a permission or a method; the rest must not wait.
 _DISPENSABLE = {"dataset", "registration", "retention"}
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
@@ -39,17 +38,17 @@ _LOOK_EVERY_S = 0.5
 # Attempts of `sync` at a server that does not answer, and the seconds between them.
 _MAX_ATTEMPTS, _PAUSE_S = 5, 2.0
 
-# Seconds that a request may take before it counts as failed; an upload includes what the server does with it.
+# Seconds that a request may take before it counts as failed; an upload includes its processing by the server.
 _TIMEOUT_S = 120
 
 _logger = logging.getLogger(__name__)
 
 
 class Delivery:
-    """Delivers what an outbox holds, as often as `work` is called.
+    """Delivers the records of an outbox, a batch at each call of `work`.
 
-    What the server has already is asked, not assumed: after a crash, or a lost answer, nothing is logged
-    twice. For use by one thread.
+    It asks the server what it has already, so that nothing is logged twice after a crash or a lost answer.
+    For use by one thread.
     """
 
     def __init__(self, reader: OutboxReader, client: MlflowClient) -> None:
@@ -77,7 +76,7 @@ class Delivery:
         """Deliver a batch of values, then at most one folder; return whether there was anything to do.
 
         Raises:
-            Exception: of MLflow's many kinds, while its server is away; call again later.
+            Exception: of many types, while MLflow's server cannot be reached; call again later.
         """
         try:
             delivered_values = self._deliver_values()
@@ -130,7 +129,7 @@ class Delivery:
         self._known_params |= params.keys()
 
     def _log_what_is_accepted(self, records: Iterable[Record], refusal: MlflowException) -> None:
-        """Log all that MLflow does not refuse, and name the rest once."""
+        """Log everything that MLflow accepts, and warn once of the rest."""
         values = [
             record._replace(content=record.content | {"values": {name: value}})
             for record in records
@@ -147,8 +146,8 @@ class Delivery:
             _logger.warning(f"MLflow refuses {listed} ({one_line(refusal)}); all else is logged")
 
     def _log_by_halves(self, values: list[Record]) -> list[Record]:
-        """Log values of which one or more are refused; return those."""
-        self._logged_until = None  # what was logged before the refusal is there
+        """Log values by bisection if some are refused; return the refused ones."""
+        self._logged_until = None  # values before the refused one may be logged
         try:
             self._log(values)
             return []
@@ -161,7 +160,7 @@ class Delivery:
         return self._log_by_halves(values[:middle]) + self._log_by_halves(values[middle:])
 
     def _deliver_other(self) -> bool:
-        """Deliver the next record that is no value, once all values before it are there."""
+        """Deliver the next record that is not a value, if all values before it are delivered."""
         for kind, content, end in self._reader.records(_FOLDERS, limit=self._reader.position(_VALUES)):
             if kind in _MAX_VALUES:
                 continue
@@ -177,8 +176,7 @@ class Delivery:
         return False
 
     def _upload(self, name: str, artifact_path: str, last: str | None) -> None:
-        """Upload file by file, the one named `last` after all others; into a store on this host by
-        linking."""
+        """Upload file by file, the one named `last` at the end; link files into a store on this host."""
         with self._reader.uploading(name) as folder:
             if folder is None:
                 return
@@ -235,10 +233,10 @@ class Delivery:
 
 
 class DeliveryThread:
-    """Delivers in the background, and repeats what fails for as long as the server is away.
+    """Delivers in the background, and retries for as long as the server cannot be reached.
 
-    It looks by itself whether there is something new: to be woken at each record would cost the training
-    thread more than the record does. While it is at work MLflow's requests have its `patience`.
+    It polls for new records: waking it for each record would cost the training thread more than writing the
+    record. While it is running, `patience` applies to MLflow's requests.
     """
 
     def __init__(self, delivery: Delivery) -> None:
@@ -252,12 +250,11 @@ class DeliveryThread:
         self._thread.start()
 
     def end(self, *, patience_s: float) -> int:
-        """Wait until everything is delivered, `patience_s` at most, and end; return how many records are
-        left."""
+        """Wait at most `patience_s` seconds until all is delivered; return the number of records left."""
         self._give_up_at = time.monotonic() + patience_s
         self._ending.set()
         self._thread.join(patience_s + 1.0)
-        if not self._thread.is_alive():  # or else it waits in a request, and reads them for the next one
+        if not self._thread.is_alive():  # a living thread is in a request, and may still read them
             self._time_outs.close()
         return self._delivery.num_left
 
@@ -266,7 +263,7 @@ class DeliveryThread:
         while time.monotonic() < self._give_up_at:
             try:
                 worked = self._delivery.work()
-            except Exception as error:  # each kind of store raises its own
+            except Exception as error:  # each kind of store raises its own types
                 self._report(error)
                 if self._ending.wait(pause_s):
                     time.sleep(_FIRST_PAUSE_S)
@@ -278,28 +275,28 @@ class DeliveryThread:
                 return
 
     def _report(self, error: Exception | None) -> None:
-        """Report that the server is away and that it is back, once each."""
+        """Report once that the server cannot be reached, and once that it can be reached again."""
         if self._is_away == (error is not None):
             return
         self._is_away = error is not None
         if self._is_away:
             _logger.warning(
-                f"MLflow cannot be reached ({one_line(error)}); training continues, and what is logged is "
-                "kept and delivered later"
+                f"MLflow cannot be reached ({one_line(error)}); training continues, and everything logged "
+                "is kept and delivered later"
             )
         else:
             _logger.info("MLflow can be reached again")
 
 
 def sync(output_dir: Path) -> None:
-    """Deliver what is left in the outboxes of an output folder, those of its earlier runs as well.
+    """Deliver the remaining records in the outboxes of an output folder, including earlier runs.
 
     Raises:
-        UsageError: there are none.
-        DataError: a run that is still at work there delivers them.
+        UsageError: there are no outboxes.
+        DataError: a run is still active in the folder, and delivers them itself.
         DetrDistError: MLflow cannot be reached for some; nothing is lost, and the others are delivered.
     """
-    # What is newer goes over what is older.
+    # Older runs first, so that newer values win.
     patterns = ("earlier_runs/*/outbox/*/run.json", "outbox/*/run.json")
     folders = [path.parent for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     if not folders:
@@ -324,7 +321,7 @@ def _deliver_all(reader: OutboxReader) -> None:
         try:
             delivery.work()
             num_failures = 0
-        except Exception as error:  # each kind of store raises its own
+        except Exception as error:  # each kind of store raises its own types
             num_failures += 1
             if num_failures == _MAX_ATTEMPTS:
                 raise DetrDistError(
@@ -336,11 +333,11 @@ def _deliver_all(reader: OutboxReader) -> None:
 
 
 def _first_batch(records: Iterable[Record]) -> Iterator[Record]:
-    """Yield as many values as MLflow takes at once."""
+    """Yield as many values as MLflow accepts in one request."""
     room = dict(_MAX_VALUES)
     for number, record in enumerate(records):
         if record.kind in room:
             room[record.kind] -= len(record.content["values"])
-            if room[record.kind] < 0 and number > 0:  # one that is too large by itself the client splits
+            if room[record.kind] < 0 and number > 0:  # the client splits a single record that is too large
                 return
         yield record

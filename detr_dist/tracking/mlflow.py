@@ -30,17 +30,17 @@ from detr_dist.tracking.store import (
 from detr_dist.tracking.tracker import PATIENCE_S, OwnTracker, Status
 from detr_dist.tracking.uris import absolute_uri, local_location
 
-# Seconds that a request may take before it counts as failed, where nothing is uploaded.
+# Seconds that a request without an upload may take before it counts as failed.
 _TIMEOUT_S = 20
 
 _logger = logging.getLogger(__name__)
 
 
 class MLflowTracker(OwnTracker):
-    """One MLflow run. What is logged goes to an outbox on disk, and from there to MLflow in the background.
+    """One MLflow run. Everything is logged to an outbox on disk, and delivered to MLflow in the background.
 
-    `open` it before anything is logged. A new run needs its server; one that is resumed where it was tracked
-    before (`run_id` at `known_uri`) does not, and delivers later.
+    Call `open` before logging. A new run needs its server; a run that is resumed in its own store (`run_id`
+    at `known_uri`) does not, and delivers later.
 
     Raises:
         UsageError: the tracking URI cannot be used.
@@ -62,7 +62,7 @@ class MLflowTracker(OwnTracker):
                     self._find(is_known=known_uri is not None and redact(known_uri) == redact(self.uri))
         except UsageError:
             raise
-        except Exception as error:  # each kind of store raises its own
+        except Exception as error:  # each kind of store raises its own types
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: cannot start a run there ({one_line(error)}); "
                 "correct it, or set logging.mlflow=false"
@@ -80,11 +80,11 @@ class MLflowTracker(OwnTracker):
         """Check that the run can be resumed."""
         try:
             run = unless_busy(lambda: self.client.get_run(self.run_id))
-        except Exception as error:  # each kind of store raises its own
+        except Exception as error:  # each kind of store raises its own types
             if is_known and is_away(error):
                 _logger.warning(
                     f"MLflow at {self.uri} cannot be reached ({one_line(error)}); run {self.run_id} "
-                    "continues all the same, and what is logged is delivered later"
+                    "continues all the same, and everything logged is delivered later"
                 )
                 return
             raise UsageError(
@@ -100,37 +100,41 @@ class MLflowTracker(OwnTracker):
             )
 
     def open(self, folder: Path) -> None:
-        """Deliver from the outbox in `folder` from now on, first what an earlier process left there."""
+        """Start to deliver from the outbox in `folder`, first the records of earlier processes."""
         self.outbox = Outbox(folder / self.run_id, Address(absolute_uri(self.uri), self.run_id))
         self._thread = DeliveryThread(Delivery(OutboxReader(self.outbox.folder), self.client))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log the params that the run does not have yet: MLflow refuses to change one."""
+        """Log the params that the run does not have yet; MLflow refuses to change params."""
         self.outbox.append("params", values={name: str(value) for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Queue metrics, with the current time."""
         values = {name: float(value) for name, value in metrics.items()}
         self.outbox.append("metrics", step=step, at_ms=int(time.time() * 1000), values=values)
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
+        """Queue hard links to the files of `folder`, of which `last` is uploaded after all others."""
         self.outbox.append_folder(folder, artifact_path, last=last)
 
     def log_file(self, path: Path, artifact_path: str = "") -> None:
+        """Queue a copy of a file, which may change afterwards."""
         self.outbox.append_file(path, artifact_path)
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
+        """Queue the deletion of all but the newest `keep` folders `parent`/epoch_<N>, N <= `newest`."""
         self.outbox.append_retention(parent, newest, keep)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Queue tags of the run."""
         self.outbox.append("tags", values={**tags})
 
     def note_resume(self, step: int, changes: Sequence[str]) -> None:
-        """Set the run's status to running; its tags name the step it is resumed at, and which settings
-        changed."""
+        """Set the run's status to running, and tag the step it is resumed at and the changed settings."""
         self.outbox.append("resumption", step=step, changes=[*changes])
 
     def log_datasets(self, datasets: Mapping[str, CocoData]) -> None:
-        """Note the data sets of the run, by what they serve (`train`, `validation`)."""
+        """Log the data sets of the run, by their use (`train`, `validation`)."""
         for context, data in datasets.items():
             self.outbox.append(
                 "dataset",
@@ -142,12 +146,11 @@ class MLflowTracker(OwnTracker):
             )
 
     def register_model(self, name: str) -> None:
-        """Make the model of the run a new version of `name` in the registry, with the alias `best`."""
+        """Register the run's model as a new version of `name`, with the alias `best`."""
         self.outbox.append("registration", name=name)
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
-        """Set the run's status once all that was logged has been delivered; wait for that, but not
-        forever."""
+        """Set the run's status after everything is delivered; wait at most `patience_s` seconds for that."""
         if self._thread is None:
             with patience(_TIMEOUT_S):
                 if error is not None:

@@ -1,8 +1,7 @@
-"""What a run tells MLflow, on disk first.
+"""The queue on disk between a run and MLflow.
 
-A run appends each record to a file before anything else happens to it. Delivery is left to another thread and
-may take until long after the run; files to upload are hard-linked beside it, so that they can neither change
-nor vanish meanwhile.
+A run appends each record to a file first. Another thread delivers the records, possibly until long after the
+run. Files to upload are hard-linked beside the records, so that they can neither change nor vanish before.
 
     run.json        tracking URI and run id: where everything goes
     records.jsonl   the records, in the order they were made
@@ -35,6 +34,8 @@ class Address:
 
 
 class Record(NamedTuple):
+    """One record of the queue."""
+
     kind: str
     content: dict[str, Any]
     end: int
@@ -42,11 +43,11 @@ class Record(NamedTuple):
 
 
 class Outbox:
-    """Appends records; thread-safe. A record of which a crash wrote only a part was never made."""
+    """Appends records; thread-safe. A record that a crash has left incomplete is discarded."""
 
     def __init__(self, folder: Path, address: Address) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # For its owner alone: it may hold a password.
+        # Readable by its owner only: it may hold a password.
         write_text(folder / "run.json", json.dumps(asdict(address), indent=2), mode=0o600)
         self.folder = folder
         self._lock = threading.Lock()
@@ -55,21 +56,20 @@ class Outbox:
         self._file = path.open("ab")
         self._file.truncate(size)
         if max(_read_cursors(folder).values(), default=0) > size:
-            (folder / "delivered.json").unlink()  # a power cut has taken records, but not the cursors
+            (folder / "delivered.json").unlink()  # a power cut has lost records, but not the cursors
         self._waiting: dict[str, Path] = {}  # the latest folder for each artifact path
 
     def append(self, kind: str, **content: Any) -> None:
-        """Note something of a kind that `delivery` knows; takes some microseconds, whatever the server
-        does."""
+        """Append a record of a kind that `delivery` knows; takes some microseconds, even in an outage."""
         line = json.dumps({"kind": kind} | redact_value(content)).encode() + b"\n"
         with self._lock:
             self._file.write(line)
             self._file.flush()
 
     def append_folder(self, source: Path, artifact_path: str, *, last: str | None = None) -> None:
-        """Note the files of a folder for upload below `artifact_path`, the one named `last` after all others.
+        """Queue the files of a folder for upload below `artifact_path`, the one named `last` at the end.
 
-        One that still waits for the same place is dropped: an outage must not fill the disk.
+        A folder that still waits for the same place is dropped: an outage must not fill the disk.
         """
         waiting = self._new_place()
         shutil.copytree(source, waiting, copy_function=link_or_copy)
@@ -78,27 +78,28 @@ class Outbox:
         self._waiting[artifact_path] = waiting
 
     def append_file(self, source: Path, artifact_path: str = "") -> None:
-        """Note a copy of a file, as it is now, for upload into the folder `artifact_path`."""
+        """Queue a copy of a file in its current state for upload into the folder `artifact_path`."""
         waiting = self._new_place()
         waiting.mkdir(parents=True)
         shutil.copyfile(source, waiting / source.name)
         self.append("folder", name=waiting.name, artifact_path=artifact_path, last=None)
 
     def append_retention(self, parent: str, newest: int, keep: int) -> None:
-        """Note that of `parent`/epoch_<N>, N up to `newest`, only the last `keep` stay."""
+        """Queue the deletion of all but the newest `keep` folders `parent`/epoch_<N>, N <= `newest`."""
         self.append("retention", parent=parent, newest=newest, keep=keep)
         for artifact_path in outdated(self._waiting, parent, keep=keep, newest=newest):
             self._drop(artifact_path)
 
     def close(self) -> None:
+        """Close the file of records."""
         self._file.close()
 
     def _new_place(self) -> Path:
-        """Return where files can wait; never the place of an earlier record: a power cut may restore that."""
+        """Return a new folder for waiting files, never that of a record that a power cut may restore."""
         return self.folder / "files" / uuid.uuid4().hex
 
     def _drop(self, artifact_path: str) -> None:
-        """Delete the folder that waits for this place, unless it is being uploaded."""
+        """Delete the folder that waits for upload to this path, unless it is being uploaded."""
         waiting = self._waiting.pop(artifact_path, None)
         if waiting is not None and waiting.exists():
             with suppress(OSError):
@@ -106,7 +107,7 @@ class Outbox:
 
 
 class OutboxReader:
-    """What is in an outbox, and how far it has been delivered. One reader may deliver at a time."""
+    """The records of an outbox, and the progress of their delivery. Only one reader may deliver at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -131,10 +132,11 @@ class OutboxReader:
                 yield Record(content.pop("kind"), content, position)
 
     def position(self, cursor: str) -> int:
+        """Return how far a cursor has come, in bytes of the file of records."""
         return self._cursors.get(cursor, 0)
 
     def advance(self, cursor: str, position: int) -> None:
-        """Note that everything before `position` is delivered."""
+        """Save that everything before `position` is delivered."""
         if position != self.position(cursor):
             self._cursors[cursor] = position
             write_text(self.folder / "delivered.json", json.dumps(self._cursors))
@@ -145,8 +147,7 @@ class OutboxReader:
 
     @contextmanager
     def uploading(self, name: str) -> Iterator[Path | None]:
-        """Yield the folder of that name, out of reach for what supersedes it; None if it is gone or was
-        delivered."""
+        """Yield the folder of that name, protected from replacement; None if it is gone or was delivered."""
         waiting = self.folder / "files" / name
         taken = waiting.with_suffix(".uploading")
         if waiting.exists():
@@ -156,7 +157,7 @@ class OutboxReader:
 
 
 def with_credentials(uri: str, folder: Path) -> str:
-    """Return `uri` with the credentials that the outbox in `folder` has for the same store, if any."""
+    """Return `uri` with the credentials for the same store in the outbox in `folder`, if there are any."""
     try:
         kept = OutboxReader(folder).address.tracking_uri
     except DataError:
@@ -167,9 +168,9 @@ def with_credentials(uri: str, folder: Path) -> str:
 def outdated(
     artifact_paths: Iterable[str], parent: str, *, keep: int, newest: int | None = None
 ) -> list[str]:
-    """Return all but the last `keep` of the `parent`/epoch_<N> among some artifact paths, N up to `newest`.
+    """Return all but the newest `keep` paths `parent`/epoch_<N>, N <= `newest`, among artifact paths.
 
-    A run that was resumed from an earlier epoch will write those after `newest` again.
+    Epochs after `newest` are excluded: a run that was resumed from an earlier epoch will write them again.
     """
     pattern = re.compile(rf"{re.escape(parent)}/epoch_(\d+)")
     numbers = [int(match[1]) for match in map(pattern.fullmatch, artifact_paths) if match]
@@ -178,7 +179,7 @@ def outdated(
 
 
 def _read_cursors(folder: Path) -> dict[str, int]:
-    """Return none after a power cut: then all records are delivered again, but for what the server has."""
+    """Return the cursors; none after a power cut, so that records the server lacks are delivered again."""
     with suppress(OSError, ValueError):
         return dict(json.loads((folder / "delivered.json").read_text(encoding="utf-8")))
     return {}

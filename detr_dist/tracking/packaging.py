@@ -22,7 +22,7 @@ from detr_dist.models.detector import normalization_of
 from detr_dist.redaction import redact_value
 
 REQUIRED_PACKAGES = ("mlflow", "torch", "torchvision", "transformers", "timm")
-"""What loading the model needs; this package is not among them."""
+"""Packages that are needed to load the model; this package is not one of them."""
 
 _IMAGE_PROCESSORS = {"detr": DetrImageProcessor, "deformable_detr": DeformableDetrImageProcessor}
 
@@ -34,7 +34,7 @@ def write_model(
     data: DataConfig,
     metadata: dict[str, Any],
 ) -> None:
-    """Write `network`, a plain transformers module, into the new folder `folder`.
+    """Write `network`, a standard transformers module, into the new folder `folder`.
 
     It holds an MLflow PyTorch model (for `mlflow.pytorch.load_model`) and beside it `config.json`,
     `model.safetensors` and `preprocessor_config.json` (for `from_pretrained` and pipelines).
@@ -45,11 +45,11 @@ def write_model(
 
 
 def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str, Any]) -> None:
-    """Write what `mlflow.pytorch.save_model` would, without MLflow, which not every run needs, and without
-    its offer to serve the model: its wrapper expects one tensor as the output, and a detector has several.
+    """Write the files of `mlflow.pytorch.save_model`, without MLflow and without a `python_function`.
 
-    The pickle keeps an ordinary module that can be trained on. It is for MLflow's users only: our own
-    commands read the safetensors file.
+    MLflow's wrapper for serving expects one output tensor, and a detector has several. The pickle contains an
+    ordinary module that can be trained further. It is for MLflow's users only: our own commands read the
+    safetensors file.
     """
     (folder / "data").mkdir(parents=True)
     torch.save(network, folder / "data" / "model.pth", pickle_module=cloudpickle)
@@ -70,8 +70,10 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
 
 
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
-    """Return the library's processor of this architecture, which does what we do; DAB-DETR is published with
-    Conditional DETR's."""
+    """Return the library's processor of this architecture, set up to prepare images as this package does.
+
+    DAB-DETR is published with Conditional DETR's.
+    """
     normalization = normalization_of(network.config)
     processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
     return processor_class(

@@ -1,4 +1,4 @@
-"""The params of a run: every configuration key that is set, and what became of those that data decide."""
+"""The params of a run: every configuration key that is set, and values that depend on the data."""
 
 import json
 import platform
@@ -11,11 +11,11 @@ from detr_dist.models.detector import Detector
 from detr_dist.redaction import redact_value
 
 _UNPREFIXED = {"data", "model", "training"}
-"""Sections whose keys are params by themselves. Those of the others have the section before them."""
+"""Sections whose keys are params without a prefix. Keys of other sections are prefixed by the section."""
 
 
 def config_params(config: Config) -> dict[str, Any]:
-    """Return all settings without credentials, by the names that MLflow shows."""
+    """Return all settings without credentials, by their names in MLflow."""
     return {
         key if section in _UNPREFIXED else f"{section}_{key}": _as_param(value)
         for section, settings in config.model_dump(mode="json").items()
@@ -24,7 +24,7 @@ def config_params(config: Config) -> dict[str, Any]:
 
 
 def _as_param(value: Any) -> Any:
-    """Return a mapping as JSON, a list as its names, an empty one as unset."""
+    """Convert a mapping to JSON and a list to its names; empty ones count as unset."""
     if isinstance(value, dict):
         return json.dumps(value)
     return (", ".join(value) or None) if isinstance(value, list) else value
@@ -33,7 +33,7 @@ def _as_param(value: Any) -> Any:
 def run_params(
     config: Config, detector: Detector, train: CocoData, val: CocoData, num_processes: int
 ) -> dict[str, Any]:
-    """Return the params of a run; what is unset is left out."""
+    """Return the params of a run, without unset keys."""
     training, backbone = config.training, config.model.backbone
     shape = detector.family.shape_of(detector.network.config) | {"num_queries": detector.num_queries}
     params = config_params(config) | {

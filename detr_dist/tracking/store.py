@@ -1,4 +1,4 @@
-"""MLflow's stores: how they are opened, with time-outs, and made by several runs at once as sweeps do."""
+"""MLflow's stores: opening them with time-outs, and creating them from several runs at once, as sweeps do."""
 
 import errno
 import logging
@@ -27,17 +27,17 @@ from detr_dist.tracking.uris import (
     store_path,
 )
 
-# Making a database takes seconds. If the lock's holder hangs, continuing without the lock is the lesser evil.
+# Creating a database takes seconds. If the lock's holder hangs, continuing without the lock is better.
 _LOCK_PATIENCE_S = 120.0
 
-# SQLite waits for 20 s by itself, but where two runs would wait for each other one of them fails at once.
+# SQLite itself waits for 20 s, but if two runs would wait for each other, one of them fails at once.
 _BUSY_PATIENCE_S = 60.0
 _LONGEST_PAUSE_S = 2.0
 
 _TIMEOUT_S = 20
 
 MAX_TAG_LENGTH = 5000
-"""Limit of MLflow's API."""
+"""Maximum length of a tag's value in MLflow's API."""
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def open_client(uri: str) -> MlflowClient:
     Raises:
         UsageError: the store cannot be used.
     """
-    for noisy in ("alembic", "mlflow.store.db.utils"):  # dozens of lines when a database is made
+    for noisy in ("alembic", "mlflow.store.db.utils"):  # they log dozens of lines when a database is created
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").addFilter(_has_no_traceback)  # the error itself is reported
     check_escapes(uri)
@@ -64,7 +64,7 @@ def open_client(uri: str) -> MlflowClient:
     try:
         with patience(_TIMEOUT_S), locked_store(uri):
             return MlflowClient(tracking_uri=client_uri(uri))
-    except Exception as error:  # each kind of store raises its own
+    except Exception as error:  # each kind of store raises its own types
         raise UsageError(
             f"tracking URI {uri}: cannot be used ({one_line(error)}); correct {WHERE_SET}, or train with "
             "logging.mlflow=false"
@@ -85,8 +85,10 @@ def _allow_file_store(uri: str) -> None:
 
 
 def close_connections(client: MlflowClient) -> None:
-    """Close what MLflow keeps open for a next call. It has no public way, and where its inside has changed
-    they stay open until the process ends."""
+    """Close the connections that MLflow keeps open for the next call.
+
+    There is no public way; with other MLflow internals they stay open until the process ends.
+    """
     with suppress(ImportError, AttributeError):
         request_utils._cached_get_request_session.cache_clear()
     with suppress(AttributeError):
@@ -95,11 +97,10 @@ def close_connections(client: MlflowClient) -> None:
 
 @contextmanager
 def patience(timeout_s: int) -> Iterator[None]:
-    """Have MLflow's HTTP requests fail after `timeout_s` seconds without another attempt; what the user has
-    set stays.
+    """Make MLflow's HTTP requests fail after `timeout_s` seconds without retries, unless the user set limits.
 
-    MLflow takes this from the environment only, which must not be changed while other threads may read it:
-    not from a background thread, nor while one trains.
+    MLflow reads these limits only from the environment, which must not be changed while other threads may
+    read it: not from a background thread, nor while one trains.
     """
     names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
     mine = {name: value for name, value in names.items() if name not in os.environ}
@@ -113,9 +114,9 @@ def patience(timeout_s: int) -> Iterator[None]:
 
 @contextmanager
 def locked_store(uri: str) -> Iterator[None]:
-    """Keep other processes, on any node, out of a store on disk while it is made or changed.
+    """Lock a store on disk against processes on any node while it is created or changed.
 
-    A lock file beside the store does it. Servers need none, and a file system that has no locks gets none.
+    Uses a lock file beside the store. Servers need none, and file systems without locks get none.
     """
     path = store_path(uri)
     with ExitStack() as held:
@@ -127,19 +128,19 @@ def locked_store(uri: str) -> Iterator[None]:
 
 
 def is_away(error: Exception) -> bool:
-    """Return whether the server cannot be reached or is in trouble: it may be asked again later."""
+    """Return whether the server cannot be reached or has an internal error, so that a retry makes sense."""
     return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
 
 
 def is_refusal(error: MlflowException) -> bool:
-    """Return whether the server has understood, and would answer the same again."""
+    """Return whether the server refuses the request itself, so that a retry is pointless."""
     is_too_long = isinstance(error.__context__, OSError) and error.__context__.errno == errno.ENAMETOOLONG
-    # A file store makes file names of names.
+    # A file store uses names as file names.
     return is_too_long or error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def unless_busy(request: Callable[[], T]) -> T:
-    """Return what `request` returns; repeat it for a minute while the database is busy with other runs.
+    """Return the result of `request`; retry for a minute while the database is busy with other runs.
 
     Raises:
         MlflowException: it is still busy then, or something else is wrong.
@@ -151,12 +152,12 @@ def unless_busy(request: Callable[[], T]) -> T:
         except MlflowException as error:
             if error.error_code != "TEMPORARILY_UNAVAILABLE" or time.monotonic() > give_up_at:
                 raise
-        time.sleep(pause_s * random.uniform(0.5, 1.5))  # or they would all come back at the same moment
+        time.sleep(pause_s * random.uniform(0.5, 1.5))  # random, so that runs do not retry simultaneously
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def unless_exists(create: Callable[[], object]) -> None:
-    """Call `create`, and accept that another run may have been faster."""
+    """Call `create`, and ignore the error that another run has created it already."""
     try:
         unless_busy(create)
     except MlflowException as error:
@@ -165,10 +166,10 @@ def unless_exists(create: Callable[[], object]) -> None:
 
 
 def find_or_make_experiment(client: MlflowClient, name: str) -> str:
-    """Return the id of the experiment of that name, which is created if there is none.
+    """Return the id of the experiment of that name, which is created if it does not exist.
 
     Raises:
-        UsageError: it was deleted; says how to restore it.
+        UsageError: it was deleted; the message has the command that restores it.
     """
     experiment = unless_busy(lambda: client.get_experiment_by_name(name))
     if experiment is None:
@@ -192,9 +193,9 @@ def refuse_deleted(experiment: Experiment) -> None:
 
 
 def acceptable(text: str, limit: int = MAX_TAG_LENGTH) -> str:
-    """Return what MLflow's stores take of a text: its start, as UTF-8.
+    """Return the start of a text that MLflow's stores accept: at most `limit` characters, valid UTF-8.
 
-    Python escapes what it cannot decode of file names and arguments in another locale; no server takes that.
+    Python represents undecodable bytes of file names and arguments by surrogates, which servers refuse.
     """
     with suppress(UnicodeEncodeError):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

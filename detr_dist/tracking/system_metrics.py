@@ -1,4 +1,4 @@
-"""Memory of a run's processes, hosts and GPUs, and how busy the GPUs are."""
+"""Memory use of a run's processes, hosts and GPUs, and GPU utilization."""
 
 import re
 import socket
@@ -18,7 +18,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class GpuName:
-    """Which GPU a process uses, or why that is not known."""
+    """The GPU that a process uses, or the reason why that is unknown."""
 
     machine: str
     index: str = ""
@@ -26,9 +26,9 @@ class GpuName:
     trouble: str = ""
 
     def among(self, names: Sequence["GpuName"]) -> str:
-        """`<host>/<index>`; with the UUID's beginning where the index alone means several GPUs of the run.
+        """Return `<host>/<index>`, with the start of the UUID if several GPUs of the run have that index.
 
-        Slurm can show each process nothing but its own GPU, which is number 0 then.
+        Slurm may show each process only its own GPU, which then has index 0.
         """
         is_ambiguous = any(
             (name.machine, name.index) == (self.machine, self.index) and name.uuid != self.uuid
@@ -38,9 +38,9 @@ class GpuName:
 
 
 class DeviceMonitor:
-    """Reads what a run uses of its hosts and GPUs.
+    """Measures a run's use of its hosts and GPUs.
 
-    Building and reading it are collective.
+    Creating it and `read` are collective.
     """
 
     def __init__(self, device: torch.device, host: HostGroup) -> None:
@@ -53,15 +53,15 @@ class DeviceMonitor:
         names = host.all_gather_objects(own)
         self._gpu_name = own.among(names)
         self.notice = _notice(names)
-        """One line on what cannot be read, empty if everything can."""
+        """One line on metrics that are not available; empty if all are."""
 
     def read(self) -> dict[str, float]:
         """Return each metric's highest value over all processes, on the main process; empty elsewhere.
 
-        `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: in use
-        on a host by all that runs there. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the most
-        that torch had allocated and reserved since the last call; and, each with `/<host>/<index>`, what the
-        driver reports of the whole GPU: `memory_gpu_used_gb` and `utilization_gpu_percent`.
+        `memory_ram_gb`: GiB resident in a process with its loader workers; `memory_machine_gb/<host>`: GiB in
+        use on a host by all its processes. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the peak
+        that torch allocated and reserved since the last call; and the driver's values for the complete GPU,
+        each with `/<host>/<index>`: `memory_gpu_used_gb` and `utilization_gpu_percent`.
 
         No name may be the folder of another: MLflow's file store keeps each metric in a file.
         """
@@ -76,7 +76,7 @@ class DeviceMonitor:
     def _open_driver(self) -> GpuName:
         """Find the GPU of this process in NVML, the library of NVIDIA's driver.
 
-        NVML counts the GPUs of the host, whatever CUDA_VISIBLE_DEVICES says: it is asked for the UUID.
+        NVML counts all GPUs of the host, regardless of CUDA_VISIBLE_DEVICES: the GPU is found by its UUID.
         """
         if self._device.type != "cuda":
             return GpuName(self._machine, trouble="no CUDA device in use")
@@ -100,9 +100,9 @@ class DeviceMonitor:
             metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
             metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self._device) / GIB
             torch.cuda.reset_peak_memory_stats(self._device)
-        if self._gpu is not None:  # without what the driver does not know, or has of a lost GPU
+        if self._gpu is not None:  # leaves out values that the driver cannot report
             with suppress(pynvml.NVMLError):
-                # Version 2 leaves out what the driver keeps for itself, as nvidia-smi does.
+                # Version 2 excludes the driver's own memory, as nvidia-smi does.
                 memory = pynvml.nvmlDeviceGetMemoryInfo(self._gpu, version=pynvml.nvmlMemory_v2)
                 metrics[f"memory_gpu_used_gb/{self._gpu_name}"] = memory.used / GIB
             with suppress(pynvml.NVMLError):
@@ -117,8 +117,10 @@ def _release_driver() -> None:
 
 
 def _find(uuid: str) -> tuple[Any, str]:
-    """Return NVML's handle and index of a GPU or MIG instance: that is `<GPU>.<device>`, as `nvidia-smi -L`
-    counts."""
+    """Return NVML's handle and index of a GPU or MIG instance.
+
+    The index of a MIG instance is `<GPU>.<device>`, as in `nvidia-smi -L`.
+    """
     try:
         gpu = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}".encode())
         return gpu, str(pynvml.nvmlDeviceGetIndex(gpu))
@@ -144,5 +146,5 @@ def _resident_bytes() -> int:
         try:
             total += child.memory_info().rss
         except psutil.Error:
-            continue  # a worker that ended meanwhile
+            continue  # a worker that has just ended
     return total

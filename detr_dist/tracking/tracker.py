@@ -1,4 +1,4 @@
-"""What a run is tracked with: the tracker that users subclass, TensorBoard as one, and several as one."""
+"""The base class of trackers, the tracker for TensorBoard, and all trackers of a run as one."""
 
 import logging
 import sys
@@ -18,17 +18,17 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 # A scheduler that has asked a run to stop gives it some tens of seconds.
 PATIENCE_S = 20.0
 
-# The launcher kills the other processes of a run some 30 s after it has lost a process.
+# The launcher kills the other processes of a run some 30 s after a process has died.
 PATIENCE_AFTER_LOSS_S = 6.0
 
 _logger = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Base class of what records a run elsewhere. Override the methods you need; none has to call `super`.
+    """Base class for recording a run elsewhere. Override the methods you need; none has to call `super`.
 
-    They are called on the main process only. Training waits for them, so do slow work in a thread of your
-    own. The first exception of a tracker is a warning, and training continues.
+    They are called on the main process only. Training waits for them, so do slow work in your own thread.
+    The first exception of a tracker is a warning, and training continues.
     """
 
     def log_params(self, params: Mapping[str, Any]) -> None:
@@ -41,37 +41,37 @@ class Tracker:
         """
 
     def log_file(self, path: Path, artifact_path: str = "") -> None:
-        """Keep a small file in the folder `artifact_path`: `config.yaml` at the start, at the end the log.
+        """Store a small file in the folder `artifact_path`: `config.yaml` at the start, the log at the end.
 
-        It may change after the call.
+        The file may change after the call.
         """
 
     def log_folder(self, folder: Path, artifact_path: str) -> None:
-        """Keep the files of `folder` as `artifact_path`: `checkpoints/...`, `model`, `pictures/...`.
+        """Store the files of `folder` as `artifact_path`: `checkpoints/...`, `model`, `pictures/...`.
 
-        Called when one has been written, mostly from the thread that saves. The folder may be deleted after
-        the call. Models and checkpoints are prepared for trackers only if one overrides this method.
+        Called when a folder has been written, mostly from the thread that saves. The folder may be deleted
+        after the call. Models and checkpoints are prepared for trackers only if one overrides this method.
         """
 
     def close(self, status: Status, error: str | None = None) -> None:
-        """End the record, once: FINISHED, FAILED with the error, or KILLED if the run was asked to stop."""
+        """End the record; called once: FINISHED, FAILED with the error, or KILLED if the run was stopped."""
 
 
 class OwnTracker(Tracker):
     """A tracker of this package: its exceptions are raised. No call but `close` may wait for a server."""
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
-        """Keep the files of `folder`, the one named `last` after all others: they do not change any more."""
+        """Store the files of `folder`, which no longer change, the one named `last` after all others."""
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
-        """Of the folders `parent`/epoch_<N> up to N = `newest`, delete all but the last `keep`."""
+        """Delete all but the newest `keep` folders `parent`/epoch_<N>, N <= `newest`."""
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """End the record as `Tracker.close` does; wait `patience_s` seconds at most."""
 
 
 class TensorBoard(OwnTracker):
-    """Writes event files; what earlier files hold after `first_step` is hidden."""
+    """Writes event files; steps after `first_step` in earlier files are hidden."""
 
     def __init__(self, folder: Path, *, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
@@ -79,33 +79,36 @@ class TensorBoard(OwnTracker):
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
+        """Write the params as hyperparameters."""
         self._writer.add_hparams(dict(params), {})
         self._writer.flush()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write the metrics as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
+        """Close the event file; TensorBoard has no status."""
         self._writer.close()
 
 
 class Trackers:
-    """All trackers of a run as one; without any, nothing is tracked."""
+    """All trackers of a run as one; without trackers its methods do nothing."""
 
     def __init__(self) -> None:
         self._trackers: list[Tracker] = []
-        self._failed: set[str] = set()  # classes of users' trackers, of which a warning was given
+        self._failed: set[str] = set()  # classes of users' trackers that have failed
         self._log: logging.Handler | None = None
         self._log_path = Path()
         self._closing = threading.Lock()
 
     def add(self, *trackers: str | Tracker) -> None:
-        """Add trackers, or users' classes of which each makes one, by path as in `logging.trackers`.
+        """Add trackers, or instances of users' classes, by path as in `logging.trackers`.
 
         Raises:
-            UsageError: a class cannot be imported, makes nothing without arguments, or is no `Tracker`.
+            UsageError: a class cannot be imported, needs arguments, or is not a `Tracker`.
         """
         for each in trackers:
             tracker = instantiate(each, "logging.trackers") if isinstance(each, str) else each
@@ -114,27 +117,29 @@ class Trackers:
             self._trackers.append(tracker)
 
     def write_log(self, path: Path) -> None:
-        """Append the package's messages to `path` until `close`, which makes that file an artifact in
-        `logs`."""
+        """Append the package's messages to `path` until `close`, which stores that file in `logs`."""
         self._log, self._log_path = log_to_file(path), path
 
     @property
     def keeps_files(self) -> bool:
-        """Return whether a tracker takes folders: then checkpoints and models are handed to it."""
+        """Return whether any tracker stores folders, and needs checkpoints and models to be prepared."""
         ignoring = (Tracker.log_folder, OwnTracker.log_folder)
         return any(type(each).log_folder not in ignoring for each in self._trackers)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log params to all trackers."""
         self._tell_all(lambda each: each.log_params(params))
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log metrics to all trackers."""
         self._tell_all(lambda each: each.log_metrics(metrics, step))
 
     def log_file(self, path: Path, artifact_path: str = "") -> None:
+        """Pass a file to all trackers."""
         self._tell_all(lambda each: each.log_file(path, artifact_path))
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
-        """Hand over the files of `folder`, which do not change any more, the one named `last` at the end."""
+        """Pass the files of `folder`, which no longer change, to all trackers, `last` after the others."""
 
         def hand_over(each: Tracker) -> None:
             with_last = {"last": last} if isinstance(each, OwnTracker) else {}
@@ -143,6 +148,7 @@ class Trackers:
         self._tell_all(hand_over)
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
+        """Delete older folders from the package's own trackers; users' trackers keep all."""
         for each in self._trackers:
             if isinstance(each, OwnTracker):
                 each.keep_newest(parent, newest, keep)
@@ -159,12 +165,12 @@ class Trackers:
             else:
                 each.close(status, error)
 
-        with ExitStack() as closing_all:  # each of them, whatever another one raises
+        with ExitStack() as closing_all:  # closes each, even if another one raises
             for each in reversed(self._trackers):
                 closing_all.callback(self._tell, each, close)
 
     def close_after_loss(self, reason: str) -> None:
-        """Close within seconds, because the main thread waits for a process that is lost."""
+        """Close within seconds, because the main thread waits for a lost process."""
         self.close("FAILED", reason, patience_s=PATIENCE_AFTER_LOSS_S)
 
     def _tell_all(self, call: Callable[[Tracker], None]) -> None:
@@ -172,7 +178,7 @@ class Trackers:
             self._tell(each, call)
 
     def _tell(self, tracker: Tracker, call: Callable[[Tracker], None]) -> None:
-        """Call `call` with a tracker; an exception of a user's is one warning."""
+        """Call `call` with a tracker; the first exception of a user's tracker is a warning."""
         try:
             call(tracker)
         except Exception as error:
@@ -182,16 +188,16 @@ class Trackers:
             if name not in self._failed:
                 self._failed.add(name)
                 _logger.warning(
-                    f"the tracker {name} failed ({as_one_line(error)}); training continues and does not "
-                    "repeat this"
+                    f"the tracker {name} failed ({as_one_line(error)}); training continues, and this is "
+                    "not reported again"
                 )
 
     def _close_log(self, error: str | None) -> None:
         if self._log is None:
             return
-        cause = sys.exc_info()  # of the run's end, if that is an exception
+        cause = sys.exc_info()  # the exception that ended the run, if any
         reason = as_one_line(cause[1]) if error is None and cause[1] is not None else error
-        if reason is not None:  # into the file alone: commands report errors themselves
+        if reason is not None:  # only into the file: commands print errors themselves
             level = logging.INFO if error is None else logging.ERROR
             traceback = cause if error is not None and cause[1] is not None else None
             self._log.handle(_logger.makeRecord(__name__, level, __file__, 0, reason, (), traceback))
@@ -204,7 +210,7 @@ class Trackers:
 
 @contextmanager
 def tracked(trackers: Trackers) -> Iterator[None]:
-    """Close the trackers of a run with what became of it."""
+    """Close the trackers of a run with its final status."""
     try:
         yield
     except BaseException as error:
@@ -213,7 +219,7 @@ def tracked(trackers: Trackers) -> Iterator[None]:
                 trackers.close("KILLED")
             else:
                 trackers.close("FAILED", f"{type(error).__name__}: {error}")
-        except Exception as trouble:  # must not hide what went wrong first
+        except Exception as trouble:  # must not hide the first error
             _logger.warning(f"the tracked run could not be closed: {one_line(trouble)}")
         raise
     trackers.close("FINISHED")

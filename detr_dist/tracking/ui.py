@@ -1,6 +1,6 @@
 """Opens MLflow's pages: finds the tracking store and a free port, then becomes `mlflow ui`.
 
-`scripts/start_mlflow_ui.sh` runs this file and says in which order it looks for the store.
+`scripts/start_mlflow_ui.sh` runs this file and documents the order in which it looks for the store.
 """
 
 import argparse
@@ -23,6 +23,7 @@ _NUM_PORTS_TO_TRY = 100
 
 
 def main() -> None:
+    """Find the store, then replace this process by `mlflow ui`."""
     make_robust()
     parser = argparse.ArgumentParser(
         prog="start_mlflow_ui.sh",
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def find_tracking_uri(uri: str | None, config_path: Path | None) -> str:
-    """Return the store that was asked for, or else the one that is here.
+    """Return the requested store, or else the one in the current folder.
 
     Raises:
         UsageError: there is none.
@@ -81,13 +82,16 @@ def _uri_of_this_project() -> str | None:
     path = Path("configs/training.yaml")
     try:
         return load_config(path).logging.mlflow_tracking_uri if path.is_file() else None
-    except UsageError:  # half edited, or of another program: no reason not to show the runs that are here
+    except UsageError:  # an unfinished file, or another program's: show the runs in the current folder
         return None
 
 
 def _is_there(uri: str) -> bool:
-    """Return whether there is anything to show. A folder must hold an experiment: `mlruns` with artifacts
-    alone belongs to a database, and MLflow would make a second, empty store of it."""
+    """Return whether there is anything to show.
+
+    A folder must hold an experiment: an `mlruns` that contains only artifacts belongs to a database, and
+    MLflow would make a second, empty store of it.
+    """
     path = store_path(uri)
     if path is None:
         return True
@@ -95,7 +99,7 @@ def _is_there(uri: str) -> bool:
 
 
 def server_address(uri: str) -> str:
-    """Return the address of a tracking server that answers, without the password that `uri` may hold.
+    """Check that a tracking server answers, and return its address without the password in `uri`.
 
     Raises:
         DetrDistError: it does not answer.
@@ -104,7 +108,7 @@ def server_address(uri: str) -> str:
     try:
         urllib.request.urlopen(address, timeout=5).close()
     except urllib.error.HTTPError:
-        pass  # an answer too: it may want a password
+        pass  # an error is an answer too: the server may require a password
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DetrDistError(
@@ -114,18 +118,22 @@ def server_address(uri: str) -> str:
 
 
 def serve(uri: str, host: str, port: int, options: list[str]) -> None:
-    """Become `mlflow ui`, at the first free port from `port` on. Signals then go to MLflow itself, which ends
-    its workers."""
+    """Replace this process by `mlflow ui`, at the first free port from `port` on.
+
+    Signals are then sent to MLflow itself, which ends its workers.
+    """
     free_port = find_free_port(host, port)
     if free_port != port != 0:
         print(f"port {port} is busy, taking {free_port}")
     shown = store_path(uri) or "the database"
     print(f"MLflow's pages of {shown}: open http://{host}:{free_port} (Ctrl-C ends them)", flush=True)
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.13 and later refuse folders without it
-    # Jobs judge language models. Without them it starts sooner, and one person needs one worker.
+    # Jobs are for evaluating language models; without them it starts faster. One person needs one worker.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     address = ("--host", host, "--port", str(free_port))
-    os.environ["MLFLOW_BACKEND_STORE_URI"] = client_uri(uri)  # all users of the host see arguments
+    os.environ["MLFLOW_BACKEND_STORE_URI"] = client_uri(
+        uri
+    )  # not an argument, which all users of the host can see
     command = (sys.executable, "-m", "mlflow", "ui", *address, "--workers", "1")
     os.execv(sys.executable, (*command, *options))
 
@@ -134,13 +142,13 @@ def find_free_port(host: str, first: int) -> int:
     """Return the first port from `first` on at which nothing listens.
 
     Raises:
-        UsageError: none is free, or `host` is no address of this host.
+        UsageError: none is free, or `host` is not an address of this host.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(first, first + _NUM_PORTS_TO_TRY):
         try:
             with socket.create_server((host, port), family=family) as free:
-                return int(free.getsockname()[1])  # another number for port 0 only, which means any
+                return int(free.getsockname()[1])  # differs from the request only for port 0, which means any
         except (OSError, OverflowError) as error:
             if getattr(error, "errno", None) != errno.EADDRINUSE:
                 raise UsageError(

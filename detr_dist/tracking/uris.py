@@ -1,7 +1,7 @@
-"""What a tracking URI, a run or an artifact is called, and where on this host it lies. Imports no MLflow.
+"""URIs of tracking stores, runs and artifacts, and their paths on this host. Imports no MLflow.
 
-MLflow takes plain paths for URL-encoded ones and puts the current folder into `file:` URIs as it is: a folder
-with `%`, `#` or `?` in its name becomes another one. Hence absolute, encoded URIs wherever we choose.
+MLflow treats ordinary paths as URL-encoded, and puts the current folder into `file:` URIs without encoding: a
+folder with `%`, `#` or `?` in its name becomes a different one. Hence we use absolute, encoded URIs.
 """
 
 import re
@@ -14,7 +14,7 @@ from detr_dist.errors import UsageError
 from detr_dist.redaction import redact
 
 WHERE_SET = "--tracking-uri (of train: logging.mlflow_tracking_uri)"
-"""What a message asks to correct when a tracking URI is wrong: it does not know which command asked."""
+"""Where to set the tracking URI; messages about a wrong URI do not know which command is running."""
 
 # Tracking URIs that look like paths.
 _NAMES_OF_SERVERS = {"databricks", "databricks-uc", "uc"}
@@ -23,12 +23,12 @@ _DATABASES = {"mssql", "mysql", "postgresql", "sqlite"}
 
 
 def is_run_id(text: str) -> bool:
-    """Return whether this can be the id of an MLflow run."""
+    """Return whether a text has the form of an MLflow run id."""
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
 
 
 def is_artifact_uri(text: str) -> bool:
-    """Return whether this names something in MLflow or in an artifact store, and not a local path."""
+    """Return whether a text names something in MLflow or in an artifact store, instead of a local path."""
     return re.match(r"[a-z0-9+.-]+:/", text) is not None
 
 
@@ -38,12 +38,12 @@ def is_file_store(uri: str) -> bool:
 
 
 def is_database(uri: str) -> bool:
-    """Return whether MLflow itself opens a database there, with or without the name of a driver."""
+    """Return whether MLflow opens a tracking URI as a database, with or without the name of a driver."""
     return urlsplit(uri).scheme.partition("+")[0] in _DATABASES
 
 
 def local_path(uri: str) -> Path | None:
-    """Return the path that MLflow takes a `file:` URI or a plain path for; None for other URIs."""
+    """Return the path that MLflow uses for a `file:` URI or a path; None for other URIs."""
     parts = urlsplit(uri)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))
@@ -54,7 +54,7 @@ def database_path(uri: str) -> Path | None:
     """Return the file of an SQLite database as SQLAlchemy finds it; None for other URIs."""
     if re.match(r"sqlite(\+\w+)?:///", uri) is None:
         return None
-    from sqlalchemy import make_url  # MLflow's, and slow to import
+    from sqlalchemy import make_url  # installed with MLflow, and slow to import
 
     url = make_url(uri)
     is_path = url.database not in (None, "", ":memory:") and "uri" not in url.query
@@ -71,7 +71,7 @@ def check_escapes(uri: str) -> None:
     """Refuse a URI whose path MLflow would cut off at a `#` or `?`.
 
     Raises:
-        UsageError: says how to write it.
+        UsageError: with the correct spelling.
     """
     if urlsplit(uri).scheme == "file" and not {"#", "?"}.isdisjoint(uri):
         raise UsageError(
@@ -80,13 +80,13 @@ def check_escapes(uri: str) -> None:
     query = uri.partition("?")[2]
     if database_path(uri) is not None and query and not re.fullmatch(r"([\w.-]+=[^?&]*(&|$))+", query):
         raise UsageError(
-            f"tracking URI {uri}: after ? stands no name=value; in the path write ? as %3F; correct "
+            f"tracking URI {uri}: there is no name=value after ?; in the path write ? as %3F; correct "
             f"{WHERE_SET}"
         )
 
 
 def absolute_uri(uri: str) -> str:
-    """Return a URI of the same store for a process that works in another folder."""
+    """Return a URI of the same store for a process in another working directory."""
     path = store_path(uri)
     if path is None:
         return uri
@@ -97,10 +97,10 @@ def absolute_uri(uri: str) -> str:
         return absolute
     from sqlalchemy import make_url
 
-    # MLflow would make the folder that `sqlite:///` names unescaped; where the driver is named it makes none.
+    # MLflow would create the folder of `sqlite:///` unescaped; with a driver in the URI it creates none.
     url = make_url(uri).set(drivername="sqlite+pysqlite", database=str(path))
     absolute = url.render_as_string(hide_password=False)
-    return absolute if database_path(absolute) == path else uri  # SQLAlchemy 2.0 knows no escapes
+    return absolute if database_path(absolute) == path else uri  # SQLAlchemy 2.0 supports no escapes
 
 
 def client_uri(uri: str) -> str:
@@ -109,12 +109,12 @@ def client_uri(uri: str) -> str:
 
 
 def artifact_location(uri: str) -> str | None:
-    """Return where a new experiment keeps its artifacts; None where MLflow's own choice is right."""
+    """Return where a new experiment should keep its artifacts; None if MLflow's default is right."""
     return local_location(Path("mlruns")) if is_database(uri) and _is_misread(Path("mlruns")) else None
 
 
 def local_location(path: Path) -> str:
-    """Return an absolute path that MLflow does not take for another: a `file:` URI where it would."""
+    """Return an absolute path, or a `file:` URI if MLflow would misread the path."""
     return path.absolute().as_uri() if _is_misread(path) else str(path.absolute())
 
 
@@ -123,7 +123,7 @@ def _is_misread(path: Path) -> bool:
 
 
 def way_to_see(uri: str) -> str:
-    """Return where the runs of a store can be viewed, or with which command."""
+    """Return the address or the command for viewing the runs of a store."""
     shown = redact(uri)
     if is_database(uri):
         credentials = " with its credentials" if shown != uri else ""

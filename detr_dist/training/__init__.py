@@ -1,1 +1,1 @@
-"""The run, its loop, and what the loop steps and saves."""
+"""Training runs: their set-up, the loop, optimizer, checkpoints and output."""

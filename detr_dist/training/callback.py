@@ -1,4 +1,4 @@
-"""What users add to a training run: their own code at its steps, evaluations, checkpoints and its end."""
+"""Callbacks: users' code at the steps, evaluations, checkpoints and the end of a run."""
 
 import logging
 import traceback
@@ -16,10 +16,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a training run achieved and where it is; the same on every process."""
+    """The result of a training run and its location; the same on every process."""
 
     metrics: dict[str, float]
-    """Of the last evaluation, by their names in MLflow."""
+    """Metrics of the last evaluation, by their names in MLflow."""
     run_id: str | None
     """The run in MLflow, if it is tracked there."""
     output_dir: Path
@@ -40,7 +40,7 @@ class StepEvent:
     """Passes over the training images so far."""
     learning_rate: float
     metrics: Mapping[str, float]
-    """What was logged at this step, such as `train_loss`; empty at the steps between."""
+    """Metrics that were logged at this step, such as `train_loss`; empty at steps without logging."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class EvaluationEvent:
     step: int
     epoch: float
     metrics: Mapping[str, float]
-    """By their names in MLflow, such as `val_map`."""
+    """Metrics by their names in MLflow, such as `val_map`."""
     detections: DetectionRecords
     """All detections of all images, as columns: `image_rows`, `boxes_xyxy_px`, `scores`, `labels`."""
     data: CocoData
@@ -86,22 +86,22 @@ class EndEvent:
     """The run has ended."""
 
     status: Status
-    """FINISHED, FAILED, or KILLED: asked to stop."""
+    """FINISHED, FAILED, or KILLED if the run was asked to stop."""
     error: BaseException | None
-    """Why it has failed or stopped."""
+    """The reason why it failed or stopped; None if it finished."""
     result: RunResult | None
-    """Of a run that has finished."""
+    """The result, if the run has finished."""
 
 
 class Callback:
-    """Base class of what users add to a run; override the moments that you need.
+    """Base class for code that is called during a run; override the methods that you need.
 
-    Called on the main process only, while the others wait. An exception is one warning, and training
-    continues.
+    They are called on the main process only, while the others wait. The first exception of a method is a
+    warning, and training continues.
     """
 
     def on_step(self, event: StepEvent) -> None:
-        """Act after each optimizer step; return at once."""
+        """Act after each optimizer step; must return quickly."""
 
     def on_evaluation(self, event: EvaluationEvent) -> None:
         """Act after each evaluation, before its model and checkpoint are saved."""
@@ -110,7 +110,7 @@ class Callback:
         """Act after a checkpoint was written, in the thread that writes it while training continues."""
 
     def on_end(self, event: EndEvent) -> None:
-        """Act when the run has ended, for whatever reason."""
+        """Act once when the run has ended, for any reason."""
 
 
 _METHODS: dict[type, str] = {
@@ -136,16 +136,17 @@ class Callbacks:
                 raise UsageError(f"callback {each!r} is not an instance of a subclass of detr_dist.Callback")
 
     def notify(self, event: StepEvent | EvaluationEvent | CheckpointEvent | EndEvent) -> None:
-        """Call each callback; what one raises is a warning, the first time that this method of it fails."""
+        """Call each callback; the first exception of each of its methods is a warning."""
         method = _METHODS[type(event)]
         for index, callback in enumerate(self._callbacks):
             try:
                 getattr(callback, method)(event)
-            except Exception as error:  # of any kind: it is the user's code
+            except Exception as error:  # users' code may raise anything
                 if (index, method) not in self._failed:
                     self._failed.add((index, method))
                     where = traceback.extract_tb(error.__traceback__)[-1]
                     _logger.warning(
                         f"callback {type(callback).__name__}.{method} failed ({as_one_line(error)}, "
-                        f"{where.filename}:{where.lineno}); training continues and does not repeat this"
+                        f"{where.filename}:{where.lineno}); training continues, and this is "
+                        "not reported again"
                     )

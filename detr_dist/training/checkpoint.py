@@ -1,13 +1,13 @@
-"""A checkpoint: a folder from which training resumes, and which shows whether it is intact.
+"""A checkpoint: a folder from which training resumes, with checksums of its files.
 
     model.safetensors   the network's weights
-    ema.safetensors     their moving average, where there is one
+    ema.safetensors     their moving average, if there is one
     optimizer.pt        optimizer, scheduler and loss scaler: tensors and numbers only
     config.json         the network's structure, as transformers writes it
-    state.json          where the run stands, and all that it depends on
-    manifest.json       size and SHA-256 of the others, written last
+    state.json          the progress of the run, and everything it depends on
+    manifest.json       size and SHA-256 of the other files, written last
 
-Nothing in it is ever executed: what comes from a shared server may be foreign.
+Nothing in it is ever executed: a checkpoint from a shared server may be anybody's.
 """
 
 import hashlib
@@ -42,37 +42,37 @@ NETWORK, AVERAGE, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer
 STRUCTURE, STATE, MANIFEST = "config.json", "state.json", "manifest.json"
 
 UNREADABLE = (float("inf"), 0.0)
-"""The age that a folder claims whose state.json cannot be read."""
+"""The age of a folder whose state.json cannot be read."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run depends on beside its progress; a resumed run is compared with it."""
+    """Everything that a run depends on besides its progress; a resumed run is compared with it."""
 
     config: Config
     class_names: list[str]
     num_train_images: int
     data_sha256: str
-    """Of the training annotations: in another order, or with other boxes, they are other data."""
+    """Fingerprint of the training annotations, which depends on their order and boxes."""
     num_processes: int
     global_batch_size: int
     init_from: Annotated[str, PlainSerializer(redact_value, when_used="json")] | None
-    """Where the first weights came from, if not from the configuration."""
+    """The `--init-from` of the run, if any: the source of the first weights."""
     mlflow_run_id: str | None
     versions: dict[str, str]
     zero_stage: int = 0
-    """Of DeepSpeed; 0 without it."""
+    """ZeRO stage of DeepSpeed; 0 without DeepSpeed."""
     val_data_sha256: str | None = None
-    """Of the validation annotations; None in checkpoints of earlier versions."""
+    """Fingerprint of the validation annotations; None in checkpoints of earlier versions."""
 
 
-# Both stand in state.json, side by side.
+# state.json contains the fields of both.
 _STATE, _FACTS = TypeAdapter(TrainState), TypeAdapter(RunFacts)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a checkpoint holds, copied to the host: training may continue while it is written."""
+    """The content of a checkpoint, copied to the host so that training continues while it is written."""
 
     network: dict[str, Tensor]
     average: dict[str, Tensor] | None
@@ -82,7 +82,7 @@ class Snapshot:
 
     @property
     def model(self) -> dict[str, Tensor]:
-        """What is evaluated, and saved as the model."""
+        """The weights that are evaluated and saved as the model: the average, if there is one."""
         return self.network if self.average is None else self.average
 
 
@@ -93,8 +93,10 @@ def take_snapshot(
     facts: RunFacts,
     memory: OptimizerMemory | None = None,
 ) -> Snapshot:
-    """Copy the run as it stands; `memory` is the optimizer state, where the optimizer has only a part. Waits
-    for the device."""
+    """Copy the current state of the run to the host. Waits for the device.
+
+    `memory` is the optimizer state, if the optimizer of this process has only a part of it.
+    """
     scaler = training.accelerator.scaler
     average = training.average
     return Snapshot(
@@ -119,7 +121,7 @@ def take_snapshot(
 
 
 def copy_model(training: Training) -> dict[str, Tensor]:
-    """`model` of a snapshot alone, which is a third of one or less. Waits for the device."""
+    """Copy only the `model` of a snapshot, at most a third of it. Waits for the device."""
     weights: dict[str, Tensor] = _to_host(training.average.detector.network.state_dict())
     return weights
 
@@ -129,10 +131,10 @@ def _to_host(tree: Any) -> Any:
 
 
 def write_checkpoint(checkpoints_dir: Path, names: Sequence[str], snapshot: Snapshot) -> None:
-    """Write a snapshot under each of `names`; whatever happens, each of them is complete or as it was.
+    """Write a snapshot under each of `names`; on any failure each of them is complete or unchanged.
 
     Raises:
-        OSError: the disk is full, gone or read-only.
+        OSError: the disk is full, unavailable or read-only.
     """
     first, *others = names
     with new_folder(checkpoints_dir / first) as partial:
@@ -158,7 +160,7 @@ class Checkpoint:
     """A checkpoint that was intact when it was opened.
 
     Raises:
-        CheckpointError: from every method, naming the file, when its content is not what belongs there.
+        CheckpointError: from every method, naming the file, if its content is invalid.
     """
 
     folder: Path
@@ -167,20 +169,23 @@ class Checkpoint:
 
     @property
     def age(self) -> tuple[int, int]:
-        """Sorts the checkpoints of a run from the oldest to the newest."""
+        """A key that sorts the checkpoints of a run from the oldest to the newest."""
         return self.state.step, self.state.closed_step
 
     def network(self) -> dict[str, Tensor]:
+        """Return the network's weights."""
         return self._tensors(NETWORK)
 
     def average(self) -> dict[str, Tensor] | None:
+        """Return the moving average of the weights, if there is one."""
         return self._tensors(AVERAGE) if (self.folder / AVERAGE).exists() else None
 
     def optimizer(self) -> dict[str, Any]:
+        """Return the states of optimizer, scheduler and loss scaler, by these names."""
         path = self.folder / OPTIMIZER
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # of what it cannot read torch raises nearly everything
+        except Exception as error:  # torch raises nearly any type for files it cannot read
             raise CheckpointError(
                 f"{path}: holds something else than tensors and numbers, or is damaged; nothing of it was "
                 f"run. Use another checkpoint ({one_line(error)})"
@@ -201,7 +206,7 @@ class Checkpoint:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder looks like a checkpoint, intact or not."""
+    """Return whether a folder looks like a checkpoint, intact or not."""
     return (folder / STATE).exists() or (folder / MANIFEST).exists()
 
 
@@ -209,7 +214,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Check every file of a checkpoint and read its state.
 
     Raises:
-        CheckpointError: naming the first file that is missing or not as it was written.
+        CheckpointError: naming the first file that is missing or has changed.
     """
     manifest = _read_json(folder / MANIFEST)
     expected = {NETWORK, OPTIMIZER, STRUCTURE, STATE}
@@ -225,7 +230,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: not as it was written (size or SHA-256 differs)")
     document = _read_json(folder / STATE)
     match document:
-        case {"config": {"data": dict(data)}}:  # perhaps saved before there was a choice
+        case {"config": {"data": dict(data)}}:  # versions without this key did not group
             data.setdefault("group_by_shape", False)
             data.setdefault("canvas_multiple", 1)
     try:
@@ -240,7 +245,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
-    """Return the newest intact checkpoint in a folder of checkpoints; warn of newer ones that are not."""
+    """Return the newest intact checkpoint in a folder of checkpoints; warn about newer corrupt ones."""
     folders = sorted(path for path in checkpoints_dir.glob("[!.]*") if path.is_dir())
     for folder in sorted(folders, key=claimed_age, reverse=True):
         try:
@@ -251,7 +256,7 @@ def newest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
 
 
 def claimed_age(folder: Path) -> tuple[float, float]:
-    """Age by `state.json`, unchecked; one that cannot tell goes first, so that it is named."""
+    """Return the age in `state.json`, unverified; an unreadable one counts as newest, to be reported."""
     try:
         document = _read_json(folder / STATE)
         return float(document["step"]), float(document["closed_step"])
@@ -260,8 +265,10 @@ def claimed_age(folder: Path) -> tuple[float, float]:
 
 
 def outdated_checkpoints(checkpoints_dir: Path, keep_last: int) -> list[Path]:
-    """All but the newest `keep_last` of epoch_<N> and step_<N>, and first those that are damaged. `best` and
-    `last` are not among them."""
+    """Return all but the newest `keep_last` of epoch_<N> and step_<N>, not `best` and `last`.
+
+    Damaged checkpoints come first.
+    """
     folders = [path for path in checkpoints_dir.glob("*") if re.fullmatch(r"(epoch|step)_\d+", path.name)]
     ages = {path: claimed_age(path) for path in folders}
     return sorted(folders, key=lambda path: (ages[path] != UNREADABLE, ages[path]))[:-keep_last]

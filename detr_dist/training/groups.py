@@ -15,18 +15,17 @@ from detr_dist.data.transforms import recipe_of
 
 _logger = logging.getLogger(__name__)
 
-# So many images are planned to find the largest canvas: less than a second.
+# Images that are planned to find the largest canvas: takes less than a second.
 _MOST_SIZES = 10_000
 
 
 def canvas_rule(config: DataConfig) -> CanvasRule:
-    """Return what to pad the images of each step of this stream to."""
+    """Return the rule by which the images of each training step are padded."""
     return CanvasRule(config.canvas_multiple, keep_one_size=recipe_of(config.augmentation) != "detr")
 
 
 class GroupStream:
-    """All groups of this process from one optimizer step to another, across epochs, without a stop between
-    them.
+    """The groups of this process for a range of optimizer steps, without a pause between epochs.
 
     Counts waits and images since the counts were last taken.
     """
@@ -84,11 +83,10 @@ class GroupStream:
         return group
 
     def largest_canvas_hw(self) -> tuple[int, int]:
-        """Return height and width of the largest canvas of the steps to come; of a long run, of the first
-        ones."""
+        """Return height and width of the largest canvas of the remaining steps; in long runs of the next."""
         plan = self._sampler.plan
         steps = replace(
-            self._sampler,  # of one process that takes a step at once
+            self._sampler,  # as if one process computed each step at once
             plan=StepPlan(plan.num_samples, plan.global_batch_size, num_processes=1, accumulation=1),
             process_index=0,
             num_steps=min(self._sampler.num_steps, -(-_MOST_SIZES // plan.global_batch_size)),

@@ -26,22 +26,22 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     closed_step: int = 0
-    """Steps done at the last epoch's end whose evaluation, if one was due, is behind us."""
+    """Steps done at the end of the last epoch that is complete, including its evaluation if one was due."""
     best_map: float | None = None
-    """Highest `val_map` of any evaluation so far."""
+    """Highest `val_map` of all evaluations so far."""
     best_step: int | None = None
     """Optimizer step of that evaluation."""
     evaluations_since_best: int = 0
     """Evaluations in a row that did not raise `best_map`: what early stopping counts."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Metrics of the last evaluation."""
 
     def without_best(self) -> Self:
-        """Return the same progress, as if no evaluation had been: on other data scores cannot be compared."""
+        """Return the same progress without a best score: scores on other data cannot be compared."""
         return replace(self, best_map=None, best_step=None, evaluations_since_best=0)
 
     def evaluated(self, metrics: dict[str, float]) -> bool:
-        """Take in an evaluation of the current step; says whether it is the best so far."""
+        """Record an evaluation of the current step; return whether it is the best so far."""
         self.metrics = metrics
         val_map = metrics.get("val_map", 0.0)
         if self.best_map is None or val_map > self.best_map:
@@ -52,18 +52,25 @@ class TrainState:
 
 
 class StepDone(NamedTuple):
+    """The result of an optimizer step."""
+
     losses: dict[str, Tensor]
     """This process's part of each loss that is logged, on the device."""
     learning_rate: float
-    """What the parameters outside the backbone learned with."""
+    """Learning rate of the parameters outside the backbone in this step."""
 
 
 class Observer(Protocol):
-    """What happens around the loop. Called on every process, in the same order."""
+    """Receives the events of the loop, on every process, in the same order."""
 
-    def after_step(self, state: TrainState, done: StepDone) -> None: ...
-    def evaluate(self, state: TrainState) -> None: ...
-    def after_epoch(self, state: TrainState) -> None: ...
+    def after_step(self, state: TrainState, done: StepDone) -> None:
+        """Log and save after an optimizer step."""
+
+    def evaluate(self, state: TrainState) -> None:
+        """Evaluate at the end of an epoch, if an evaluation is due."""
+
+    def after_epoch(self, state: TrainState) -> None:
+        """Save after the evaluation of an epoch."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Training:
     memory: DeviceMemory = field(default_factory=DeviceMemory)
 
     def is_over(self, state: TrainState) -> bool:
-        """Whether all steps are done and closed, or `patience` evaluations have brought nothing better."""
+        """Return whether all epochs are complete, or `patience` evaluations in a row have not improved."""
         is_stale = 0 < self.patience <= state.evaluations_since_best
         return state.closed_step >= self.total_steps or is_stale
 
@@ -96,14 +103,13 @@ class Training:
 
 
 def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
-    """Train from `state`, at any step of an epoch, to `total_steps`; an epoch that these cut short counts as
-    one.
+    """Train from `state`, at any step of an epoch, to `total_steps`.
 
-    Collective.
+    An epoch that `total_steps` cuts short counts as complete. Collective.
 
     Raises:
-        StopRequested: between two steps; `state` is what to save.
-        TrainingError: the data, the predictions or the memory of a device fail.
+        StopRequested: between two steps; save `state`.
+        TrainingError: loading fails, predictions are not finite, or a device runs out of memory.
     """
     steps_per_epoch = training.plan.steps_per_epoch
     while not training.is_over(state):
@@ -126,7 +132,7 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ob
 
 
 def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
-    """One optimizer step, number `step` from 0.
+    """Do one optimizer step, number `step` from 0.
 
     Collective.
     """
@@ -134,8 +140,8 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
     learning_rate = float(training.scheduler.get_last_lr()[0])
     parts: list[Tensor] = []
     for index, micro_batch in enumerate(agreed.group, accelerator.process_index * len(agreed.group)):
-        # Dropout is a function of seed, step and place in the step, so that a resumed run needs no generator
-        # state, and two processes drop what one that accumulates twice would.
+        # Dropout is a function of seed, step and position in the step. A resumed run needs no generator
+        # state, and two processes drop the same as one process with two accumulation steps.
         dropout = random_numbers(Purpose.DROPOUT, training.seed, step, index)
         torch.manual_seed(int(dropout.integers(2**63)))
         with accelerator.accumulate(training.model):
@@ -145,7 +151,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
                 outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
             )
             training.step_sync.report(finite=losses.finite, broken_terms=losses.broken_terms)
-            # The losses are parts of a sum; DDP and accumulation are about to take means of their gradients.
+            # The losses are parts of a sum, but DDP and accumulation will average their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
             if accelerator.sync_gradients and training.gradient_clip > 0:
                 accelerator.clip_grad_norm_(training.model.parameters(), training.gradient_clip)

@@ -1,4 +1,4 @@
-"""What happens around the loop: losses and memory are logged, epochs evaluated and saved."""
+"""Logging of losses and memory during the loop, and evaluation and saving of epochs."""
 
 import logging
 import time
@@ -29,21 +29,21 @@ from detr_dist.training.setup import Setup
 from detr_dist.training.signals import StopSignals
 
 TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE = 10, 0.05
-"""A run ends when more training images than these, in number and of all it asked for, could not be read."""
+"""A run ends if more unreadable training images than this occur, both in number and as a fraction of all."""
 
 _logger = logging.getLogger(__name__)
 
-# In a log file, more frequent lines say nothing new.
+# More frequent lines would fill a log file without new information.
 _SECONDS_BETWEEN_LINES = 2.0
 
 HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
-"""Metrics shown in the line after an evaluation, beside the AP of all and of each class."""
+"""Metrics in the line after an evaluation, besides the AP of all and of each class."""
 
 
 class PlotWriter:
     """Draws each evaluation of a run on `data`, for the output folder and MLflow. Main process only.
 
-    What cannot be drawn or uploaded is one warning, and training continues.
+    If plots cannot be drawn or uploaded, that is one warning, and training continues.
     """
 
     def __init__(self, data: CocoData, plots_dir: Path, tracker: Trackers | None) -> None:
@@ -54,20 +54,21 @@ class PlotWriter:
 
     def write(self, details: Details, name: str) -> None:
         """Draw into the folder `name` of the run's plots."""
-        from detr_dist.evaluation.plots import write_plots  # matplotlib: training starts without it
+        from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
 
         folder = self._plots_dir / name
         failures = write_plots(folder, self._data, details)
         if self._tracker is not None and folder.exists():
             try:
                 self._tracker.log_folder(folder, f"pictures/{name}")
-            except Exception as error:  # no reason to lose a run
+            except Exception as error:  # the run continues
                 failures.append(f"{folder}: {describe_disk_error(error, self._plots_dir.parent)}")
         if failures and not self._has_warned:
             self._has_warned = True
             more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
             _logger.warning(
-                f"plots could not be drawn ({failures[0]}{more}); training continues and does not repeat this"
+                f"plots could not be drawn ({failures[0]}{more}); training continues, "
+                "and this is not reported again"
             )
 
 
@@ -85,7 +86,7 @@ class Progress:
         self._bar.advance()
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the values that were logged at a step."""
+        """Show the metrics that were logged at a step."""
         losses = {name: value for name, value in metrics.items() if name.startswith("train_loss")}
         parts = [
             f"{name.removeprefix('train_').replace('loss_', '')} {loss:.4f}" for name, loss in losses.items()
@@ -110,7 +111,7 @@ class Progress:
 
 
 class RunObserver:
-    """Logs, evaluates and saves, when the configuration says so, and notifies the user's callbacks.
+    """Logs, evaluates and saves according to the configuration, and notifies the user's callbacks.
 
     Every method is collective.
     """
@@ -130,7 +131,7 @@ class RunObserver:
         self._trackers, self._callbacks = trackers, callbacks
         self._host, self._config, self._detector = setup.host, setup.config, setup.detector
         self._facts = replace(setup.facts, mlflow_run_id=trackers.run_id or setup.facts.mlflow_run_id)
-        self._progress: Progress | None = None  # as the next ones on the main process only
+        self._progress: Progress | None = None  # this and the next ones only on the main process
         self._saver: Saver | None = None
         self._plots: PlotWriter | None = None
         self._evaluator = Evaluator(
@@ -163,6 +164,7 @@ class RunObserver:
         self._paused_s = 0.0  # by evaluation and saving since then
 
     def after_step(self, state: TrainState, done: StepDone) -> None:
+        """Log losses and memory if due, notify callbacks, and save a step's checkpoint if due."""
         if self._progress is not None:
             self._progress.step()
         every, is_last = self._config.logging, state.step == self._training.total_steps
@@ -181,7 +183,7 @@ class RunObserver:
             self._save(state, [f"step_{state.step}", "last"])
 
     def evaluate(self, state: TrainState) -> None:
-        """Evaluate and log if an evaluation is due; at the end of training it is."""
+        """Evaluate and log if an evaluation is due, as always at the end of training."""
         is_last = state.step >= self._training.total_steps
         self._was_evaluated = is_last or self._num_epochs(state) % self._config.evaluation.every_epochs == 0
         self._is_best = False
@@ -202,7 +204,7 @@ class RunObserver:
         if self._host.is_main_process:
             _logger.info(f"evaluation after step {state.step} in {took_s:.1f} s: {headlines}")
         self._details = scores.details
-        with self._host.failing_together():  # the others wait as long as an own metric takes
+        with self._host.failing_together():  # the others wait for the user's metrics
             if scores.details is not None:
                 self._callbacks.notify(self._evaluation_event(state, scores.details))
         self._paused_s += time.perf_counter() - began_at
@@ -221,7 +223,7 @@ class RunObserver:
         return EvaluationEvent(state.step, epoch, metrics, details.records, data, log)
 
     def after_epoch(self, state: TrainState) -> None:
-        """Save what is due: the model of every epoch for MLflow, the best one in any case, checkpoints."""
+        """Save what is due: the epoch's model for trackers, the best model, and checkpoints."""
         began_at = time.perf_counter()
         is_over, num_epochs = self._training.is_over(state), self._num_epochs(state)
         if is_over and state.step < self._training.total_steps and self._host.is_main_process:
@@ -249,7 +251,7 @@ class RunObserver:
         self._paused_s += time.perf_counter() - began_at
 
     def save_last(self, state: TrainState) -> None:
-        """Save at once, at any step, because the run is about to stop."""
+        """Save immediately, at any step, because the run is about to stop."""
         self._training.check(state.step)
         self._save(state, ["last"])
 
@@ -257,14 +259,14 @@ class RunObserver:
         """Wait until everything is saved.
 
         Raises:
-            TrainingError: the last checkpoint or the best model could not be.
+            TrainingError: the last checkpoint or the best model could not be saved.
         """
         with self._host.failing_together():
             if self._saver is not None:
                 self._saver.finish()
 
     def close(self) -> None:
-        """End the progress bar and the threads. Local."""
+        """End the progress bar and the threads. Not collective."""
         if self._progress is not None:
             self._progress.close()
         self._monitor.close()
@@ -272,7 +274,7 @@ class RunObserver:
             self._saver.close()
 
     def _num_epochs(self, state: TrainState) -> int:
-        """Epochs begun so far, from 1."""
+        """Return the number of epochs started so far, from 1."""
         return -(-state.step // self._training.plan.steps_per_epoch)
 
     def _epoch(self, state: TrainState) -> float:
@@ -289,7 +291,7 @@ class RunObserver:
         if sum(unreadable) > max(TOLERATED_UNREADABLE, TOLERATED_UNREADABLE_SHARE * sum(images)):
             raise TrainingError(
                 f"{sum(unreadable):.0f} of {sum(images):.0f} training images could not be read; "
-                "the warnings above name them: mend the files or the disk"
+                "the warnings above name them: repair the files or the disk"
             )
         now = time.perf_counter()
         elapsed_s = now - self._logged_at - self._paused_s
@@ -310,8 +312,10 @@ class RunObserver:
         return metrics
 
     def _save(self, state: TrainState, names: Sequence[str], model: ModelCard | None = None) -> None:
-        """Take a copy of the weights, which have been checked, and continue. What fails until then is raised
-        on every process: none waits for one that has stopped."""
+        """Copy the weights, which have been checked, for saving in the background.
+
+        A failure of the copy is raised on every process, so that none waits for one that has stopped.
+        """
         with self._host.failing_together():
             if self._saver is not None:
                 self._saver.wait()

@@ -13,7 +13,7 @@ from detr_dist.models.detector import Detector
 
 
 def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
-    """AdamW with the backbone's own learning rate, and no decay on what has one dimension: norms and biases.
+    """Build AdamW with a separate learning rate of the backbone, and without decay on norms and biases.
 
     The first parameter group is never the backbone's, so its learning rate is the one to report.
     """
@@ -33,10 +33,10 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
             }
             for (is_backbone, is_norm_or_bias), parameters in sorted(groups.items(), key=lambda item: item[0])
         ],
-        # One pass over each tensor, on the CPU as well. But it skips by itself a step that has overflowed:
-        # Accelerate, which looks whether the step was called, would not know.
+        # One pass over each tensor, on the CPU as well. But the fused version itself skips a step with
+        # overflow, which Accelerate would not notice.
         fused=not is_fp16,
-        # The next best. The host would wait for a GPU at each parameter if it read the step count from there.
+        # The second fastest. A step count on the GPU would make the host wait at each parameter.
         foreach=is_fp16,
         capturable=is_fp16 and detector.mean.is_cuda,
     )
@@ -45,7 +45,7 @@ def build_optimizer(detector: Detector, config: TrainingConfig) -> Optimizer:
 def build_scheduler(
     optimizer: Optimizer, config: TrainingConfig, total_steps: int, *, done_steps: int = 0
 ) -> LambdaLR:
-    """Step it once per optimizer step that was not skipped; `done_steps` of them are behind the optimizer."""
+    """Build the schedule, to be stepped once per optimizer step that was not skipped, after `done_steps`."""
     schedules: dict[str, Callable[[int], float]] = {
         "constant": partial(_warm_up, config.warmup_steps),
         "step": partial(_step, config.warmup_steps, max(1, total_steps * 2 // 3)),

@@ -1,4 +1,4 @@
-"""The output folder and the tracked run: what an earlier run left there, and what this one writes."""
+"""The output folder and the tracked run: files of earlier runs, and the files of this one."""
 
 import itertools
 import json
@@ -37,32 +37,32 @@ _WRITTEN = {
     "pictures": r"\.?epoch_\d+(\.partial|\.replaced|\.removed)?",
     "stacks": r"rank_\d+\.txt|nccl_rank_\d+",
 }
-"""What a run writes, by folder: names to match. All else in an output folder is its user's."""
+"""Patterns of the names that a run writes, by folder. Everything else in an output folder is the user's."""
 
 
 _LATER_KEYS = {
     *("data.canvas_multiple", "loss.weights", "training.tf32", "training.deterministic"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
 }
-"""Settings that the first version did not write."""
+"""Settings that the first version did not have."""
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse a folder in which a run would take a user's files for its own.
+    """Refuse a folder in which a run would replace the user's files.
 
     Raises:
-        UsageError: what a run would replace is there, but no trace of a run.
+        UsageError: the folder has files that a run would replace, but no trace of an earlier run.
     """
     there = [str(path.relative_to(output_dir)) for path in _of_runs(output_dir)]
     if there and not _holds_run(output_dir):
         raise UsageError(
-            f"--output-dir {output_dir}: holds {list_names(there)}, which are of no run, and which a run "
-            "would replace; give another folder, or move them away"
+            f"--output-dir {output_dir}: holds {list_names(there)}, which no run wrote, but which a run "
+            "would replace; give another folder, or move them"
         )
 
 
 def _of_runs(output_dir: Path) -> list[Path]:
-    """What lies where a run writes, and checkpoints under any name: a run could be resumed from them."""
+    """Return the files with names that a run writes, and all checkpoints, as a run could resume from them."""
     return [
         path
         for folder, names in _WRITTEN.items()
@@ -72,7 +72,7 @@ def _of_runs(output_dir: Path) -> list[Path]:
 
 
 def _holds_run(output_dir: Path) -> bool:
-    """Whether a run was here: it left a checkpoint, an outbox, stacks, or its resolved configuration."""
+    """Return whether a run has left a checkpoint, an outbox, stacks, or its resolved configuration."""
     traces = (
         *("checkpoints/*/state.json", "checkpoints/*/manifest.json", "checkpoints/.step_*.partial"),
         *("outbox/*/run.json", "stacks/rank_*"),
@@ -82,7 +82,7 @@ def _holds_run(output_dir: Path) -> bool:
 
 
 def _is_resolved(config_path: Path) -> bool:
-    """Whether the file holds every setting, if not those of a later version: only a run writes them all."""
+    """Return whether the file has every setting except those of later versions: only runs write them all."""
     try:
         load_config(config_path)
         tree = yaml.safe_load(config_path.read_bytes())
@@ -93,22 +93,22 @@ def _is_resolved(config_path: Path) -> bool:
 
 
 def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
-    """Set aside, within the output folder, what does not belong to the run that is about to start.
+    """Move files that do not belong to the run that is about to start into `earlier_runs`.
 
-    For a new run, or one whose checkpoint comes from elsewhere, that is everything but the outbox of the same
-    run; otherwise the checkpoints that are newer than the resumed one, or do not tell.
+    For a new run, or one whose checkpoint comes from elsewhere, these are all files but the outbox of the
+    same run; otherwise the checkpoints that are newer than the resumed one, or unreadable.
     """
     checkpoints_dir = output_dir / "checkpoints"
     there = _of_runs(output_dir)
     if resumed is None or resumed.folder.parent.resolve() != checkpoints_dir.resolve():
-        # What the same run has not delivered comes before what it logs from now on, or never.
+        # Undelivered records of the same run must be delivered before new ones.
         leaving = [path for path in there if resumed is None or path.name != resumed.facts.mlflow_run_id]
         what = "an earlier run"
     else:
         checkpoints = [path for path in there if path.parent == checkpoints_dir]
         leaving = [path for path in checkpoints if claimed_age(path) > resumed.age]
         if checkpoints_dir / "best" in leaving and (output_dir / "model").exists():
-            leaving.append(output_dir / "model")  # made of the same weights
+            leaving.append(output_dir / "model")  # has the weights of a removed checkpoint
         what = f"checkpoints that are newer than step {resumed.state.step}, or corrupt"
     if leaving:
         aside = _unused(output_dir / "earlier_runs" / time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -117,7 +117,7 @@ def make_room(output_dir: Path, resumed: Checkpoint | None) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             path.rename(target)
         for folder in {path.parent for path in leaving} - {output_dir}:
-            with suppress(OSError):  # something else is there as well
+            with suppress(OSError):  # the folder has other files
                 folder.rmdir()
         _logger.info(f"{output_dir} held {what}: moved to {aside}")
     (output_dir / "results.json").unlink(missing_ok=True)
@@ -129,10 +129,10 @@ def _unused(path: Path) -> Path:
 
 
 def bring_best(output_dir: Path, resumed: Checkpoint, best: Path, model: Path) -> None:
-    """Copy the best checkpoint and model so far into an output folder that lacks them, if these are they.
+    """Copy the best checkpoint and model so far into an output folder that lacks them.
 
     Raises:
-        CheckpointError: the best checkpoint is corrupt, or is of another step.
+        CheckpointError: the best checkpoint is corrupt, or of another step than the best score.
     """
     checkpoint = open_checkpoint(best)
     if checkpoint.state.step != resumed.state.best_step:
@@ -145,7 +145,7 @@ def bring_best(output_dir: Path, resumed: Checkpoint, best: Path, model: Path) -
 
 
 class RunTrackers(Trackers):
-    """All trackers of a run; MLflow, which can do more, by name. Empty on all but the main process."""
+    """All trackers of a run, with access to MLflow's, which can do more. Empty except on the main process."""
 
     mlflow: "MLflowTracker | None" = None
 
@@ -156,10 +156,10 @@ class RunTrackers(Trackers):
 
 
 def open_run(setup: Setup, trackers: RunTrackers) -> None:
-    """Start the MLflow run, or resume it, and add it to the trackers. Main process."""
+    """Start or resume the MLflow run, and add it to the trackers. Main process only."""
     if not setup.config.logging.mlflow:
         return
-    from detr_dist.tracking.mlflow import MLflowTracker  # MLflow itself, which other runs do without
+    from detr_dist.tracking.mlflow import MLflowTracker  # imports MLflow, which is slow
 
     saved = setup.resumed.facts if setup.resumed is not None else None
     try:
@@ -175,7 +175,7 @@ def open_run(setup: Setup, trackers: RunTrackers) -> None:
 
 
 def open_output(setup: Setup, trackers: RunTrackers) -> None:
-    """Write the run's first files and open its trackers. Main process."""
+    """Write the run's first files and open its trackers. Main process only."""
     output_dir, config, resumed = setup.output_dir, setup.config, setup.resumed
     make_room(output_dir, resumed)
     if resumed is not None and resumed.state.best_step is not None and not (output_dir / "model").exists():
@@ -199,7 +199,7 @@ def open_output(setup: Setup, trackers: RunTrackers) -> None:
 
 
 def _log_path(output_dir: Path, resumed: Checkpoint | None) -> Path:
-    """Return where to log. A run that is resumed without its earlier log must not replace it in MLflow."""
+    """Return the path of the log, a new name if the earlier log is not here, but may be in MLflow."""
     path = output_dir / "logs" / "train.log"
     if resumed is None or path.exists():
         return path
@@ -207,7 +207,7 @@ def _log_path(output_dir: Path, resumed: Checkpoint | None) -> Path:
 
 
 def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
-    """Copy the best model so far, which is beside the resumed checkpoint or in MLflow."""
+    """Copy the best model so far from beside the resumed checkpoint, or from MLflow."""
     try:
         best, model = resumed.folder.parent / "best", resumed.folder.parent.parent / "model"
         is_here = best.exists() and model.exists()
@@ -221,9 +221,9 @@ def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
 
 
 def leave_results(setup: Setup, metrics: dict[str, float], trackers: RunTrackers) -> None:
-    """Log the last evaluation and write it to `results.json`, with where the run is; register the model.
+    """Log the last evaluation, write it with the run's location to `results.json`, and register the model.
 
-    Main process.
+    Main process only.
     """
     for name, value in metrics.items():
         _logger.info(f"{name:<24} {value:.4f}")

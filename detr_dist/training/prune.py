@@ -1,4 +1,4 @@
-"""Deletes old checkpoints and epoch models, on disk and in MLflow; `best`, `last` and the best model stay."""
+"""Deletion of old checkpoints and epoch models, on disk and in MLflow, except `best`, `last` and `model`."""
 
 import json
 import logging
@@ -42,13 +42,15 @@ class _Find:
 def prune(
     targets: Sequence[str], *, experiment: str | None, tracking_uri: str, keep_last: int, delete: bool
 ) -> None:
-    """Report what is older than the newest `keep_last` checkpoints and epoch models of each target (an output
-    folder with its MLflow run, or the id of a run) and of every run of `experiment`; with `delete` delete it.
+    """Report all but the newest `keep_last` checkpoints and epoch models of runs; with `delete`, delete them.
+
+    Each target is an output folder with its MLflow run, or the id of a run. All runs of `experiment` are
+    added.
 
     Raises:
         UsageError: a target is neither, or MLflow cannot be reached.
-        DataError: a run is at work in an output folder.
-        DetrDistError: something could not be deleted; the rest is.
+        DataError: a run is active in an output folder.
+        DetrDistError: something could not be deleted; the rest was.
     """
     if not targets and experiment is None:
         raise UsageError("nothing to prune: give output folders, MLflow run ids or --experiment")
@@ -65,23 +67,25 @@ def prune(
                 raise UsageError(f"{target}: neither an existing folder nor an MLflow run id")
         if experiment is not None:
             finds += _in_ended_runs(_runs(tracking_uri, experiment=experiment), tracking_uri, keep_last)
-        # By name, as a run may be given as a folder, as an id and with its experiment.
+        # By name, because a run may be given as a folder, as an id and with its experiment.
         done, failures = _go_through(list({find.name: find for find in finds}.values()), delete=delete)
     total = f"{len(done)} folders, {sum(find.num_bytes for find in done) / 2**20:.1f} MiB"
-    _logger.info(f"{total} deleted" if delete else f"{total} could go; nothing is deleted without --delete")
+    _logger.info(
+        f"{total} deleted" if delete else f"{total} could be deleted; nothing is deleted without --delete"
+    )
     if failures:
         raise DetrDistError("\n".join(failures))
 
 
 def _go_through(finds: Iterable[_Find], *, delete: bool) -> tuple[list[_Find], list[str]]:
-    """Report what may be deleted, and delete it if asked to; return what that was, and what failed."""
+    """Report the finds, and delete them with `delete`; return those that succeeded, and the failures."""
     done: list[_Find] = []
     failures: list[str] = []
     for find in finds:
         try:
             if delete:
                 find.delete()
-        except Exception as error:  # each kind of store raises its own
+        except Exception as error:  # each kind of store raises its own types
             failures.append(f"{find.name} could not be deleted ({one_line(error)})")
             continue
         _logger.info(f"{'deleted ' if delete else ''}{find.num_bytes / 2**20:10.1f} MiB  {find.name}")
@@ -123,7 +127,7 @@ def _runs(tracking_uri: str, *, run_id: str | None = None, experiment: str | Non
 
 
 def _in_ended_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator[_Find]:
-    """Yield the folders of runs that have ended: of others only their own process knows what it needs."""
+    """Yield the folders of runs that have ended; active runs may still need theirs."""
     for run in runs:
         if run.info.status == "RUNNING":
             _logger.info(
@@ -141,7 +145,7 @@ def _in_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator
             for parent in ("checkpoints", "models")
         }
         left: set[str] = set()
-        if "resumed_at_steps" in run.data.tags:  # only such a run may have gone back
+        if "resumed_at_steps" in run.data.tags:  # only a resumed run may have returned to an earlier step
             left = _left_behind(run_id, tracking_uri, [path for paths in there.values() for path in paths])
         for parent, paths in there.items():
             past = outdated([path for path in paths if path not in left], parent, keep=keep_last)
@@ -156,11 +160,11 @@ def _in_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator
 class _Saved(NamedTuple):
     step: int
     at: datetime
-    """To the second."""
+    """Time, with a resolution of a second."""
 
 
 def _left_behind(run_id: str, tracking_uri: str, artifact_paths: Sequence[str]) -> set[str]:
-    """Return the epochs that a run left when it resumed from an earlier step, which was saved later."""
+    """Return the epochs that a run discarded when it resumed from an earlier step that was saved later."""
     with tempfile.TemporaryDirectory() as scratch:
         saved = {
             path: _saved(f"runs:/{run_id}/{path}", tracking_uri, Path(scratch)) for path in artifact_paths
@@ -187,7 +191,7 @@ def _saved(artifact_uri: str, tracking_uri: str, scratch: Path) -> _Saved | None
         )
         return _Saved(int(state["step"]), datetime.fromisoformat(state["saved_at"]).astimezone())
     except (MlflowException, OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return None  # the upload did not get that far
+        return None  # the upload was interrupted before
 
 
 def _num_bytes(client: MlflowClient, run_id: str, artifact_path: str) -> int:

@@ -1,4 +1,4 @@
-"""What there is to know of a run before its first step: where it runs, how it is split, what it will take."""
+"""The report before a run's first step: devices, split into steps, sizes, and findings on the data."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -16,7 +16,7 @@ _MIB = 2**20
 
 
 def describe_run(setup: Setup) -> Iterator[str]:
-    """Data, processes and devices, the size of a step and of a checkpoint; a line each."""
+    """Yield lines on data, processes and devices, and the sizes of a step and of a checkpoint."""
     yield from _describe_data(setup)
     yield from _describe_processes(setup)
     if setup.config.logging.mlflow:
@@ -42,7 +42,7 @@ def describe_run(setup: Setup) -> Iterator[str]:
 
 
 def describe_resumption(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
-    """Where training resumes, and what has changed since; a line each."""
+    """Yield lines on the step at which training resumes, and on changes since it was saved."""
     if setup.resumed is None:
         return
     yield (
@@ -54,7 +54,7 @@ def describe_resumption(setup: Setup, training: Training, state: TrainState) -> 
         limit = "training.num_epochs or training.max_steps"
         if state.closed_step < training.total_steps:
             limit = "training.early_stopping_patience"
-        yield f"there is nothing left to do: raise {limit} to train on"
+        yield f"there is nothing left to do: raise {limit} to continue"
 
 
 def _describe_data(setup: Setup) -> Iterator[str]:
@@ -62,8 +62,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
     settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
     if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
         yield (
-            "warning: --train-dir and --val-dir are the same data: the validation metrics will say nothing "
-            "about other images"
+            "warning: --train-dir and --val-dir are the same data: the validation metrics do not show "
+            "how the model works on other images"
         )
     for split in (train_data, val_data):
         yield from split.notices
@@ -75,7 +75,7 @@ def _describe_data(setup: Setup) -> Iterator[str]:
 
 
 def _describe_processes(setup: Setup) -> Iterator[str]:
-    """One line for all and, where there are several, one for each node."""
+    """Yield a line for all processes, and a line for each node if there are several processes."""
     places, precision = setup.places, f"precision {setup.config.training.mixed_precision}"
     if len(places) == 1:
         yield f"1 process on {places[0].host} ({places[0].device}), {precision}"
@@ -93,8 +93,10 @@ def _describe_processes(setup: Setup) -> Iterator[str]:
 
 
 def _describe_sizes(setup: Setup) -> str:
-    """Return sizes. AdamW has two moments for each trained value; a model is saved twice, for MLflow and for
-    transformers."""
+    """Describe the sizes of network, checkpoint and model.
+
+    AdamW has two moments for each trained value; a model is saved twice, for MLflow and for transformers.
+    """
     network = setup.detector.network
     weights = _num_bytes(network.state_dict().values())
     learning = _num_bytes(p for p in network.parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: what may have changed since, and putting everything back in its place."""
+"""Resuming from a checkpoint: changes that are allowed since, and restoring weights and optimizer."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,13 +34,13 @@ FREE_KEYS = {
     "training.extensions",
     "training.callbacks",
 }
-"""What a resumed run may set otherwise; all other keys decide what is learned."""
+"""Settings that may change in a resumed run; all other keys affect the trained weights."""
 
 
 def keep_settings(config: Config, saved: RunFacts, resume: str, output_dir: Path) -> Config:
-    """Return `config` with settings of the run that `--resume` names, where YAML and command line set none.
+    """Return `config` with some settings of the run that `--resume` names, unless they are set explicitly.
 
-    They are MLflow's store, with the credentials that the run's outbox has kept, experiment and run name, and
+    They are MLflow's store (with the credentials in the run's outbox), experiment and run name, and
     `data.canvas_multiple`: a run of a version that did not round its canvas continues without rounding.
     """
     logging, data = config.logging, config.data
@@ -59,10 +59,10 @@ def keep_settings(config: Config, saved: RunFacts, resume: str, output_dir: Path
 
 
 def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
-    """What has changed since the checkpoint and may, one line each.
+    """Return a line for each allowed change since the checkpoint was saved.
 
     Raises:
-        UsageError: something has changed that would make it another run; names everything that has.
+        UsageError: something has changed that would make it another run; the message lists all such changes.
     """
     taken: list[str] = []
     refused: list[str] = []
@@ -83,7 +83,7 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
     if refused:
         raise UsageError(
             f"this is not the run that was saved: {'; '.join(refused)}. Set it as it was to resume, or "
-            "begin a new run, if you like from its weights with --init-from"
+            "start a new run, optionally from its weights with --init-from"
         )
     if has_other_validation(saved, now):
         taken.append("validation data: the best score so far is of other data and no longer counts")
@@ -100,7 +100,7 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
 
 
 def has_other_validation(saved: RunFacts, now: RunFacts) -> bool:
-    """Whether scores of before and after cannot be compared."""
+    """Return whether the validation data have changed, so that scores cannot be compared."""
     return saved.val_data_sha256 not in (None, now.val_data_sha256)
 
 
@@ -131,11 +131,16 @@ def _shown(value: Any) -> str:
 
 
 def restore_weights(checkpoint: Checkpoint, detector: Detector) -> None:
-    """Raises CheckpointError if the weights are those of another network."""
+    """Load the network's weights.
+
+    Raises:
+        CheckpointError: the weights do not fit the network.
+    """
     _load(checkpoint, detector, checkpoint.network())
 
 
 def restore_average(checkpoint: Checkpoint, average: WeightAverage) -> None:
+    """Load the moving average of the weights, if the checkpoint has one."""
     weights = checkpoint.average()
     if weights is not None:
         _load(checkpoint, average.detector, weights)
@@ -151,10 +156,10 @@ def _load(checkpoint: Checkpoint, detector: Detector, weights: dict[str, torch.T
 
 
 def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: GradScaler | None) -> int:
-    """Restore the optimizer state of each parameter, and the loss scale; the optimizer's options come from
-    the configuration.
+    """Restore the optimizer state of each parameter and the loss scale, not the optimizer's options.
 
-    Returns how many steps the learning-rate schedule has behind it.
+    Returns:
+        The number of steps that the learning-rate schedule has done.
     """
     saved = checkpoint.optimizer()
     try:
@@ -162,7 +167,7 @@ def restore_optimizer(checkpoint: Checkpoint, optimizer: Optimizer, scaler: Grad
         optimizer.load_state_dict({"state": saved["optimizer"], "param_groups": groups})
         for parameter, memory in optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
-                # In the parameter's own memory format, which fused optimizers insist on.
+                # Fused optimizers require the parameter's own memory format.
                 memory[name] = torch.empty_like(parameter).copy_(memory[name].view(parameter.shape))
         if scaler is not None and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])

@@ -1,5 +1,4 @@
-"""Checkpoints and models are written and handed to MLflow in the background: training waits for a copy to the
-host only."""
+"""Saving of checkpoints and models in the background: training waits only for a copy to the host."""
 
 import logging
 import shutil
@@ -25,35 +24,35 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What is recorded of a model beside its weights."""
+    """The metadata of a model."""
 
     epoch: int
-    """Epochs begun, from 1."""
+    """Epochs started, from 1."""
     step: int
     """Optimizer steps done."""
     is_best: bool
     metrics: Mapping[str, float]
-    """From the evaluation at this epoch's end; empty if there was none."""
+    """Metrics of the evaluation at this epoch's end; empty if there was none."""
     thresholds: Mapping[str, float]
     """Lowest score of a detection that counts, by class name, from the last evaluation."""
 
 
 class ModelPacker:
-    """Packs the model of every epoch for MLflow, and the best one into the output folder as well."""
+    """Writes the model of every epoch for the trackers, and the best one into the output folder as well."""
 
     def __init__(
         self, detector: Detector, config: Config, output_dir: Path, tracker: Trackers | None
     ) -> None:
-        self._network = plain_network(detector)  # a second one on the host, to put each epoch's weights into
+        self._network = plain_network(detector)  # a copy on the host, which gets each epoch's weights
         self._config = config
         self._output_dir = output_dir
         self._tracker = tracker
 
     def pack(self, weights: Mapping[str, Tensor], card: ModelCard) -> None:
-        """Write the model, complete or not at all, and hand it to the tracker.
+        """Write the model atomically, and pass it to the tracker.
 
         Raises:
-            Exception: each library reports a full disk by a type of its own.
+            Exception: each library reports a full disk by its own type.
         """
         if self._tracker is None and not card.is_best:
             return
@@ -80,15 +79,15 @@ class ModelPacker:
             self._tracker.log_folder(folder, "model")
         else:
             shutil.rmtree(folder)
-            finish_interrupted(folder.parent, "epoch_*")  # and whatever a kill has left there
-            with suppress(OSError):  # something of the user's is there as well
+            finish_interrupted(folder.parent, "epoch_*")  # removes leftovers of a killed run
+            with suppress(OSError):  # the folder has files of the user
                 folder.parent.rmdir()
 
 
 class Saver:
     """Writes checkpoints and models, from one copy of the run at a time. Main process only.
 
-    What cannot be written or uploaded is a warning, and training continues: what was written before is
+    If something cannot be written or uploaded, that is a warning, and training continues; earlier files stay
     unchanged. `finish` raises if the checkpoints `best` or `last` or the best model are missing in the end.
     """
 
@@ -108,27 +107,27 @@ class Saver:
         self._callbacks = callbacks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         self._pending: Future[None] | None = None
-        self._failures: dict[str, str] = {}  # by name, of what every run must have at its end
+        self._failures: dict[str, str] = {}  # by name, of files that every run must have at its end
         finish_interrupted(checkpoints_dir)
 
     def save(
         self, take: Callable[[], Snapshot], names: Sequence[str], model: ModelCard | None = None
     ) -> None:
-        """Pack the model of what `take` returns, if its card is given, then write it as a checkpoint under
-        each of `names`. Waits until what came before is written, so that there is one copy in memory at most.
+        """Write the snapshot that `take` returns as a checkpoint under each of `names`, in the background.
 
-        The model first: a run that resumes from the checkpoint does not pack it again.
+        With a card, its model is written first, because a run that resumes from the checkpoint does not write
+        it again. Waits until earlier ones are written, so that at most one copy is in memory.
         """
         self.wait()
         self._pending = self._thread.submit(self._save, take(), names, model)
 
     def save_model(self, take: Callable[[], Mapping[str, Tensor]], card: ModelCard) -> None:
-        """Pack the model whose weights `take` returns, and write no checkpoint. Waits as `save` does."""
+        """Write the model whose weights `take` returns, without a checkpoint. Waits like `save`."""
         self.wait()
         self._pending = self._thread.submit(self._save_model, take(), card)
 
     def wait(self) -> None:
-        """Until nothing is being written."""
+        """Wait until nothing is being written."""
         if self._pending is not None:
             self._pending.result()
 
@@ -136,14 +135,14 @@ class Saver:
         """Wait until everything is written.
 
         Raises:
-            TrainingError: `best`, `last` or the best model could not be.
+            TrainingError: `best`, `last` or the best model could not be written.
         """
         self.wait()
         for failure in self._failures.values():
             raise TrainingError(failure)
 
     def close(self) -> None:
-        """End the thread, once it has done what it was given."""
+        """End the thread after its pending work."""
         self._thread.shutdown()
 
     def _save(self, snapshot: Snapshot, names: Sequence[str], model: ModelCard | None) -> None:
@@ -156,7 +155,7 @@ class Saver:
             self._pack_model(weights, card)
             if card.is_best:
                 self._failures.pop("model", None)
-        except Exception as error:  # each library reports a full disk by a type of its own
+        except Exception as error:  # each library reports a full disk by its own type
             folder = self._checkpoints_dir.parent
             failure = (
                 f"{folder}: the model of step {card.step} could not be saved "
@@ -172,13 +171,13 @@ class Saver:
             write_checkpoint(self._checkpoints_dir, names, snapshot)
             for name in names:
                 self._failures.pop(name, None)
-        except Exception as error:  # OSError mostly, but safetensors and torch wrap it in their own
+        except Exception as error:  # mostly OSError, but safetensors and torch wrap it in their own types
             failure = (
                 f"{folders}: the checkpoint of step {snapshot.document['step']} could not be written "
                 f"({describe_disk_error(error, self._checkpoints_dir)}); the earlier ones are intact"
             )
             self._failures |= {name: failure for name in names if name in ("best", "last")}
-            _logger.warning(f"{failure}, and training continues; make room for the next one")
+            _logger.warning(f"{failure}, and training continues; free space for the next one")
             return
         try:
             self._prune()
@@ -195,9 +194,9 @@ class Saver:
                 )
 
     def _upload(self, tracker: Trackers, names: Sequence[str]) -> None:
-        """All but step_<N>, of which there may be thousands."""
+        """Upload all names but step_<N>, of which there may be thousands."""
         names = [name for name in names if not name.startswith("step_")]
-        if names == ["last"]:  # an upload that is cut short must not damage the only copy
+        if names == ["last"]:  # an interrupted upload must not damage the only copy
             tracker.log_folder(self._checkpoints_dir / "last", "checkpoints/last_copy", last=MANIFEST)
         for name in names:
             tracker.log_folder(self._checkpoints_dir / name, f"checkpoints/{name}", last=MANIFEST)

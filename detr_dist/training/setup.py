@@ -1,4 +1,4 @@
-"""What a run is made of, found and checked before anything of it is visible from outside."""
+"""Set-up of a run: everything is found and checked before the run writes or tracks anything."""
 
 import logging
 import platform
@@ -36,16 +36,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process runs."""
+    """The host and device of a process."""
 
     host: str
     device: str
-    """With the name of the GPU, if it is one."""
+    """The device, with the name of the GPU if it is one."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A run that is ready to be assembled. All that can be known to be wrong has been found."""
+    """A run that is ready to be assembled, after all checks."""
 
     config: Config
     output_dir: Path
@@ -59,22 +59,24 @@ class Setup:
     resumed: Checkpoint | None
     facts: RunFacts
     changes: list[str]
-    """Settings that differ from the resumed run's, in words."""
+    """A line for each setting that differs from the resumed run's."""
     detector: Detector
     places: list[Place]
-    """Of each process, by rank."""
+    """The place of each process, by rank."""
 
     @property
     def host_names(self) -> list[str]:
+        """Names of all hosts of the run, sorted."""
         return sorted({place.host for place in self.places})
 
     @property
     def steps_of_all_epochs(self) -> int:
-        """What the learning-rate schedule spans."""
+        """Optimizer steps of `num_epochs`, which the learning-rate schedule spans."""
         return self.config.training.num_epochs * self.plan.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
+        """Optimizer steps of this run, limited by `training.max_steps`."""
         return min(self.steps_of_all_epochs, self.config.training.max_steps or self.steps_of_all_epochs)
 
 
@@ -94,9 +96,14 @@ def set_up(
     Collective.
 
     Args:
-        resume: What `--resume` names.
-        init_from: What `--init-from` names.
-        may_clear_up: Whether to remove what a killed run left incomplete in the output folder.
+        accelerator: The Accelerator of this process.
+        config: The configuration, with the precision resolved.
+        output_dir: Folder of the run.
+        train_data: Data set to train on.
+        val_data: Data set to evaluate on.
+        resume: The value of `--resume`.
+        init_from: The value of `--init-from`.
+        may_clear_up: Whether to remove incomplete files of a killed run from the output folder.
 
     Raises:
         DetrDistError: on every process.
@@ -111,7 +118,7 @@ def set_up(
         _check_origin(init_from, resumed.facts.init_from)
         config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
-    dataset = training_dataset(train_data, config)  # a transform that cannot be used is an error at once
+    dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     training = config.training
     plan = StepPlan(
         len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
@@ -195,7 +202,7 @@ def _versions() -> dict[str, str]:
 def _build_network(
     facts: RunFacts, train_data: CocoData, sources: Sources, resumed: Checkpoint | None
 ) -> Detector:
-    """The network with its first weights, or those of the checkpoint."""
+    """Build the network with its first weights, or those of the checkpoint."""
     settings, model = facts.config.training, facts.config.model
     if facts.init_from is not None:
         source = facts.init_from if resumed is not None else sources.weights(facts.init_from)

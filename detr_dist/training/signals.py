@@ -1,4 +1,4 @@
-"""Requests to stop: a signal sets a flag and does nothing else, until the loop reads it."""
+"""Stop signals: a handler only sets a flag, which the loop reads."""
 
 import faulthandler
 import os
@@ -22,8 +22,9 @@ _STANDARD_ERROR = 2
 
 
 def leave_note(text: str) -> None:
-    """Tell a scheduler, which names a file for it, that the run was stopped and has saved: of its exit code
-    `accelerate launch` makes 1.
+    """Write to the scheduler's file, if it names one, that the run was stopped and has saved.
+
+    The exit code cannot report that, because `accelerate launch` turns it into 1.
 
     Raises:
         TrainingError: it cannot be written.
@@ -39,11 +40,11 @@ def leave_note(text: str) -> None:
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process at
-    once, with exit code 130. A run that was stopped or has failed is left with SIGTERM and SIGUSR1 ignored.
-    SIGUSR2 prints the stacks of all threads and changes nothing.
+    """Handles signals within the block; for the main thread only.
 
-    Main thread only.
+    SIGTERM, SIGINT and SIGUSR1 ask the run to stop; a second SIGINT ends the process immediately with exit
+    code 130. After a run that was stopped or has failed, SIGTERM and SIGUSR1 stay ignored. SIGUSR2 prints the
+    stacks of all threads.
 
     Args:
         on_terminate: Called on SIGTERM, from another thread, even while the main thread hangs.
@@ -56,13 +57,14 @@ class StopSignals:
 
     @property
     def is_requested(self) -> bool:
+        """Whether a signal has asked the run to stop."""
         return bool(self.received)
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         faulthandler.register(signal.SIGUSR2, file=_STANDARD_ERROR)
-        # Python's own handlers wait for the main thread, which may hang in a collective: a thread that reads
-        # what arrived does not.
+        # Python's own handlers wait for the main thread, which may hang in a collective, so a thread reads
+        # the signals that arrive.
         self._arrivals, self._written = socket.socketpair()
         self._written.setblocking(False)
         signal.set_wakeup_fd(self._written.fileno(), warn_on_full_buffer=False)
@@ -78,14 +80,14 @@ class StopSignals:
     ) -> None:
         faulthandler.unregister(signal.SIGUSR2)
         signal.set_wakeup_fd(-1)
-        # Closing is not enough to wake the watcher: forked loader processes hold this end as well.
+        # Closing does not wake the watcher, because forked loader processes hold this end as well.
         self._written.shutdown(socket.SHUT_WR)
         self._watcher.join()
         self._written.close()
         self._arrivals.close()
         for number, handler in self._before.items():
-            # A launcher asks once more when another of its processes has ended: one that is about to end by
-            # itself must come to say why, and with its own exit code.
+            # A launcher sends the signal again when another of its processes has ended. A process that is
+            # about to end by itself must be able to report why, and to exit with its own code.
             is_in_the_way = kind is not None and number != signal.SIGINT
             signal.signal(number, signal.SIG_IGN if is_in_the_way else handler)
 

@@ -1,4 +1,4 @@
-"""Where a run's first state comes from: a checkpoint or weights, on disk, in MLflow or on the hub."""
+"""Sources of a run's first state: checkpoints and weights on disk, in MLflow or on the hub."""
 
 import logging
 import os
@@ -26,21 +26,25 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundModel:
-    """What a model reference names, where transformers can load it."""
+    """A model that transformers can load, found by its reference."""
 
     location: str
     """A local folder, or a hub id."""
     checkpoint: Checkpoint | None = None
-    """The checkpoint whose weights these are; the averaged ones, if it has any."""
+    """The checkpoint that the weights are from; they are its averaged ones, if it has any."""
 
 
 def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
-    """The model that `reference` names: a model's or checkpoint's folder, an artifact URI of MLflow
-    (`runs:/...`, `models:/...`), a run's id for its best model, or a hub id. What has to be fetched or put
-    together lies in `scratch`.
+    """Find the model that `reference` names.
+
+    Args:
+        reference: A model's or checkpoint's folder, an artifact URI of MLflow (`runs:/...`, `models:/...`), a
+            run's id for its best model, or a hub id.
+        tracking_uri: URI of MLflow's store.
+        scratch: Folder for downloads and assembled models.
 
     Raises:
-        UsageError: there is no such thing.
+        UsageError: the reference names nothing.
         CheckpointError: the checkpoint is corrupt.
     """
     if is_run_id(reference):
@@ -50,7 +54,7 @@ def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
     if re.fullmatch("models:/[^/@]+/?", reference) and not reference.startswith("models:/m-"):
         raise UsageError(f"{reference}: names no version; add one, e.g. /1, or an alias, e.g. @best")
     if is_artifact_uri(reference):
-        from detr_dist.tracking.artifacts import download_folder  # MLflow: only what lies there needs it
+        from detr_dist.tracking.artifacts import download_folder  # imports MLflow, which is slow
 
         into = Path(tempfile.mkdtemp(dir=scratch))
         folder = download_folder(re.sub("^(models:/[^/]+)/@", r"\1@", reference), tracking_uri, into)
@@ -71,13 +75,13 @@ def find_model(reference: str, tracking_uri: str, scratch: Path) -> FoundModel:
 
 
 def _is_path(reference: str) -> bool:
-    """Whether this can be no hub id, which is NAME or OWNER/NAME."""
+    """Return whether a reference cannot be a hub id, which is NAME or OWNER/NAME."""
     parts = reference.split("/")
     return reference[:1] in {".", "~"} or len(parts) > 2 or not all(parts) or Path(parts[0]).exists()
 
 
 def _weights_of(checkpoint: Checkpoint, scratch: Path) -> FoundModel:
-    """A checkpoint as transformers expects a model."""
+    """Arrange the weights of a checkpoint as transformers expects a model."""
     weights = AVERAGE if (checkpoint.folder / AVERAGE).exists() else NETWORK
     folder = Path(tempfile.mkdtemp(dir=scratch))
     for name, source in ((STRUCTURE, STRUCTURE), ("model.safetensors", weights)):
@@ -86,10 +90,10 @@ def _weights_of(checkpoint: Checkpoint, scratch: Path) -> FoundModel:
 
 
 class Sources:
-    """Finds checkpoints and weights, for all processes of a run. Collective, but for `download`.
+    """Finds checkpoints and weights, for all processes of a run. Collective, except for `download`.
 
-    What is in MLflow is downloaded by one process of each node, into a folder that `close` removes, or
-    else the end of that process.
+    One process of each node downloads from MLflow, into a folder that is removed by `close`, or when the
+    process ends.
     """
 
     def __init__(
@@ -99,18 +103,18 @@ class Sources:
         self._may_clear_up = may_clear_up
         self._output_dir = output_dir
         self.tracking_uri = tracking_uri
-        self._scratch = tempfile.TemporaryDirectory(prefix="detr_dist_")  # of its own for each process
+        self._scratch = tempfile.TemporaryDirectory(prefix="detr_dist_")  # each process has its own
 
     def close(self) -> None:
-        """Remove what was downloaded, once every process has read it."""
+        """Remove the downloads, after every process has read them."""
         self._host.gather_rows([0.0])
         self._scratch.cleanup()
 
     def download(self, artifact_uri: str) -> Path:
-        """A folder of MLflow as a local one, on this process alone.
+        """Download a folder from MLflow, on this process only, and return its local path.
 
         Raises:
-            UsageError: there is no such folder, or it cannot be fetched.
+            UsageError: there is no such folder, or it cannot be downloaded.
         """
         from detr_dist.tracking.artifacts import download_folder  # as above
 
@@ -118,17 +122,17 @@ class Sources:
         return download_folder(artifact_uri, self.tracking_uri, into)
 
     def checkpoint(self, resume: str) -> Checkpoint | None:
-        """The checkpoint that `--resume` names, verified; None if `auto` finds none.
+        """Find and verify the checkpoint that `--resume` names; return None if `auto` finds none.
 
         Raises:
-            UsageError: there is no such thing.
-            CheckpointError: the one that was named is corrupt.
+            UsageError: there is no such checkpoint.
+            CheckpointError: the specified checkpoint is corrupt.
         """
         if self._may_clear_up:
             with self._host.failing_together():
                 if self._host.is_main_process:
                     self._clear_up()
-        found = self._host.once_per_machine(lambda: self._find(resume))
+        found = self._host.once_per_node(lambda: self._find(resume))
         states = self._host.all_gather_objects(found and found.state)
         if any(state != states[0] for state in states):
             steps = ", ".join("none" if state is None else f"step {state.step}" for state in states)
@@ -141,24 +145,25 @@ class Sources:
         return found
 
     def weights(self, init_from: str) -> str:
-        """What `--init-from` names, as a folder or hub id that transformers loads; of a checkpoint its
-        averaged weights, if it has any.
+        """Return the folder or hub id, for transformers, of the weights that `--init-from` names.
+
+        For a checkpoint these are its averaged weights, if it has any.
 
         Raises:
-            UsageError: there is no such thing.
-            CheckpointError: the checkpoint that was named is corrupt.
+            UsageError: there are no such weights.
+            CheckpointError: the specified checkpoint is corrupt.
         """
-        return self._host.once_per_machine(
+        return self._host.once_per_node(
             lambda: find_model(init_from, self.tracking_uri, Path(self._scratch.name)).location
         )
 
     def _clear_up(self) -> None:
-        """Finish what a kill interrupted.
+        """Complete or undo writes in the output folder that a kill interrupted.
 
         Raises:
-            DataError: a run is at work in the output folder, and interrupted nothing.
+            DataError: a run is active in the output folder.
         """
-        if not os.access(self._output_dir, os.W_OK):  # not there yet, or the run will say that it cannot be
+        if not os.access(self._output_dir, os.W_OK):  # does not exist yet, or will be reported later
             return
         with locked(self._output_dir):
             finish_interrupted(self._output_dir, "model")

@@ -1,4 +1,4 @@
-"""What all processes must know of each other at an optimizer step: one exchange of a few host numbers."""
+"""Agreement of all processes at an optimizer step, by one exchange of a few numbers on the host."""
 
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,16 @@ from detr_dist.training.signals import StopSignals
 
 
 class Agreed(NamedTuple):
+    """The data of an optimizer step, as agreed by all processes."""
+
     group: list[Batch]
     """The micro-batches of the step on this process."""
     counts: StepCounts
-    """Boxes that can be matched and images of the step over all processes: what the losses are divided by."""
+    """Matchable boxes, and images, of the step over all processes: the denominators of the losses."""
     canvas_hw: tuple[int, int]
-    """Height and width to which every image of the step is padded. A convolution sees the padding at an
-    image's border, so with a canvas per micro-batch the loss would depend on how the step is split over
-    processes. Decided by the sizes of all images of the step, not by who has which."""
+    """Height and width to which every image of the step is padded, from the sizes of all of them. A
+    convolution sees the padding at an image's border, so with a canvas per micro-batch the loss would depend
+    on the split of the step over processes."""
 
 
 _NOT_FINITE = (
@@ -46,9 +48,9 @@ def _broken(terms: Sequence[str]) -> _Problem:
 class StepSync:
     """Sums and checks over all processes, once per optimizer step.
 
-    What goes wrong on one process is raised on all of them, and so is a request to stop. Whether the
-    predictions of a step were finite is known on the host only after its forward passes; it travels with the
-    next exchange, so that no step waits just to check. Nothing may be saved before `check`.
+    Errors and requests to stop on one process are raised on all of them. Whether the predictions of a step
+    were finite is known on the host only after its forward passes; it is sent with the next exchange, so that
+    no step waits only for this check. Call `check` before saving anything.
     """
 
     def __init__(
@@ -62,14 +64,16 @@ class StepSync:
         self._image_ids: list[int] = []
 
     def report(self, *, finite: bool, broken_terms: Sequence[str] = ()) -> None:
-        """Note whether a micro-batch of the current step had finite predictions, and if not, which terms of
-        the loss had been NaN or Inf before. Local."""
+        """Record whether a micro-batch of the current step had finite predictions. Not collective.
+
+        If not, `broken_terms` names the terms of the loss that had been NaN or Inf before.
+        """
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
             self._problem = _broken(broken_terms) if broken_terms else _Problem(text, _NOT_FINITE)
 
     def report_failure(self, error: Exception) -> None:
-        """Note what keeps this process from the next step. Local."""
+        """Record an error that keeps this process from the next step. Not collective."""
         self._problem = _Problem(as_one_line(error), cause=error)
 
     def next_step(self, step: int, groups: Iterator[list[Batch]]) -> Agreed:
@@ -78,9 +82,9 @@ class StepSync:
         Collective.
 
         Raises:
-            TrainingError: on all processes, when on any of them the previous step was not finite or its data
-            cannot be loaded.
-            StopRequested: on all processes, when any of them was asked to stop; the step is not begun.
+            TrainingError: on all processes, if on any of them the previous step was not finite or data cannot
+                be loaded.
+            StopRequested: on all processes, if any of them was asked to stop; the step is not started.
         """
         group: list[Batch] = []
         self._host.rendezvous.note(step=step)
@@ -109,29 +113,33 @@ class StepSync:
         return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
 
     def check(self, step: int, model: nn.Module, broken_terms: Sequence[str] = ()) -> None:
-        """Make sure that the first `step` steps went well and left finite weights. Collective; raises like
-        `next_step`.
+        """Check that the first `step` steps succeeded and left finite weights; raises like `next_step`.
 
-        Under fp16 steps with a term of the loss that is NaN or Inf are skipped, and leave finite weights and
-        predictions: `broken_terms` are such terms. Waits for the device.
+        Collective. Waits for the device.
+
+        Args:
+            step: Optimizer steps done.
+            model: What was trained.
+            broken_terms: Terms of the loss that were NaN or Inf on this process. Under fp16 their steps are
+                skipped, so that weights and predictions stay finite.
         """
         if broken_terms:
             self._problem = self._problem or _broken(broken_terms)
-        # Under ZeRO-3 a parameter is empty between two steps, and its own part lies beside it.
+        # Under ZeRO-3 a parameter is empty between two steps, and this process's part is a separate tensor.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             self._problem = self._problem or _Problem("the weights are not finite", _NOT_FINITE)
         self._exchange(step)
-        # Not before: a GPU that hangs does so where the host first waits for it.
+        # Not earlier: the host notices a hanging GPU only when it waits for it.
         self._host.rendezvous.watch.pause()
 
     def _exchange(self, step: int, *values: float) -> list[tuple[float, ...]]:
-        """The values of all processes, column by column, unless one of them has a problem."""
+        """Return the values of all processes by column; raise if any process has a problem."""
         *columns, problems = zip(
             *self._host.gather_rows([*values, float(self._problem is not None)]), strict=True
         )
         if any(problems):
-            own = self._problem and self._problem._replace(cause=None)  # which need not be fit to travel
+            own = self._problem and self._problem._replace(cause=None)  # which may not be picklable
             found = [
                 (process, host, problem)
                 for process, (host, problem) in enumerate(

@@ -1,8 +1,8 @@
-"""How weights and optimizer are spread over the processes of a run: the loop need not know.
+"""Distribution of weights and optimizer over the processes of a run, hidden from the loop.
 
-Every process holds all of them (one process, or DDP), or DeepSpeed's ZeRO spreads optimizer, gradients and
-weights, and they are gathered where that is needed. A checkpoint of a ZeRO run is like every other: complete,
-of plain tensors, and good for any number of processes and any stage. DeepSpeed's own format, which can run
+Every process holds all of them (one process, or DDP), or DeepSpeed's ZeRO partitions optimizer, gradients and
+weights, and they are gathered when necessary. A checkpoint of a ZeRO run is like every other: complete, of
+ordinary tensors, and usable with any number of processes and any stage. DeepSpeed's own format, which can run
 code when it is loaded, is never written or read.
 """
 
@@ -27,57 +27,60 @@ from detr_dist.models.average import WeightAverage
 from detr_dist.models.detector import Detector
 
 OptimizerMemory = dict[int, dict[str, Any]]
-"""The optimizer state of each parameter, by the parameter's place in its groups."""
+"""The optimizer state of each parameter, by the parameter's position in its groups."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter, beside the number of steps."""
+"""AdamW's state of a parameter, besides the number of steps."""
 
 BUCKET_ELEMENTS = 10_000_000
-"""Float32 numbers in one message, and kept gathered at a time under ZeRO-3. DeepSpeed's own sizes suit
-language models: a buffer of 2 GB for gradients would be more than ZeRO saves of a DETR."""
+"""Float32 numbers in one message, and gathered at a time under ZeRO-3. DeepSpeed's defaults are for language
+models: a buffer of 2 GB for gradients would take more memory than ZeRO saves for a DETR."""
 
 OURS_ALONE = ("bf16", "fp16", "torch_autocast", "optimizer", "scheduler")
-"""Sections of DeepSpeed's configuration that say what our configuration says."""
+"""Sections of DeepSpeed's configuration for settings that our configuration has."""
 
 
 class Replicated:
-    """Every process holds all of them: one process, or DDP."""
+    """Every process holds all weights and the complete optimizer: one process, or DDP."""
 
     zero_stage = 0
 
     def average(self, trained: Detector, decay: float) -> WeightAverage:
+        """Build the moving average of the weights."""
         return WeightAverage(trained, decay)
 
     def prepare(
         self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
-        """Return what trains: the wrapped detector, and its optimizer with its state. Collective."""
+        """Return the wrapped detector, and its optimizer with its state. Collective."""
         model, prepared = accelerator.prepare(detector, optimizer)
         if isinstance(model, DistributedDataParallel):
-            # Buffers need not be sent in each forward pass: most are constants, and the statistics of batch
-            # norm count in evaluation only, which takes the main process's (HostGroup.synchronise_buffers).
-            # As an argument of DDP it would warn (torch 2.14), and not send them at the start either.
+            # Buffers need not be sent in each forward pass: most are constants, and batch-norm statistics
+            # matter only in evaluation, which uses the main process's (HostGroup.synchronise_buffers). As an
+            # argument of DDP this causes a warning (torch 2.14), and no buffers are sent at the start either.
             model.broadcast_buffers = False
             _settle_order_of_sums(model, accelerator.device)
         return model, prepared
 
     @contextmanager
     def whole(self) -> Iterator[OptimizerMemory | None]:
-        """Meanwhile the main process has all weights in the detector. Yields it the optimizer state,
-        unless the optimizer itself has all of it. Collective."""
+        """Gather all weights in the main process's detector within the block. Collective.
+
+        Yields the optimizer state there, or None if the optimizer itself has all of it.
+        """
         yield None
 
 
 def _settle_order_of_sums(model: DistributedDataParallel, device: torch.device) -> None:
-    """Run forward and backward once, and forget the gradients. Collective.
+    """Run forward and backward once, and discard the gradients. Collective.
 
-    DDP rearranges the gradients by the first backward of a process, and where a gradient lies decides in
-    which order more than two processes sum it: a run that is resumed would round its first step in another
-    way than one that was not interrupted.
+    DDP rearranges its gradient buckets after the first backward pass, and the position of a gradient decides
+    the order in which more than two processes sum it. Without this, the first step of a resumed run would be
+    rounded differently from that of an uninterrupted run.
     """
-    model.eval()  # statistics of batch norm stay as they are
+    model.eval()  # keeps the statistics of batch norm unchanged
     image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8, device=device)
-    with torch.compiler.set_stance("force_eager"):  # an image of this size does not come again
+    with torch.compiler.set_stance("force_eager"):  # no other image has this size
         outputs = model(image, torch.tensor([[128, 128]], device=device))
     torch.stack([output.sum() for output in outputs.values()]).sum().backward()
     model.zero_grad()
@@ -85,28 +88,30 @@ def _settle_order_of_sums(model: DistributedDataParallel, device: torch.device) 
 
 
 def strategy_for(accelerator: Accelerator) -> Replicated:
-    """What belongs to the Accelerator's kind of distribution."""
+    """Return the strategy for the Accelerator's kind of distribution."""
     plugin = accelerator.deepspeed_plugin
     return Replicated() if plugin is None else Zero(plugin.zero_stage)
 
 
 class Zero(Replicated):
-    """Stage 1 spreads the optimizer over the processes, 2 the gradients as well, 3 the weights as well."""
+    """Stage 1 partitions the optimizer, stage 2 also the gradients, stage 3 also the weights."""
 
     def __init__(self, stage: int) -> None:
         self.zero_stage = stage
 
     def average(self, trained: Detector, decay: float) -> WeightAverage:
+        """Build the moving average; under stage 3 one that gathers the weights."""
         return GatheringAverage(trained, decay) if self.zero_stage == 3 else WeightAverage(trained, decay)
 
     def prepare(
         self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
     ) -> tuple[nn.Module, AcceleratedOptimizer]:
+        """Return DeepSpeed's engine, and its optimizer with its state. Collective."""
         self._detector, self._is_main_process = detector, accelerator.is_main_process
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        memory = dict(optimizer.state)  # complete, and DeepSpeed would not find it
+        memory = dict(optimizer.state)  # the complete state, which DeepSpeed would ignore
         optimizer.state.clear()
-        # DeepSpeed calls by its old name what torch has renamed.
+        # DeepSpeed uses functions by names that torch has deprecated.
         warnings.filterwarnings("ignore", "`torch.distributed.*_tensor` is deprecated", FutureWarning)
         model, prepared = accelerator.prepare(detector, optimizer)
         self._sharded = prepared.optimizer  # DeepSpeed's
@@ -115,21 +120,21 @@ class Zero(Replicated):
 
     @contextmanager
     def whole(self) -> Iterator[OptimizerMemory | None]:
+        """Gather all weights, and yield the complete optimizer state on the main process. Collective."""
         memory = self._gather()
         with gathered(self._detector):
             yield memory
 
     @property
     def _stepped(self) -> Optimizer:
-        """The optimizer that does the steps, on this process's flat parts of all weights."""
+        """The optimizer that makes the steps, on this process's flat parts of all weights."""
         return cast(Optimizer, self._sharded.optimizer)
 
     def _scatter(self, memory: dict[Tensor, dict[str, Tensor]]) -> None:
-        """Give the optimizer of each process its part of the complete optimizer state; in a new run that
-        is empty.
+        """Give each process's optimizer its part of the complete state, which is empty in a new run.
 
-        By default DeepSpeed creates the state in the first step. That is too late to fill in anything, and
-        stages 1 and 2 then lose the state of all parameter groups but the first.
+        By default DeepSpeed creates the state in the first step. That is too late to restore it, and stages 1
+        and 2 then lose the state of all parameter groups but the first.
         """
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
@@ -146,14 +151,18 @@ class Zero(Replicated):
             self._sharded._lazy_init_hp_params_optimizer_state()
         for parameter, of_parameter in memory.items():
             for name in MOMENTS:
-                if self.zero_stage == 3:  # the call for full tensors fails where the parts are not equal
+                if (
+                    self.zero_stage == 3
+                ):  # DeepSpeed's call for full tensors fails if parts have different sizes
                     safe_set_local_optimizer_state(parameter, _own_part(parameter, of_parameter[name]), name)
                 else:
                     safe_set_full_optimizer_state(parameter, of_parameter[name], name)
 
     def _gather(self) -> OptimizerMemory:
-        """Return the complete optimizer state, on the host of the main process. One tensor after the other,
-        so that the device needs room for one."""
+        """Return the complete optimizer state, in host memory of the main process.
+
+        Gathers one tensor at a time, so that the device needs memory for only one.
+        """
         from deepspeed.utils import safe_get_full_optimizer_state
 
         memory: OptimizerMemory = {}
@@ -167,9 +176,11 @@ class Zero(Replicated):
 
 
 class GatheringAverage(WeightAverage):
-    """The average under ZeRO-3. A complete detector of its own even where there is nothing to average (then
-    on the host, while it is not used): in a sharded one all processes must compute at the same time, and an
-    evaluation has not the same number of batches on each."""
+    """The average under ZeRO-3, a separate complete detector even if nothing is averaged.
+
+    A partitioned detector requires all processes to compute at the same time, but in an evaluation they have
+    different numbers of batches. If nothing is averaged, the copy stays on the host while it is not in use.
+    """
 
     def __init__(self, trained: Detector, decay: float) -> None:
         super().__init__(trained, decay)
@@ -178,12 +189,14 @@ class GatheringAverage(WeightAverage):
             self.detector = copy.deepcopy(trained).requires_grad_(False).cpu()
 
     def update(self, step: int) -> None:
+        """Update the average with the gathered weights. Collective."""
         if self.decay:
             with gathered(self._trained):
                 super().update(step)
 
     @contextmanager
     def current(self) -> Iterator[Detector]:
+        """Yield the averaged or gathered detector, ready to predict within the block. Collective."""
         if not self.decay:
             with gathered(self._trained):
                 self.detector.load_state_dict(self._trained.state_dict())
@@ -194,14 +207,14 @@ class GatheringAverage(WeightAverage):
 
 
 def gathered(detector: Detector) -> AbstractContextManager[None]:
-    """Meanwhile every process has all weights. Collective; only ZeRO-3 has anything to do."""
+    """Gather all weights on every process within the block; only ZeRO-3 has anything to do. Collective."""
     from deepspeed.runtime.zero import GatheredParameters
 
     return cast(AbstractContextManager[None], GatheredParameters(detector.parameters()))
 
 
 def _own_part(parameter: Tensor, whole: Tensor) -> Tensor:
-    """This process's part of a tensor that belongs to a parameter of ZeRO-3; the last parts are filled up."""
+    """Return this process's part of a tensor that belongs to a parameter of ZeRO-3; the last are padded."""
     sharded = cast(Any, parameter)
     size, process = sharded.ds_tensor.numel(), torch.distributed.get_rank(sharded.ds_process_group)
     part = whole.flatten()[process * size : (process + 1) * size]
@@ -210,10 +223,11 @@ def _own_part(parameter: Tensor, whole: Tensor) -> Tensor:
 
 def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin | None:
     """Return DeepSpeed's settings: stage and offloading from the launcher, the rest from our configuration.
-    None without DeepSpeed.
+
+    Returns None without DeepSpeed.
 
     Raises:
-        UsageError: the two disagree, or it cannot be done with ZeRO.
+        UsageError: the two contradict each other, or ZeRO does not support a setting.
     """
     if not uses_deepspeed():
         return None
@@ -230,15 +244,15 @@ def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin
     given["gradient_clipping"] = settings.gradient_clip
     for name in OURS_ALONE:
         given.pop(name, None)
-    # When offloading it would have its own AdamW, compiled on the spot; torch's steps on the CPU as well.
+    # With offloading DeepSpeed would use its own AdamW, which it has to compile; torch's works as well.
     given["zero_force_ds_cpu_optimizer"] = False
     if settings.mixed_precision == "bf16":
-        # As with DDP: weights, their gradients and sums over processes stay float32.
+        # As with DDP, weights, gradients and sums over processes stay float32.
         given["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     sizes = ["reduce_bucket_size", "allgather_bucket_size"]
     if plugin.zero_stage == 3:
         sizes += ["stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"]
-    # Accelerate would work out an "auto" from the width of a language model.
+    # Accelerate would compute an "auto" from the width of a language model.
     chosen = {name: value for name, value in given["zero_optimization"].items() if value != "auto"}
     given["zero_optimization"] = dict.fromkeys(sizes, BUCKET_ELEMENTS) | chosen
     return plugin
@@ -256,13 +270,13 @@ def _check_feasible(plugin: DeepSpeedPlugin, settings: TrainingConfig) -> None:
         raise UsageError("training.mixed_precision=fp16 is not supported with DeepSpeed; use bf16 or no")
     if settings.compile_model and plugin.zero_stage == 3:
         raise UsageError(
-            "training.compile_model=true is not supported with ZeRO stage 3, which takes the weights apart; "
+            "training.compile_model=true is not supported with ZeRO stage 3, which partitions the weights; "
             "set it to false, or use stage 1 or 2"
         )
 
 
 def _check_agreement(given: dict[str, Any], settings: TrainingConfig, num_processes: int) -> None:
-    """Accelerate fills in "auto" where nothing is set, and 1 for the accumulation."""
+    """Refuse contradictions; Accelerate fills in "auto" for missing values, and 1 for the accumulation."""
     per_step = settings.batch_size * settings.gradient_accumulation_steps * num_processes
     pairs = {
         "gradient_clipping": ("training.gradient_clip", settings.gradient_clip),
@@ -275,14 +289,14 @@ def _check_agreement(given: dict[str, Any], settings: TrainingConfig, num_proces
     for name, (key, value) in pairs.items():
         if given.get(name, "auto") not in ("auto", value):
             raise UsageError(
-                f"{name} is {given[name]} for DeepSpeed, but {key} is {value}; make them agree or take it "
-                "out of DeepSpeed's settings"
+                f"{name} is {given[name]} for DeepSpeed, but {key} is {value}; make them agree or remove it "
+                "from DeepSpeed's settings"
             )
     for name in OURS_ALONE:
         section = given.get(name)
         is_off = isinstance(section, dict) and str(section.get("enabled")).lower() in ("false", "auto")
         if section is not None and not is_off:
             raise UsageError(
-                f"DeepSpeed's configuration has a section {name}, which the training configuration decides; "
-                "take it out of DeepSpeed's"
+                f"DeepSpeed's configuration has a section {name}, for which the training configuration is "
+                "used; remove it from DeepSpeed's"
             )

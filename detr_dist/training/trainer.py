@@ -1,4 +1,4 @@
-"""A training run from its options to its results: everything is assembled here, nothing is computed."""
+"""Assembly of a training run, from its options to its results."""
 
 import logging
 import threading
@@ -53,24 +53,24 @@ def train(
 ) -> RunResult:
     """Train, evaluate, track and save.
 
-    Collective. What can be known to be wrong is found before the first step, on every process.
+    Collective. Configuration, data and environment are checked before the first step, on every process.
 
     Args:
-        config: As `Config.load` returns it.
-        train_dir: Data set to train on: all that `--train-dir` takes.
+        config: The configuration, e.g. from `Config.load`.
+        train_dir: Data set to train on: a folder with images and their COCO JSON.
         val_dir: Data set to evaluate on.
         output_dir: Folder for checkpoints, the best model and results.
-        resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run, exactly.
-        init_from: A model to take the first weights from.
-        callbacks: Called at steps, evaluations, checkpoints and the end, with those of `training.callbacks`.
-        trackers: Track the run as well, with those of `logging.trackers`.
-        handle_signals: Let SIGTERM, SIGINT and SIGUSR1 stop the run once it has saved, and SIGUSR2 print
-            stacks, as the command does. Only the main thread can.
+        resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run exactly.
+        init_from: A model whose weights to start from.
+        callbacks: Called at steps, evaluations, checkpoints and the end, in addition to `training.callbacks`.
+        trackers: Record the run, in addition to MLflow, TensorBoard and `logging.trackers`.
+        handle_signals: Make SIGTERM, SIGINT and SIGUSR1 save and stop the run, and SIGUSR2 print stacks, as
+            in the command. Only possible in the main thread.
 
     Raises:
         DetrDistError: with one clear line, on every process.
-        StopRequested: a signal asked for it; everything is saved.
-        KeyboardInterrupt: Ctrl-C where signals are not handled; the tracked run becomes KILLED.
+        StopRequested: a signal asked the run to stop; everything is saved.
+        KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
     folders = Path(train_dir), Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
@@ -89,7 +89,7 @@ def dry_run(
     resume: str | None = None,
     init_from: str | None = None,
 ) -> None:
-    """Check the data and all else that `train` checks, and log what would run where; write nothing.
+    """Check everything that `train` checks, and log what would run where; write nothing.
 
     Collective.
 
@@ -113,7 +113,7 @@ def _prepared(
     init_from: str | None,
     is_dry: bool = False,
 ) -> Iterator[Setup]:
-    """Yield the run, ready to be assembled, among the processes that were launched together. Collective."""
+    """Form the process group, and yield the run, ready to be assembled. Collective."""
     transformers_logging.disable_progress_bar()
     if init_from is not None and resume not in (None, "auto"):
         raise UsageError("--init-from starts a new run and --resume continues one; leave one of them out")
@@ -145,7 +145,7 @@ def _prepared(
             init_from=init_from,
             may_clear_up=not is_dry,
         )
-        setup.host.once_per_machine(partial(check_room, _shared_memory_need(setup)))
+        setup.host.once_per_node(partial(check_room, _shared_memory_need(setup)))
         yield setup
 
 
@@ -158,7 +158,7 @@ def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
 
 
 def _shared_memory_need(setup: Setup) -> Need:
-    """Return what both loaders of a process need: while one evaluates, the other keeps what it prepared."""
+    """Return the need of both loaders of a process: during evaluation the other one keeps its batches."""
     training = shared_memory_need(setup.config, setup.train_data, train=True)
     return training.beside(shared_memory_need(setup.config, setup.val_data, train=False))
 
@@ -171,9 +171,9 @@ def _log_lines(lines: Iterable[str]) -> None:
 def _run(
     setup: Setup, signals: StopSignals, callbacks: Iterable[Callback], trackers: Iterable[Tracker]
 ) -> RunResult:
-    """Track the run, train, write the results, and say how it ended. Collective."""
+    """Track the run, train, write the results, and record how the run ended. Collective."""
     host, config = setup.host, setup.config
-    opened, called = RunTrackers(), Callbacks()  # on the main process alone there are any
+    opened, called = RunTrackers(), Callbacks()  # filled on the main process only
     with ExitStack() as held:
         with host.failing_together():
             if host.is_main_process:
@@ -235,7 +235,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
 
 
 def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks: Callbacks) -> TrainState:
-    """Train to the end, or to a request to stop. Collective."""
+    """Train until the end, or until a request to stop. Collective."""
     host = setup.host
     training = assemble(setup, signals)
     state = setup.resumed.state if setup.resumed is not None else TrainState()
@@ -250,7 +250,7 @@ def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks:
             fit(training, state, groups, observer)
         observer.finish()
     except StopRequested as request:
-        groups.close()  # its loader processes may be about to end, as all processes were asked to
+        groups.close()  # its loader processes may be ending, because all processes were asked to
         observer.save_last(state)
         observer.finish()
         text = (
@@ -259,7 +259,7 @@ def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks:
         )
         with host.failing_together():
             if host.is_main_process:
-                leave_note(text)  # before anything that may take long
+                leave_note(text)  # before anything slow
         raise StopRequested(text) from None
     finally:
         groups.close()
@@ -268,7 +268,7 @@ def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks:
 
 
 def _try_largest_batch(setup: Setup, training: Training, state: TrainState, groups: GroupStream) -> None:
-    """Run the largest batch once, on a GPU that holds the whole network. Collective."""
+    """Run the largest batch once, if each GPU holds the complete network. Collective."""
     settings, device = setup.config.training, setup.accelerator.device
     if not settings.try_largest_batch or device.type == "cpu" or setup.strategy.zero_stage:
         return
@@ -283,7 +283,7 @@ def _try_largest_batch(setup: Setup, training: Training, state: TrainState, grou
 
 
 def training_data(setup: Setup, training: Training, state: TrainState) -> GroupStream:
-    """Return the training data from `state` on."""
+    """Return the training data from the step of `state` on."""
     return GroupStream(
         setup.train_data,
         setup.config,

@@ -1,4 +1,4 @@
-"""The largest batch of a run, computed once before the first step: a lack of memory shows at once."""
+"""A trial of a run's largest batch before the first step, so that a lack of memory shows immediately."""
 
 import copy
 import logging
@@ -19,14 +19,14 @@ _logger = logging.getLogger(__name__)
 def try_largest_batch(
     training: Training, step: int, *, num_images: int, num_boxes: int, canvas_hw: tuple[int, int]
 ) -> None:
-    """Compute the loss and gradients of black images, with `num_boxes` boxes each, and forget all of it.
+    """Compute the loss and gradients of black images, with `num_boxes` boxes each, and discard them.
 
-    Weights, buffers, optimizer and random numbers are afterwards what they were, to the bit.
+    Afterwards weights, buffers, optimizer and random numbers are unchanged, to the bit.
 
     Collective.
 
     Raises:
-        TrainingError: on every process, when any of them has run out of memory.
+        TrainingError: on every process, if any of them has run out of memory.
     """
     device = training.accelerator.device
     try:
@@ -38,8 +38,8 @@ def try_largest_batch(
         ):
             _compute(training, torch.zeros(num_images, 3, *canvas_hw, dtype=torch.uint8), num_boxes)
     except TrainingError as error:
-        if training.memory.config.training.compile_model:  # it was not tried as it will run
-            _logger.warning(f"not compiled, it does not fit: {error}")
+        if training.memory.config.training.compile_model:  # the trial ran uncompiled
+            _logger.warning(f"without compilation the largest batch does not fit: {error}")
         else:
             training.step_sync.report_failure(error)
     if device.type == "cuda":
@@ -49,7 +49,7 @@ def try_largest_batch(
 
 
 def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
-    """Run forward and backward, with room for what the optimizer keeps from its first step on."""
+    """Run forward and backward, with memory allocated for the state that the optimizer will create."""
     device, (num_images, _, *size_hw) = training.accelerator.device, images.shape
     is_replicated = isinstance(training.model, DistributedDataParallel)
     detector = (
@@ -62,7 +62,7 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
         moments = [
             torch.empty_like(p) for p in learning for _ in range(2) if p not in training.optimizer.state
         ]
-        # DDP keeps gradients in buckets of its own, which are there already.
+        # DDP keeps gradients in its own buckets, which are allocated already.
         hooks = [p.register_post_accumulate_grad_hook(_forget_gradient) for p in learning if is_replicated]
         try:
             outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
@@ -82,7 +82,7 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def _unchanged(detector: nn.Module, device: torch.device) -> Iterator[None]:
-    """Afterwards there are no gradients, and buffers and random numbers are as before."""
+    """Remove gradients, and restore buffers and random numbers after the block."""
     buffers = [(buffer, buffer.clone()) for buffer in detector.buffers()]
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):

@@ -2,19 +2,30 @@
 
 import json
 import logging
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import accelerate
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from detr_dist.errors import DetrDistError
 from detr_dist.inference.evaluate import EvaluationReport, evaluate
 from detr_dist.inference.export import export
 from detr_dist.inference.model import TrainedModel, load_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, as the commands do: another number sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +75,20 @@ def test_an_evaluation_equals_that_of_the_run(trained, report: EvaluationReport)
     assert list(report.per_class) == list(report.class_names) == ["player", "ball"]
     assert report.confusion.shape == (3, 3)
     assert report.facts["model"] == str(trained.folder / "out" / "model")
+
+
+def test_evaluation_imports_nothing_that_a_model_names(
+    trained, report: EvaluationReport, easy_data: Path, tmp_path: Path
+) -> None:
+    folder, code = tmp_path / "model", tmp_path / "code.py"
+    shutil.copytree(trained.folder / "out" / "model", folder)
+    code.write_text("raise SystemExit('was imported')", encoding="utf-8")
+    mlmodel = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
+    config = mlmodel["metadata"]["config"]
+    config["loss"]["weights"] = {"center": 2.0, f"{code}:term": 1.0}
+    config["training"]["extensions"] = [str(code)]
+    (folder / "MLmodel").write_text(yaml.safe_dump(mlmodel), encoding="utf-8")
+    assert evaluate(folder, easy_data / "val").metrics == report.metrics
 
 
 def test_a_custom_metric_sees_every_image(report: EvaluationReport) -> None:

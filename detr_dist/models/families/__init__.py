@@ -1,4 +1,4 @@
-"""Families of detectors: one file each, which says what sets the family apart and registers it."""
+"""Families of detectors: one file each, which defines and registers the family."""
 
 from detr_dist.models.families import conditional_detr, dab_detr, deformable_detr, detr
 from detr_dist.models.families.family import (

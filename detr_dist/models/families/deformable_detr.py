@@ -12,9 +12,9 @@ from detr_dist.models.families.family import Family, register_family
 
 
 def keep_features_in_float32(network: PreTrainedModel) -> None:
-    """Let the feature maps be float32, in whose type the network makes its reference points.
+    """Convert the feature maps to float32, because the network creates its reference points in their type.
 
-    On a GPU they are already: autocast computes group normalization in float32 there.
+    On a GPU they are float32 already: autocast computes group normalization in float32 there.
     """
     for projection in network.model.input_proj:
         projection.register_forward_hook(_to_float32)
@@ -30,7 +30,7 @@ FAMILY = Family(
     loss_kind="sigmoid",
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
-    masks_attention=False,  # it samples points, and padding counts as zeros
+    masks_attention=False,  # it samples points; padding is zero
     prepare=keep_features_in_float32,
 )
 register_family(FAMILY)

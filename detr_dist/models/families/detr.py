@@ -1,4 +1,4 @@
-"""DETR, and how it and its nearest relatives return what every decoder layer predicts.
+"""DETR, and how DETR and its closest relatives return the predictions of every decoder layer.
 
 Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, and its code.
 """
@@ -13,12 +13,12 @@ from detr_dist.models.families.family import Family, register_family
 
 
 def return_every_layer(network: PreTrainedModel) -> None:
-    """Let the last of the decoder layers' predictions be the network's own.
+    """Make the last row of the decoder layers' predictions equal to the network's own prediction.
 
-    Where `auxiliary_loss` is set, the library computes something else: what one layer hands to the next is
-    normalized too, and the last output twice. Published weights have not been trained like that. With the
-    option unset, as in the papers, only what is predicted from is normalized; a network whose configuration
-    sets it keeps to what its weights were trained by.
+    With `auxiliary_loss` set, the library computes something else: it also normalizes what each layer passes
+    to the next, and the last output twice. Published weights were not trained like that. With the option
+    unset, as in the papers, only the inputs of the heads are normalized. A network whose configuration sets
+    the option keeps it, because its weights were trained with it.
     """
     decoder = network.model.decoder
     if network.config.auxiliary_loss:
@@ -29,7 +29,7 @@ def return_every_layer(network: PreTrainedModel) -> None:
 
 
 def _leave_one_layer(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-    """Leave what a layer hands on [B, Q, D] as it is; what all have given [L, B, Q, D] is normalized."""
+    """Normalize only the outputs of all layers [L, B, Q, D], not what a layer passes on [B, Q, D]."""
     return args[0] if args[0].ndim == 3 else output
 
 

@@ -1,4 +1,4 @@
-"""What a family of detectors says of itself, and how one is registered and found."""
+"""The definition of a family of detectors, and how families are registered and found."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ FLOAT32_MODULES = (
     "ref_anchor_head",
 )
 _KEY = "detr_dist_family"
-"""In a network's configuration, which is saved with it, where its family is not the package's own."""
+"""Key in a network's configuration, which is saved with it, for a family that is not the package's own."""
 
 
 def decoder_rows(*, outputs_class: Tensor, outputs_coord: Tensor, **_: object) -> dict[str, Tensor]:
@@ -54,50 +54,50 @@ def _nothing(network: PreTrainedModel) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What sets a family of detectors apart.
+    """The definition of a family of detectors.
 
-    A variant of one that exists is `dataclasses.replace(FAMILY, name="mine", ...)`.
+    Define a variant of an existing one by `dataclasses.replace(FAMILY, name="mine", ...)`.
     """
 
     name: str
-    """What `model.model_architecture` calls it."""
+    """Its name in `model.model_architecture`."""
     model_type: str
-    """What transformers calls its network, one of those of `AutoModelForObjectDetection`."""
+    """Transformers' name of its network, one of those of `AutoModelForObjectDetection`."""
     loss_kind: ClassKind
-    """How its class logits are read: by a softmax with "no object" last, or by a sigmoid for each class."""
+    """Meaning of its class logits: a softmax with "no object" last, or a sigmoid for each class."""
     weights: Mapping[str, float]
-    """Weights of the terms of its loss, where not the network's configuration (`loss_options`) holds them;
+    """Weights of the terms of its loss that are not in the network's configuration (`loss_options`);
     `loss.weights` overrides both."""
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the network's configuration for which its paper has another value than transformers."""
+    """Options of the network's configuration whose values in the paper differ from transformers' defaults."""
     shape_options: Mapping[str, str] = field(default_factory=SHAPE_OPTIONS.copy)
-    """Which option of the network's configuration a key of the section `model` sets. A key that is left out
-    is refused."""
+    """The option of the network's configuration that each key of the section `model` sets. A key that is left
+    out is refused."""
     loss_options: Mapping[str, str] = field(default_factory=LOSS_OPTIONS.copy)
-    """Which option of the network's configuration holds a weight of the loss, or another number of
+    """The option of the network's configuration that holds each weight of the loss, or another number of
     `LossSettings`."""
     class_heads: tuple[str, ...] = ("class_embed",)
     """Names of the modules that predict classes, anywhere in the network."""
     float32_modules: tuple[str, ...] = FLOAT32_MODULES
-    """Names of the modules that compute in float32 whatever the autocast: whatever classes, boxes and
-    reference points come from."""
+    """Names of the modules that compute in float32 whatever the autocast: the heads that predict classes,
+    boxes and reference points."""
     masks_attention: bool = True
-    """Whether attention takes a mask [B, 1, 1, S] of what is no padding, made without a question to the
-    device; else the network is left to make what it needs."""
+    """Whether attention uses a mask [B, 1, 1, S] of the positions that are not padding, which is then made
+    without waiting for the device; otherwise the network makes what it needs."""
     prepare: Callable[[PreTrainedModel], None] = _nothing
     """Called once with the network, for hooks that its training needs."""
     rows: Callable[..., dict[str, Tensor]] = decoder_rows
-    """Stands where the library computes its loss. Takes what that gets, by keyword: `logits`, `pred_boxes`,
-    `outputs_class`, `outputs_coord` and whatever else the family has. Returns `pred_logits` [R, B, Q, C] and
-    `pred_boxes` [R, B, Q, 4]: R rows of predictions, each of which is matched and learns on its own; the last
-    one is the prediction."""
+    """Called in place of the library's loss, with the same keyword arguments: `logits`, `pred_boxes`,
+    `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits` [R, B, Q, C] and
+    `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently; the last row is
+    the prediction."""
 
     def shape_of(self, network_config: PreTrainedConfig) -> dict[str, Any]:
-        """Return hidden_dim, num_queries and so on, as far as the network has them."""
+        """Return the values of hidden_dim, num_queries and the other shape options that the network has."""
         return {key: getattr(network_config, option, None) for key, option in self.shape_options.items()}
 
     def loss_settings(self, network_config: PreTrainedConfig) -> LossSettings:
-        """Return how a network of this configuration is matched and weighed."""
+        """Return the settings of matching and loss for a network of this configuration."""
         known = {
             name: float(getattr(network_config, option))
             for name, option in self.loss_options.items()
@@ -116,9 +116,9 @@ class Family:
 
 
 def register_family(family: Family) -> None:
-    """Make a family known under its name.
+    """Register a family under its name.
 
-    A module may register its own again with other contents, as a notebook's cell does.
+    A module may register its own family again with other contents, as a notebook's cell does.
 
     Raises:
         UsageError: a family of another module has that name.
@@ -141,7 +141,7 @@ def find_family(name: str) -> Family:
 
 
 def keep_family(network_config: PreTrainedConfig, family: Family) -> None:
-    """Let the network of this configuration be of `family`, also once it is saved and loaded."""
+    """Store `family` in the network's configuration, which is saved with it."""
     if family.name in FAMILIES.built_in:
         network_config.__dict__.pop(_KEY, None)
     else:
@@ -152,7 +152,7 @@ def family_of(network_config: PreTrainedConfig) -> Family:
     """Return the family of the network with this configuration.
 
     Raises:
-        UsageError: it is none that is known here.
+        UsageError: the family is unknown.
     """
     families = [find_family(name) for name in FAMILIES.names]
     name, model_type = getattr(network_config, _KEY, None), network_config.model_type
@@ -171,7 +171,7 @@ def family_of(network_config: PreTrainedConfig) -> Family:
 def num_queries_of(config: ModelConfig) -> int | None:
     """Return how many objects the configured model can find in an image, without building it.
 
-    None where only an extension or the pretrained model knows, and it is not available.
+    None if that depends on an extension or pretrained model that is not available.
     """
     if config.num_queries is not None:
         return config.num_queries
