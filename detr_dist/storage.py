@@ -167,7 +167,8 @@ def describe_disk_error(error: Exception, folder: Path) -> str:
 def locked(output_dir: Path) -> Iterator[None]:
     """Lock the output folder, which must exist, against other processes and threads of this one.
 
-    The lock ends with its process, however that ends. Where the file system has no locks this warns and continues without one.
+    The lock ends with its process, however that ends. Where the file system has no locks, a warning is
+    logged and the folder is used without one.
 
     Raises:
         DataError: it is locked; the message names the process that holds it.

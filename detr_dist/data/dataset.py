@@ -238,7 +238,7 @@ class CocoDetectionDataset(Dataset[Sample]):
     def _transformed(self, place: int, example: Example, epoch: int, row: int) -> Example:
         """Apply the transform at this place of the list to the example of a row, with its partners.
 
-        Partners that cannot be read are replaced silently: they are reported as samples of their own.
+        Partners that cannot be read are replaced silently; they are reported as samples of their own.
         """
         transform, position = self.transform.beside[place], (self.seed, epoch, row, place)
         chosen = random_numbers(Purpose.PARTNERS, *position).choice(

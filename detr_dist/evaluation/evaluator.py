@@ -86,6 +86,7 @@ class _Part(NamedTuple):
 
     records: DetectionRecords
     losses: dict[str, float]  # contributions to each loss; empty without images
+    finite: bool  # whether all predictions were finite
 
 
 class Evaluator:
@@ -154,11 +155,16 @@ class Evaluator:
             losses.update(each.losses)
         if not np.array_equal(records.evaluated_rows, np.arange(len(self.data))):
             raise AssertionError("an image was evaluated twice or never")
-        numbers = (records.scores, records.boxes_xyxy_px, [*losses.values()])
-        if not all(np.isfinite(each).all() for each in numbers):
+        if not all(each.finite for each in complete):
             raise DetrDistError(
                 "predictions on the validation images are not finite: the weights contain NaN or Inf; lower "
                 "training.learning_rate or set training.gradient_clip"
+            )
+        broken = ", ".join(f"val_{name}" for name, loss in losses.items() if not np.isfinite(loss))
+        if broken:
+            raise DetrDistError(
+                f"the predictions on the validation images are finite, but NaN or Inf is {broken}; correct "
+                "that term of the loss, or remove it from loss.weights"
             )
         coco = compute_coco_metrics(self.data, records)
         points = operating_points(self.data, records, self._thresholds)
@@ -171,7 +177,7 @@ class Evaluator:
         """Detect in this process's images, and sum their contributions to the losses."""
         criterion = SetCriterion(detector.loss_settings, self._loss_weights)
         counts = self._counts(detector.num_queries)
-        parts = [DetectionRecords.none()]
+        parts, finite = [DetectionRecords.none()], True
         losses_of_batches: dict[str, list[Tensor]] = defaultdict(list)
         with closing(self._images.run(detector)) as all_predicted:
             for predicted in all_predicted:
@@ -183,11 +189,12 @@ class Evaluator:
                 losses = criterion(
                     predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
                 )
+                finite = finite and losses.finite
                 for name, loss in losses.logged.items():
                     losses_of_batches[name].append(loss)
                 parts.append(predicted.records)
         sums = {name: float(torch.stack(each).double().sum()) for name, each in losses_of_batches.items()}
-        return _Part(DetectionRecords.concatenate(parts), sums)
+        return _Part(DetectionRecords.concatenate(parts), sums, finite)
 
     def _counts(self, num_queries: int) -> StepCounts:
         """Return the denominators of the losses on the data set.

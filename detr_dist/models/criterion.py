@@ -44,7 +44,7 @@ class StepCounts:
     """The denominators of the losses: sums over all micro-batches and processes of the optimizer step."""
 
     num_boxes: float
-    """That can be matched: of each image at most as many as there are queries."""
+    """Boxes that can be matched: of each image at most as many as there are queries."""
     num_images: float
 
     @property
@@ -58,7 +58,7 @@ class Matched:
     """Predictions of one micro-batch, float32, and the targets that they are matched with.
 
     Pair m of layer l matches query `pair[l, m]` with a target of class `labels[l, m]`. There are as many
-    pairs as boxes in the micro-batch, at most Q of an image, possibly none.
+    pairs as boxes in the micro-batch, at most Q of each image, possibly none.
     """
 
     logits: Tensor
@@ -147,7 +147,7 @@ class SetCriterion:
 
         `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4]. `labels` [T] and
         `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an image with more
-        than Q the matcher leaves the dearest out; `counts` holds Q of them.
+        than Q the most expensive targets stay unmatched, and `counts` holds only Q of it.
 
         Raises:
             ValueError: the shapes disagree with the settings or with each other.
@@ -174,13 +174,13 @@ class SetCriterion:
         logged = {"loss": total.detach()}
         logged |= {f"loss_{_short(name)}": loss[-1].detach() for name, loss in layers.items()}
         if not found.finite:
-            return Losses(total, logged, finite=False, broken_terms=self._broken_terms())
+            return Losses(total, logged, finite=False, broken_terms=self.broken_terms())
         terms = torch.stack([*layers.values()]).detach()
         self._so_far = terms if self._so_far is None else self._so_far + terms  # NaN and Inf stay
         return Losses(total, logged, finite=True)
 
-    def _broken_terms(self) -> tuple[str, ...]:
-        """Return the terms that have not been finite so far. Waits for the device."""
+    def broken_terms(self) -> tuple[str, ...]:
+        """Return the terms that were NaN or Inf in any micro-batch so far. Waits for the device."""
         if self._so_far is None:
             return ()
         are_finite = self._so_far.isfinite().all(1).tolist()
@@ -200,7 +200,7 @@ class SetCriterion:
 
 
 def _computed(name: str, term: LossTerm, matched: Matched) -> Tensor:
-    """Return a term's result, checked to be one number for each layer."""
+    """Compute a term, and check that it returns one number for each layer."""
     try:
         loss = term(matched)
     except (DetrDistError, torch.OutOfMemoryError):

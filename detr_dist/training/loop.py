@@ -97,6 +97,10 @@ class Training:
         is_stale = 0 < self.patience <= state.evaluations_since_best
         return state.closed_step >= self.total_steps or is_stale
 
+    def check(self, step: int) -> None:
+        """Make sure that the first `step` steps went well. Collective; see `StepSync.check`."""
+        self.step_sync.check(step, self.model, self.criterion.broken_terms())
+
 
 def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], observer: Observer) -> None:
     """Train from `state`, at any step of an epoch, to `total_steps`.
@@ -121,7 +125,7 @@ def fit(training: Training, state: TrainState, groups: Iterator[list[Batch]], ob
                 done = train_step(training, state.step, agreed)
             state.step += 1
             observer.after_step(state, done)
-        training.step_sync.check(state.step, training.model)
+        training.check(state.step)
         observer.evaluate(state)
         state.closed_step = state.step
         observer.after_epoch(state)

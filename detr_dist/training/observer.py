@@ -179,7 +179,7 @@ class RunObserver:
 
         every_steps = self._config.checkpoint.every_steps
         if every_steps is not None and state.step % every_steps == 0:
-            self._training.step_sync.check(state.step, self._training.model)
+            self._training.check(state.step)
             self._save(state, [f"step_{state.step}", "last"])
 
     def evaluate(self, state: TrainState) -> None:
@@ -251,7 +251,7 @@ class RunObserver:
 
     def save_last(self, state: TrainState) -> None:
         """Save immediately, at any step, because the run is about to stop."""
-        self._training.step_sync.check(state.step, self._training.model)
+        self._training.check(state.step)
         self._save(state, ["last"])
 
     def finish(self) -> None:

@@ -21,7 +21,7 @@ class Agreed(NamedTuple):
     group: list[Batch]
     """The micro-batches of the step on this process."""
     counts: StepCounts
-    """Boxes that can be matched and images of the step over all processes: the denominators of the losses."""
+    """Matchable boxes, and images, of the step over all processes: the denominators of the losses."""
     canvas_hw: tuple[int, int]
     """Height and width to which every image of the step is padded, from the sizes of all of them. A
     convolution sees the padding at an image's border, so with a canvas per micro-batch the loss would depend
@@ -38,6 +38,11 @@ class _Problem(NamedTuple):
     text: str
     advice: str = ""
     cause: Exception | None = None
+
+
+def _broken(terms: Sequence[str]) -> _Problem:
+    text = f"the term {', '.join(terms)} of the loss was NaN or Inf in this epoch or before"
+    return _Problem(text, _NOT_FINITE)
 
 
 class StepSync:
@@ -65,11 +70,7 @@ class StepSync:
         """
         if not finite:
             text = f"the loss is not finite, image ids {self._image_ids}"
-            if broken_terms:
-                text = (
-                    f"the term {', '.join(broken_terms)} of the loss was NaN or Inf in this epoch or before"
-                )
-            self._problem = _Problem(text, _NOT_FINITE)
+            self._problem = _broken(broken_terms) if broken_terms else _Problem(text, _NOT_FINITE)
 
     def report_failure(self, error: Exception) -> None:
         """Record an error that keeps this process from the next step. Not collective."""
@@ -111,11 +112,19 @@ class StepSync:
         canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
         return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
 
-    def check(self, step: int, model: nn.Module) -> None:
+    def check(self, step: int, model: nn.Module, broken_terms: Sequence[str] = ()) -> None:
         """Check that the first `step` steps succeeded and left finite weights; raises like `next_step`.
 
         Collective. Waits for the device.
+
+        Args:
+            step: Optimizer steps done.
+            model: What was trained.
+            broken_terms: Terms of the loss that were NaN or Inf on this process. Under fp16 their steps are
+                skipped, so that weights and predictions stay finite.
         """
+        if broken_terms:
+            self._problem = self._problem or _broken(broken_terms)
         # Under ZeRO-3 a parameter is empty between two steps, and this process's part is a separate tensor.
         weights = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():

@@ -1,5 +1,6 @@
 """A trial of a run's largest batch before the first step, so that a lack of memory shows immediately."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +67,8 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
         try:
             outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
             counts = StepCounts(float(num_images * num_boxes), num_images)
-            losses = training.criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
+            criterion = copy.copy(training.criterion)  # which remembers terms that were not finite
+            losses = criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
             losses.total.backward()
         finally:
             for hook in hooks:

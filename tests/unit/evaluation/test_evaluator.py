@@ -10,12 +10,14 @@ import torch
 from accelerate import Accelerator
 from harness.data import TINY_BACKBONE
 
-from detr_dist.config import Config
+from detr_dist.config import Config, LossConfig
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, collate
 from detr_dist.data.transforms import build_transform
 from detr_dist.distributed import HostGroup
+from detr_dist.errors import DetrDistError
 from detr_dist.evaluation.evaluator import Evaluator
+from detr_dist.extensions import LOSSES
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
@@ -135,3 +137,13 @@ def test_weights_with_non_finite_outputs_are_an_error(data: CocoData) -> None:
     torch.nn.init.constant_(detector.network.class_labels_classifier.bias, float("nan"))
     with pytest.raises(Exception, match=r"not finite.*training\.learning_rate"):
         evaluated(settings, data, detector)
+
+
+def test_a_loss_that_is_not_finite_is_named_and_the_weights_are_not(
+    data: CocoData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES._objects, "own", lambda matched: matched.logits.sum((1, 2, 3)) / 0)
+    settings = config()
+    settings = settings.model_copy(update={"loss": LossConfig(weights={"own": 1.0})})
+    with pytest.raises(DetrDistError, match=r"NaN or Inf is val_loss, val_loss_own; correct"):
+        evaluated(settings, data, new_detector(settings, data))

@@ -424,3 +424,4 @@ def test_a_term_that_was_not_finite_before_the_predictions_is_named(own_term) ->
             predictions.counts,
         )
         assert (losses.finite, losses.broken_terms) == (not expected, expected)
+        assert criterion.broken_terms() == ("own",)  # also while the predictions are finite

@@ -93,6 +93,12 @@ def test_weights_that_are_not_finite_are_found_before_anything_is_saved(step_syn
         step_sync.check(1, layer)
 
 
+def test_a_term_that_fp16_skips_for_ever_is_named_at_the_end_of_an_epoch(step_sync: StepSync) -> None:
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(TrainingError, match=r"step 3: process 0 \(.+\): the term own of the loss was NaN"):
+        step_sync.check(3, layer, ("own",))
+
+
 def test_a_data_error_stops_the_step_with_its_own_message(step_sync: StepSync) -> None:
     def broken():
         raise DataError("the disk is gone")

@@ -13,6 +13,8 @@ from detr_dist.config import load_config
 from detr_dist.data.coco import load_coco
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import TrainingError
+from detr_dist.extensions import LOSSES
+from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training
@@ -44,6 +46,21 @@ def test_the_trial_changes_no_state(training: Training, is_first_step: bool) -> 
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(parameter.grad is None for parameter in training.model.parameters())
     assert training.model.training
+
+
+def test_a_term_that_is_not_finite_ends_the_run_at_the_next_check_but_not_in_the_trial(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(LOSSES._objects, "own", lambda matched: matched.logits.sum((1, 2, 3)) / 0)
+    criterion = SetCriterion(training.criterion.settings, {"own": 1.0})
+    training = replace(training, criterion=criterion)
+    try_largest_batch(training, 0, **BATCH)
+    training.check(0)
+    outputs = {"pred_logits": torch.zeros(1, 1, 4, 3), "pred_boxes": torch.full((1, 1, 4, 4), 0.5)}
+    no_labels, no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+    assert criterion(outputs, no_labels, no_boxes, [0], StepCounts(0, 1)).finite
+    with pytest.raises(TrainingError, match="the term own of the loss was NaN or Inf"):
+        training.check(1)
 
 
 def test_the_trial_runs_forward_and_backward(training: Training) -> None:
