@@ -106,8 +106,11 @@ class EndEvent:
 class Callback:
     """Base class of what users add to a run; override the moments that you need.
 
-    Called on the main process only, while the others wait. An exception is one warning, and training
-    continues.
+    Called on the main process only. An exception is one warning, and training continues.
+
+    With several processes the others wait for `on_step`, within the collective limit (90 s by default), and
+    for `on_evaluation`, an hour at most. `detr_dist.evaluate` and `train` are refused while the run lasts;
+    `predict` of a model works.
     """
 
     def on_step(self, event: StepEvent) -> None:
@@ -123,7 +126,10 @@ class Callback:
         """
 
     def on_end(self, event: EndEvent) -> None:
-        """Act when the run has ended, for whatever reason."""
+        """Act when the run has ended, for whatever reason, and its trackers and threads are closed.
+
+        After a failure of one of several processes, the launcher may end this one some 30 s later.
+        """
 
 
 _METHODS: dict[type, str] = {
