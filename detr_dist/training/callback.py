@@ -106,8 +106,12 @@ class EndEvent:
 class Callback:
     """Base class for code that is called during a run; override the methods that you need.
 
-    They are called on the main process only, while the others wait. The first exception of a method is a
-    warning, and training continues.
+    They are called on the main process only. The first exception of a method is a warning, and training
+    continues.
+
+    With several processes the others wait for `on_step`, within the collective limit (90 s by default), and
+    for `on_evaluation`, an hour at most. `detr_dist.evaluate` and `train` are refused while the run lasts;
+    `predict` of a model works.
     """
 
     def on_step(self, event: StepEvent) -> None:
@@ -123,7 +127,10 @@ class Callback:
         """
 
     def on_end(self, event: EndEvent) -> None:
-        """Act once when the run has ended, for any reason."""
+        """Act once when the run has ended, for any reason, and its trackers and threads are closed.
+
+        After a failure of one of several processes, the launcher may end this one some 30 s later.
+        """
 
 
 _METHODS: dict[type, str] = {
