@@ -67,7 +67,7 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
         try:
             outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
             counts = StepCounts(float(num_images * num_boxes), num_images)
-            criterion = copy.copy(training.criterion)  # which remembers terms that were not finite
+            criterion = copy.copy(training.criterion)  # which keeps track of terms that are not finite
             losses = criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
             losses.total.backward()
         finally:
