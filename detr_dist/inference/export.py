@@ -4,6 +4,8 @@ import logging
 from pathlib import Path
 
 from detr_dist.config import LoggingConfig
+from detr_dist.distributed import is_group_open
+from detr_dist.environment import check_single_process
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
@@ -48,6 +50,8 @@ def export(
             is complete.
     """
     output_dir, tracking_uri = Path(output_dir), tracking_uri_for(tracking_uri)
+    if not is_group_open():  # inside a training, the main process may export
+        check_single_process("export")
     check_new("--output-dir", output_dir)
     if alias is not None and register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")

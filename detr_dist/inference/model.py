@@ -112,6 +112,7 @@ class TrainedModel:
         if isinstance(images, ONE_IMAGE):
             return self.predict([images], threshold=threshold, overrides=overrides)[0]
         data, pixels = as_data_set(images, self.class_names)
+        import_overrides(overrides)
         config = self.prediction_settings(overrides)
         least_scores = self.least_scores(config, threshold, overrides)
         parts = [DetectionRecords.none()]
@@ -178,10 +179,8 @@ class TrainedModel:
         """Return the configuration it was trained with, as far as this host can follow it, with
         `section.key=value` overrides.
 
-        It may name transforms and callbacks that are not there: nothing of it is imported. Extensions among
-        the overrides are.
+        It may name transforms and callbacks that are not there: nothing is imported.
         """
-        import_overrides(overrides)
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
             overrides = ["training.mixed_precision=no", *overrides]
         return override_config(self.config, overrides, only_known_names=False)
