@@ -1,11 +1,12 @@
 """Any model that can be named, as a folder that needs nothing of this package."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from detr_dist.config import LoggingConfig
 from detr_dist.distributed import is_group_open
-from detr_dist.environment import check_single_process
+from detr_dist.environment import check_single_process, restored_environment, set_environment
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
@@ -79,7 +80,12 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
     folder = output_dir.resolve()
     lines = [f"{output_dir}: {model.network.config.model_type} as MLflow model and transformers folder"]
     try:
-        with quiet_transformers(only_errors=True), new_folder(folder) as partial:
+        with ExitStack() as restoring:
+            if not is_group_open():
+                restoring.enter_context(restored_environment())
+                set_environment(stacks_dir=None)  # transformers may import DeepSpeed, which warns without it
+            restoring.enter_context(quiet_transformers(only_errors=True))
+            partial = restoring.enter_context(new_folder(folder))
             write_model(model.network, partial, data=model.config.data, metadata=metadata)
             if onnx:
                 difference = write_onnx(model.network, partial / "model.onnx")
