@@ -68,6 +68,16 @@ def launch_numbers() -> dict[str, int]:
     return values
 
 
+def check_single_process(command: str) -> None:
+    """Refuse a launch of several processes.
+
+    Raises:
+        UsageError: naming the command, which works in one.
+    """
+    if launch_numbers().get("WORLD_SIZE", 1) > 1:
+        raise UsageError(f"{command} works in one process; start it without accelerate launch")
+
+
 def check_environment() -> None:
     """Refuse variables left over from another launcher, before torch and Accelerate fail because of them.
 

@@ -1,9 +1,12 @@
 """Export of any model to a folder that can be used without this package."""
 
 import logging
+from contextlib import ExitStack
 from pathlib import Path
 
 from detr_dist.config import LoggingConfig
+from detr_dist.distributed import is_group_open
+from detr_dist.environment import check_single_process, restored_environment, set_environment
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.model import TrainedModel, load_model
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
@@ -51,6 +54,8 @@ def export(
     if tracking_uri is None and isinstance(model, TrainedModel):
         tracking_uri = model.tracking_uri
     tracking_uri = tracking_uri_for(tracking_uri)
+    if not is_group_open():  # inside a training, the main process may export
+        check_single_process("export")
     check_new("--output-dir", output_dir)
     if alias is not None and register_as is None:
         raise UsageError("--alias is for a registered model; give --register-as NAME too, or leave it out")
@@ -78,7 +83,12 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
     folder = output_dir.resolve()
     lines = [f"{output_dir}: {model.network.config.model_type} as MLflow model and transformers folder"]
     try:
-        with quiet_transformers(only_errors=True), new_folder(folder) as partial:
+        with ExitStack() as restoring:
+            if not is_group_open():
+                restoring.enter_context(restored_environment())
+                set_environment(stacks_dir=None)  # transformers may import DeepSpeed, which warns without it
+            restoring.enter_context(quiet_transformers(only_errors=True))
+            partial = restoring.enter_context(new_folder(folder))
             write_model(model.network, partial, data=model.config.data, metadata=metadata)
             if onnx:
                 difference = write_onnx(model.network, partial / "model.onnx")

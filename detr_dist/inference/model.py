@@ -115,6 +115,7 @@ class TrainedModel:
         if isinstance(images, ONE_IMAGE):
             return self.predict([images], threshold=threshold, overrides=overrides)[0]
         data, pixels = as_data_set(images, self.class_names)
+        import_overrides(overrides)
         config = self.prediction_settings(overrides)
         least_scores = self.least_scores(config, threshold, overrides)
         parts = [DetectionRecords.none()]
@@ -184,10 +185,8 @@ class TrainedModel:
     def settings(self, overrides: Sequence[str]) -> Config:
         """Return the training configuration, adapted to this host, with `section.key=value` overrides.
 
-        Nothing that it names is imported, so that its transforms and callbacks may be missing. Extensions
-        among the overrides are imported.
+        Nothing that it names is imported, so that its transforms and callbacks may be missing.
         """
-        import_overrides(overrides)
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
             overrides = ["training.mixed_precision=no", *overrides]
         return override_config(self.config, overrides, only_known_names=False)

@@ -15,7 +15,7 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData, read_unannotated
 from detr_dist.data.images import decode_rgb, decoded_name, find_images, folded
-from detr_dist.environment import check_environment, launch_numbers
+from detr_dist.environment import check_environment, check_single_process
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
 from detr_dist.evaluation.detections import DetectionRecords, Detections, Predicted, coco_results
 from detr_dist.inference.model import open_model
@@ -47,8 +47,7 @@ def predict_images(
     folder, names, skipped = find_images(source)
     _check_output(output_dir, source)
     check_environment()
-    if launch_numbers().get("WORLD_SIZE", 1) > 1:
-        raise UsageError("predict works in one process; start it without accelerate launch")
+    check_single_process("predict")
     import_overrides(overrides)
     model = open_model(reference, tracking_uri_for(tracking_uri, overrides))
     config = model.prediction_settings(overrides)

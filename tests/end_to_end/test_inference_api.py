@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 from transformers.utils.logging import get_verbosity, is_progress_bar_enabled
 
-from detr_dist.errors import DetrDistError
+from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.inference.evaluate import EvaluationReport, evaluate
 from detr_dist.inference.export import export
 from detr_dist.inference.model import TrainedModel, load_model
@@ -117,6 +117,12 @@ def test_a_call_leaves_no_global_state(model, easy_data: Path, tmp_path: Path, c
     assert export(model, tmp_path / "exported") == tmp_path / "exported"
     assert logging.getLogger("detr_dist").handlers == []
     assert capfd.readouterr().out == ""
+
+
+def test_several_processes_do_not_export(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="export works in one process"):
+        export(model, tmp_path / "exported")
 
 
 def test_a_model_is_exported_unchanged_after_predicting(model, easy_data, tmp_path: Path) -> None:
