@@ -1,20 +1,14 @@
-"""What to train: typed configuration, read from YAML and from `section.key=value` overrides.
+"""What to train: typed configuration, read from YAML and overrides. Imports no torch, to answer at once."""
 
-Accelerate's own YAML says how to distribute; nothing here repeats it. This module imports no torch, so that
-`--help` and configuration errors answer at once.
-"""
-
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from detr_dist.config_text import parse_value, read_yaml, set_key, split_override
+from detr_dist.config_text import describe_problem, parse_value, read_yaml, set_key, split_override
 from detr_dist.config_types import (
     Augmentation,
     Count,
@@ -33,6 +27,7 @@ from detr_dist.config_types import (
     ShareOrAuto,
     SwitchOrPath,
     Weights,
+    takes_text,
 )
 from detr_dist.errors import UsageError
 
@@ -270,17 +265,11 @@ FROM_ENVIRONMENT: dict[str, EnvironmentDefault] = {
 """Keys of the section `logging` whose defaults come from environment variables."""
 
 
-def _takes_text(annotation: Any) -> bool:
-    if get_origin(annotation) in (Annotated, Union, UnionType):
-        return any(map(_takes_text, get_args(annotation)))
-    return annotation is str
-
-
 _TEXTS = [
     (name, key)
     for name, section in _SECTIONS.items()
     for key, field in section.model_fields.items()
-    if _takes_text(field.annotation)
+    if takes_text(field.annotation)
 ]
 
 
@@ -339,7 +328,9 @@ def _resolve(
         extensions = training.get("extensions") if isinstance(training, dict) else None
         return Config.model_validate(tree, context={"only_known_names": only_known_names and not extensions})
     except ValidationError as error:
-        raise UsageError("\n".join(source + _describe(problem) for problem in error.errors())) from None
+        known = {name: list(section.model_fields) for name, section in _SECTIONS.items()}
+        lines = [source + describe_problem(problem, known) for problem in error.errors()]
+        raise UsageError("\n".join(lines)) from None
 
 
 def _take_texts(tree: dict[str, Any], texts: dict[str, Any]) -> None:
@@ -356,25 +347,3 @@ def describe_keys() -> Iterator[tuple[str, str, str]]:
             known = FROM_ENVIRONMENT.get(name)
             default = known.otherwise if known is not None else field.default
             yield f"{section_name}.{name}", json.dumps(default), field.description or ""
-
-
-def _describe(problem: Any) -> str:
-    """Return one of pydantic's errors as a line: the key as the user writes it, and the expected value."""
-    location = [str(part) for part in problem["loc"]]
-    if problem["type"] == "extra_forbidden":
-        return _describe_unknown(location)
-    key = ".".join(location[:2])
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem["input"]
-    shown = "" if isinstance(value, dict) and problem["type"] == "value_error" else f", got {value!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
-
-
-def _describe_unknown(location: list[str]) -> str:
-    *section, key = location
-    known = list(_SECTIONS[section[0]].model_fields if section else _SECTIONS)
-    elsewhere = [each for each, _, _ in describe_keys() if each.endswith(f".{key}")]
-    close = [".".join([*section, name]) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.4)]
-    nearest = elsewhere or close
-    hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(known)}"
-    return f"{'.'.join(location)}: unknown configuration key; {hint}"

@@ -1,7 +1,8 @@
 """YAML files and `section.key=value` overrides, parsed into values and into the original texts."""
 
+import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,30 @@ def set_key(tree: dict[str, Any], keys: Sequence[str], value: Any) -> None:
             tree[key] = {}
         tree = tree[key]
     tree[last] = value
+
+
+def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
+    """Return one of pydantic's errors as a line: the key as the user writes it, and the expected value.
+
+    Args:
+        problem: One of pydantic's `errors()`.
+        keys: All keys by section.
+    """
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return _describe_unknown(location, keys)
+    key = ".".join(location[:2])
+    message = problem["msg"].removeprefix("Value error, ")
+    value = problem["input"]
+    shown = "" if isinstance(value, dict) and problem["type"] == "value_error" else f", got {value!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _describe_unknown(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:
+    *section, key = location
+    known = list(keys[section[0]] if section else keys)
+    elsewhere = [f"{name}.{key}" for name, fields in keys.items() if key in fields]
+    close = [".".join([*section, name]) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.4)]
+    nearest = elsewhere or close
+    hint = f"did you mean {nearest[0]}?" if nearest else f"valid keys: {', '.join(known)}"
+    return f"{'.'.join(location)}: unknown configuration key; {hint}"

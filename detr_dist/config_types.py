@@ -4,7 +4,8 @@ import difflib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -156,3 +157,10 @@ class Section(BaseModel):
         """Redact credentials in JSON, because JSON is what gets written to files."""
         values = handler(self)
         return redact_value(values) if info.mode == "json" else values
+
+
+def takes_text(annotation: Any) -> bool:
+    """Return whether a setting of this type may be any text."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return any(map(takes_text, get_args(annotation)))
+    return annotation is str
