@@ -21,6 +21,7 @@ import detr_dist as dd
 REPOSITORY = Path(__file__).parents[1]
 IMAGES = REPOSITORY / "docs" / "images"
 MODEL = REPOSITORY / "models" / "quickstart"
+METRICS = "^train_loss$|^val_(player_|ball_)?map$|^val_f1$|^learning_rate$"
 SCENES = REPOSITORY / "datasets" / "quickstart" / "val"
 
 
@@ -56,10 +57,12 @@ def show_mlflow() -> None:
             browser = playwright.chromium.launch(
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
-            page = browser.new_page(viewport={"width": 1500, "height": 850})
-            page.goto(f"{address}/#/experiments/{experiment}/runs/{run['run_id']}/model-metrics")
-            page.get_by_text("val_map", exact=True).first.wait_for(timeout=60_000)
-            page.wait_for_timeout(4000)  # until the curves are drawn
+            page = browser.new_page(viewport={"width": 1300, "height": 985})
+            run_page = f"{address}/#/experiments/{experiment}/runs/{run['run_id']}/model-metrics"
+            page.goto(f"{run_page}?workflowType=machine_learning")
+            page.get_by_role("button", name="Close", exact=True).click()  # the assistant
+            page.get_by_placeholder("Search metric charts").fill(METRICS)
+            page.wait_for_timeout(6000)  # until the curves are drawn
             page.screenshot(path=IMAGES / "mlflow.png")
             browser.close()
     finally:
