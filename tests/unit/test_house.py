@@ -1,6 +1,7 @@
 """Files that are shipped with the package: scripts, YAML files, metadata."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -63,3 +64,20 @@ def test_the_version_equals_the_installed_one() -> None:
 
 def test_the_package_is_marked_as_typed() -> None:
     assert (Path(detr_dist.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("page", [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")], ids=shown)
+def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
+    for target, _, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]+))?\)", page.read_text()):
+        linked = (page.parent / target) if target else page
+        assert linked.exists(), target
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
+            assert heading in anchors, f"{target}#{heading}"
+
+
+def test_the_map_of_the_readme_names_modules_that_exist() -> None:
+    text = (REPOSITORY / "README.md").read_text().partition("The repository:")[2]
+    names = {path.name for path in REPOSITORY.glob("*/**/*") if ".venv" not in path.parts}
+    assert set(re.findall(r"\b\w+\.(?:py|sh|md|yaml)\b", text)) <= names | {"CONTRIBUTING.md", "CHANGELOG.md"}
