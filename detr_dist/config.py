@@ -264,7 +264,6 @@ FROM_ENVIRONMENT: dict[str, EnvironmentDefault] = {
 }
 """Keys of the section `logging` whose defaults come from environment variables."""
 
-
 _TEXTS = [
     (name, key)
     for name, section in _SECTIONS.items()
@@ -313,6 +312,7 @@ def _resolve(
     source: str,
     only_known_names: bool = True,
 ) -> Config:
+    overridden = tuple(".".join(split_override(override)[0]) for override in overrides)
     for override in overrides:
         keys, value_text = split_override(override)
         value, text = parse_value(override, value_text)
@@ -324,12 +324,13 @@ def _resolve(
         if isinstance(tree.get("logging"), dict) and tree["logging"].get(key) is None:
             tree["logging"].pop(key, None)
     try:
-        training = tree.get("training")
-        extensions = training.get("extensions") if isinstance(training, dict) else None
-        return Config.model_validate(tree, context={"only_known_names": only_known_names and not extensions})
+        if isinstance(training := tree.get("training"), dict) and training.get("extensions"):
+            only_known_names = False
+        return Config.model_validate(tree, context={"only_known_names": only_known_names})
     except ValidationError as error:
         known = {name: list(section.model_fields) for name, section in _SECTIONS.items()}
-        lines = [source + describe_problem(problem, known) for problem in error.errors()]
+        lines = [describe_problem(problem, known) for problem in error.errors()]
+        lines = [line if line.startswith(overridden) else source + line for line in lines]
         raise UsageError("\n".join(lines)) from None
 
 

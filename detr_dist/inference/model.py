@@ -58,11 +58,11 @@ class TrainedModel:
 
     reference: str
     """The reference it was loaded by."""
-    network: PreTrainedModel
+    network: PreTrainedModel = field(repr=False)
     """The network as it was saved, on the CPU in evaluation mode; predictions use a copy."""
-    config: Config
+    config: Config = field(repr=False)
     """The training configuration; for a model from elsewhere the defaults, with its own image sizes."""
-    metadata: dict[str, Any]
+    metadata: dict[str, Any] = field(repr=False)
     """Epoch, step, metrics and so on, if they are known."""
     is_mlflow_model: bool
     """Whether its folder is an MLflow model."""

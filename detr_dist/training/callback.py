@@ -148,12 +148,15 @@ class Callbacks:
         UsageError: one of them is no `Callback`.
     """
 
-    def __init__(self, callbacks: Iterable[Callback] = ()) -> None:
-        self._callbacks = [*callbacks]
+    def __init__(self, callbacks: Iterable[object] = ()) -> None:
+        self._callbacks: list[Callback] = []
         self._failed: set[tuple[int, str]] = set()
-        for each in self._callbacks:
+        for each in callbacks:
             if not isinstance(each, Callback):
-                raise UsageError(f"callback {each!r} is not an instance of a subclass of detr_dist.Callback")
+                is_class = isinstance(each, type)
+                remedy = "pass an instance of the class" if is_class else "derive its class from dd.Callback"
+                raise UsageError(f"callbacks: {each!r} is no callback; {remedy}")
+            self._callbacks.append(each)
 
     def notify(self, event: StepEvent | EvaluationEvent | CheckpointEvent | EndEvent) -> None:
         """Call each callback; the first exception of each of its methods is a warning."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
+from harness.commands import clean_environment
 from mlflow import MlflowClient
 
 from detr_dist.config import load_config
@@ -168,7 +169,12 @@ def test_every_command_and_snippet_runs(followed: Followed) -> None:
     snippets = "\n".join(blocks("python"))
     if followed.uri.startswith("sqlite"):  # where MLflow looks by itself: nothing is set
         finished = subprocess.run(
-            [sys.executable, "-c", snippets], capture_output=True, text=True, check=False, timeout=300
+            [sys.executable, "-c", snippets],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            env=clean_environment(),
         )
         assert finished.returncode == 0, finished.stderr
         assert followed.run_id in finished.stdout

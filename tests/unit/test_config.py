@@ -213,3 +213,13 @@ def test_pretrained_backbone_is_a_switch_or_a_path(given: str, value: bool | str
     assert load_config(None, [f"model.pretrained_backbone={given}"]).model.pretrained_backbone is value or (
         isinstance(value, str)
     )
+
+
+def test_a_problem_names_the_file_only_if_it_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("training: {batch_size: 0}\n", encoding="utf-8")
+    with pytest.raises(UsageError) as caught:
+        load_config(path, ["training.num_epoch=3"])
+    in_file, overridden = sorted(str(caught.value).splitlines())
+    assert in_file.startswith(f"{path}: training.batch_size: ")
+    assert overridden.startswith("training.num_epoch: ")
