@@ -63,6 +63,7 @@ class Setup:
     changes: list[str]
     """A line for each setting that differs from the resumed run's."""
     detector: Detector
+    criterion: SetCriterion
     places: list[Place]
     """The place of each process, by rank."""
 
@@ -113,29 +114,20 @@ def set_up(
     if config.training.compile_model:
         check_compiler(accelerator.device.type)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
-    uri = config.logging.mlflow_tracking_uri
-    sources = Sources(host, output_dir, uri, may_clear_up=may_clear_up)
-    resumed = sources.checkpoint(resume) if resume is not None else None
-    if resumed is not None:
-        _check_origin(init_from, resumed.facts.init_from)
-        config = keep_settings(config, resumed.facts, str(resume), output_dir)
-        sources.tracking_uri = config.logging.mlflow_tracking_uri
+    sources = Sources(host, output_dir, config.logging.mlflow_tracking_uri, may_clear_up=may_clear_up)
+    resumed = None
+    if resume is not None:
+        config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
-    with host.failing_together():
-        if host.is_main_process:
-            _check_paths(config)
-    training = config.training
-    plan = StepPlan(
-        len(train_data), training.batch_size, accelerator.num_processes, training.gradient_accumulation_steps
-    )
+    _check_paths(config, host)
+    plan = _plan_of(config, train_data, host.num_processes)
     facts = _facts_of(config, train_data, val_data, plan, init_from, resumed, strategy.zero_stage)
     changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
     detector = _build_network(facts, train_data, sources, resumed)
-    if accelerator.is_main_process:
+    if host.is_main_process:
         warn_of_too_many_boxes(dataset, detector.num_queries)
-    SetCriterion(detector.loss_settings, config.loss.weights)  # reports an unknown term now
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -150,12 +142,25 @@ def set_up(
         facts=facts,
         changes=changes,
         detector=detector,
+        criterion=SetCriterion(detector.loss_settings, config.loss.weights),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
 
 
+def _find_resumed(
+    config: Config, sources: Sources, resume: str, init_from: str | None, output_dir: Path
+) -> tuple[Config, Checkpoint | None]:
+    """Return the checkpoint that `resume` names, if there is one, and the settings to resume it with."""
+    resumed = sources.checkpoint(resume)
+    if resumed is not None:
+        _check_origin(init_from, resumed.facts.init_from)
+        config = keep_settings(config, resumed.facts, resume, output_dir)
+        sources.tracking_uri = config.logging.mlflow_tracking_uri
+    return config, resumed
+
+
 def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> None:
-    """Say so if the partners of transforms can give an image more boxes than are matched."""
+    """Warn if the partners of transforms can give an image more boxes than can be matched."""
     if dataset.most_boxes_per_image > num_queries:
         _logger.warning(
             f"data.augmentation: an image can get up to {dataset.most_boxes_per_image} boxes, but the model "
@@ -163,12 +168,19 @@ def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> N
         )
 
 
-def _check_paths(config: Config) -> None:
-    """Import the user's callbacks and trackers, and create none of them."""
-    for path in config.training.callbacks:
-        load_object(path, "training.callbacks")
-    for path in config.logging.trackers:
-        load_object(path, "logging.trackers")
+def _plan_of(config: Config, train_data: CocoData, num_processes: int) -> StepPlan:
+    settings = config.training
+    return StepPlan(len(train_data), settings.batch_size, num_processes, settings.gradient_accumulation_steps)
+
+
+def _check_paths(config: Config, host: HostGroup) -> None:
+    """Import the user's callbacks and trackers on the main process, and create none of them. Collective."""
+    with host.failing_together():
+        if host.is_main_process:
+            for path in config.training.callbacks:
+                load_object(path, "training.callbacks")
+            for path in config.logging.trackers:
+                load_object(path, "logging.trackers")
 
 
 def _facts_of(

@@ -15,7 +15,6 @@ from detr_dist.distributed import HostGroup, build_accelerator, group_of_process
 from detr_dist.errors import DataError, StopRequested, UsageError
 from detr_dist.extensions import import_extensions, instantiate
 from detr_dist.models.build import quiet_transformers
-from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.families import num_queries_of
 from detr_dist.numerics import resolve_precision, temporary_numerics
@@ -224,7 +223,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
         step_sync=StepSync(setup.host, signals, canvas_rule(config.data), num_queries=detector.num_queries),
         model=model,
         average=average,
-        criterion=SetCriterion(detector.loss_settings, config.loss.weights),
+        criterion=setup.criterion,
         optimizer=prepared_optimizer,
         scheduler=scheduler,
         plan=setup.plan,

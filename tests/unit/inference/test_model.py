@@ -163,7 +163,8 @@ def test_extensions_of_the_training_are_not_imported(
     saved: Callable[..., Path], pixels: np.ndarray, tmp_path: Path
 ) -> None:
     """Use names that only the training registers, and a file that must not be executed."""
-    (tmp_path / "mine.py").write_text("raise SystemExit('was imported')")
+    imported = tmp_path / "imported"
+    (tmp_path / "mine.py").write_text(f"open({str(imported)!r}, 'w').close()")
     training = {"batch_size": 2, "callbacks": ["gone.Callback"], "extensions": [str(tmp_path / "mine.py")]}
     for extensions in ({}, {"extensions": []}):
         folder = saved(
@@ -173,7 +174,9 @@ def test_extensions_of_the_training_are_not_imported(
                 "logging": {"trackers": ["gone.Tracker"]},
             }
         )
-        load_model(folder).predict(pixels, overrides=["training.batch_size=1"])
+        found = load_model(folder).predict(pixels, threshold=0, overrides=["training.batch_size=1"])
+        assert len(found) > 0
+        assert not imported.exists()
         for path in sorted(folder.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
         folder.rmdir()
