@@ -115,9 +115,7 @@ def set_up(
         check_compiler(accelerator.device.type)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     sources = Sources(host, output_dir, config.logging.mlflow_tracking_uri, may_clear_up=may_clear_up)
-    resumed = None
-    if resume is not None:
-        config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
+    config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     _check_paths(config, host)
     plan = _plan_of(config, train_data, host.num_processes)
@@ -148,13 +146,13 @@ def set_up(
 
 
 def _find_resumed(
-    config: Config, sources: Sources, resume: str, init_from: str | None, output_dir: Path
+    config: Config, sources: Sources, resume: str | None, init_from: str | None, output_dir: Path
 ) -> tuple[Config, Checkpoint | None]:
     """Return the checkpoint that `resume` names, if there is one, and the settings to resume it with."""
-    resumed = sources.checkpoint(resume)
+    resumed = sources.checkpoint(resume) if resume is not None else None
     if resumed is not None:
         _check_origin(init_from, resumed.facts.init_from)
-        config = keep_settings(config, resumed.facts, resume, output_dir)
+        config = keep_settings(config, resumed.facts, str(resume), output_dir)
         sources.tracking_uri = config.logging.mlflow_tracking_uri
     return config, resumed
 
