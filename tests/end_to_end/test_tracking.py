@@ -282,6 +282,8 @@ def test_a_failing_server_blocks_neither_training_nor_exit(
 def test_a_run_resumes_while_its_server_is_unavailable(workplace, server, tiny_data: Path) -> None:
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id = tracked_run(workplace)
+    checkpoints_dir = workplace.folder / "out" / "checkpoints"
+    wait_until(lambda: bool(list(checkpoints_dir.glob("[!.]*"))), process, workplace)  # one that is complete
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     uri = f"logging.mlflow_tracking_uri={server.uri}"
