@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     DROPOUT = 3
     TRANSFORM = 4
     PARTNERS = 5
+    DENOISE = 6
 
 
 def random_numbers(
