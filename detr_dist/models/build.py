@@ -138,10 +138,6 @@ def _further_options(config: ModelConfig, family: Family) -> dict[str, Any]:
         if name not in known - ours:
             valid = ", ".join(sorted(known - ours - set(own_keys)))
             raise UsageError(f"{key}: not an option of {family.name}; it has: {valid}")
-    if config.config_overrides.get("two_stage"):
-        raise UsageError(
-            "model.config_overrides.two_stage: the encoder's proposals have no loss here; leave it out"
-        )
     options = {**family.config_defaults, **config.config_overrides}
     return options if config.dropout is None else options | {family.shape_options["dropout"]: config.dropout}
 
@@ -278,8 +274,6 @@ def _check_pretrained(
             f"the pretrained model {source} is a {network_config.model_type}, not a "
             f"{family.model_type}; set model.model_architecture to match"
         )
-    if getattr(network_config, "two_stage", False):
-        raise UsageError(f"the pretrained model {source} has two stages, and proposals have no loss here")
     for name, wanted in _shape_options(config, family).items():
         found = getattr(network_config, name)
         if found != wanted:

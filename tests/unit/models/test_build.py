@@ -156,12 +156,6 @@ def test_an_invalid_override_is_refused_for_a_pretrained_model_too(
         )
 
 
-def test_two_stage_models_are_refused(tiny_detector) -> None:
-    overrides = {"two_stage": True, "with_box_refine": True}
-    with pytest.raises(UsageError, match="two_stage"):
-        tiny_detector("deformable_detr", config_overrides=overrides)
-
-
 def test_a_damaged_pretrained_folder_fails_with_one_line(tiny_detector, tmp_path) -> None:
     plain_network(tiny_detector("detr")).save_pretrained(tmp_path / "trained")
     weights = tmp_path / "trained" / "model.safetensors"
