@@ -48,9 +48,14 @@ class DataConfig(Section):
     """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize. Or a list, applied in this order: one of these, then any of `mosaic` (every second
-    image is made of four) and transforms of your own by registered name, `package.module.Name` or
+    multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
+    second image is made of four), `mixup` (every second is blended with another), `photometric` (brightness,
+    contrast, saturation, hue), `zoom_out` (every second is shrunk on a black canvas), `iou_crop` (a random
+    window around a box is enlarged), and transforms of your own by registered name, `package.module.Name` or
     `file.py:Name`."""
+    augmentation_off_epochs: CountOrZero = 0
+    """In the last N of `training.num_epochs`, apply only the recipe of `augmentation`: images are then like
+    those of validation."""
     group_by_shape: bool = True
     """Group images of similar height and width, after augmentation, into optimizer steps, because all images
     of a step are padded to the largest. No effect if all images have one size; `false` mixes sizes as in the
@@ -236,6 +241,15 @@ class Config(Section):
     logging: LoggingConfig = Field(
         default_factory=LoggingConfig
     )  # read the environment when a Config is made
+
+    @model_validator(mode="after")
+    def _augmentation_off_within_run(self) -> Self:
+        if self.data.augmentation_off_epochs > self.training.num_epochs:
+            raise ValueError(
+                f"data.augmentation_off_epochs {self.data.augmentation_off_epochs} is more than "
+                f"training.num_epochs {self.training.num_epochs}"
+            )
+        return self
 
     @staticmethod
     def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":

@@ -121,7 +121,7 @@ def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     shown = "" if isinstance(value, dict) and problem["type"] == "value_error" else f", got {value!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+    return f"{f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _describe_unknown(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:

@@ -33,6 +33,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "data.shortest_edge",
     "data.longest_edge",
     "data.augmentation",
+    "data.augmentation_off_epochs",
     "data.group_by_shape",
     "data.canvas_multiple",
     "model.model_architecture",
