@@ -108,6 +108,8 @@ CountOrZero = Annotated[int, _NO_BOOL, Field(ge=0)]
 Positive = Annotated[float, _NO_BOOL, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, _NO_BOOL, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, _NO_BOOL, Field(ge=0, lt=1)]
+Share = Annotated[float, _NO_BOOL, Field(ge=0, le=1)]
+Factor = Annotated[float, _NO_BOOL, Field(gt=0, le=1)]
 Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
 CountOrAuto = Annotated[
     Literal["auto"] | int,

@@ -208,14 +208,22 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     detector.to(accelerator.device)
-    average = setup.strategy.average(detector, settings.ema_decay)
+    average = setup.strategy.average(detector, settings.ema_decay, settings.ema_warmup_steps)
     optimizer = build_optimizer(detector, settings)
     done_steps = 0
     if resumed is not None:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
-    scheduler = build_scheduler(optimizer, settings, setup.steps_of_all_epochs, done_steps=done_steps)
+    # Read plainly as soon as the section `data` has this key.
+    off_epochs = getattr(config.data, "augmentation_off_epochs", 0)
+    scheduler = build_scheduler(
+        optimizer,
+        settings,
+        setup.steps_of_all_epochs,
+        last_steps=off_epochs * setup.plan.steps_per_epoch,
+        done_steps=done_steps,
+    )
     model, prepared_optimizer = setup.strategy.prepare(accelerator, detector.train(), optimizer)
     return Training(
         accelerator=accelerator,

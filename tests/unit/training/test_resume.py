@@ -50,14 +50,21 @@ DECIDE_WHAT_IS_LEARNED = {
     "model.config_overrides",
     "training.learning_rate",
     "training.learning_rate_backbone",
+    "training.learning_rate_decoder_factor",
     "training.weight_decay",
+    "training.layer_decay",
     "training.gradient_clip",
     "training.mixed_precision",
     "training.tf32",
     "training.seed",
     "training.lr_schedule",
+    "training.lr_flat_share",
+    "training.lr_final_factor",
     "training.warmup_steps",
+    "training.warmup",
+    "training.sync_batch_norm",
     "training.ema_decay",
+    "training.ema_warmup_steps",
 }
 
 
