@@ -19,6 +19,7 @@ from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.families import num_queries_of
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.storage import check_writable, locked
+from detr_dist.text import value_of
 from detr_dist.tracking.tracker import Tracker, tracked
 from detr_dist.training.callback import Callback, Callbacks, EndEvent, RunResult
 from detr_dist.training.groups import GroupStream, canvas_rule
@@ -70,6 +71,7 @@ def train(
         StopRequested: a signal asked the run to stop; everything is saved.
         KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
+    _check_types(config, callbacks=callbacks, trackers=trackers)
     folders = Path(train_dir), Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
         signals = StopSignals(setup.host.rendezvous.watch.hurry)
@@ -98,6 +100,21 @@ def dry_run(
     with _prepared(config, *folders, resume=resume, init_from=init_from, is_dry=True) as setup:
         if setup.host.is_main_process:
             _log_lines(describe_run(setup))
+
+
+def _check_types(config: object, **collections: object) -> None:
+    """Refuse arguments that would fail later with Python's own message.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"config: a Config is wanted, got {value_of(config)}; load it with Config.load(path, overrides)"
+        )
+    for name, values in collections.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UsageError(f"{name}: a list is wanted, got {value_of(values)}")
 
 
 @contextmanager

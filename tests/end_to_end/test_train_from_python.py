@@ -15,6 +15,7 @@ from transformers.utils.logging import get_verbosity, is_progress_bar_enabled
 
 from detr_dist.config import Config
 from detr_dist.errors import UsageError
+from detr_dist.training.callback import Callback
 from detr_dist.training.trainer import dry_run, train
 
 SETTINGS = ("training.max_steps=4", "training.num_epochs=2", "data.augmentation=light")
@@ -212,6 +213,17 @@ def test_a_failed_start_closes_the_trackers_and_restores_the_settings_of_torch_a
     assert "at_the_start.py:Bad is no tracker" in error
     assert (workplace.folder / "closed").read_text() == f"FAILED: UsageError: {error}"
     assert (torch.backends.cudnn.allow_tf32, is_progress_bar_enabled(), get_verbosity()) == before
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("config", "tiny.yaml"), ("callbacks", Callback()), ("callbacks", None), ("trackers", "own.py:Lines")],
+)
+def test_an_argument_of_another_type_is_named(tmp_path: Path, argument: str, value: object) -> None:
+    folders = {"train_dir": "train", "val_dir": "val", "output_dir": tmp_path / "out"}
+    with pytest.raises(UsageError, match=rf"^{argument}: .* is wanted, got "):
+        train(**({"config": Config()} | folders | {argument: value}))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
