@@ -61,7 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rendezvous": {"environment", "errors"},
     "config": {"config_text", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
-    "config_types": {"extensions", "redaction"},
+    "config_types": {"errors", "extensions", "redaction"},
     "boxes": set(),
     "console": {"errors", "progress_bar", "redaction"},
     "progress_bar": set(),
