@@ -230,7 +230,7 @@ def _run(
                 state = _train(setup, signals, opened, called)
                 with host.failing_together():
                     if host.is_main_process:
-                        leave_results(setup, state.metrics, opened)
+                        leave_results(setup, state, opened)
                 result: RunResult = host.broadcast(RunResult(state.metrics, opened.run_id, setup.output_dir))
         except BaseException as error:
             was_asked = isinstance(error, KeyboardInterrupt | StopRequested)
