@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,9 @@ class EvaluationReport:
     class_names: tuple[str, ...]
     confusion: NDArray[np.int64]
     """[C + 1, C + 1], rows truth, columns predicted; the last row and column are the background."""
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(repr=False)
     """The model, the data, the settings and the duration of the evaluation."""
-    details: Details | None
+    details: Details | None = field(repr=False)
     """The detections and annotations of every image; on the main process only, None elsewhere."""
 
 
