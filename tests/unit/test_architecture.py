@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config_text", "config_training", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
     "config_training": {"config_types"},
-    "config_types": {"extensions", "redaction"},
+    "config_types": {"errors", "extensions", "redaction"},
     "boxes": set(),
     "console": {"errors", "progress_bar", "redaction"},
     "progress_bar": set(),

@@ -73,7 +73,7 @@ def test_one_name_has_one_definition_which_a_notebook_may_repeat() -> None:
     ],
 )
 def test_unknown_names_are_refused_unless_an_extension_may_add_them(override: str, nearest: str) -> None:
-    with pytest.raises(UsageError, match=f"did you mean {nearest}"):
+    with pytest.raises(UsageError, match=rf"did you mean {nearest}\?$"):
         load_config(None, [override])
     assert load_config(None, [override, "training.extensions=mine.py"]).training.extensions == ["mine.py"]
 
