@@ -14,6 +14,7 @@ from detr_dist.config_types import (
     Augmentation,
     Count,
     CountOrAuto,
+    CountOrZero,
     EnvironmentDefault,
     Family,
     Mapping,
