@@ -257,13 +257,11 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
-    # Read plainly as soon as the section `data` has this key.
-    off_epochs = getattr(config.data, "augmentation_off_epochs", 0)
     scheduler = build_scheduler(
         optimizer,
         settings,
         setup.steps_of_all_epochs,
-        last_steps=off_epochs * setup.plan.steps_per_epoch,
+        last_steps=config.data.augmentation_off_epochs * setup.plan.steps_per_epoch,
         done_steps=done_steps,
     )
     model, prepared_optimizer = setup.strategy.prepare(accelerator, detector.train(), optimizer)
