@@ -35,7 +35,10 @@ class Normalization:
 
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""The normalization that every published backbone expects."""
+"""The normalization that most published backbones expect."""
+
+UNNORMALIZED = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+"""Values from 0 to 1."""
 
 _NORMALIZATION_KEY = "pixel_normalization"
 """Key in a network's configuration, which is saved with it, for a normalization other than ImageNet's."""
@@ -150,7 +153,11 @@ class Detector(nn.Module):
         pixels = pixels.contiguous(memory_format=layout)
         # Any labels but None make the library call its loss function, which returns all rows instead.
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
-        return cast(dict[str, Tensor], output.loss_dict)
+        predicted = cast(dict[str, Tensor], output.loss_dict)
+        if is_padded and not self.family.uses_mask:
+            scales_xy = torch.stack([width / sizes_hw[:, 1], height / sizes_hw[:, 0]], dim=1)
+            predicted["pred_boxes"] = predicted["pred_boxes"] * scales_xy.repeat(1, 2)[:, None]
+        return predicted
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters that are trained with `training.learning_rate_backbone`."""

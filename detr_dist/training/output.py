@@ -41,7 +41,8 @@ _WRITTEN = {
 
 
 _LATER_KEYS = {
-    *("data.canvas_multiple", "loss.weights", "training.tf32", "training.deterministic"),
+    *("data.canvas_multiple", "data.resize", "data.multi_scale", "loss.weights"),
+    *("training.tf32", "training.deterministic"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
 }
 """Settings that the first version did not have."""

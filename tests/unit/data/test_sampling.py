@@ -20,6 +20,7 @@ from detr_dist.data.sampling import (
 )
 from detr_dist.data.transforms import build_transform
 from detr_dist.errors import UsageError
+from detr_dist.resize import Resize
 
 SHAPES = [(480, 640), (500, 500), (640, 480)]
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
@@ -113,7 +114,7 @@ def test_steps_of_similar_sizes_need_far_less_padding() -> None:
 
 
 def test_football_footage_needs_few_canvases_with_little_more_padding() -> None:
-    transform = build_transform("detr", 800, 1333, train=True)
+    transform = build_transform("detr", Resize(800, 1333), train=True)
 
     def size_hw(key: SampleKey) -> tuple[int, int]:
         return transform.plan((720, 1280), random_numbers(Purpose.AUGMENT, 0, *key)).size_hw

@@ -11,8 +11,8 @@ from detr_dist.data.transforms import (
     adjust_colours,
     apply,
     build_transform,
-    resized_hw,
 )
+from detr_dist.resize import Resize
 
 
 def scene(boxes: list[list[float]], height: int = 120, width: int = 200) -> Example:
@@ -55,13 +55,13 @@ def interleaved(image: Tensor) -> Tensor:
     ],
 )
 def test_the_resize_rule_gives_the_expected_sizes(height: int, width: int, expected: tuple[int, int]) -> None:
-    assert resized_hw(height, width, 800, 1333) == expected
+    assert Resize(800, 1333).size_hw(height, width) == expected
 
 
 def test_no_size_exceeds_the_limits() -> None:
     for height in range(1, 3000, 97):
         for width in range(1, 3000, 89):
-            short, long = sorted(resized_hw(height, width, 800, 1333))
+            short, long = sorted(Resize(800, 1333).size_hw(height, width))
             assert 1 <= short <= 800
             assert long <= 1333
             assert short == 800 or long == 1333
@@ -69,7 +69,7 @@ def test_no_size_exceeds_the_limits() -> None:
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
 def test_a_box_stays_around_its_object(augmentation: Augmentation) -> None:
-    transform = build_transform(augmentation, 160, 300, train=True)
+    transform = build_transform(augmentation, Resize(160, 300), train=True)
     num_cut = 0
     for seed in range(60):
         image, boxes, labels = transformed(transform, scene([[60, 30, 130, 80]]), np.random.default_rng(seed))
@@ -86,14 +86,17 @@ def test_a_box_stays_around_its_object(augmentation: Augmentation) -> None:
 
 def test_none_and_evaluation_only_resize() -> None:
     example = scene([[60, 30, 130, 80]])
-    for transform in (build_transform("none", 60, 300, True), build_transform("detr", 60, 300, False)):
+    for transform in (
+        build_transform("none", Resize(60, 300), True),
+        build_transform("detr", Resize(60, 300), False),
+    ):
         image, boxes, _ = transformed(transform, example, np.random.default_rng(0))
         assert image.shape == (3, 60, 100)
         assert boxes.tolist() == [[30, 15, 65, 40]]
 
 
 def test_light_flips_half_of_the_images_and_keeps_their_size() -> None:
-    transform = build_transform("light", 120, 300, train=True)
+    transform = build_transform("light", Resize(120, 300), train=True)
     flipped = 0
     for seed in range(200):
         image, boxes, _ = transformed(transform, scene([[0, 30, 50, 80]]), np.random.default_rng(seed))
@@ -103,7 +106,7 @@ def test_light_flips_half_of_the_images_and_keeps_their_size() -> None:
 
 
 def test_detr_uses_its_eleven_scales_of_the_configured_edge() -> None:
-    transform = build_transform("detr", 400, 10_000, train=True)
+    transform = build_transform("detr", Resize(400, 10_000), train=True)
     seen = {
         min(transformed(transform, scene([]), np.random.default_rng(seed)).image.shape[-2:])
         for seed in range(150)
@@ -112,7 +115,7 @@ def test_detr_uses_its_eleven_scales_of_the_configured_edge() -> None:
 
 
 def test_detr_respects_the_longest_edge() -> None:
-    transform = build_transform("detr", 400, 420, train=True)
+    transform = build_transform("detr", Resize(400, 420), train=True)
     assert (
         max(max(transformed(transform, scene([]), np.random.default_rng(s)).image.shape) for s in range(60))
         <= 420
@@ -124,7 +127,7 @@ def test_boxes_outside_a_crop_are_removed_with_their_labels() -> None:
     counts = set()
     for seed in range(60):
         image, boxes, labels = transformed(
-            build_transform("detr", 160, 300, True), scene(corners), np.random.default_rng(seed)
+            build_transform("detr", Resize(160, 300), True), scene(corners), np.random.default_rng(seed)
         )
         assert len(boxes) == len(labels)
         assert labels.tolist() == sorted(set(labels.tolist()))
@@ -145,7 +148,7 @@ def test_tiny_and_thin_images_without_boxes_are_accepted(
     for seed in range(20):
         example = scene([], height, width)
         image, boxes, labels = transformed(
-            build_transform(augmentation, 64, 96, True), example, np.random.default_rng(seed)
+            build_transform(augmentation, Resize(64, 96), True), example, np.random.default_rng(seed)
         )
         assert min(image.shape) >= 1
         assert boxes.shape == (0, 4)
@@ -153,7 +156,7 @@ def test_tiny_and_thin_images_without_boxes_are_accepted(
 
 
 def test_a_sample_depends_only_on_its_generator() -> None:
-    transform = DetectionTransform("detr", 160, 300)
+    transform = DetectionTransform("detr", Resize(160, 300))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     one, other, third = (
         transformed(transform, scene([[9, 9, 99, 99]]), np.random.default_rng(s)) for s in (1, 1, 2)
