@@ -1,4 +1,4 @@
-"""Box formats and generalised IoU: broadcasting tensor maths without checks of values or host syncs.
+"""Box formats, IoU and generalised IoU: broadcasting tensor maths without checks of values or host syncs.
 
 A box is the last dimension of a float tensor: `cxcywh` is (centre x, centre y, width, height), `xyxy` is
 (left, top, right, bottom). Both may be normalised to [0, 1] or in pixels; the boxes of one call must use the
@@ -37,11 +37,23 @@ def giou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
     """
     a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)
     b_left, b_top, b_right, b_bottom = b_xyxy.unbind(-1)
+    overlap, union = _overlap_and_union(a_xyxy, b_xyxy)
+    hull_width = maximum(a_right, b_right) - minimum(a_left, b_left)
+    hull = (hull_width * (maximum(a_bottom, b_bottom) - minimum(a_top, b_top))).clamp(min=_MIN_AREA)
+    return overlap / union - (hull - union) / hull
+
+
+def iou(a_xyxy: Tensor, b_xyxy: Tensor) -> Tensor:
+    """Return the intersection over union in [0, 1] of boxes [..., 4], like `giou` in everything else."""
+    overlap, union = _overlap_and_union(a_xyxy, b_xyxy)
+    return overlap / union
+
+
+def _overlap_and_union(a_xyxy: Tensor, b_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    a_left, a_top, a_right, a_bottom = a_xyxy.unbind(-1)
+    b_left, b_top, b_right, b_bottom = b_xyxy.unbind(-1)
     overlap_width = (minimum(a_right, b_right) - maximum(a_left, b_left)).clamp(min=0)
     overlap = overlap_width * (minimum(a_bottom, b_bottom) - maximum(a_top, b_top)).clamp(min=0)
     area_a = (a_right - a_left) * (a_bottom - a_top)
     area_b = (b_right - b_left) * (b_bottom - b_top)
-    union = (area_a + area_b - overlap).clamp(min=_MIN_AREA)
-    hull_width = maximum(a_right, b_right) - minimum(a_left, b_left)
-    hull = (hull_width * (maximum(a_bottom, b_bottom) - minimum(a_top, b_top))).clamp(min=_MIN_AREA)
-    return overlap / union - (hull - union) / hull
+    return overlap, (area_a + area_b - overlap).clamp(min=_MIN_AREA)

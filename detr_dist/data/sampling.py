@@ -31,7 +31,8 @@ class Purpose(IntEnum):
     DROPOUT = 3
     TRANSFORM = 4
     PARTNERS = 5
-    SCALE = 9
+    DENOISE = 6
+    SCALE = 7
 
 
 def random_numbers(

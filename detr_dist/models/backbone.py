@@ -27,8 +27,10 @@ WAY_OUT = "give a timm state dict (.safetensors or .pth), or set model.pretraine
 
 def backbone_body(network: PreTrainedModel) -> nn.Module:
     """Return the backbone, including the library's wrapper around timm's."""
-    encoder = network.model.backbone
-    return cast(nn.Module, getattr(encoder, "conv_encoder", encoder).model)
+    model = network.model
+    encoder = model.backbone if hasattr(model, "backbone") else model.conv_encoder
+    encoder = getattr(encoder, "conv_encoder", encoder)
+    return cast(nn.Module, encoder.model if hasattr(encoder, "model") else encoder.backbone)
 
 
 def unwrapped_body(network: PreTrainedModel) -> nn.Module:

@@ -219,14 +219,15 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     else:
         options["backbone_config"] = config.backbone
     try:
-        network_config = AutoConfig.for_model(family.model_type, **options)
+        network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
         check_backbone(network_config)
-        if not family.imagenet_normalization:
+        if not family.imagenet_normalization and config.pretrained_backbone is False:
             keep_normalization(network_config, UNNORMALIZED)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many types for a value they refuse
         reason = one_line(error)
         raise UsageError(f"model: transformers cannot build it as configured: {reason}") from error
+    family.begin(network)
     _begin_class_heads(network, family, renew=False)
     return network
 
@@ -302,10 +303,11 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 def _check_forward(detector: Detector) -> None:
     """Run the network once: some values that transformers accepts fail only then, better now than later."""
     multiple = detector.family.size_multiple(detector.network.config)
-    edge = math.ceil(128 / multiple) * multiple
+    edge = math.ceil(detector.family.trial_edge / multiple) * multiple
     try:
         with torch.no_grad():
-            detector.eval()(torch.zeros(1, 3, edge, edge, dtype=torch.uint8), torch.tensor([[edge, edge]]))
+            image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8)
+            detector.eval()(image, torch.tensor([[edge, edge]]))
     except Exception as error:
         reason = one_line(error)
         raise UsageError(

@@ -17,6 +17,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrain
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from detr_dist.models.backbone import backbone_body, restore_timm_norms
+from detr_dist.models.denoising import Denoising
 from detr_dist.models.families import Family
 from detr_dist.models.optimizations import (
     PaddingMasks,
@@ -100,6 +101,7 @@ class Detector(nn.Module):
         self._masks = PaddingMasks(network) if family.masks_attention else None
         self.family = family
         self.loss_settings = family.loss_settings(network.config)
+        self.denoising = family.denoising_settings(network.config)
         self.channels_last = channels_last
         if channels_last:
             nn.Module.to(network, memory_format=torch.channels_last)
@@ -127,18 +129,26 @@ class Detector(nn.Module):
         config.auxiliary_loss = self._has_auxiliary_loss
         return config
 
-    def forward(self, images: Tensor, sizes_hw: Tensor, is_padded: bool = True) -> dict[str, Tensor]:
+    def forward(
+        self,
+        images: Tensor,
+        sizes_hw: Tensor,
+        is_padded: bool = True,
+        denoising: Denoising | None = None,
+    ) -> dict[str, Tensor]:
         """Predict classes and boxes for a batch of images.
 
         Args:
             images: uint8 [B, 3, H, W], padded at the right and bottom.
             sizes_hw: [B, 2], each image's own size in pixels.
             is_padded: False if all images are H x W.
+            denoising: Queries to be answered as well, by families that have them, in training.
 
         Returns:
             `pred_logits` [R, B, Q, C] (softmax families: C + 1, the last one is no-object) and `pred_boxes`
             [R, B, Q, 4], cxcywh as fractions of the image's own size. There is a row for each decoder layer,
-            unless the family defines others; the last row is the prediction, equal to the library's.
+            unless the family defines others; the last row is the prediction, equal to the library's. What
+            else there may be is described in `SetCriterion.__call__`.
         """
         height, width = images.shape[-2:]
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
@@ -152,12 +162,16 @@ class Detector(nn.Module):
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         pixels = pixels.contiguous(memory_format=layout)
         # Any labels but None make the library call its loss function, which returns all rows instead.
-        output = self.network(pixel_values=pixels, pixel_mask=mask, labels=())
-        predicted = cast(dict[str, Tensor], output.loss_dict)
+        labels = () if denoising is None else denoising
         if is_padded and not self.family.uses_mask:
-            scales_xy = torch.stack([width / sizes_hw[:, 1], height / sizes_hw[:, 0]], dim=1)
-            predicted["pred_boxes"] = predicted["pred_boxes"] * scales_xy.repeat(1, 2)[:, None]
-        return predicted
+            # The network knows only the canvas: its boxes are fractions of that.
+            share = torch.stack((sizes_hw[:, 1] / width, sizes_hw[:, 0] / height) * 2, 1)[:, None]
+            if denoising is not None:
+                labels = denoising._replace(boxes_cxcywh=denoising.boxes_cxcywh * share)
+            rows = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
+            return {name: each / share if name.endswith("_boxes") else each for name, each in rows.items()}
+        output = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
+        return cast(dict[str, Tensor], output.loss_dict)
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters that are trained with `training.learning_rate_backbone`."""

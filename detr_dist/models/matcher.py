@@ -4,6 +4,7 @@ Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all
 layer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import isfinite
@@ -58,38 +59,50 @@ class Matches(NamedTuple):
     """Whether every logit and every box coordinate of the predictions was finite."""
 
 
-@torch.no_grad()
-def match(
-    pred_logits: Tensor,
-    pred_boxes: Tensor,
-    labels: Tensor,
-    boxes_cxcywh: Tensor,
-    num_boxes: list[int],
-    *,
-    weights: CostWeights,
-) -> Matches:
-    """Find the assignment of minimum cost between queries and targets, for each layer and image.
+class Block(NamedTuple):
+    """Predictions with one number of queries, float32, and the labels that they should have."""
 
-    `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4] (cxcywh) are float32; `labels` [T] and
-    `boxes_cxcywh` [T, 4] hold the targets of all images in image order, `num_boxes[b]` of them for image b.
+    logits: Tensor
+    """[L, B, Q, C]."""
+    boxes_cxcywh: Tensor
+    """[L, B, Q, 4]."""
+    labels: Tensor
+    """int64 [T], of the targets of all images in image order."""
+
+
+@torch.no_grad()
+def match_blocks(
+    blocks: Sequence[Block], boxes_cxcywh: Tensor, num_boxes: list[int], *, weights: CostWeights
+) -> list[Matches]:
+    """Find the assignment of minimum cost between queries and targets, for each block, layer and image.
+
+    `boxes_cxcywh` [T, 4] holds the targets of all images in image order, `num_boxes[b]` of them for image b.
     Costs that are not finite count as the largest float, so such pairs are chosen only if nothing else is
     left. In an image with more targets than queries the most expensive targets stay unmatched.
 
-    Makes one copy from the device (waits for the forward pass) and two small ones to it.
+    Makes one copy from the device (waits for the forward pass) and small ones to it.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", 2020, section 3.1; for sigmoid
     classes Zhu et al., "Deformable DETR", 2021, appendix A.4 and its code.
     """
-    image = torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes))
-    targets = Targets(labels, boxes_cxcywh, _to_device(image, pred_boxes.device))
-    cost = _pair_costs(pred_logits, pred_boxes, targets, weights)
-    # aminmax propagates NaN: four numbers in the same copy show whether everything was finite.
-    extremes = torch.stack((*pred_logits.aminmax(), *pred_boxes.aminmax()))
-    on_host = _to_host(torch.cat((extremes, cost.flatten())))
-    finite = all(isfinite(value) for value in on_host[:4])
-    pairs = _assign(on_host[4:].reshape(cost.shape), num_boxes)
-    layer, image, query, target = _to_device(torch.from_numpy(pairs), pred_boxes.device)
-    return Matches(layer, image, query, target, finite)
+    device = boxes_cxcywh.device
+    image = _to_device(torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes)), device)
+    costs = [
+        _pair_costs(block.logits, block.boxes_cxcywh, Targets(block.labels, boxes_cxcywh, image), weights)
+        for block in blocks
+    ]
+    # aminmax propagates NaN: four numbers of each block in the same copy show whether all were finite.
+    extremes = [extreme for block in blocks for values in block[:2] for extreme in values.aminmax()]
+    flat = torch.cat((torch.stack(extremes), *(cost.flatten() for cost in costs)))
+    on_host = _to_host(flat)
+    finite = all(isfinite(value) for value in on_host[: len(extremes)])
+    ends = [*accumulate((cost.numel() for cost in costs), initial=len(extremes))]
+    found: list[Matches] = []
+    for cost, (start, stop) in zip(costs, pairwise(ends), strict=True):
+        pairs = _assign(on_host[start:stop].reshape(cost.shape), num_boxes)
+        layer, image_of_pair, query, target = _to_device(torch.from_numpy(pairs), device)
+        found.append(Matches(layer, image_of_pair, query, target, finite))
+    return found
 
 
 def _to_host(values: Tensor) -> NDArray[np.float32]:

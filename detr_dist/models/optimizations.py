@@ -27,8 +27,12 @@ from detr_dist.models.backbone import backbone_body, is_frozen_norm, unwrapped_b
 _MOST_VARIANTS = 32
 
 
-def _transformer_layers(network: PreTrainedModel) -> list[nn.Module]:
-    return [*network.model.encoder.layers, *network.model.decoder.layers]
+def _transformer_layers(network: PreTrainedModel, *kinds: str) -> list[nn.Module]:
+    """Return the encoder and decoder layers outside the backbone, by the names of the library's classes."""
+    body = set(backbone_body(network).modules())
+    ends = tuple(f"{kind}Layer" for kind in kinds or ("Encoder", "Decoder"))
+    found = (module for module in network.model.modules() if module not in body)
+    return [module for module in found if type(module).__name__.endswith(ends)]
 
 
 def spare_finite_checks(network: PreTrainedModel) -> None:
@@ -36,7 +40,7 @@ def spare_finite_checks(network: PreTrainedModel) -> None:
 
     In training the library checks, and clamps other values. Here predictions that are not finite end the run.
     """
-    for layer in network.model.encoder.layers:
+    for layer in _transformer_layers(network, "Encoder"):
         _put_before(layer, _Unasked)
 
 

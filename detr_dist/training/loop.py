@@ -14,6 +14,7 @@ from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import Purpose, StepPlan, random_numbers
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.criterion import SetCriterion
+from detr_dist.models.denoising import Denoising, DenoisingSettings, denoising_queries
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.training.step_sync import Agreed, StepSync
 from detr_dist.training.strategy import Replicated
@@ -90,6 +91,8 @@ class Training:
     seed: int
     gradient_clip: float
     patience: int
+    denoising: DenoisingSettings | None = None
+    """How denoising queries are made, for families that have them."""
     memory: DeviceMemory = field(default_factory=DeviceMemory)
 
     def is_over(self, state: TrainState) -> bool:
@@ -146,10 +149,10 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
         torch.manual_seed(int(dropout.integers(2**63)))
         with accelerator.accumulate(training.model):
             batch = micro_batch.to(accelerator.device).pad_to(*agreed.canvas_hw)
-            outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded)
-            losses = training.criterion(
-                outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, agreed.counts
-            )
+            denoising = _denoising(training, micro_batch, step, index * training.plan.batch_size)
+            outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded, denoising)
+            targets = (batch.labels, batch.boxes_cxcywh, batch.num_boxes)
+            losses = training.criterion(outputs, *targets, agreed.counts, denoising)
             training.step_sync.report(finite=losses.finite, broken_terms=losses.broken_terms)
             # The losses are parts of a sum, but DDP and accumulation will average their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))
@@ -162,3 +165,16 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
         training.scheduler.step()
         training.average.update(step)
     return StepDone(dict(zip(losses.logged, torch.stack(parts).sum(0), strict=True)), learning_rate)
+
+
+def _denoising(training: Training, batch: Batch, step: int, first: int) -> Denoising | None:
+    """Make the denoising queries of a micro-batch whose first image has this place in the optimizer step.
+
+    Their noise is a function of seed, step and place, and the same however the step is split.
+    """
+    if training.denoising is None:
+        return None
+    places = range(first, first + len(batch.num_boxes))
+    rngs = [random_numbers(Purpose.DENOISE, training.seed, step, place) for place in places]
+    queries = denoising_queries(training.denoising, batch.labels, batch.boxes_cxcywh, batch.num_boxes, rngs)
+    return queries.to(training.accelerator.device)

@@ -231,6 +231,7 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
         seed=settings.seed,
         gradient_clip=settings.gradient_clip,
         patience=settings.early_stopping_patience,
+        denoising=setup.detector.denoising,
         memory=DeviceMemory(config, accelerator.device),
     )
 

@@ -5,12 +5,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_dist.errors import TrainingError
 from detr_dist.models.criterion import StepCounts
+from detr_dist.models.denoising import Denoising, denoising_queries
 from detr_dist.training.loop import Training
 
 _logger = logging.getLogger(__name__)
@@ -65,15 +67,29 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
         # DDP keeps gradients in its own buckets, which are allocated already.
         hooks = [p.register_post_accumulate_grad_hook(_forget_gradient) for p in learning if is_replicated]
         try:
-            outputs = detector(images.to(device), torch.tensor([size_hw] * num_images, device=device), True)
             counts = StepCounts(float(num_images * num_boxes), num_images)
+            targets = (labels, boxes_cxcywh, [num_boxes] * num_images)
+            denoising = _denoising(training, *targets)
+            sizes_hw = torch.tensor([size_hw] * num_images, device=device)
+            outputs = detector(images.to(device), sizes_hw, True, denoising)
             criterion = copy.copy(training.criterion)  # which keeps track of terms that are not finite
-            losses = criterion(outputs, labels, boxes_cxcywh, [num_boxes] * num_images, counts)
+            losses = criterion(outputs, *targets, counts, denoising)
             losses.total.backward()
         finally:
             for hook in hooks:
                 hook.remove()
         del moments
+
+
+def _denoising(
+    training: Training, labels: Tensor, boxes_cxcywh: Tensor, num_boxes: list[int]
+) -> Denoising | None:
+    if training.denoising is None:
+        return None
+    rngs = [np.random.default_rng()] * len(num_boxes)
+    return denoising_queries(training.denoising, labels.cpu(), boxes_cxcywh.cpu(), num_boxes, rngs).to(
+        labels.device
+    )
 
 
 def _forget_gradient(parameter: Tensor) -> None:

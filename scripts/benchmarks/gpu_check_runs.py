@@ -45,13 +45,9 @@ def time_training(check: Check, overrides: Sequence[str]) -> None:
     check.figures(images_per_s=images_per_s, data_wait_share=wait_share)
     check.expect_on_gpu(wait_share < 0.03, "training waits for data for 3 percent of its time or more")
     compiled = check.figures_of("compiled")
-    if "bare_ms" in compiled:
+    if "bare_ms" in compiled:  # of another process at another moment: the ratio is reported only
         bare_images_per_s = 1e3 * compiled["images"][0] / compiled["bare_ms"]
         check.figures(of_the_bare=bare_images_per_s / images_per_s)
-        check.expect(
-            bare_images_per_s <= 1.1 * images_per_s,
-            "a step takes more than 1.10 of the bare compiled network's time",
-        )
 
 
 def compare_evaluations(check: Check) -> None:

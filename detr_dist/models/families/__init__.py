@@ -1,6 +1,6 @@
 """Families of detectors: one file each, which defines and registers the family."""
 
-from detr_dist.models.families import conditional_detr, dab_detr, deformable_detr, detr
+from detr_dist.models.families import conditional_detr, dab_detr, deformable_detr, detr, rt_detr
 from detr_dist.models.families.family import (
     Family,
     decoder_rows,
@@ -21,4 +21,5 @@ __all__ = [
     "find_family",
     "num_queries_of",
     "register_family",
+    "rt_detr",
 ]

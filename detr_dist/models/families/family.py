@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from torch import Tensor
@@ -11,7 +11,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.extensions import FAMILIES
-from detr_dist.models.criterion import LossSettings
+from detr_dist.models.denoising import DenoisingSettings
+from detr_dist.models.losses import LossSettings
 from detr_dist.models.matcher import ClassKind
 
 SHAPE_OPTIONS = {
@@ -39,6 +40,7 @@ FLOAT32_MODULES = (
     "ref_point_head",
     "ref_anchor_head",
 )
+_NUMBERS = {field.name for field in fields(LossSettings)} - {"kind", "weights", "num_classes"}
 _KEY = "detr_dist_family"
 """Key in a network's configuration, which is saved with it, for a family that is not the package's own."""
 
@@ -74,12 +76,15 @@ class Family:
     `loss.weights` overrides both."""
     config_defaults: Mapping[str, Any] = field(default_factory=dict)
     """Options of the network's configuration whose values in the paper differ from transformers' defaults."""
+    derived: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    """Completes the options of a new network's configuration by those that follow from them, such as a
+    width that the library names twice."""
     shape_options: Mapping[str, str] = field(default_factory=SHAPE_OPTIONS.copy)
     """The option of the network's configuration that each key of the section `model` sets. A key that is left
     out is refused."""
     loss_options: Mapping[str, str] = field(default_factory=LOSS_OPTIONS.copy)
-    """The option of the network's configuration that holds each weight of the loss, or another number of
-    `LossSettings`."""
+    """The option of the network's configuration that holds the weight of each term of the loss, or another
+    number of `LossSettings`."""
     class_heads: tuple[str, ...] = ("class_embed",)
     """Names of the modules that predict classes, anywhere in the network."""
     float32_modules: tuple[str, ...] = FLOAT32_MODULES
@@ -93,20 +98,27 @@ class Family:
     configuration."""
     square_only: bool = False
     """Whether the network takes square images only."""
-    uses_mask: bool = True
-    """Whether the network uses the mask of the padding, so that its boxes are fractions of the image;
-    otherwise they are fractions of the canvas, and converted."""
     imagenet_normalization: bool = True
-    """Whether a new network gets pixels normalized as for ImageNet; otherwise values from 0 to 1."""
+    """Whether a new network gets pixels normalized as for ImageNet, as any with a pretrained backbone does;
+    otherwise it gets values from 0 to 1."""
     image_processor: str = "ConditionalDetrImageProcessor"
     """Transformers' class that prepares its images: the class written into `preprocessor_config.json`."""
+    uses_mask: bool = True
+    """Whether boxes are fractions of the image, which the pixel mask describes, or of the padded canvas."""
+    has_denoising: bool = False
+    """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
+    0."""
+    trial_edge: int = 128
+    """Pixels of a square image on which a network of the default size runs."""
+    begin: Callable[[PreTrainedModel], None] = _nothing
+    """Called once with a new network, to initialize what the library initializes unlike the paper."""
     prepare: Callable[[PreTrainedModel], None] = _nothing
     """Called once with the network, for hooks that its training needs."""
     rows: Callable[..., dict[str, Tensor]] = decoder_rows
     """Called in place of the library's loss, with the same keyword arguments: `logits`, `pred_boxes`,
     `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits` [R, B, Q, C] and
     `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently; the last row is
-    the prediction."""
+    the prediction. What else it may return is described in `SetCriterion.__call__`."""
 
     def shape_of(self, network_config: PreTrainedConfig) -> dict[str, Any]:
         """Return the values of hidden_dim, num_queries and the other shape options that the network has."""
@@ -119,15 +131,24 @@ class Family:
             for name, option in self.loss_options.items()
             if hasattr(network_config, option)
         }
-        weights = dict(self.weights)
-        for name in ("bbox", "giou"):
-            if name in known:
-                weights.setdefault(name, known.pop(name))
+        numbers = {name: known.pop(name) for name in _NUMBERS.intersection(known)}
         return LossSettings(
             kind=self.loss_kind,
-            weights=weights,
+            weights={**self.weights, **known, **self.weights},
             num_classes=cast(int, network_config.num_labels),
-            **known,
+            **numbers,
+        )
+
+    def denoising_settings(self, network_config: PreTrainedConfig) -> DenoisingSettings | None:
+        """Return how denoising queries are made for a network of this configuration; None: there are none."""
+        num_queries = getattr(network_config, "num_denoising", 0) if self.has_denoising else 0
+        if num_queries <= 0:
+            return None
+        return DenoisingSettings(
+            num_queries=num_queries,
+            num_classes=cast(int, network_config.num_labels),
+            label_noise_ratio=network_config.label_noise_ratio,
+            box_noise_scale=network_config.box_noise_scale,
         )
 
 

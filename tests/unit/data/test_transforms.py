@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from detr_dist.config_types import ResizeMode
 from detr_dist.data.transforms import (
     Augmentation,
     DetectionTransform,
@@ -39,32 +40,6 @@ def light_extent(image: Tensor) -> list[int]:
 def interleaved(image: Tensor) -> Tensor:
     """Return the same image in the memory layout of a decoder."""
     return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [
-        (720, 1280, (750, 1333)),  # the longer side decides
-        (1280, 720, (1333, 750)),
-        (480, 640, (800, 1066)),  # the shorter side decides; DETR rounds the longer one down
-        (640, 480, (1066, 800)),
-        (800, 1333, (800, 1333)),
-        (500, 500, (800, 800)),
-        (100, 1000, (133, 1333)),
-        (1, 5000, (1, 1333)),
-    ],
-)
-def test_the_resize_rule_gives_the_expected_sizes(height: int, width: int, expected: tuple[int, int]) -> None:
-    assert Resize(800, 1333).size_hw(height, width) == expected
-
-
-def test_no_size_exceeds_the_limits() -> None:
-    for height in range(1, 3000, 97):
-        for width in range(1, 3000, 89):
-            short, long = sorted(Resize(800, 1333).size_hw(height, width))
-            assert 1 <= short <= 800
-            assert long <= 1333
-            assert short == 800 or long == 1333
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "detr"])
@@ -120,6 +95,28 @@ def test_detr_respects_the_longest_edge() -> None:
         max(max(transformed(transform, scene([]), np.random.default_rng(s)).image.shape) for s in range(60))
         <= 420
     )
+
+
+@pytest.mark.parametrize(
+    ("mode", "of_landscape", "of_portrait"),
+    [("square", (64, 64), (64, 64)), ("rectangle", (64, 96), (96, 64))],
+)
+def test_crops_get_the_fixed_size_of_their_image(
+    mode: ResizeMode, of_landscape: tuple[int, int], of_portrait: tuple[int, int]
+) -> None:
+    transform = build_transform("detr", Resize(64, 96, mode), True)
+    num_cut = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        assert transform.plan((200, 120), rng).size_hw == of_portrait
+        image, boxes, _ = transformed(transform, scene([[60, 30, 130, 80]]), rng)
+        assert image.shape == (3, *of_landscape)
+        if len(boxes):
+            # One pixel for the blur of the resize at an edge, one for its rounding.
+            np.testing.assert_allclose(light_extent(image), boxes[0].numpy(), atol=2)
+        scaled = torch.tensor([70 / 200, 50 / 120]) * torch.tensor(of_landscape[::-1])
+        num_cut += len(boxes) == 0 or not torch.allclose(boxes[0, 2:] - boxes[0, :2], scaled)
+    assert 10 < num_cut < 30, "half of the images are cropped"
 
 
 def test_boxes_outside_a_crop_are_removed_with_their_labels() -> None:

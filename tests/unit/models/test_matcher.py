@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.boxes import cxcywh_to_xyxy, giou
-from detr_dist.models.matcher import ClassKind, CostWeights, Matches, match
+from detr_dist.models.matcher import Block, ClassKind, CostWeights, Matches, match_blocks
 
 KINDS: list[ClassKind] = ["softmax", "sigmoid"]
 NUM_LAYERS, NUM_CLASSES = 3, 5
@@ -26,6 +26,19 @@ def targets(num_boxes: list[int]) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(num_boxes))
     labels = torch.randint(NUM_CLASSES, (sum(num_boxes),), generator=generator)
     return labels, 0.1 + 0.4 * torch.rand(sum(num_boxes), 4, generator=generator)
+
+
+def match(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    targets: Tensor,
+    num_boxes: list[int],
+    *,
+    weights: CostWeights,
+) -> Matches:
+    (found,) = match_blocks([Block(logits, boxes, labels)], targets, num_boxes, weights=weights)
+    return found
 
 
 def pairs_of(matches: Matches) -> set[tuple[int, int, int, int]]:

@@ -1,0 +1,131 @@
+"""RT-DETR and RT-DETRv2, and what they share with their successors.
+
+Source: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024; Lv et al., "RT-DETRv2",
+2024; and their code.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from detr_dist.models.backbone import backbone_body
+from detr_dist.models.denoising import take_prepared_queries
+from detr_dist.models.families.family import FLOAT32_MODULES, LOSS_OPTIONS, Family, register_family
+
+_EPS = 1e-5  # of the library's inverse sigmoid
+
+
+def derived(options: dict[str, Any]) -> dict[str, Any]:
+    """Set the widths of encoder and decoder together, and as many input widths as there are scales."""
+    if "d_model" not in options:
+        return options
+    width, num_scales = options["d_model"], len(options.get("feat_strides", (8, 16, 32)))
+    return {"encoder_hidden_dim": width, "decoder_in_channels": [width] * num_scales, **options}
+
+
+def begin(network: PreTrainedModel) -> None:
+    """Begin as in the papers: batch norm passes everything on, and the encoder's boxes are its anchors.
+
+    The library scales what batch norm returns by random numbers around 0.
+    """
+    body = set(backbone_body(network).modules())
+    for module in network.model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module not in body:
+            nn.init.ones_(module.weight)
+    last = network.model.enc_bbox_head.layers[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+
+
+def prepare(network: PreTrainedModel) -> None:
+    """Take prepared denoising queries, and keep anchors, which have the type of the features, in float32."""
+    take_prepared_queries(network)
+    for projection in network.model.decoder_input_proj:
+        projection.register_forward_hook(_to_float32)
+
+
+def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    return output.float()
+
+
+def encoder_and_decoder_rows(
+    *,
+    outputs_class: Tensor,
+    outputs_coord: Tensor,
+    enc_topk_logits: Tensor,
+    enc_topk_bboxes: Tensor,
+    denoising_meta_values: dict[str, Any] | None,
+    **_: object,
+) -> dict[str, Tensor]:
+    """Return a row for the encoder's best proposals, then one for each decoder layer.
+
+    The library's layers are [B, L, N + Q, ...], denoising queries first.
+    """
+    layers, boxes = outputs_class.transpose(0, 1), look_forward_twice(outputs_coord.transpose(0, 1))
+    num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values else 0
+    rows = {
+        "pred_logits": torch.cat((enc_topk_logits[None], layers[:, :, num_denoising:])),
+        "pred_boxes": torch.cat((enc_topk_bboxes[None], boxes[:, :, num_denoising:])),
+    }
+    if num_denoising:
+        rows |= {
+            "denoising_logits": layers[:, :, :num_denoising],
+            "denoising_boxes": boxes[:, :, :num_denoising],
+        }
+    return rows
+
+
+def look_forward_twice(boxes: Tensor) -> Tensor:
+    """Let the loss of each layer's boxes [L, B, Q, 4] also train the layer before, as in the paper.
+
+    Each layer refines the boxes of the layer before, and the library stops gradients in between. Values stay
+    equal to rounding.
+
+    Source: Zhang et al., "DINO", 2022, section 3.4.
+    """
+    if not boxes.requires_grad:
+        return boxes
+    logits = boxes.logit(_EPS)
+    before = logits[:-1]
+    return torch.cat((boxes[:1], (logits[1:] + (before - before.detach())).sigmoid()))
+
+
+def coarsest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the pixels a side of a cell of the smallest feature map, which is enlarged to fit the others."""
+    return int(max(network_config.feat_strides))
+
+
+FAMILY = Family(
+    name="rt_detr_v2",
+    model_type="rt_detr_v2",
+    loss_kind="sigmoid",
+    weights={},
+    derived=derived,
+    loss_options={
+        **LOSS_OPTIONS,
+        "cost_class": "matcher_class_cost",
+        "cost_bbox": "matcher_bbox_cost",
+        "cost_giou": "matcher_giou_cost",
+        "vfl": "weight_loss_vfl",
+        "bbox": "weight_loss_bbox",
+        "giou": "weight_loss_giou",
+        "vfl_alpha": "focal_loss_alpha",
+    },
+    class_heads=("class_embed", "enc_score_head", "denoising_class_embed"),
+    float32_modules=(*FLOAT32_MODULES, "enc_score_head", "enc_bbox_head"),
+    masks_attention=False,
+    uses_mask=False,
+    size_multiple=coarsest_stride,
+    imagenet_normalization=False,
+    image_processor="RTDetrImageProcessor",
+    has_denoising=True,
+    trial_edge=256,
+    begin=begin,
+    prepare=prepare,
+    rows=encoder_and_decoder_rows,
+)
+register_family(FAMILY)
+register_family(replace(FAMILY, name="rt_detr", model_type="rt_detr"))
