@@ -15,11 +15,14 @@ from detr_dist.config_types import (
     Count,
     CountOrAuto,
     CountOrZero,
+    Edge,
+    Edges,
     EnvironmentDefault,
     Family,
     Mapping,
     Names,
     Probability,
+    ResizeMode,
     Section,
     ShareOrAuto,
     SwitchOrPath,
@@ -39,10 +42,17 @@ class DataConfig(Section):
     the training process itself."""
     prefetch_factor: Count = 4
     """Micro-batches that each loader process prepares in advance."""
-    shortest_edge: Annotated[int, Field(ge=32)] = 800
+    resize: ResizeMode = "shortest_edge"
+    """`shortest_edge` keeps the aspect ratio. `square` gives every image `shortest_edge` x `shortest_edge`
+    pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round."""
+    shortest_edge: Edge = 800
     """Pixels of an image's shorter side after the resize."""
-    longest_edge: Annotated[int, Field(ge=32)] = 1333
-    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
+    longest_edge: Edge = 1333
+    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`. In a
+    `rectangle`, its longer side."""
+    multi_scale: Edges = Field([])
+    """Values of `shortest_edge` for training, e.g. [480, 512, 544]: every optimizer step draws one, and
+    scales `longest_edge` with it. Repeat a value to draw it more often. Empty: always `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
@@ -64,7 +74,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
-        if self.longest_edge < self.shortest_edge:
+        if self.longest_edge < self.shortest_edge and self.resize != "square":
             raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
         return self
 
@@ -245,16 +255,6 @@ def override_config(config: Config, overrides: Sequence[str], *, only_known_name
         UsageError: as `load_config`.
     """
     return _resolve(config.model_dump(), {}, overrides, source="", only_known_names=only_known_names)
-
-
-def ignored_variables(config: Config) -> Iterator[str]:
-    """Yield a line for each environment variable that is ignored because the setting has another value."""
-    for key, default in FROM_ENVIRONMENT.items():
-        if default.value not in (None, getattr(config.logging, key)):
-            yield (
-                f"logging.{key} is {getattr(config.logging, key)}, as set or as in the resumed run; "
-                f"{default.variable}={default.value} is ignored"
-            )
 
 
 def _resolve(

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.config import Config, describe_keys, ignored_variables, load_config
+from detr_dist.config import Config, describe_keys, load_config
 from detr_dist.errors import UsageError
+from detr_dist.training.report import ignored_variables
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 

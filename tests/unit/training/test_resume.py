@@ -32,6 +32,8 @@ DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",
     "data.shortest_edge",
     "data.longest_edge",
+    "data.resize",
+    "data.multi_scale",
     "data.augmentation",
     "data.augmentation_off_epochs",
     "data.group_by_shape",
