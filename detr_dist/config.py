@@ -31,6 +31,8 @@ from detr_dist.config_types import (
 )
 from detr_dist.errors import UsageError
 
+_SQUARE_FAMILIES = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr"})
+
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # MLflow's own default
 
 
@@ -44,7 +46,8 @@ class DataConfig(Section):
     """Micro-batches that each loader process prepares in advance."""
     resize: ResizeMode = "shortest_edge"
     """`shortest_edge` keeps the aspect ratio. `square` gives every image `shortest_edge` x `shortest_edge`
-    pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round."""
+    pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round. Unset:
+    `square` for RT-DETR, D-FINE, DEIMv2, LW-DETR and RF-DETR, which do not see padding."""
     shortest_edge: Edge = 800
     """Pixels of an image's shorter side after the resize."""
     longest_edge: Edge = 1333
@@ -199,6 +202,16 @@ class Config(Section):
                 f"training.num_epochs {self.training.num_epochs}"
             )
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_of_family(cls, tree: Any) -> Any:
+        match tree:
+            case {"model": {"model_architecture": str(family)}} if family in _SQUARE_FAMILIES:
+                data = tree.get("data") or {}
+                if isinstance(data, dict) and "resize" not in data:
+                    return {**tree, "data": {**data, "resize": "square"}}
+        return tree
 
     @staticmethod
     def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
