@@ -34,7 +34,8 @@ class TrainingConfig(Section):
     learning_rate_backbone: PositiveOrZero = 1e-5
     """Peak learning rate of the backbone; 0 freezes it."""
     learning_rate_decoder_factor: Factor = 1.0
-    """The decoder's learning rate as a fraction of `learning_rate`, e.g. 0.7 as published for LW-DETR and RF-DETR."""
+    """The decoder's learning rate as a fraction of `learning_rate`, e.g. 0.7 as published for LW-DETR and
+    RF-DETR."""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW's decoupled decay; norms, biases, and a ViT backbone's position embeddings and tokens are left
     out."""
