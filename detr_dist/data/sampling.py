@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from detr_dist.data.columns import counted
 from detr_dist.errors import UsageError
 
 SampleKey = tuple[int, int] | tuple[int, int, int]
@@ -93,7 +94,7 @@ class StepPlan:
         if self.steps_per_epoch == 0:
             raise UsageError(
                 f"an optimizer step takes {self.global_batch_size} images (training.batch_size "
-                f"{self.batch_size} x {self.num_processes} processes x "
+                f"{self.batch_size} x {counted(self.num_processes, 'process')} x "
                 f"training.gradient_accumulation_steps {self.accumulation}), but the training data has "
                 f"{self.num_samples}; lower one of the three"
             )

@@ -170,8 +170,8 @@ class TrainedModel:
             for line in lines:
                 _logger.info(line)
             return np.array(thresholds)
-        if not 0 <= threshold <= 1:
-            raise UsageError(f"threshold {threshold}: a least score is from 0 to 1")
+        if not (isinstance(threshold, int | float | np.number) and 0 <= threshold <= 1):
+            raise UsageError(f"threshold {threshold!r}: a least score is a number from 0 to 1")
         return np.full(len(self.class_names), threshold)
 
     def thresholds_or_default(self) -> tuple[list[float], list[str]]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.data.checks import CheckSettings, check_boxes
+from detr_dist.data.columns import counted
 from detr_dist.models.backbone import keeps_timm_norms
 from detr_dist.resize import Resize
 from detr_dist.training.loop import Training, TrainState
@@ -25,9 +26,10 @@ def describe_run(setup: Setup) -> Iterator[str]:
     plan = setup.plan
     left_out = f" ({plan.num_dropped} images of each left out)" if plan.num_dropped else ""
     yield (
-        f"batch {plan.batch_size} x {plan.num_processes} processes x accumulation {plan.accumulation} = "
-        f"{plan.global_batch_size} images a step; {plan.steps_per_epoch} steps an epoch{left_out}, "
-        f"{setup.total_steps} steps in all"
+        f"batch {plan.batch_size} x {counted(plan.num_processes, 'process')} x accumulation "
+        f"{plan.accumulation} = {counted(plan.global_batch_size, 'image')} a step; "
+        f"{counted(plan.steps_per_epoch, 'step')} an epoch{left_out}, "
+        f"{counted(setup.total_steps, 'step')} in all"
     )
     if setup.config.training.warmup_steps >= setup.total_steps:
         yield (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_dist.config import load_config
 from detr_dist.data.coco import load_coco
@@ -20,6 +20,7 @@ from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training
+from detr_dist.training.strategy import synchronise_batch_norm
 from detr_dist.training.trial import try_largest_batch
 
 BATCH = {"num_images": 2, "num_boxes": 3, "canvas_hw": (64, 96)}
@@ -48,6 +49,18 @@ def test_the_trial_changes_no_state(training: Training, is_first_step: bool) -> 
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(parameter.grad is None for parameter in training.model.parameters())
     assert training.model.training
+
+
+def test_synchronised_batch_norm_does_not_wait_for_other_processes(training: Training) -> None:
+    synchronise_batch_norm(training.model)
+    training.model.train()
+    norms = [module for module in training.model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    modes: list[bool] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    try_largest_batch(training, 0, **BATCH)
+    assert modes == [False] * len(norms) != []
+    assert all(norm.training for norm in norms)
 
 
 def test_a_term_that_is_not_finite_ends_the_run_at_the_next_check_but_not_in_the_trial(
