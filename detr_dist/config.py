@@ -73,7 +73,7 @@ class DataConfig(Section):
     canvas_multiple: Count = 32
     """Round the height and width to which a step's images are padded up to a multiple of this many pixels: a
     GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr`, images of
-    one size stay unpadded."""
+    one size stay unpadded; so do the fixed sizes of `resize`."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:

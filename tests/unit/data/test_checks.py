@@ -206,7 +206,13 @@ def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_c
     assert kinds(check(folder)) == {}, "60x40 becomes 1200x800"
     (finding,) = check(folder, data={"shortest_edge": 80, "longest_edge": 133}).findings[str(folder)]
     assert finding.kind == "tiny_box"
-    assert "1 ball" in finding.message
+    assert "at 80/133: 1 ball" in finding.message
+    report = check(folder, data={"resize": "square", "shortest_edge": 80})
+    (finding,) = report.findings[str(folder)]
+    assert "at 80x80: 1 ball" in finding.message
+    assert "  boxes by pixels a side after the resize to 80x80:" in report.lines()
+    settings = {"resize": "square", "shortest_edge": 80, "longest_edge": 1333}
+    assert report.as_document()["settings"].items() >= settings.items()
 
 
 def test_more_boxes_than_queries_are_an_error_where_training_refuses_them(
