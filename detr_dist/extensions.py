@@ -168,9 +168,10 @@ RECIPES = ("none", "light", "detr")
 """Augmentations that decide the size of an image before it is decoded; one at most."""
 
 TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"), takes_paths=True)
-LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
+LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "vfl", "mal", "ia_bce", "bbox", "giou"))
 FAMILIES: Registry[Any] = Registry(
-    "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")
+    "family",
+    built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr", "rt_detr", "rt_detr_v2"),
 )
 
 register_transform = TRANSFORMS.register

@@ -15,6 +15,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.models.families import family_of
 from detr_dist.text import one_line
 
 TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
@@ -28,6 +29,8 @@ _TRACED_SHAPE = (2, 256, 320)
 # Number, height and width of images to compare, all different from the traced ones; odd sizes reveal wrong
 # rounding.
 _CHECKED_SHAPES = ((1, 224, 224), (3, 288, 199), (2, 193, 352))
+_CHECKED_SHAPES_BY_32 = ((1, 224, 224), (3, 288, 192), (2, 192, 352))
+"""For networks that need multiples of 32, those that do not use the mask."""
 
 
 def check_onnx_packages() -> None:
@@ -46,7 +49,8 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
     and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B, H and W may
-    be any.
+    be any, or any multiples of 32 for a network that does not use the mask, whose boxes are fractions of H
+    and W; the others' are fractions of the image.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -77,8 +81,11 @@ class _Traced(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
+        self._uses_mask = family_of(network.config).uses_mask
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._uses_mask:
+            pixel_values = pixel_values * pixel_mask[:, None]  # an input without use would be left out
         output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return output.logits, output.pred_boxes
 
@@ -139,7 +146,8 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     options.log_severity_level = 4  # errors are raised in any case
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
-    for shape in _CHECKED_SHAPES:
+    uses_mask = family_of(traced.network.config).uses_mask
+    for shape in _CHECKED_SHAPES if uses_mask else _CHECKED_SHAPES_BY_32:
         pixel_values, pixel_mask = _images(*shape)
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
         found = session.run(list(TOLERANCES), inputs)

@@ -276,7 +276,10 @@ def _check_pretrained(
 
 def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool) -> None:
     for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Linear) or not _is_of_class_head(name, family):
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not _is_of_class_head(name, family):
+            continue
+        if isinstance(layer, nn.Embedding):  # of classes, for denoising queries
+            layer.reset_parameters()
             continue
         if renew:
             layer.reset_parameters()

@@ -162,12 +162,11 @@ class Detector(nn.Module):
         labels = () if denoising is None else denoising
         if is_padded and not self.family.uses_mask:
             # The network knows only the canvas: its boxes are fractions of that.
-            share = sizes_hw.flip(1) / sizes_hw.new_tensor([width, height])
-            share = torch.cat((share, share), 1)[:, None]
+            share = torch.stack((sizes_hw[:, 1] / width, sizes_hw[:, 0] / height), 1).repeat(1, 2)[:, None]
             if denoising is not None:
                 labels = denoising._replace(boxes_cxcywh=denoising.boxes_cxcywh * share)
-            rows = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
-            return {name: each / share if name.endswith("_boxes") else each for name, each in rows.items()}
+            found = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
+            return {name: each / share if name.endswith("_boxes") else each for name, each in found.items()}
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         return cast(dict[str, Tensor], output.loss_dict)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from harness.data import TINY_RT_DETR
 from safetensors.torch import load_file
 
 LOSSES = tuple(f"{of}_{loss}" for of in ("train", "val") for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
@@ -47,6 +48,43 @@ def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workpl
         split_weights = load_file(workplace.folder / name / "model" / "model.safetensors")
         for key, tensor in weights.items():
             assert (split_weights[key] - tensor).abs().max() < 1e-5, (name, key)
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_rt_detr_trains_the_same_in_micro_batches_of_the_same_size(workplace, tiny_data: Path) -> None:
+    """Its neck has trained batch norm, whose statistics are those of a micro-batch."""
+    for name, (num_processes, accumulation) in {"accumulated": (1, 2), "two_processes": (2, 1)}.items():
+        finished = workplace.train(
+            tiny_data,
+            *TINY_RT_DETR,
+            "training.max_steps=10",
+            "training.num_epochs=9",
+            "training.batch_size=4",
+            f"training.gradient_accumulation_steps={accumulation}",
+            "training.learning_rate=3e-5",
+            "training.learning_rate_backbone=3e-5",
+            "model.freeze_batch_norm=true",
+            "data.augmentation=detr",
+            output=name,
+            num_processes=num_processes,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    without_boxes = [value == 0 for _, value in workplace.history("train_loss_bbox", "accumulated")]
+    assert 0 < sum(without_boxes) < 10
+    for metric in ("train_loss", "train_loss_vfl", "train_loss_bbox", "train_loss_giou"):
+        assert workplace.history(metric, "two_processes") == [
+            (step, pytest.approx(value, rel=1e-4, abs=1e-7))
+            for step, value in workplace.history(metric, "accumulated")
+        ]
+    one, two = (
+        load_file(workplace.folder / name / "model" / "model.safetensors")
+        for name in ("accumulated", "two_processes")
+    )
+    for key, tensor in one.items():
+        if "running_" not in key:  # the main process's statistics are used, of its micro-batches alone
+            assert (two[key] - tensor).abs().max() < 1e-5, key
 
 
 @pytest.mark.dist
