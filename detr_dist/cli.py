@@ -72,7 +72,8 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check the data, report what would run where, and end. Nothing is trained or written.",
+            help="Check the data and your own classes, report what would run where, and end. Nothing is "
+            "trained or written.",
         ),
     ] = False,
     overrides: Overrides = None,

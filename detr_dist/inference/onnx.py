@@ -14,6 +14,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from detr_dist.data.sampling import round_up
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.models.families import family_of
 from detr_dist.text import one_line
@@ -29,8 +30,6 @@ _TRACED_SHAPE = (2, 256, 320)
 # Number, height and width of images to compare, all different from the traced ones; odd sizes reveal wrong
 # rounding.
 _CHECKED_SHAPES = ((1, 224, 224), (3, 288, 199), (2, 193, 352))
-_CHECKED_SHAPES_BY_32 = ((1, 224, 224), (3, 288, 192), (2, 192, 352))
-"""For networks that need multiples of 32, those that do not use the mask."""
 
 
 def check_onnx_packages() -> None:
@@ -48,9 +47,9 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
     """Write `network` as ONNX and return the largest difference of its outputs to torch.
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
-    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B, H and W may
-    be any, or any multiples of 32 for a network that does not use the mask, whose boxes are fractions of H
-    and W; the others' are fractions of the image.
+    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B may be any,
+    H and W all that the family takes. Boxes are fractions of the image, or of H and W for a family that does
+    not use the mask.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -99,7 +98,7 @@ def _export(traced: _Traced, path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
-            _images(*_TRACED_SHAPE),
+            _images(*_suitable(_TRACED_SHAPE, traced.network)),
             path,
             input_names=["pixel_values", "pixel_mask"],
             output_names=list(TOLERANCES),
@@ -146,9 +145,8 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     options.log_severity_level = 4  # errors are raised in any case
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
-    uses_mask = family_of(traced.network.config).uses_mask
-    for shape in _CHECKED_SHAPES if uses_mask else _CHECKED_SHAPES_BY_32:
-        pixel_values, pixel_mask = _images(*shape)
+    for shape in _CHECKED_SHAPES:
+        pixel_values, pixel_mask = _images(*_suitable(shape, traced.network))
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
         found = session.run(list(TOLERANCES), inputs)
         expected = traced(pixel_values, pixel_mask)
@@ -156,6 +154,14 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
         differences = torch.stack([(wanted.double() - got.double()).abs().max() for wanted, got in pairs])
         largest = torch.maximum(largest, differences)  # keeps NaN
     return dict(zip(TOLERANCES, largest.tolist(), strict=True))
+
+
+def _suitable(shape: tuple[int, int, int], network: PreTrainedModel) -> tuple[int, int, int]:
+    """Return number, height and width of images with the next larger sides that the network takes."""
+    family, (num_images, height, width) = family_of(network.config), shape
+    if family.square_only:
+        width = height
+    return num_images, *round_up((height, width), family.size_multiple(network.config))
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,13 @@ from detr_dist.models.backbone import (
     restore_timm_norms,
     thaw_batch_norm,
 )
-from detr_dist.models.detector import Detector, class_names_of, keep_normalization, normalization_at
+from detr_dist.models.detector import (
+    UNNORMALIZED,
+    Detector,
+    class_names_of,
+    keep_normalization,
+    normalization_at,
+)
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
 from detr_dist.text import one_line
@@ -215,6 +221,8 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     try:
         network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
         check_backbone(network_config)
+        if not family.imagenet_normalization and config.pretrained_backbone is False:
+            keep_normalization(network_config, UNNORMALIZED)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many types for a value they refuse
         reason = one_line(error)
@@ -297,9 +305,9 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 def _check_forward(detector: Detector) -> None:
     """Run the network once: some values that transformers accepts fail only then, better now than later."""
+    edge = detector.trial_edge
     try:
         with torch.no_grad():
-            edge = detector.family.trial_edge
             image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8)
             detector.eval()(image, torch.tensor([[edge, edge]]))
     except Exception as error:

@@ -48,9 +48,9 @@ class Replicated:
 
     zero_stage = 0
 
-    def average(self, trained: Detector, decay: float) -> WeightAverage:
+    def average(self, trained: Detector, decay: float, warmup_steps: int = 0) -> WeightAverage:
         """Build the moving average of the weights."""
-        return WeightAverage(trained, decay)
+        return WeightAverage(trained, decay, warmup_steps)
 
     def prepare(
         self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
@@ -84,7 +84,7 @@ def _settle_order_of_sums(model: DistributedDataParallel, detector: Detector, de
     for module in model.train().modules():
         if isinstance(module, _BatchNorm):
             module.eval()  # keeps its statistics unchanged
-    edge, nothing = detector.family.trial_edge, (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), [0])
+    edge, nothing = detector.trial_edge, (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), [0])
     image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8, device=device)
     denoising = None
     if detector.denoising is not None:
@@ -108,9 +108,10 @@ class Zero(Replicated):
     def __init__(self, stage: int) -> None:
         self.zero_stage = stage
 
-    def average(self, trained: Detector, decay: float) -> WeightAverage:
+    def average(self, trained: Detector, decay: float, warmup_steps: int = 0) -> WeightAverage:
         """Build the moving average; under stage 3 one that gathers the weights."""
-        return GatheringAverage(trained, decay) if self.zero_stage == 3 else WeightAverage(trained, decay)
+        kind = GatheringAverage if self.zero_stage == 3 else WeightAverage
+        return kind(trained, decay, warmup_steps)
 
     def prepare(
         self, accelerator: Accelerator, detector: Detector, optimizer: Optimizer
@@ -191,8 +192,8 @@ class GatheringAverage(WeightAverage):
     different numbers of batches. If nothing is averaged, the copy stays on the host while it is not in use.
     """
 
-    def __init__(self, trained: Detector, decay: float) -> None:
-        super().__init__(trained, decay)
+    def __init__(self, trained: Detector, decay: float, warmup_steps: int = 0) -> None:
+        super().__init__(trained, decay, warmup_steps)
         self._device = next(trained.parameters()).device
         if not decay:
             self.detector = copy.deepcopy(trained).requires_grad_(False).cpu()
@@ -228,6 +229,13 @@ def _own_part(parameter: Tensor, whole: Tensor) -> Tensor:
     size, process = sharded.ds_tensor.numel(), torch.distributed.get_rank(sharded.ds_process_group)
     part = whole.flatten()[process * size : (process + 1) * size]
     return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def synchronise_batch_norm(network: nn.Module) -> None:
+    """Let trained batch norm use the images of all processes; names in the state dict stay the same."""
+    from timm.layers.norm_act import convert_sync_batchnorm  # slow to import, and needed only here
+
+    convert_sync_batchnorm(network)  # torch's own would drop the activations in timm's batch norm
 
 
 def zero_plugin(settings: TrainingConfig, num_processes: int) -> DeepSpeedPlugin | None:

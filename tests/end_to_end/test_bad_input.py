@@ -148,6 +148,16 @@ def test_every_process_reports_the_error_and_none_hangs(workplace, data) -> None
 
 
 @pytest.mark.dist
+def test_batch_norm_cannot_be_synchronised_on_the_cpu(workplace, data) -> None:
+    finished = workplace.train(data, "training.sync_batch_norm=true", num_processes=2)
+    assert finished.returncode != 0
+    for process in (0, 1):
+        refused = "training.sync_batch_norm: torch synchronises batch norm on GPUs only"
+        assert f"[process {process}] error: {refused}" in finished.stderr
+    assert not (workplace.folder / "out").exists()  # nothing has been written or tracked
+
+
+@pytest.mark.dist
 def test_an_error_on_one_process_during_training_is_reported_on_all(workplace, data) -> None:
     for path in (data / "train").glob("*.jpg"):
         path.write_bytes(b"not an image")

@@ -30,6 +30,7 @@ FAMILY = Family(
     loss_kind="sigmoid",
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
+    image_processor="DeformableDetrImageProcessor",
     masks_attention=False,  # it samples points; padding is zero
     prepare=keep_features_in_float32,
 )

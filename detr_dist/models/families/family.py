@@ -54,6 +54,10 @@ def _nothing(network: PreTrainedModel) -> None:
     """Leave the network as the library builds it."""
 
 
+def _any_size(network_config: PreTrainedConfig) -> int:
+    return 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The definition of a family of detectors.
@@ -89,6 +93,16 @@ class Family:
     masks_attention: bool = True
     """Whether attention uses a mask [B, 1, 1, S] of the positions that are not padding, which is then made
     without waiting for the device; otherwise the network makes what it needs."""
+    size_multiple: Callable[[PreTrainedConfig], int] = _any_size
+    """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
+    configuration."""
+    square_only: bool = False
+    """Whether the network takes square images only."""
+    imagenet_normalization: bool = True
+    """Whether a new network gets pixels normalized as for ImageNet, as any with a pretrained backbone does;
+    otherwise it gets values from 0 to 1."""
+    image_processor: str = "ConditionalDetrImageProcessor"
+    """Transformers' class that prepares its images: the class written into `preprocessor_config.json`."""
     uses_mask: bool = True
     """Whether boxes are fractions of the image, which the pixel mask describes, or of the padded canvas."""
     has_denoising: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.models.backbone import backbone_body
 from detr_dist.models.denoising import take_prepared_queries
@@ -100,6 +100,11 @@ def look_forward_twice(boxes: Tensor) -> Tensor:
     return torch.cat((boxes[:1], (logits[1:] + (before - before.detach())).sigmoid()))
 
 
+def coarsest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the pixels a side of a cell of the smallest feature map, which is enlarged to fit the others."""
+    return int(max(network_config.feat_strides))
+
+
 FAMILY = Family(
     name="rt_detr_v2",
     model_type="rt_detr_v2",
@@ -120,6 +125,9 @@ FAMILY = Family(
     float32_modules=(*FLOAT32_MODULES, "enc_score_head", "enc_bbox_head"),
     masks_attention=False,
     uses_mask=False,
+    size_multiple=coarsest_stride,
+    imagenet_normalization=False,
+    image_processor="RTDetrImageProcessor",
     has_denoising=True,
     trial_edge=256,
     begin=begin,

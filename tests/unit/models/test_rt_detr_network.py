@@ -56,7 +56,7 @@ def test_losses_and_gradients_do_not_depend_on_the_micro_batches(tiny_detector, 
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # its statistics are those of a micro-batch, and no loss could change that
     losses, gradients = step(detector, [0, 8])
-    assert list(losses) == ["loss", "loss_vfl", "loss_bbox", "loss_giou"]
+    assert losses.keys() == {"loss", "loss_vfl", "loss_bbox", "loss_giou"}
     for edges in ([0, 4, 8], [0, 2, 4, 6, 8], [0, 4, 6, 7, 8]):  # [4, 6] has no box
         found, found_gradients = step(detector, edges)
         for name, value in losses.items():
@@ -90,12 +90,8 @@ def test_published_weights_are_kept_but_for_the_heads_of_other_classes(
     before = published(tmp_path, architecture).state_dict()
     config = ModelConfig(model_architecture=architecture, pretrained=str(tmp_path))
     after = build_detector(config, class_names).network.state_dict()
-    heads = {
-        "model.denoising_class_embed.weight",
-        "model.enc_score_head.weight",
-        *(f"{place}class_embed.{layer}.weight" for place in ("", "model.decoder.") for layer in range(3)),
-    }
-    biases = {name.replace("weight", "bias") for name in heads if "denoising" not in name}
+    heads = {name for name in before if "class_embed" in name or "enc_score_head" in name}
+    biases = {name for name in heads if name.endswith("bias")}
     changed = {
         name
         for name, value in before.items()
@@ -103,7 +99,7 @@ def test_published_weights_are_kept_but_for_the_heads_of_other_classes(
         and (value.shape != after[name].shape or not torch.equal(value, after[name]))
     }
     # A new bias may have the value of the published one.
-    assert changed - biases == (set() if class_names == ["cat", "dog"] else heads)
+    assert changed - biases == (set() if class_names == ["cat", "dog"] else heads - biases)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -115,7 +111,8 @@ def test_heads_with_two_names_stay_one_in_copies_files_and_the_optimizer(
     loaded = load_network("it", str(tmp_path))
     for network in (detector.network, copy.deepcopy(detector).network, loaded):
         for name in ("class_embed", "bbox_embed"):
-            top, inner = getattr(network, name), getattr(network.model.decoder, name)
+            inner = getattr(network.model.decoder, name)
+            top = getattr(network, name, inner)  # RT-DETR's have one name in recent versions
             for mine, yours in zip(top.parameters(), inner.parameters(), strict=True):
                 assert mine is yours
         first, second = (network.model.decoder.class_embed[layer].weight for layer in (0, 1))
