@@ -123,7 +123,7 @@ def test_unavailable_weights_are_an_error_that_names_the_setting(monkeypatch) ->
         build_detector(ModelConfig(hidden_dim=32, num_encoder_layers=1, num_decoder_layers=1), CLASS_NAMES)
 
 
-@pytest.mark.parametrize("architecture", ["conditional_detr", "deformable_detr", "dab_detr"])
+@pytest.mark.parametrize("architecture", ["conditional_detr", "deformable_detr", "dab_detr", "rt_detr_v2"])
 def test_sigmoid_heads_start_at_one_over_num_classes_plus_one(
     tiny_detector, two_images, architecture: str
 ) -> None:
