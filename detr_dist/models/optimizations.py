@@ -84,6 +84,7 @@ def keep_sizes_on_host(network: PreTrainedModel) -> None:
     on_host = _SizesOnHost()
     network.model.encoder.register_forward_hook(on_host.begin)
     network.model.enc_output.register_forward_pre_hook(on_host.end)
+    network.model.register_forward_hook(on_host.end, always_call=True)  # after an error as well
 
 
 def _unchecked(*_: object) -> None:
@@ -93,11 +94,16 @@ def _unchecked(*_: object) -> None:
 class _SizesOnHost(TorchFunctionMode):
     """Creates empty tensors of integers on the host, between two modules of a forward pass."""
 
+    is_active = False
+
     def begin(self, *_: object) -> None:
-        self.__enter__()
+        self.is_active = True
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def end(self, *_: object) -> None:
-        self.__exit__(None, None, None)
+        if self.is_active:
+            self.is_active = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

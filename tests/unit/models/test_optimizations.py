@@ -76,6 +76,20 @@ def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     assert sum(counters["graph_break"].values()) == breaks
 
 
+def test_sizes_stay_on_the_host_within_a_forward_pass_alone(tiny_detector, monkeypatch) -> None:
+    detector = tiny_detector("rt_detr_v2")
+    modes = torch.overrides._get_current_function_mode_stack
+    images, sizes_hw = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]])
+    monkeypatch.setattr(
+        detector.network.model.decoder_input_proj[1], "forward", lambda _: seen.extend(modes())
+    )
+    seen: list[object] = []
+    with pytest.raises(AttributeError):
+        detector(images, sizes_hw)
+    assert len(seen) == 1
+    assert modes() == []
+
+
 def refuse(graph: object, inputs: object) -> NoReturn:
     raise AssertionError("this was to be compiled")
 
