@@ -98,7 +98,7 @@ class ModelConfig(Section):
     state dict (.safetensors or .pth), without internet. A model from `pretrained` includes its backbone."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
-    otherwise."""
+    otherwise; `true` also freezes that of the necks of RT-DETR, D-FINE, DEIMv2 and LW-DETR."""
     num_classes: Count | None = None
     """Number of classes, checked against the data; unset: taken from the data."""
     hidden_dim: Count | None = None

@@ -31,6 +31,7 @@ from detr_dist.models.detector import (
 )
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
+from detr_dist.models.optimizations import freeze_batch_norm
 from detr_dist.text import one_line
 
 
@@ -91,6 +92,8 @@ def build_detector(
     restore_timm_norms(network)
     if not _freezes_batch_norm(config):
         thaw_batch_norm(network)
+    elif config.freeze_batch_norm is True:
+        freeze_batch_norm(network)
     for name, parameter in backbone_body(network).named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and is_stem(name)))
     detector = Detector(network, family, channels_last=channels_last)

@@ -12,7 +12,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -164,6 +164,22 @@ def keep_type_in_frozen_norms(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if is_frozen_norm(module):
             module.register_forward_hook(_to_input_type)
+
+
+def freeze_batch_norm(network: PreTrainedModel) -> None:
+    """Keep weights and statistics of all batch norm, so that no image depends on others of its micro-batch.
+
+    The backbone's is of a frozen kind already; the necks of some families have more.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+            _put_before(module, _InEvaluation)
+
+
+class _InEvaluation(nn.Module):
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
 
 def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
