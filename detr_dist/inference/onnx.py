@@ -48,7 +48,8 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
     and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B may be any,
-    H and W all that the family takes.
+    H and W all that the family takes. Boxes are fractions of the image, or of H and W for a family that does
+    not use the mask.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -79,8 +80,11 @@ class _Traced(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
+        self._uses_mask = family_of(network.config).uses_mask
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._uses_mask:
+            pixel_values = pixel_values * pixel_mask[:, None]  # an input without use would be left out
         output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return output.logits, output.pred_boxes
 

@@ -287,7 +287,10 @@ def _check_pretrained(
 
 def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool) -> None:
     for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Linear) or not _is_of_class_head(name, family):
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not _is_of_class_head(name, family):
+            continue
+        if isinstance(layer, nn.Embedding):  # of classes, for denoising queries
+            layer.reset_parameters()
             continue
         if renew:
             layer.reset_parameters()
@@ -305,8 +308,7 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 def _check_forward(detector: Detector) -> None:
     """Run the network once: some values that transformers accepts fail only then, better now than later."""
-    multiple = detector.family.size_multiple(detector.network.config)
-    edge = math.ceil(detector.family.trial_edge / multiple) * multiple
+    edge = detector.trial_edge
     try:
         with torch.no_grad():
             image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8)

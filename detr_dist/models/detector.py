@@ -5,6 +5,7 @@ Pixels are normalized as for ImageNet, unless the model's image processor does i
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,12 @@ class Detector(nn.Module):
         return int(self.family.shape_of(config)["num_queries"])
 
     @property
+    def trial_edge(self) -> int:
+        """Pixels of a square image on which the network runs, whatever its size."""
+        multiple = self.family.size_multiple(self.network.config)
+        return math.ceil(self.family.trial_edge / multiple) * multiple
+
+    @property
     def plain_config(self) -> PreTrainedConfig:
         """The configuration with which the library alone makes the same predictions from these weights."""
         config = copy.deepcopy(self.network.config)
@@ -168,8 +175,8 @@ class Detector(nn.Module):
             share = torch.stack((sizes_hw[:, 1] / width, sizes_hw[:, 0] / height) * 2, 1)[:, None]
             if denoising is not None:
                 labels = denoising._replace(boxes_cxcywh=denoising.boxes_cxcywh * share)
-            rows = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
-            return {name: each / share if name.endswith("_boxes") else each for name, each in rows.items()}
+            found = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
+            return {name: each / share if name.endswith("_boxes") else each for name, each in found.items()}
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         return cast(dict[str, Tensor], output.loss_dict)
 
