@@ -86,10 +86,11 @@ class ModelConfig(Section):
     """The network, and the weights that it starts from."""
 
     model_architecture: Family = "detr"
-    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, or a family that you registered."""
-    backbone: str | dict[str, Any] = "resnet50"
+    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, `lw_detr`, `rf_detr`, or a family that you
+    registered."""
+    backbone: str | dict[str, Any] | None = None
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
-    `model_type`)."""
+    `model_type`). Unset: resnet50, or the architecture's own (`lw_detr`, `rf_detr`)."""
     pretrained: str | None = None
     """Hub id or folder of a complete detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is
     replaced."""

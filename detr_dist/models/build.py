@@ -75,6 +75,8 @@ def build_detector(
             f"classes ({', '.join(class_names)}); correct it or leave it out"
         )
     family = find_family(config.model_architecture)
+    if config.backbone is None:
+        config = config.model_copy(update={"backbone": family.default_backbone})
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
@@ -219,8 +221,9 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     options = _shape_options(config, family) | _further_options(config, family) | labels
     if isinstance(config.backbone, str):
         options["backbone"] = config.backbone
-    else:
+    elif config.backbone is not None:
         options["backbone_config"] = config.backbone
+    _check_backbone_type(config, family)
     try:
         network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
         check_backbone(network_config)
@@ -233,6 +236,18 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     family.begin(network)
     _begin_class_heads(network, family, renew=False)
     return network
+
+
+def _check_backbone_type(config: ModelConfig, family: Family) -> None:
+    backbone = config.backbone
+    if backbone is None or family.backbone_type is None:
+        return
+    found = backbone if isinstance(backbone, str) else backbone.get("model_type")
+    if isinstance(backbone, str) or found != family.backbone_type:
+        raise UsageError(
+            f"model.backbone: {family.name} cannot have {found}, only a backbone of its own; leave it out, "
+            f"or give its options, as in {{model_type: {family.backbone_type}, ...}}"
+        )
 
 
 def _pretrained_network(config: ModelConfig, family: Family, labels: dict[str, Any]) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, is_frozen_norm, unwrapped_body
@@ -241,13 +242,19 @@ def num_compiled_graphs() -> int:
 
 
 def recompute_activations(network: PreTrainedModel) -> None:
-    """Keep only the inputs of encoder and decoder layers and timm stages, and recompute the rest in backward.
+    """Keep only the inputs of layers and of timm's stages, and recompute the rest in the backward pass.
 
     A backbone whose batch norm is trained keeps everything, because its statistics would be updated twice.
     """
     body = unwrapped_body(network)
     learns_statistics = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
-    stages = [] if learns_statistics else [child for child in body.children() if any(child.children())]
+    # The layers of a vision transformer. The library collects their outputs, which fails for larger parts.
+    layers: list[nn.Module] = [
+        module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    stages = layers or [child for child in body.children() if any(child.children())]
+    if learns_statistics:
+        stages = []
     for part in (*stages, *_transformer_layers(network)):
         _put_before(part, _Recomputed)
 
