@@ -110,11 +110,6 @@ class Family:
     configuration."""
     backbone_type: str | None = None
     """`model_type` of the only backbones that the network can have; None: any, also timm's."""
-    size_multiple: Callable[[PreTrainedConfig], int] = _any_size
-    """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
-    configuration."""
-    square_only: bool = False
-    """Whether the network takes square images only."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""
