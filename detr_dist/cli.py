@@ -72,7 +72,8 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Check the data, report what would run where, and end. Nothing is trained or written.",
+            help="Check the data and your own classes, report what would run where, and end. Nothing is "
+            "trained or written.",
         ),
     ] = False,
     overrides: Overrides = None,
@@ -127,9 +128,7 @@ def check_data(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML file with the settings; data.shortest_edge, data.longest_edge and model.* count."
-        ),
+        typer.Option(help="YAML file with the settings; data.resize with its edges, and model.*, count."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Open no image.")] = False,
     as_json: Annotated[

@@ -9,27 +9,29 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from detr_dist.config_text import describe_problem, parse_value, read_yaml, set_key, split_override
+from detr_dist.config_training import TrainingConfig as TrainingConfig
 from detr_dist.config_types import (
     Augmentation,
     Count,
     CountOrAuto,
     CountOrZero,
+    Edge,
+    Edges,
     EnvironmentDefault,
     Family,
     Mapping,
     Names,
-    Positive,
-    PositiveOrZero,
-    Precision,
     Probability,
+    ResizeMode,
     Section,
-    Seed,
     ShareOrAuto,
     SwitchOrPath,
     Weights,
     takes_text,
 )
 from detr_dist.errors import UsageError
+
+_SQUARE_FAMILIES = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr"})
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # MLflow's own default
 
@@ -42,15 +44,28 @@ class DataConfig(Section):
     the training process itself."""
     prefetch_factor: Count = 4
     """Micro-batches that each loader process prepares in advance."""
-    shortest_edge: Annotated[int, Field(ge=32)] = 800
+    resize: ResizeMode = "shortest_edge"
+    """`shortest_edge` keeps the aspect ratio. `square` gives every image `shortest_edge` x `shortest_edge`
+    pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round. Unset:
+    `square` for RT-DETR, D-FINE, DEIMv2, LW-DETR and RF-DETR, which do not see padding."""
+    shortest_edge: Edge = 800
     """Pixels of an image's shorter side after the resize."""
-    longest_edge: Annotated[int, Field(ge=32)] = 1333
-    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
+    longest_edge: Edge = 1333
+    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`. In a
+    `rectangle`, its longer side."""
+    multi_scale: Edges = Field([])
+    """Values of `shortest_edge` for training, e.g. [480, 512, 544]: every optimizer step draws one, and
+    scales `longest_edge` with it. Repeat a value to draw it more often. Empty: always `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize. Or a list, applied in this order: one of these, then any of `mosaic` (every second
-    image is made of four) and transforms of your own by registered name, `package.module.Name` or
+    multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
+    second image is made of four), `mixup` (every second is blended with another), `photometric` (brightness,
+    contrast, saturation, hue), `zoom_out` (every second is shrunk on a black canvas), `iou_crop` (a random
+    window around a box is enlarged), and transforms of your own by registered name, `package.module.Name` or
     `file.py:Name`."""
+    augmentation_off_epochs: CountOrZero = 0
+    """In the last N of `training.num_epochs`, apply only the recipe of `augmentation`: images are then like
+    those of validation."""
     group_by_shape: bool = True
     """Group images of similar height and width, after augmentation, into optimizer steps, because all images
     of a step are padded to the largest. No effect if all images have one size; `false` mixes sizes as in the
@@ -58,11 +73,11 @@ class DataConfig(Section):
     canvas_multiple: Count = 32
     """Round the height and width to which a step's images are padded up to a multiple of this many pixels: a
     GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr`, images of
-    one size stay unpadded."""
+    one size stay unpadded; so do the fixed sizes of `resize`."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
-        if self.longest_edge < self.shortest_edge:
+        if self.longest_edge < self.shortest_edge and self.resize != "square":
             raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
         return self
 
@@ -84,7 +99,7 @@ class ModelConfig(Section):
     state dict (.safetensors or .pth), without internet. A model from `pretrained` includes its backbone."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
-    otherwise."""
+    otherwise; `true` also freezes that of the necks of RT-DETR, D-FINE, DEIMv2 and LW-DETR."""
     num_classes: Count | None = None
     """Number of classes, checked against the data; unset: taken from the data."""
     hidden_dim: Count | None = None
@@ -100,64 +115,6 @@ class ModelConfig(Section):
     """Dropout in the transformer; unset: the value of the architecture or the pretrained model."""
     config_overrides: Mapping = Field({})
     """Further options of the architecture's transformers configuration, by their names there."""
-
-
-class TrainingConfig(Section):
-    """Batches, schedule, optimizer, precision, speed and memory."""
-
-    batch_size: Count = 4
-    """Images per process and micro-batch."""
-    num_epochs: Count = 300
-    """Passes over the training images."""
-    max_steps: Count | None = None
-    """End after this many optimizer steps if they are reached before `num_epochs`; the learning-rate schedule
-    still spans `num_epochs`, so that a run that is ended early and resumed equals an uninterrupted one."""
-    learning_rate: Positive = 1e-4
-    """Peak learning rate of everything but the backbone."""
-    learning_rate_backbone: PositiveOrZero = 1e-5
-    """Peak learning rate of the backbone; 0 freezes it."""
-    weight_decay: PositiveOrZero = 1e-4
-    """AdamW's decoupled decay; norms and biases are left out."""
-    gradient_clip: PositiveOrZero = 0.1
-    """Largest L2 norm of all gradients together; 0 does not clip."""
-    gradient_accumulation_steps: Count = 1
-    """Micro-batches per process and optimizer step."""
-    mixed_precision: Precision = "auto"
-    """Autocast precision of the network; the loss is always computed in float32. `auto`: the precision given
-    to accelerate launch, else bf16 if the GPU computes it natively, else no."""
-    tf32: bool = True
-    """Let a GPU round the factors of float32 convolutions and matrix products to TF32, which is faster;
-    `false` keeps them exact. No effect on the CPU."""
-    deterministic: bool = False
-    """Choose deterministic algorithms where torch has them, which can be slower; on a GPU a warning names
-    operations without one. The CPU is always deterministic."""
-    compile_model: bool = False
-    """Compile backbone and layers with torch.compile: takes minutes before the first step, then steps are
-    faster."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, slower steps."""
-    try_largest_batch: bool = True
-    """On a GPU, compute the largest batch of the run once before the first step, so that a lack of memory
-    shows at once. Changes no result."""
-    channels_last: bool = False
-    """Keep images and convolution weights in channels-last memory order."""
-    seed: Seed = 42
-    """Decides initial weights, order of samples, augmentation and dropout."""
-    lr_schedule: Literal["step", "cosine", "constant"] = "step"
-    """After the warm-up: `step` divides by 10 after two thirds of all steps, `cosine` falls to 0, `constant`
-    stays."""
-    warmup_steps: CountOrZero = 0
-    """Optimizer steps over which the learning rate rises linearly to its peak."""
-    ema_decay: Probability = 0.0
-    """Decay of the moving average of the weights that is evaluated and saved, e.g. 0.9998; lower in the first
-    steps; 0 does not average."""
-    early_stopping_patience: CountOrZero = 0
-    """End after this many evaluations in a row without a better `val_map`; 0 turns this off."""
-    extensions: Names = Field([])
-    """Your own modules, by dotted name or as `file.py`, that every process imports before it trains: they
-    register transforms, loss terms and families."""
-    callbacks: Names = Field([])
-    """Your own `Callback` classes, as `package.module.Name` or `file.py:Name`."""
 
 
 class LossConfig(Section):
@@ -238,6 +195,25 @@ class Config(Section):
         default_factory=LoggingConfig
     )  # read the environment when a Config is made
 
+    @model_validator(mode="after")
+    def _augmentation_off_within_run(self) -> Self:
+        if self.data.augmentation_off_epochs > self.training.num_epochs:
+            raise ValueError(
+                f"data.augmentation_off_epochs {self.data.augmentation_off_epochs} is more than "
+                f"training.num_epochs {self.training.num_epochs}"
+            )
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_of_family(cls, tree: Any) -> Any:
+        match tree:
+            case {"model": {"model_architecture": str(family)}} if family in _SQUARE_FAMILIES:
+                data = tree.get("data") or {}
+                if isinstance(data, dict) and "resize" not in data:
+                    return {**tree, "data": {**data, "resize": "square"}}
+        return tree
+
     @staticmethod
     def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
         """Return the settings of a YAML file, or the defaults, changed by `section.key=value`.
@@ -293,16 +269,6 @@ def override_config(config: Config, overrides: Sequence[str], *, only_known_name
         UsageError: as `load_config`.
     """
     return _resolve(config.model_dump(), {}, overrides, source="", only_known_names=only_known_names)
-
-
-def ignored_variables(config: Config) -> Iterator[str]:
-    """Yield a line for each environment variable that is ignored because the setting has another value."""
-    for key, default in FROM_ENVIRONMENT.items():
-        if default.value not in (None, getattr(config.logging, key)):
-            yield (
-                f"logging.{key} is {getattr(config.logging, key)}, as set or as in the resumed run; "
-                f"{default.variable}={default.value} is ignored"
-            )
 
 
 def _resolve(

@@ -16,19 +16,21 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         tree, texts = _parse_yaml(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}; give the path of a YAML file") from None
+        raise UsageError(f"{path}: {error.strerror}; give the path of a YAML file") from None
     except yaml.reader.ReaderError as error:
-        raise UsageError(f"--config {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except _RepeatedKeyError as error:
-        raise UsageError(f"--config {path}: {error}") from None
+        raise UsageError(f"{path}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f" in line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise UsageError(f"{path}: not valid YAML{line}: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"--config {path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):
-        raise UsageError(
-            f"--config {path}: sections such as `training:` are wanted, found a {type(tree).__name__}"
-        )
+        raise UsageError(f"{path}: sections such as `training:` are wanted, found a {type(tree).__name__}")
     return tree, texts
 
 
@@ -120,8 +122,10 @@ def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
     key = ".".join(location[:2])
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
-    shown = "" if isinstance(value, dict) and problem["type"] == "value_error" else f", got {value!r}"
-    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+    is_named = problem["type"] == "unknown_name"  # by its message
+    is_section = isinstance(value, dict) and problem["type"] == "value_error"
+    shown = "" if is_named or is_section else f", got {value!r}"
+    return f"{f'{key}: ' if key else ''}{message[0].lower()}{message[1:]}{shown}"
 
 
 def _describe_unknown(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:

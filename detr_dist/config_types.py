@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -18,7 +18,9 @@ from pydantic import (
     ValidationInfo,
     model_serializer,
 )
+from pydantic_core import PydanticCustomError
 
+from detr_dist.errors import UsageError
 from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry
 from detr_dist.redaction import redact_value
 
@@ -74,7 +76,8 @@ def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
         if unknown and (info.context or {}).get("only_known_names"):
             nearest = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.5)
             hint = f"did you mean {nearest[0]}?" if nearest else f"known are {', '.join(known)}"
-            raise ValueError(f"there is no {registry.kind} {unknown[0]!r}; {hint}")
+            text = f"there is no {registry.kind} {unknown[0]!r}; {hint}"
+            raise PydanticCustomError("unknown_name", "{text}", {"text": text})
         return value
 
     return check
@@ -108,7 +111,11 @@ CountOrZero = Annotated[int, _NO_BOOL, Field(ge=0)]
 Positive = Annotated[float, _NO_BOOL, Field(gt=0, allow_inf_nan=False)]
 PositiveOrZero = Annotated[float, _NO_BOOL, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, _NO_BOOL, Field(ge=0, lt=1)]
+Share = Annotated[float, _NO_BOOL, Field(ge=0, le=1)]
+Factor = Annotated[float, _NO_BOOL, Field(gt=0, le=1)]
 Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
+Edge = Annotated[int, _NO_BOOL, Field(ge=32)]
+ResizeMode = Literal["shortest_edge", "square", "rectangle"]
 CountOrAuto = Annotated[
     Literal["auto"] | int,
     _wanted(
@@ -141,6 +148,10 @@ Names = Annotated[
     list[str],
     BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
 ]
+Edges = Annotated[
+    list[Edge],
+    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, list) else [value]),
+]
 Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
 Weights = Annotated[dict[str, PositiveOrZero], _EMPTY_MAPPING, AfterValidator(_known(LOSSES))]
 
@@ -151,6 +162,17 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
     )
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        """Refuse every change.
+
+        Raises:
+            UsageError: always; the message says how to make a changed configuration.
+        """
+        raise UsageError(
+            f"{type(self).__name__}.{name} cannot be set, because a configuration never changes; pass "
+            f"section.key=value to Config.load, or make a copy: .model_copy(update={{{name!r}: ...}})"
+        )
 
     @model_serializer(mode="wrap")
     def _serialise(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> Any:

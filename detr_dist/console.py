@@ -43,7 +43,10 @@ class _Formatter(logging.Formatter):
 
 
 class _StandardOutput(logging.Handler):
-    """Prints on the current `sys.stdout`. A record with `is_on_screen` is skipped, as it is there already."""
+    """Prints on the current `sys.stdout`, without tracebacks, which the log file has.
+
+    A record with `is_on_screen` is skipped, as it is there already.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +55,8 @@ class _StandardOutput(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         try:
             if not getattr(record, "is_on_screen", False):
-                print_line(self.format(record))
+                without_traceback = record.__dict__ | {"exc_info": None, "exc_text": None}
+                print_line(self.format(logging.makeLogRecord(without_traceback)))
         except Exception:
             self.handleError(record)
 

@@ -167,10 +167,15 @@ def _import(name: str) -> ModuleType:
 RECIPES = ("none", "light", "detr")
 """Augmentations that decide the size of an image before it is decoded; one at most."""
 
-TRANSFORMS: Registry[Any] = Registry("augmentation", built_in=(*RECIPES, "mosaic"), takes_paths=True)
-LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
+TRANSFORMS: Registry[Any] = Registry(
+    "augmentation",
+    built_in=(*RECIPES, "mosaic", "mixup", "photometric", "zoom_out", "iou_crop"),
+    takes_paths=True,
+)
+LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce"))
 FAMILIES: Registry[Any] = Registry(
-    "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")
+    "family",
+    built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr", "rt_detr", "rt_detr_v2"),
 )
 
 register_transform = TRANSFORMS.register

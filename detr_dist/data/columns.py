@@ -27,7 +27,7 @@ Level = Literal["error", "warning"]
 """`error`: training or evaluation refuses the data, loses some of them, or gives metrics that cannot be
 trusted. `warning`: repaired automatically, or unusual."""
 
-_PLURALS = {"box": "boxes", "category": "categories", "class": "classes"}
+_PLURALS = {"box": "boxes", "category": "categories", "class": "classes", "process": "processes"}
 
 
 def counted(count: int, noun: str) -> str:

@@ -1,12 +1,13 @@
 """From a sample's key to the sample, and from samples to the batch that crosses to the device."""
 
+import copy
+import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -17,10 +18,12 @@ from torch.utils.data import Dataset, get_worker_info
 from detr_dist.boxes import xyxy_to_cxcywh
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.example import Example, example_of
 from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
-from detr_dist.data.transforms import DetectionTransform, Example, Plan, apply, build_transform, example_of
+from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
+from detr_dist.resize import Resize
 
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this in a row mean that a disk is gone or a folder is empty."""
@@ -114,7 +117,7 @@ def _black(shape: tuple[int, ...]) -> Tensor:
     if get_worker_info() is None:
         return torch.zeros(shape, dtype=torch.uint8)
     storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(
-        prod(shape)
+        math.prod(shape)
     )  # new memory from the system is zero
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
@@ -148,12 +151,24 @@ class CocoDetectionDataset(Dataset[Sample]):
     once, by a black one of the annotated size.
     """
 
-    def __init__(self, data: CocoData, transform: DetectionTransform, *, seed: int, train: bool) -> None:
-        """Take a `transform` from `build_transform` with the same `train`."""
+    def __init__(
+        self,
+        data: CocoData,
+        transform: DetectionTransform,
+        *,
+        seed: int,
+        train: bool,
+        recipe_only_from: float = math.inf,
+    ) -> None:
+        """Take a `transform` from `build_transform` with the same `train`.
+
+        From epoch `recipe_only_from` on, counted from 0, it applies its recipe alone.
+        """
         self.data = data
         self.transform = transform
         self.seed = seed
         self.train = train
+        self._recipe_only_from = recipe_only_from
         for each in transform.beside:
             if each.num_partners >= len(data):
                 raise UsageError(
@@ -171,11 +186,18 @@ class CocoDetectionDataset(Dataset[Sample]):
         return self.data.max_boxes_per_image * num_images
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        epoch, index = key
+        epoch, index, *edge = key
+        if edge:
+            return self._resized_to(*edge)[epoch, index]
         unreadable: list[Unreadable] = []
         row, example = self._example(epoch, index, unreadable)
-        for place in range(len(self.transform.beside)):
-            example = self._transformed(place, example, epoch, row)
+        beside = self.transform.beside if epoch < self._recipe_only_from else ()
+        changed_by: set[str] = set()
+        for place, transform in enumerate(beside):
+            if changed_by.isdisjoint(transform.not_after):
+                given, example = example, self._transformed(place, example, epoch, row)
+                if example.image.data_ptr() != given.image.data_ptr():  # it did not return the image itself
+                    changed_by.add(transform.name)
         image, boxes, labels = example
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
@@ -190,7 +212,15 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
         """Return height and width of a training sample after augmentation, assuming its image is readable."""
-        return self._plan(*key).size_hw
+        epoch, index, *edge = key
+        dataset = self._resized_to(*edge) if edge else self
+        return dataset._plan(epoch, index).size_hw
+
+    def _resized_to(self, shortest_edge: int) -> Self:
+        """Return the same samples, and partners of them, resized to another edge."""
+        dataset = copy.copy(self)
+        dataset.transform = replace(self.transform, resize=self.transform.resize.at(shortest_edge))
+        return dataset
 
     def _plan(self, epoch: int, row: int) -> Plan:
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
@@ -262,9 +292,14 @@ def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
     Raises:
         UsageError: `data.augmentation` names a transform that cannot be used.
     """
-    edges = config.data.shortest_edge, config.data.longest_edge
-    transform = build_transform(config.data.augmentation, *edges, train=True)
-    return CocoDetectionDataset(data, transform, seed=config.training.seed, train=True)
+    transform = build_transform(config.data.augmentation, Resize.of(config.data), train=True)
+    return CocoDetectionDataset(
+        data,
+        transform,
+        seed=config.training.seed,
+        train=True,
+        recipe_only_from=config.training.num_epochs - config.data.augmentation_off_epochs,
+    )
 
 
 def failure(what: str, error: Exception) -> LoaderError:

@@ -9,21 +9,21 @@ Every random choice comes from the generator that the caller passes; nothing her
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise, product
-from typing import Any, ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+import detr_dist.data.augmentations  # noqa: F401, registers the transforms of the package
 from detr_dist.config_types import Augmentation
-from detr_dist.data.records import MIN_BOX_EXTENT_PX
+from detr_dist.data.example import Example, clipped, crop, example_of
 from detr_dist.errors import DataError, UsageError, as_one_line
-from detr_dist.extensions import RECIPES, TRANSFORMS, register_transform
+from detr_dist.extensions import RECIPES, TRANSFORMS
+from detr_dist.resize import Resize
 
 # The published recipe in its own pixels: the shorter side of a full image has 800.
 DETR_EDGE = 800
@@ -35,18 +35,6 @@ DETR_CROP_EDGES = (384, 600)
 BRIGHTNESS_RANGE = 0.2
 CONTRAST_RANGE = 0.2
 CAST_RANGE = 0.1  # for red, green and blue each: simulates other light and white balance
-
-
-class Example(NamedTuple):
-    """One image with its boxes, as transforms get and return it.
-
-    They get a `tv_tensors.Image` and `tv_tensors.BoundingBoxes`, which the functions of
-    `torchvision.transforms.v2` support; they may return ordinary tensors.
-    """
-
-    image: Tensor  # uint8 [3, H, W]
-    boxes: Tensor  # float32 [T, 4], xyxy in pixels
-    labels: Tensor  # int64 [T], class indices
 
 
 class Transform(Protocol):
@@ -104,6 +92,11 @@ class NamedTransform(NamedTuple):
         """Number of other images that it needs."""
         return getattr(self.function, "num_partners", 0)
 
+    @property
+    def not_after(self) -> Sequence[str]:
+        """Names of transforms: it is not applied to an image that one of them has changed."""
+        return getattr(self.function, "not_after", ())
+
     def __call__(
         self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
     ) -> Example:
@@ -124,21 +117,21 @@ class DetectionTransform:
     """The augmentation and resize of images."""
 
     recipe: str
-    shortest_edge: int
-    longest_edge: int
+    resize: Resize
     beside: tuple[NamedTransform, ...] = ()  # applied after the recipe, in this order
 
     def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
         """Make all random choices for an image of this size, before it is decoded."""
         if self.recipe == "none":
-            return Plan(False, None, resized_hw(*size_hw, self.shortest_edge, self.longest_edge), None)
-        flip, window, shortest_edge = rng.random() < 0.5, None, self.shortest_edge
+            return Plan(False, None, self.resize.size_hw(*size_hw), None)
+        flip, window, resized = rng.random() < 0.5, None, self.resize.size_hw(*size_hw)
         if self.recipe == "detr":
             if rng.random() < 0.5:
                 window = _random_window(size_hw, rng)
-            shortest_edge = round(shortest_edge * _one_of(DETR_RESIZE_EDGES, rng) / DETR_EDGE)
-        height, width = window[2:] if window is not None else size_hw
-        resized = resized_hw(height, width, shortest_edge, self.longest_edge)
+            if self.resize.keeps_aspect_ratio:
+                edge = round(self.resize.shortest_edge * _one_of(DETR_RESIZE_EDGES, rng) / DETR_EDGE)
+                height, width = window[2:] if window is not None else size_hw
+                resized = replace(self.resize, shortest_edge=edge).size_hw(height, width)
         return Plan(flip, window, resized, _random_colours(rng) if rng.random() < 0.5 else None)
 
 
@@ -152,7 +145,7 @@ def apply(plan: Plan, example: Example) -> Example:
     if plan.flip:
         image, boxes = F.horizontal_flip(image), F.horizontal_flip(boxes)
     if plan.window is not None:
-        image, boxes, labels = _crop(Example(image, boxes, labels), plan.window)
+        image, boxes, labels = crop(Example(image, boxes, labels), plan.window)
     size = list(plan.size_hw)
     image, boxes = F.resize(image, size, antialias=True), F.resize(boxes, size)
     if plan.colours is not None:
@@ -160,9 +153,7 @@ def apply(plan: Plan, example: Example) -> Example:
     return Example(image, boxes, labels)
 
 
-def build_transform(
-    augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
-) -> DetectionTransform:
+def build_transform(augmentation: Augmentation, resize: Resize, train: bool) -> DetectionTransform:
     """Return the transform for `data.augmentation` in training; evaluation only resizes.
 
     Raises:
@@ -170,7 +161,7 @@ def build_transform(
     """
     names = _names(augmentation) if train else []
     beside = tuple(_find_transform(name) for name in names if name not in RECIPES)
-    return DetectionTransform(recipe_of(names), shortest_edge, longest_edge, beside)
+    return DetectionTransform(recipe_of(names), resize, beside)
 
 
 def recipe_of(augmentation: Augmentation) -> str:
@@ -214,40 +205,22 @@ def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Exam
         raise DataError(f"it returned the box {boxes[is_wrong][0].tolist()}; boxes are [x1, y1, x2, y2]")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise DataError(f"it returned the labels {labels.tolist()}; they are from 0 to {num_classes - 1}")
-    return _clipped(example_of(image, boxes, labels, size_hw))
-
-
-def example_of(image: Tensor, boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> Example:
-    """Return an example of ordinary tensors, with boxes in pixels of an image of this size."""
-    corners = tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size_hw)
-    return Example(tv_tensors.Image(image), corners, labels)
-
-
-def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Return the size after the resize: the shorter side as configured, less if the longer is over its limit.
-
-    Source: DETR. Departure: integer arithmetic, so that the limit holds to the pixel.
-    """
-    short, long = sorted((height, width))
-    if shortest_edge * long <= longest_edge * short:
-        short, long = shortest_edge, shortest_edge * long // short
-    else:
-        short, long = max(1, round(longest_edge * short / long)), longest_edge
-    return (short, long) if height <= width else (long, short)
+    return clipped(example_of(image, boxes, labels, size_hw))
 
 
 def areas_after_resize(
-    sizes_hw: NDArray[np.int64], augmentation: Augmentation, shortest_edge: int, longest_edge: int
+    sizes_hw: NDArray[np.int64], augmentation: Augmentation, resizes: Sequence[Resize]
 ) -> tuple[int, int]:
-    """Return the areas of the smallest and largest image after the resize, in pixels, for sizes [N, 2].
+    """Return the areas of the smallest and largest image after any of the resizes, for sizes [N, 2].
 
-    Images of the recipe `detr` lie between them.
+    In pixels. Images of the recipe `detr` lie between them.
     """
-    sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
+    sizes = [each.size_hw(h, w) for h, w in np.unique(sizes_hw, axis=0).tolist() for each in resizes]
     areas = [height * width for height, width in sizes]
-    if recipe_of(augmentation) == "detr":  # with a crop of almost any shape
+    if recipe_of(augmentation) == "detr" and resizes[0].keeps_aspect_ratio:  # a crop of almost any shape
         smallest_scale = DETR_RESIZE_EDGES[0] / DETR_EDGE
-        return int(min(*areas, shortest_edge**2) * smallest_scale**2), shortest_edge * longest_edge
+        least = min(*areas, *(each.shortest_edge**2 for each in resizes)) * smallest_scale**2
+        return int(least), max(each.shortest_edge * each.longest_edge for each in resizes)
     return min(areas), max(areas)
 
 
@@ -293,53 +266,3 @@ def _random_window(size_hw: tuple[int, int], rng: np.random.Generator) -> tuple[
     crop_height, crop_width = (round(rng.uniform(smallest, min(side, largest))) for side in (height, width))
     top, left = rng.integers(0, (height - crop_height + 1, width - crop_width + 1)).tolist()
     return top, left, crop_height, crop_width
-
-
-def _crop(example: Example, window: tuple[int, int, int, int]) -> Example:
-    image, boxes, labels = example
-    return _clipped(Example(F.crop(image, *window), F.crop(boxes, *window), labels))
-
-
-def _clipped(example: Example) -> Example:
-    """Clip boxes to the image, and drop those without extent together with their labels."""
-    boxes = F.clamp_bounding_boxes(example.boxes)
-    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
-    return Example(example.image, tv_tensors.wrap(boxes[kept], like=boxes), example.labels[kept])
-
-
-@register_transform("mosaic")
-class Mosaic:
-    """Composes every second image of four: more objects in a step, so more matched queries.
-
-    The image is divided at a point in its middle half. Each part is filled with a random window of one of
-    the four images, at a scale between the smallest that fills it and the image's own.
-
-    Source: YOLOv4; for DETR, DEIM (dense one-to-one matching).
-    """
-
-    num_partners: ClassVar[int] = 3
-
-    def __call__(self, example: Example, rng: np.random.Generator, partners: Sequence[Example]) -> Example:
-        """Return the example itself, or a mosaic of it and its partners."""
-        if rng.random() < 0.5:
-            return example
-        image, boxes, labels = torch.empty_like(example.image), [], []
-        ends = [(0, round(side * rng.uniform(0.25, 0.75)), side) for side in example.image.shape[-2:]]
-        parts = product(*map(pairwise, ends))
-        for source, ((top, bottom), (left, right)) in zip((example, *partners), parts, strict=True):
-            if top < bottom and left < right:
-                part = _random_part(source, (bottom - top, right - left), rng)
-                image[:, top:bottom, left:right] = part.image
-                boxes.append(part.boxes.as_subclass(Tensor) + torch.tensor([left, top, left, top]))
-                labels.append(part.labels)
-        return Example(image, torch.cat(boxes), torch.cat(labels))
-
-
-def _random_part(example: Example, size_hw: tuple[int, int], rng: np.random.Generator) -> Example:
-    image, boxes, labels = example
-    least = max(part / side for part, side in zip(size_hw, image.shape[-2:], strict=True))
-    scale = rng.uniform(least, max(least, 1))
-    resized = [max(part, round(scale * side)) for part, side in zip(size_hw, image.shape[-2:], strict=True)]
-    top, left = (int(rng.integers(side - part + 1)) for side, part in zip(resized, size_hw, strict=True))
-    window = (top, left, *size_hw)
-    return _crop(Example(F.resize(image, resized, antialias=True), F.resize(boxes, resized), labels), window)

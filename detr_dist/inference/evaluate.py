@@ -4,7 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from detr_dist import __version__
 from detr_dist.config import Config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.columns import counted
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
@@ -50,9 +51,9 @@ class EvaluationReport:
     class_names: tuple[str, ...]
     confusion: NDArray[np.int64]
     """[C + 1, C + 1], rows truth, columns predicted; the last row and column are the background."""
-    facts: dict[str, Any]
+    facts: dict[str, Any] = field(repr=False)
     """The model, the data, the settings and the duration of the evaluation."""
-    details: Details | None
+    details: Details | None = field(repr=False)
     """The detections and annotations of every image; on the main process only, None elsewhere."""
 
 
@@ -113,8 +114,9 @@ def _evaluate(
             for line in (*skipped, *notices, *data.notices):
                 _logger.info(line)
             _logger.info(
-                f"{len(data)} images; {host.num_processes} processes ({accelerator.device}, precision "
-                f"{config.training.mixed_precision}) x batch {config.training.batch_size}"
+                f"{counted(len(data), 'image')}; {counted(host.num_processes, 'process')} "
+                f"({accelerator.device}, precision {config.training.mixed_precision}) x batch "
+                f"{config.training.batch_size}"
             )
         started_at = time.perf_counter()
         scores = evaluator.evaluate(model.detector(config, accelerator.device))

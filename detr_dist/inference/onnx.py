@@ -14,7 +14,9 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from detr_dist.data.sampling import round_up
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.models.families import family_of
 from detr_dist.text import one_line
 
 TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
@@ -45,8 +47,9 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
     """Write `network` as ONNX and return the largest difference of its outputs to torch.
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
-    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B, H and W may
-    be any.
+    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B may be any,
+    H and W all that the family takes. Boxes are fractions of the image, or of H and W for a family that does
+    not use the mask.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -77,8 +80,11 @@ class _Traced(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
+        self._uses_mask = family_of(network.config).uses_mask
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._uses_mask:
+            pixel_values = pixel_values * pixel_mask[:, None]  # an input without use would be left out
         output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return output.logits, output.pred_boxes
 
@@ -92,7 +98,7 @@ def _export(traced: _Traced, path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
-            _images(*_TRACED_SHAPE),
+            _images(*_suitable(_TRACED_SHAPE, traced.network)),
             path,
             input_names=["pixel_values", "pixel_mask"],
             output_names=list(TOLERANCES),
@@ -140,7 +146,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
     for shape in _CHECKED_SHAPES:
-        pixel_values, pixel_mask = _images(*shape)
+        pixel_values, pixel_mask = _images(*_suitable(shape, traced.network))
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
         found = session.run(list(TOLERANCES), inputs)
         expected = traced(pixel_values, pixel_mask)
@@ -148,6 +154,14 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
         differences = torch.stack([(wanted.double() - got.double()).abs().max() for wanted, got in pairs])
         largest = torch.maximum(largest, differences)  # keeps NaN
     return dict(zip(TOLERANCES, largest.tolist(), strict=True))
+
+
+def _suitable(shape: tuple[int, int, int], network: PreTrainedModel) -> tuple[int, int, int]:
+    """Return number, height and width of images with the next larger sides that the network takes."""
+    family, (num_images, height, width) = family_of(network.config), shape
+    if family.square_only:
+        width = height
+    return num_images, *round_up((height, width), family.size_multiple(network.config))
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -78,7 +78,10 @@ def _check_output(output_dir: Path, source: Path) -> None:
             f"--output-dir {output_dir}: lies inside --input {source}, so its images would be "
             "input the next time; give another"
         )
+    exists = output_dir.exists()
     check_writable("--output-dir", output_dir)
+    if not exists:
+        output_dir.rmdir()  # created again with the first file: a failure before leaves no empty folder
 
 
 def _draw_all(
@@ -167,5 +170,6 @@ def _write_results(path: Path, data: CocoData, records: DetectionRecords) -> int
             records.image_rows, records.labels, coco_results(data, records), strict=True
         )
     ]
+    path.parent.mkdir(parents=True, exist_ok=True)  # no copy may have been drawn
     write_text(path, json.dumps(results, indent=1) + "\n")
     return len(results)

@@ -1,6 +1,7 @@
 """A moving average of the weights, which is often the better model."""
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,15 +16,17 @@ class WeightAverage:
     """Exponential moving average (EMA) of a detector's weights and buffers, kept on its device.
 
     `detector` has the averaged weights; with `decay` 0 nothing is averaged, and it is the trained one itself.
-    In the first steps the decay is lower, so that the initial weights lose their influence: after t updates
-    it is min(decay, 1 - (1 + t)^(-2/3)).
+    In the first steps the decay is lower, so that the initial weights lose their influence: in update t it is
+    min(decay, 1 - (1 + t)^(-2/3)), or with `warmup_steps` N, decay * (1 - exp(-t / N)).
 
-    Source: Polyak and Juditsky 1992 for the average, timm's ModelEmaV3 for the warm-up. ModelEmaV3 itself is
-    not used, because it averages weights that two layers share twice per step.
+    Source: Polyak and Juditsky 1992 for the average, timm's ModelEmaV3 for the warm-up, the codes of RT-DETR,
+    D-FINE and RF-DETR for that with N. ModelEmaV3 itself is not used, because it averages weights that two
+    layers share twice per step.
     """
 
-    def __init__(self, trained: Detector, decay: float) -> None:
+    def __init__(self, trained: Detector, decay: float, warmup_steps: int = 0) -> None:
         self.decay = decay
+        self.warmup_steps = warmup_steps
         self.detector = copy.deepcopy(trained).requires_grad_(False) if decay else trained
         self._trained = trained
 
@@ -38,10 +41,14 @@ class WeightAverage:
         if not self.decay:
             return
         averaged, current, counters = self._tensors
-        decay = min(self.decay, 1 - (2 + step) ** (-2 / 3))
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        torch._foreach_lerp_(averaged, current, 1 - self._decay_at(step))
         for averaged_counter, counter in counters:
             averaged_counter.copy_(counter)
+
+    def _decay_at(self, step: int) -> float:
+        if self.warmup_steps:
+            return self.decay * (1 - math.exp(-(step + 1) / self.warmup_steps))
+        return min(self.decay, 1 - math.pow(2 + step, -2 / 3))
 
     @cached_property
     def _tensors(self) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:

@@ -22,9 +22,16 @@ from detr_dist.models.backbone import (
     restore_timm_norms,
     thaw_batch_norm,
 )
-from detr_dist.models.detector import Detector, class_names_of, keep_normalization, normalization_at
+from detr_dist.models.detector import (
+    UNNORMALIZED,
+    Detector,
+    class_names_of,
+    keep_normalization,
+    normalization_at,
+)
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
+from detr_dist.models.optimizations import freeze_batch_norm
 from detr_dist.text import one_line
 
 
@@ -87,6 +94,8 @@ def build_detector(
     restore_timm_norms(network)
     if not _freezes_batch_norm(config):
         thaw_batch_norm(network)
+    elif config.freeze_batch_norm is True:
+        freeze_batch_norm(network)
     for name, parameter in backbone_body(network).named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and is_stem(name)))
     detector = Detector(network, family, channels_last=channels_last)
@@ -214,6 +223,8 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     try:
         network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
         check_backbone(network_config)
+        if not family.imagenet_normalization and config.pretrained_backbone is False:
+            keep_normalization(network_config, UNNORMALIZED)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many types for a value they refuse
         reason = one_line(error)
@@ -285,7 +296,10 @@ def _check_pretrained(
 
 def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool) -> None:
     for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Linear) or not _is_of_class_head(name, family):
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not _is_of_class_head(name, family):
+            continue
+        if isinstance(layer, nn.Embedding):  # of classes, for denoising queries
+            layer.reset_parameters()
             continue
         if renew:
             layer.reset_parameters()
@@ -303,10 +317,9 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 def _check_forward(detector: Detector) -> None:
     """Run the network once: some values that transformers accepts fail only then, better now than later."""
+    edge = detector.trial_edge
     try:
         with torch.no_grad():
-            multiple = detector.family.size_multiple(detector.network.config)
-            edge = math.ceil(detector.family.trial_edge / multiple) * multiple
             image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8)
             detector.eval()(image, torch.tensor([[edge, edge]]))
     except Exception as error:

@@ -5,6 +5,7 @@ Pixels are normalized as for ImageNet, unless the model's image processor does i
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,10 @@ class Normalization:
 
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""The normalization that every published backbone expects."""
+"""The normalization that most published backbones expect."""
+
+UNNORMALIZED = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+"""Values from 0 to 1."""
 
 _NORMALIZATION_KEY = "pixel_normalization"
 """Key in a network's configuration, which is saved with it, for a normalization other than ImageNet's."""
@@ -121,6 +125,12 @@ class Detector(nn.Module):
         return int(self.family.shape_of(config)["num_queries"])
 
     @property
+    def trial_edge(self) -> int:
+        """Pixels of a square image on which the network runs, whatever its size."""
+        multiple = self.family.size_multiple(self.network.config)
+        return math.ceil(self.family.trial_edge / multiple) * multiple
+
+    @property
     def plain_config(self) -> PreTrainedConfig:
         """The configuration with which the library alone makes the same predictions from these weights."""
         config = copy.deepcopy(self.network.config)
@@ -167,12 +177,11 @@ class Detector(nn.Module):
         labels = () if denoising is None else denoising
         if is_padded and not self.family.uses_mask:
             # The network knows only the canvas: its boxes are fractions of that.
-            share = sizes_hw.flip(1) / sizes_hw.new_tensor([width, height])
-            share = torch.cat((share, share), 1)[:, None]
+            share = torch.stack((sizes_hw[:, 1] / width, sizes_hw[:, 0] / height) * 2, 1)[:, None]
             if denoising is not None:
                 labels = denoising._replace(boxes_cxcywh=denoising.boxes_cxcywh * share)
-            rows = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
-            return {name: each / share if name.endswith("_boxes") else each for name, each in rows.items()}
+            found = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
+            return {name: each / share if name.endswith("_boxes") else each for name, each in found.items()}
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         return cast(dict[str, Tensor], output.loss_dict)
 

@@ -24,10 +24,10 @@ def config_params(config: Config) -> dict[str, Any]:
 
 
 def _as_param(value: Any) -> Any:
-    """Convert a mapping to JSON and a list to its names; empty ones count as unset."""
+    """Convert a mapping to JSON and a list to its values; empty ones count as unset."""
     if isinstance(value, dict):
         return json.dumps(value)
-    return (", ".join(value) or None) if isinstance(value, list) else value
+    return (", ".join(map(str, value)) or None) if isinstance(value, list) else value
 
 
 def run_params(

@@ -189,7 +189,8 @@ class Trackers:
                 self._failed.add(id(tracker))
                 _logger.warning(
                     f"the tracker {name} failed ({as_one_line(error)}); training continues, and this is "
-                    "not reported again"
+                    "not reported again",
+                    exc_info=error,
                 )
 
     def _close_log(self, error: str | None) -> None:

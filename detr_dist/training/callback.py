@@ -1,5 +1,6 @@
 """Callbacks: users' code at the steps, evaluations, checkpoints and the end of a run."""
 
+import difflib
 import logging
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -145,7 +146,7 @@ class Callbacks:
     """All callbacks of a run.
 
     Raises:
-        UsageError: one of them is no `Callback`.
+        UsageError: one of them is no `Callback`, or has a method `on_...` that would never be called.
     """
 
     def __init__(self, callbacks: Iterable[object] = ()) -> None:
@@ -156,6 +157,7 @@ class Callbacks:
                 is_class = isinstance(each, type)
                 remedy = "pass an instance of the class" if is_class else "derive its class from dd.Callback"
                 raise UsageError(f"callbacks: {each!r} is no callback; {remedy}")
+            _check_hooks(type(each))
             self._callbacks.append(each)
 
     def notify(self, event: StepEvent | EvaluationEvent | CheckpointEvent | EndEvent) -> None:
@@ -171,5 +173,22 @@ class Callbacks:
                     _logger.warning(
                         f"callback {type(callback).__name__}.{method} failed ({as_one_line(error)}, "
                         f"{where.filename}:{where.lineno}); training continues, and this is "
-                        "not reported again"
+                        "not reported again",
+                        exc_info=error,
                     )
+
+
+def _check_hooks(callback: type[Callback]) -> None:
+    """Refuse a misspelt hook, which would never be called.
+
+    Raises:
+        UsageError: naming the nearest hook.
+    """
+    hooks = [*_METHODS.values()]
+    for name in dir(callback):
+        if name.startswith("on_") and name not in hooks and callable(getattr(callback, name)):
+            (nearest,) = difflib.get_close_matches(name, hooks, n=1, cutoff=0)
+            raise UsageError(
+                f"callbacks: {callback.__name__}.{name} would never be called; did you mean {nearest}? A "
+                "method of your own must not begin with on_"
+            )

@@ -21,6 +21,7 @@ from detr_dist.tracking.params import run_params
 from detr_dist.tracking.tracker import TensorBoard, Trackers
 from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
+from detr_dist.training.loop import TrainState
 from detr_dist.training.setup import Setup
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ _WRITTEN = {
 
 
 _LATER_KEYS = {
-    *("data.canvas_multiple", "loss.weights", "training.tf32", "training.deterministic"),
+    *("data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
+    *("loss.weights", "training.tf32", "training.deterministic"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
+    *("training.layer_decay", "training.learning_rate_decoder_factor", "training.lr_flat_share"),
+    *("training.lr_final_factor", "training.warmup", "training.ema_warmup_steps", "training.sync_batch_norm"),
 }
 """Settings that the first version did not have."""
 
@@ -216,13 +220,17 @@ def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
         _logger.warning(f"the best model so far could not be copied ({error})")
 
 
-def leave_results(setup: Setup, metrics: dict[str, float], trackers: RunTrackers) -> None:
-    """Log the last evaluation, write it with the run's location to `results.json`, and register the model.
+def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
+    """Log the last evaluation and the best model, write `results.json`, and register the model.
 
     Main process only.
     """
+    metrics = state.metrics
     for name, value in metrics.items():
         _logger.info(f"{name:<24} {value:.4f}")
+    if state.best_map is not None:
+        model_dir = setup.output_dir / "model"
+        _logger.info(f"best model: {model_dir}, val_map {state.best_map:.4f} at step {state.best_step}")
     mlflow, settings = trackers.mlflow, setup.config.logging
     where = {"run_id": mlflow.run_id, "tracking_uri": redact(mlflow.uri)} if mlflow is not None else {}
     write_text(setup.output_dir / "results.json", json.dumps({"metrics": metrics, **where}, indent=2) + "\n")

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from detr_dist import __version__
-from detr_dist.config import Config
+from detr_dist.config import Config, TrainingConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
 from detr_dist.data.sampling import StepPlan
@@ -21,9 +21,11 @@ from detr_dist.extensions import load_object
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
+from detr_dist.models.image_sizes import check_image_sizes
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.training.checkpoint import Checkpoint, RunFacts
+from detr_dist.training.optim import parameter_groups
 from detr_dist.training.resume import (
     compare_with_saved,
     has_other_validation,
@@ -31,7 +33,7 @@ from detr_dist.training.resume import (
     restore_weights,
 )
 from detr_dist.training.sources import Sources
-from detr_dist.training.strategy import Replicated, strategy_for
+from detr_dist.training.strategy import Replicated, strategy_for, synchronise_batch_norm
 
 _logger = logging.getLogger(__name__)
 
@@ -111,8 +113,7 @@ def set_up(
     Raises:
         DetrDistError: on every process.
     """
-    if config.training.compile_model:
-        check_compiler(accelerator.device.type)
+    _check_device(config.training, accelerator)
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     sources = Sources(host, output_dir, config.logging.mlflow_tracking_uri, may_clear_up=may_clear_up)
     config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
@@ -143,6 +144,18 @@ def set_up(
         criterion=SetCriterion(detector.loss_settings, config.loss.weights),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
+
+
+def _check_device(settings: TrainingConfig, accelerator: Accelerator) -> None:
+    """Check that the device supports what is configured."""
+    device, num_processes = accelerator.device.type, accelerator.num_processes
+    if settings.compile_model:
+        check_compiler(device)
+    if settings.sync_batch_norm and num_processes > 1 and device == "cpu":
+        raise UsageError(
+            f"training.sync_batch_norm: torch synchronises batch norm on GPUs only, but {num_processes} "
+            "processes compute on the CPU; set it to false"
+        )
 
 
 def _find_resumed(
@@ -244,6 +257,7 @@ def _build_network(
         if facts.init_from is None:
             raise
         raise UsageError(f"--init-from {facts.init_from}: {error}") from error
+    check_image_sizes(facts.config.data, detector.family, detector.network.config, train=True)
     if train_data.max_boxes_per_image == 0:  # nothing would be learned
         raise DataError(
             f"{train_data.annotations_path}: has no box to train on (crowd boxes do not count); check that "
@@ -254,8 +268,11 @@ def _build_network(
             f"{train_data.annotations_path}: an image has {train_data.max_boxes_per_image} boxes, but the "
             f"model finds at most {detector.num_queries}; raise model.num_queries"
         )
+    parameter_groups(detector, settings)  # reports a layer decay that the backbone does not support
     if resumed is not None:
         restore_weights(resumed, detector)
+    if settings.sync_batch_norm and facts.num_processes > 1:
+        synchronise_batch_norm(detector.network)
     if settings.gradient_checkpointing:
         recompute_activations(detector.network)
     if settings.compile_model:

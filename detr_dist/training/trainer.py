@@ -10,6 +10,8 @@ from pathlib import Path
 from detr_dist.config import Config
 from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_coco
+from detr_dist.data.columns import counted
+from detr_dist.data.dataset import training_dataset
 from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
@@ -19,6 +21,7 @@ from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.families import num_queries_of
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.storage import check_writable, locked
+from detr_dist.text import value_of
 from detr_dist.tracking.tracker import Tracker, tracked
 from detr_dist.training.callback import Callback, Callbacks, EndEvent, RunResult
 from detr_dist.training.groups import GroupStream, canvas_rule
@@ -70,6 +73,7 @@ def train(
         StopRequested: a signal asked the run to stop; everything is saved.
         KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
+    _check_types(config, callbacks=callbacks, trackers=trackers)
     folders = Path(train_dir), Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
         signals = StopSignals(setup.host.rendezvous.watch.hurry)
@@ -89,15 +93,50 @@ def dry_run(
 ) -> None:
     """Check everything that `train` checks, and log what would run where; write nothing.
 
-    Collective.
+    The user's callbacks and trackers are created, and some training images augmented. Collective.
 
     Raises:
         DetrDistError: as `train`.
     """
     folders = train_dir, val_dir, output_dir
-    with _prepared(config, *folders, resume=resume, init_from=init_from, is_dry=True) as setup:
+    with (
+        _prepared(config, *folders, resume=resume, init_from=init_from, is_dry=True) as setup,
+        setup.host.failing_together(),
+    ):
         if setup.host.is_main_process:
+            _try_users_code(setup)
             _log_lines(describe_run(setup))
+
+
+def _try_users_code(setup: Setup) -> None:
+    """Create the user's callbacks and trackers, and make the samples with most and with fewest boxes.
+
+    Several samples, as many augmentations change only some images, and some fail without boxes.
+
+    Raises:
+        DetrDistError: naming what fails.
+    """
+    _create_callbacks(setup.config)
+    RunTrackers().add(*setup.config.logging.trackers)
+    dataset = training_dataset(setup.train_data, setup.config)
+    by_num_boxes = setup.train_data.num_boxes.argsort().tolist()
+    for row in {*by_num_boxes[:4], *by_num_boxes[-4:]}:
+        dataset[0, row]
+
+
+def _check_types(config: object, **collections: object) -> None:
+    """Refuse arguments that would fail later with Python's own message.
+
+    Raises:
+        UsageError: naming the argument.
+    """
+    if not isinstance(config, Config):
+        raise UsageError(
+            f"config: a Config is wanted, got {value_of(config)}; load it with Config.load(path, overrides)"
+        )
+    for name, values in collections.items():
+        if isinstance(values, str) or not isinstance(values, Iterable):
+            raise UsageError(f"{name}: a list is wanted, got {value_of(values)}")
 
 
 @contextmanager
@@ -154,7 +193,8 @@ def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
     report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     _log_lines(report.lines())
     if report.num_errors:
-        raise DataError(f"the data are not ready to train on: {report.num_errors} errors, named above")
+        errors = counted(report.num_errors, "error")
+        raise DataError(f"the data are not ready to train on: {errors}, named above")
 
 
 def _shared_memory_need(setup: Setup) -> Need:
@@ -181,10 +221,7 @@ def _run(
                 with host.failing_together():
                     if host.is_main_process:
                         opened.add(*trackers)  # whatever fails next, they are closed
-                        named = [
-                            instantiate(path, "training.callbacks") for path in config.training.callbacks
-                        ]
-                        called = Callbacks([*callbacks, *named])
+                        called = _create_callbacks(config, callbacks)
                         opened.add(*config.logging.trackers)
                         check_writable("--output-dir", setup.output_dir)
                         held.enter_context(locked(setup.output_dir))
@@ -193,7 +230,7 @@ def _run(
                 state = _train(setup, signals, opened, called)
                 with host.failing_together():
                     if host.is_main_process:
-                        leave_results(setup, state.metrics, opened)
+                        leave_results(setup, state, opened)
                 result: RunResult = host.broadcast(RunResult(state.metrics, opened.run_id, setup.output_dir))
         except BaseException as error:
             was_asked = isinstance(error, KeyboardInterrupt | StopRequested)
@@ -203,19 +240,30 @@ def _run(
         return result
 
 
+def _create_callbacks(config: Config, more: Iterable[Callback] = ()) -> Callbacks:
+    named = [instantiate(path, "training.callbacks") for path in config.training.callbacks]
+    return Callbacks([*more, *named])
+
+
 def assemble(setup: Setup, signals: StopSignals) -> Training:
     """Put the network, its optimizer and everything else that the loop needs on the device. Collective."""
     config, accelerator, detector, resumed = setup.config, setup.accelerator, setup.detector, setup.resumed
     settings = config.training
     detector.to(accelerator.device)
-    average = setup.strategy.average(detector, settings.ema_decay)
+    average = setup.strategy.average(detector, settings.ema_decay, settings.ema_warmup_steps)
     optimizer = build_optimizer(detector, settings)
     done_steps = 0
     if resumed is not None:
         restore_average(resumed, average)
         done_steps = restore_optimizer(resumed, optimizer, accelerator.scaler)
     setup.sources.close()
-    scheduler = build_scheduler(optimizer, settings, setup.steps_of_all_epochs, done_steps=done_steps)
+    scheduler = build_scheduler(
+        optimizer,
+        settings,
+        setup.steps_of_all_epochs,
+        last_steps=config.data.augmentation_off_epochs * setup.plan.steps_per_epoch,
+        done_steps=done_steps,
+    )
     model, prepared_optimizer = setup.strategy.prepare(accelerator, detector.train(), optimizer)
     return Training(
         accelerator=accelerator,

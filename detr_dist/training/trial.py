@@ -98,13 +98,21 @@ def _forget_gradient(parameter: Tensor) -> None:
 
 @contextmanager
 def _unchanged(detector: nn.Module, device: torch.device) -> Iterator[None]:
-    """Remove gradients, and restore buffers and random numbers after the block."""
+    """Remove gradients, and restore buffers and random numbers after the block.
+
+    Batch norm does not wait in it for other processes, which may have run out of memory.
+    """
+    synchronised = [module for module in detector.modules() if isinstance(module, nn.SyncBatchNorm)]
     buffers = [(buffer, buffer.clone()) for buffer in detector.buffers()]
     devices = [device] if device.type != "cpu" else []
     with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
         try:
+            for module in synchronised:
+                module.eval()
             yield
         finally:
+            for module in synchronised:
+                module.train()
             detector.zero_grad()
             for buffer, before in buffers:
                 buffer.copy_(before)

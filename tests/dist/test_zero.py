@@ -21,6 +21,7 @@ COMMON = (
     "training.lr_schedule=cosine",  # another learning rate in every step
     "training.warmup_steps=4",
     "training.gradient_clip=0.1",
+    "training.layer_decay=0.8",  # many parameter groups
     "model.dropout=0",
     "model.freeze_batch_norm=true",
     "data.augmentation=detr",

@@ -78,6 +78,11 @@ def test_an_evaluation_equals_that_of_the_run(trained, report: EvaluationReport)
     assert report.facts["model"] == str(trained.folder / "out" / "model")
 
 
+def test_a_report_is_shown_without_its_columns(report: EvaluationReport) -> None:
+    assert "val_map" in repr(report)
+    assert "array(" not in repr(report).replace(repr(report.confusion), "")
+
+
 def test_evaluation_imports_nothing_that_a_model_names(
     trained, report: EvaluationReport, easy_data: Path, tmp_path: Path
 ) -> None:

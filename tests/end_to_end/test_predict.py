@@ -163,3 +163,4 @@ def test_invalid_arguments_fail_with_one_line(
     assert finished.returncode == code, finished.stderr
     (line,) = finished.stderr.splitlines()
     assert part in line
+    assert not (trained.folder / "never").exists()

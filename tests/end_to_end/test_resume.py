@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from harness.data import TINY_RT_DETR
 from safetensors.torch import load_file
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -27,8 +28,12 @@ EVERYTHING_THAT_DRAWS_OR_REMEMBERS = (
     "training.batch_size=2",
     "training.gradient_accumulation_steps=2",
     "training.ema_decay=0.9",
-    "training.lr_schedule=cosine",
+    "training.ema_warmup_steps=20",
+    "training.lr_schedule=flat_cosine",
+    "training.lr_flat_share=0.1",
     "training.warmup_steps=5",
+    "training.warmup=quadratic",
+    "training.layer_decay=0.8",
     "model.dropout=0.1",
     "data.augmentation=detr",
     "data.num_workers=2",
@@ -157,6 +162,28 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
             assert torch.equal(weights[key], tensor), (name, key)
     assert workplace.results()["metrics"] == complete.results()["metrics"]
     assert (workplace.folder / "out" / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_killed_run_of_rt_detr_resumes_exactly(workplace, tiny_data: Path) -> None:
+    """It has denoising queries, and batch norm outside its backbone."""
+    settings = (*EVERYTHING_THAT_DRAWS_OR_REMEMBERS, *TINY_RT_DETR)
+    finished = workplace.train(tiny_data, *settings, output="expected")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    process = workplace.start(tiny_data, *settings, "--resume", "auto")
+    last = workplace.folder / "out" / "checkpoints" / "last"
+    wait_until(lambda: newest_checkpoint(last.parent) is not None, process, workplace)
+    stop(process, signal.SIGKILL, 1)
+    process.wait(60)
+    finished = workplace.train(tiny_data, *settings, "--resume", "auto")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "resuming from" in finished.stdout
+    expected = workplace.folder / "expected" / "checkpoints" / "last"
+    for name in WEIGHTS:
+        weights = load_file(last / name)
+        for key, tensor in load_file(expected / name).items():
+            assert torch.equal(weights[key], tensor), (name, key)
 
 
 @pytest.mark.dist

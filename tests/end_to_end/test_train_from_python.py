@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers.utils.logging import get_verbosity, is_progress_bar_enabled
 
 from detr_dist.config import Config
-from detr_dist.errors import UsageError
+from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.training.callback import Callback
 from detr_dist.training.trainer import dry_run, train
 
 SETTINGS = ("training.max_steps=4", "training.num_epochs=2", "data.augmentation=light")
@@ -185,6 +186,13 @@ class Good(dd.Tracker):
         Path("closed").write_text(f"{status}: {error}")
 
 class Bad: ...
+
+class NeedsOne(dd.Callback):
+    def __init__(self, value): ...
+
+def needs_boxes(example, rng):
+    example.boxes.max()
+    return example
 """
 
 
@@ -195,7 +203,7 @@ def start(workplace, data: Path, *overrides: str, run: Callable[..., object] = t
     config = Config.load(workplace.config, overrides)
     folders = {"train_dir": data / "train", "val_dir": data / "val", "output_dir": workplace.folder / "out"}
     try:
-        with pytest.raises(UsageError) as raised:
+        with pytest.raises(DetrDistError) as raised:
             run(config, **folders)
     finally:
         sys.modules.pop("at_the_start", None)
@@ -215,17 +223,35 @@ def test_a_failed_start_closes_the_trackers_and_restores_the_settings_of_torch_a
 
 
 @pytest.mark.parametrize(
+    ("argument", "value"),
+    [("config", "tiny.yaml"), ("callbacks", Callback()), ("callbacks", None), ("trackers", "own.py:Lines")],
+)
+def test_an_argument_of_another_type_is_named(tmp_path: Path, argument: str, value: object) -> None:
+    folders = {"train_dir": "train", "val_dir": "val", "output_dir": tmp_path / "out"}
+    with pytest.raises(UsageError, match=rf"^{argument}: .* is wanted, got "):
+        train(**({"config": Config()} | folders | {argument: value}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("loss.weights={centre: 1}", "loss.weights.centre: there is no part of the loss 'centre'"),
         ("training.callbacks=at_the_start.py:Absent", "training.callbacks: at_the_start.py:Absent cannot be"),
         ("logging.trackers=absent.Tracker", "logging.trackers: absent.Tracker cannot be imported"),
+        (
+            "training.callbacks=at_the_start.py:NeedsOne",
+            "training.callbacks: at_the_start.py:NeedsOne() fail",
+        ),
+        ("logging.trackers=[at_the_start.py:Good, at_the_start.py:Bad]", "at_the_start.py:Bad is no tracker"),
+        ("data.augmentation=at_the_start.py:needs_boxes", "at_the_start.py:needs_boxes failed on image"),
     ],
 )
-def test_a_dry_run_finds_a_wrong_name(
+def test_a_dry_run_finds_a_mistake_in_users_code(
     workplace, tiny_data: Path, monkeypatch: pytest.MonkeyPatch, override: str, part: str
 ) -> None:
     monkeypatch.chdir(workplace.folder)
     error = start(workplace, tiny_data, "training.extensions=at_the_start.py", override, run=dry_run)
     assert part in error
     assert not (workplace.folder / "out").exists()
+    assert not (workplace.folder / "closed").exists()

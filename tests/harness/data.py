@@ -39,6 +39,13 @@ TINY_CONFIG = {
     "logging": {"log_every_steps": 1, "tensorboard": False},
 }
 
+TINY_RT_DETR = (
+    "model.model_architecture=rt_detr_v2",
+    "model.backbone.out_features=[stage2, stage3, stage4]",
+    "model.config_overrides.num_denoising=10",
+)
+"""Overrides of the tiny configuration."""
+
 
 def write_coco(
     folder: Path, *, num_images: int, with_boxes: Callable[[int], int], mixed_sizes: bool, seed: int = 0

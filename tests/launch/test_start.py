@@ -34,9 +34,7 @@ def test_a_dry_run_prints_a_report_and_leaves_no_files(workplace, tiny_data: Pat
     lines = finished.stdout.splitlines()
     assert "verdict: 0 errors, " in finished.stdout
     assert f"1 process on {socket.gethostname()} (cpu), precision no" in lines
-    assert (
-        "batch 4 x 1 processes x accumulation 2 = 8 images a step; 5 steps an epoch, 5 steps in all" in lines
-    )
+    assert "batch 4 x 1 process x accumulation 2 = 8 images a step; 5 steps an epoch, 5 steps in all" in lines
     assert not [line for line in lines if line.startswith("step ")]
     assert sorted(workplace.folder.rglob("*")) == before
 

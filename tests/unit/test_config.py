@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.config import Config, describe_keys, ignored_variables, load_config
+from detr_dist.config import Config, describe_keys, load_config
 from detr_dist.errors import UsageError
+from detr_dist.training.report import ignored_variables
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -143,6 +144,17 @@ def test_a_file_without_a_mapping_is_named(content: str, tmp_path: Path) -> None
         load_config(path)
 
 
+@pytest.mark.parametrize(("content", "line"), [("a: [1\nb: 2\n", 2), ("a:\n  b: 'c\n", 3), ("a: b: c\n", 1)])
+def test_invalid_yaml_is_named_with_its_file_and_line(content: str, line: int, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(
+        UsageError, match=rf"^{path}: not valid YAML in line {line}, column \d+: \w"
+    ) as raised:
+        load_config(path)
+    assert "<byte string>" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("content", "key", "line", "first"),
     [
@@ -198,6 +210,14 @@ def test_a_score_threshold_is_a_number_or_auto(given: str, threshold: float | st
     assert load_config(None, [f"evaluation.score_threshold={given}"]).evaluation.score_threshold == threshold
 
 
+def test_a_setting_is_not_assigned_but_changed_in_a_copy() -> None:
+    training = Config().training
+    with pytest.raises(UsageError, match=r"^TrainingConfig\.batch_size .*model_copy\(update={'batch_size': "):
+        training.batch_size = 2
+    assert training.batch_size == Config().training.batch_size
+    assert training.model_copy(update={"batch_size": 2}).batch_size == 2
+
+
 def test_every_key_has_a_description() -> None:
     keys = list(describe_keys())
     assert len(keys) > 30
@@ -223,3 +243,10 @@ def test_a_problem_names_the_file_only_if_it_is_in_the_file(tmp_path: Path) -> N
     in_file, overridden = sorted(str(caught.value).splitlines())
     assert in_file.startswith(f"{path}: training.batch_size: ")
     assert overridden.startswith("training.num_epoch: ")
+
+
+def test_families_that_do_not_see_padding_get_square_images_unless_configured_otherwise() -> None:
+    family = "model.model_architecture=rt_detr_v2"
+    assert load_config(None, [family]).data.resize == "square"
+    assert load_config(None, [family, "data.resize=rectangle"]).data.resize == "rectangle"
+    assert load_config(None, []).data.resize == "shortest_edge"

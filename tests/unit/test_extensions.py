@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.config import load_config
+from detr_dist.config import DataConfig, load_config
 from detr_dist.errors import UsageError
 from detr_dist.extensions import LOSSES, TRANSFORMS, Registry, import_extensions, load_object
 
@@ -73,7 +73,7 @@ def test_one_name_has_one_definition_which_a_notebook_may_repeat() -> None:
     ],
 )
 def test_unknown_names_are_refused_unless_an_extension_may_add_them(override: str, nearest: str) -> None:
-    with pytest.raises(UsageError, match=f"did you mean {nearest}"):
+    with pytest.raises(UsageError, match=rf"did you mean {nearest}\?$"):
         load_config(None, [override])
     assert load_config(None, [override, "training.extensions=mine.py"]).training.extensions == ["mine.py"]
 
@@ -105,5 +105,8 @@ def test_at_most_one_recipe_is_allowed_and_comes_first(names: str) -> None:
 
 
 def test_the_registries_list_what_the_package_provides() -> None:
-    assert TRANSFORMS.names[:4] == ["none", "light", "detr", "mosaic"]
+    recipes, others = ["none", "light", "detr"], ["mosaic", "mixup", "photometric", "zoom_out", "iou_crop"]
+    assert TRANSFORMS.names[:8] == recipes + others
+    described = str(DataConfig.model_fields["augmentation"].description)
+    assert [name for name in recipes + others if f"`{name}`" not in described] == []
     assert LOSSES.names[:3] == ["ce", "bbox", "giou"]

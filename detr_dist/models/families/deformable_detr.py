@@ -62,6 +62,7 @@ FAMILY = Family(
     loss_kind="sigmoid",
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
+    image_processor="DeformableDetrImageProcessor",
     masks_attention=False,  # it samples points; padding is zero
     derived=derived,
     trial_edge=256,  # has more positions, each a proposal, than the default number of queries

@@ -93,6 +93,16 @@ class Family:
     masks_attention: bool = True
     """Whether attention uses a mask [B, 1, 1, S] of the positions that are not padding, which is then made
     without waiting for the device; otherwise the network makes what it needs."""
+    size_multiple: Callable[[PreTrainedConfig], int] = _any_size
+    """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
+    configuration."""
+    square_only: bool = False
+    """Whether the network takes square images only."""
+    imagenet_normalization: bool = True
+    """Whether a new network gets pixels normalized as for ImageNet, as any with a pretrained backbone does;
+    otherwise it gets values from 0 to 1."""
+    image_processor: str = "ConditionalDetrImageProcessor"
+    """Transformers' class that prepares its images: the class written into `preprocessor_config.json`."""
     uses_mask: bool = True
     """Whether boxes are fractions of the image, which the pixel mask describes, or of the padded canvas."""
     default_backbone: str | None = "resnet50"
@@ -100,11 +110,6 @@ class Family:
     configuration."""
     backbone_type: str | None = None
     """`model_type` of the only backbones that the network can have; None: any, also timm's."""
-    size_multiple: Callable[[PreTrainedConfig], int] = _any_size
-    """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
-    configuration."""
-    square_only: bool = False
-    """Whether the network takes square images only."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""

@@ -14,11 +14,13 @@ from torchvision.transforms import v2
 from detr_dist.config import load_config
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, Sample, training_dataset
+from detr_dist.data.example import Example
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import MicroBatchSampler, StepPlan
-from detr_dist.data.transforms import Example, Mosaic, Plan, build_transform, example_of
+from detr_dist.data.transforms import Plan, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
+from detr_dist.resize import Resize
 from detr_dist.training.setup import warn_of_too_many_boxes
 
 NUM_IMAGES = 8
@@ -53,7 +55,7 @@ def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetection
     for number, value in enumerate(own):
         TRANSFORMS._objects[f"own_{number}"] = value
     augmentation = [name if isinstance(name, str) else f"own_{own.index(name)}" for name in names]
-    transform = build_transform(augmentation, 64, 96, train)
+    transform = build_transform(augmentation, Resize(64, 96), train)
     return CocoDetectionDataset(data, transform, seed=3, train=train)
 
 
@@ -312,43 +314,3 @@ def test_more_boxes_than_queries_through_partners_are_a_warning(
     warn_of_too_many_boxes(dataset(data, "mosaic", Mean), num_queries=8)
     assert "up to 12 boxes" in caplog.text
     assert "model.num_queries" in caplog.text
-
-
-COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 20]], dtype=torch.uint8)
-
-
-def filled(height: int, width: int, box: list[int], label: int) -> Example:
-    """Return a dark image with one box that is filled with the colour of its label."""
-    image = torch.full((3, height, width), 20, dtype=torch.uint8)
-    image[:, box[1] : box[3], box[0] : box[2]] = COLOURS[label][:, None, None]
-    return example_of(image, torch.tensor([box]).float(), torch.tensor([label]), (height, width))
-
-
-def extent(image: Tensor, label: int) -> list[int]:
-    """Return the smallest box, as xyxy, around the pixels with about the colour of a label."""
-    is_coloured = ((image > 120) == (COLOURS[label] > 120)[:, None, None]).all(dim=0)
-    rows, columns = torch.nonzero(is_coloured, as_tuple=True)
-    return [int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1]
-
-
-def test_a_mosaic_keeps_boxes_around_their_objects() -> None:
-    sizes = [(120, 200), (200, 120), (90, 300), (400, 380)]
-    sources = [filled(*size, [30, 20, 90, 80], label) for label, size in enumerate(sizes)]
-    seen = set()
-    for seed in range(60):
-        image, boxes, labels = Mosaic()(sources[0], np.random.default_rng(seed), sources[1:])
-        assert image.shape == (3, 120, 200)
-        seen |= set(labels.tolist())
-        for box, label in zip(boxes, labels.tolist(), strict=True):
-            if (box[2:] - box[:2]).min() > 4:  # the blur of the resize can leave no colour in less
-                # One pixel for the blur of the resize at an edge, one for its rounding.
-                np.testing.assert_allclose(extent(image, label), box.numpy(), atol=2)
-    assert seen == {0, 1, 2, 3}
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 33), (40, 2)])
-def test_a_mosaic_of_thin_images_is_accepted(height: int, width: int) -> None:
-    image, no_boxes = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(0, 4)
-    thin = example_of(image, no_boxes, torch.zeros(0, dtype=torch.int64), (height, width))
-    for seed in range(20):
-        assert Mosaic()(thin, np.random.default_rng(seed), [thin] * 3).image.shape == image.shape

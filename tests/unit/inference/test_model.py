@@ -104,8 +104,9 @@ def test_thresholds_of_the_model_apply_unless_specified(model: TrainedModel, pix
         model.predict(pixels, overrides=[f"evaluation.score_threshold={middle}"]),
     ):
         assert len(found) == 3
-    with pytest.raises(UsageError, match="threshold 50"):
-        model.predict(pixels, threshold=50)
+    for wrong in (50, "0.5"):
+        with pytest.raises(UsageError, match=f"threshold {wrong!r}"):
+            model.predict(pixels, threshold=wrong)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The moving average of a detector's weights."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -68,6 +69,19 @@ def test_each_update_weights_the_new_value_by_warm_up_and_decay(detector: Detect
     )
     with pytest.raises(AssertionError):
         torch.testing.assert_close(floats(average.detector), floats(detector), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [0, 4, 1999])
+def test_warm_up_steps_delay_the_decay_as_published(step: int, detector: Detector) -> None:
+    average = WeightAverage(detector, decay=0.99, warmup_steps=2000)
+    name = "network.class_embed.0.weight"
+    before = copied(detector)[name]
+    train(detector, step)
+    average.update(step)
+    decay = 0.99 * (1 - math.exp(-(step + 1) / 2000))  # a function of the step alone: a resumed run agrees
+    expected = decay * before + (1 - decay) * floats(detector)[name]
+    # One float32 multiplication and addition of numbers up to about 5.
+    torch.testing.assert_close(floats(average.detector)[name], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_resumed_average_continues_at_its_step_without_a_new_warm_up(detector: Detector) -> None:

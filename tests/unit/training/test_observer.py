@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.config import CheckpointConfig, EvaluationConfig, LoggingConfig
+from detr_dist.console import log_to_file
 from detr_dist.data.coco import load_coco
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import UsageError
@@ -223,6 +224,19 @@ def test_a_failing_callback_gives_one_warning_for_each_of_its_methods(
     assert len(recorder.events) == 4
 
 
+def test_the_traceback_of_a_callback_is_in_the_log_file_but_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = log_to_file(tmp_path / "train.log")
+    Callbacks([Broken()]).notify(StepEvent(1, 0.1, 1e-4, {}))
+    file.close()
+    printed, logged = capsys.readouterr().out.splitlines(), (tmp_path / "train.log").read_text().splitlines()
+    assert len(printed) == 1
+    assert logged[0].endswith(printed[0])
+    assert logged[1].startswith("Traceback")
+    assert logged[-1] == "ZeroDivisionError: by zero"
+
+
 def test_ctrl_c_in_a_callback_is_not_treated_as_its_failure() -> None:
     class Interrupted(Callback):
         def on_end(self, event: EndEvent) -> None:
@@ -235,6 +249,16 @@ def test_ctrl_c_in_a_callback_is_not_treated_as_its_failure() -> None:
 def test_a_class_instead_of_a_callback_is_refused() -> None:
     with pytest.raises(UsageError, match="Recorder"):
         Callbacks([Recorder])
+
+
+def test_a_misspelt_hook_is_refused_with_the_nearest_one() -> None:
+    class Misspelt(Recorder):
+        on_checkpoints = 3  # not a method
+
+        def on_stp(self, event: StepEvent) -> None: ...
+
+    with pytest.raises(UsageError, match=r"Misspelt\.on_stp .*on_step\?"):
+        Callbacks([Misspelt()])
 
 
 def test_configured_callbacks_are_created_without_arguments(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from detr_dist.training.checkpoint import (
     open_checkpoint,
     write_checkpoint,
 )
+from detr_dist.training.loop import TrainState
 from detr_dist.training.output import RunTrackers, bring_best, check_output, leave_results, make_room
 
 SnapshotAt = Callable[..., Snapshot]
@@ -266,12 +267,17 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     trackers.mlflow = SimpleNamespace(
         run_id="abc", uri="http://user:secret@server", register_model=lambda name: print(f"as {name}")
     )
-    leave_results(setup, {"val_map": 0.123456}, trackers)
+    state = TrainState(step=9, best_map=0.5, best_step=4, metrics={"val_map": 0.123456})
+    leave_results(setup, state, trackers)
     results = json.loads((tmp_path / "results.json").read_text())
     uri = results.pop("tracking_uri")
     assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc"}
     shown = capsys.readouterr().out
-    assert shown.split()[:4] == ["val_map", "0.1235", "as", "detector"]
+    assert shown.splitlines()[:3] == [
+        f"{'val_map':<24} 0.1235",
+        f"best model: {tmp_path / 'model'}, val_map 0.5000 at step 4",
+        "as detector",
+    ]
     assert "secret" not in shown + uri
 
 

@@ -1,13 +1,17 @@
-"""The settings passed to DeepSpeed, and contradictions between its settings and ours."""
+"""Settings passed to DeepSpeed, contradictions between them and ours, and synchronised batch norm."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from detr_dist.config import TrainingConfig
 from detr_dist.errors import UsageError
-from detr_dist.training.strategy import zero_plugin
+from detr_dist.models.detector import Detector, plain_network
+from detr_dist.training.strategy import synchronise_batch_norm, zero_plugin
 
 SETTINGS = TrainingConfig(batch_size=3, gradient_accumulation_steps=2, gradient_clip=0.5)
 
@@ -120,3 +124,32 @@ def test_an_unreadable_file_is_reported(launched, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "nowhere.json")
     with pytest.raises(UsageError, match=r"nowhere\.json"):
         zero_plugin(SETTINGS, 2)
+
+
+def test_synchronised_batch_norm_changes_neither_weights_nor_saved_models(detector: Detector) -> None:
+    images = torch.randint(0, 255, (1, 3, 64, 96), dtype=torch.uint8)
+    batch = images, torch.tensor([[64, 96]])
+    before, expected = detector.state_dict(), detector.eval()(*batch)
+    synchronise_batch_norm(detector.network)
+    norms = [module for module in detector.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
+    assert norms
+    assert {type(norm) for norm in norms} == {nn.SyncBatchNorm}
+    torch.testing.assert_close(detector.state_dict(), before, rtol=0, atol=0)
+    torch.testing.assert_close(detector(*batch), expected, rtol=0, atol=0)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in plain_network(detector).modules())
+
+
+def test_frozen_batch_norm_is_not_synchronised(tiny_detector: Callable[..., Detector]) -> None:
+    detector = tiny_detector("detr", freeze_batch_norm=True)
+    kinds = [type(module) for module in detector.modules()]
+    synchronise_batch_norm(detector.network)
+    assert [type(module) for module in detector.modules()] == kinds
+
+
+def test_synchronised_batch_norm_of_timm_keeps_its_activation() -> None:
+    from timm.layers import BatchNormAct2d
+
+    network = nn.Sequential(BatchNormAct2d(4)).eval()
+    synchronise_batch_norm(network)
+    assert isinstance(network[0], nn.SyncBatchNorm)
+    assert bool((network(-torch.ones(1, 4, 2, 2)) == 0).all())

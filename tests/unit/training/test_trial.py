@@ -2,15 +2,17 @@
 
 import copy
 from dataclasses import replace
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detr_dist.config import load_config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import TrainingError
 from detr_dist.extensions import LOSSES
@@ -18,6 +20,7 @@ from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import Training
+from detr_dist.training.strategy import synchronise_batch_norm
 from detr_dist.training.trial import try_largest_batch
 
 BATCH = {"num_images": 2, "num_boxes": 3, "canvas_hw": (64, 96)}
@@ -46,6 +49,18 @@ def test_the_trial_changes_no_state(training: Training, is_first_step: bool) -> 
     assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
     assert all(parameter.grad is None for parameter in training.model.parameters())
     assert training.model.training
+
+
+def test_synchronised_batch_norm_does_not_wait_for_other_processes(training: Training) -> None:
+    synchronise_batch_norm(training.model)
+    training.model.train()
+    norms = [module for module in training.model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    modes: list[bool] = []
+    for norm in norms:
+        norm.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    try_largest_batch(training, 0, **BATCH)
+    assert modes == [False] * len(norms) != []
+    assert all(norm.training for norm in norms)
 
 
 def test_a_term_that_is_not_finite_ends_the_run_at_the_next_check_but_not_in_the_trial(
@@ -141,3 +156,53 @@ def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_b
             break
     largest = max(canvases, key=lambda canvas: canvas[0] * canvas[1])
     assert {stream.largest_canvas_hw() for stream in streams} == {largest}
+
+
+@pytest.mark.parametrize("resize", ["square", "rectangle", "shortest_edge"])
+def test_every_split_sees_the_same_sizes_at_every_scale(resize: str, tiny_data: Path) -> None:
+    config = load_config(
+        None,
+        [
+            *("data.num_workers=0", f"data.resize={resize}", "data.shortest_edge=56", "data.longest_edge=88"),
+            "data.multi_scale=[40, 56, 72]",
+            f"data.augmentation={'light' if resize == 'shortest_edge' else 'detr'}",
+        ],
+    )
+    data = load_coco(tiny_data / "train")
+    images_of_steps = []
+    for batch_size, num_processes, accumulation in ((8, 1, 1), (2, 2, 2)):
+        settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        own = config.model_copy(update={"training": config.training.model_copy(update=settings)})
+        plan = StepPlan(len(data), batch_size, num_processes, accumulation)
+        streams = [
+            GroupStream(
+                data, own, plan, process_index=process, first_step=3, total_steps=15, pin_memory=False
+            )
+            for process in range(num_processes)
+        ]
+        steps = [
+            [batch for group in groups for batch in group]
+            for groups in islice(zip(*streams, strict=False), 12)
+        ]
+        for stream in streams:
+            stream.close()
+        images_of_steps.append([list(chain(*map(unpadded, batches))) for batches in steps])
+    one, several = images_of_steps
+    for images, others in zip(one, several, strict=True):
+        assert all(image.equal(other) for image, other in zip(images, others, strict=True))
+    shapes = {tuple(image.shape[1:]) for images in one for image in images}
+    if resize == "square":
+        assert shapes == {(40, 40), (56, 56), (72, 72)}
+    elif resize == "rectangle":  # 63 and 113 pixels to multiples of 32
+        assert shapes == {(40, 64), (56, 88), (72, 128), (64, 40), (88, 56), (128, 72)}
+    else:
+        assert {min(shape) for shape in shapes} == {40, 56, 72}
+    largest = {"square": (72, 72), "rectangle": (128, 128)}
+    assert streams[0].largest_canvas_hw() == largest.get(resize, streams[1].largest_canvas_hw())
+
+
+def unpadded(batch: Batch) -> list[torch.Tensor]:
+    return [
+        image[:, :height, :width]
+        for image, (height, width) in zip(batch.images, batch.sizes_hw.tolist(), strict=True)
+    ]

@@ -1,0 +1,40 @@
+"""One image with its boxes, as the data set and all augmentations handle it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from detr_dist.data.records import MIN_BOX_EXTENT_PX
+
+
+class Example(NamedTuple):
+    """One image with its boxes, as transforms get and return it.
+
+    They get a `tv_tensors.Image` and `tv_tensors.BoundingBoxes`, which the functions of
+    `torchvision.transforms.v2` support; they may return ordinary tensors.
+    """
+
+    image: Tensor  # uint8 [3, H, W]
+    boxes: Tensor  # float32 [T, 4], xyxy in pixels
+    labels: Tensor  # int64 [T], class indices
+
+
+def example_of(image: Tensor, boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> Example:
+    """Return an example of ordinary tensors, with boxes in pixels of an image of this size."""
+    corners = tv_tensors.BoundingBoxes(boxes.as_subclass(Tensor), format="XYXY", canvas_size=size_hw)
+    return Example(tv_tensors.Image(image), corners, labels)
+
+
+def crop(example: Example, window: tuple[int, int, int, int]) -> Example:
+    """Cut out a window (top, left, height, width); boxes are clipped to it or dropped."""
+    image, boxes, labels = example
+    return clipped(Example(F.crop(image, *window), F.crop(boxes, *window), labels))
+
+
+def clipped(example: Example) -> Example:
+    """Clip boxes to the image, and drop those without extent together with their labels."""
+    boxes = F.clamp_bounding_boxes(example.boxes)
+    kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
+    return Example(example.image, tv_tensors.wrap(boxes[kept], like=boxes), example.labels[kept])
