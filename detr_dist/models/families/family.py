@@ -110,6 +110,8 @@ class Family:
     configuration."""
     backbone_type: str | None = None
     """`model_type` of the only backbones that the network can have; None: any, also timm's."""
+    onnx_opset: int = 17
+    """Version of ONNX's operators for an export: 17 is the first with layer normalisation."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""

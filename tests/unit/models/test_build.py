@@ -3,18 +3,18 @@
 import pytest
 import timm
 import torch
+from harness.data import RESNET_FAMILIES
 from transformers import AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import plain_network
 
 CLASS_NAMES = ["player", "ball"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_all_decoder_layers_predict_and_every_parameter_learns(
     tiny_detector, two_images, denoising_of, architecture: str
 ) -> None:
@@ -29,7 +29,7 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(
     assert without == []  # DDP would wait for them
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_the_transformers_network_predicts_the_same(tiny_detector, two_images, architecture: str) -> None:
     detector = tiny_detector(architecture)
     for _ in range(3):
@@ -71,7 +71,7 @@ def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: obj
 
 
 def test_the_loss_weights_equal_those_of_the_papers(tiny_detector) -> None:
-    weights = {name: tiny_detector(name).loss_settings for name in FAMILIES.built_in}
+    weights = {name: tiny_detector(name).loss_settings for name in RESNET_FAMILIES}
     boxes = {"bbox": 5, "giou": 2}
     assert {name: (w.kind, w.cost_class, w.weights) for name, w in weights.items()} == {
         "detr": ("softmax", 1, {"ce": 1, **boxes}),

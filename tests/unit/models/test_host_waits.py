@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.data import RESNET_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from detr_dist.extensions import FAMILIES
 from detr_dist.models import matcher
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.denoising import Denoising
@@ -58,7 +58,7 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_a_step_reads_nothing_from_the_device(
     tiny_detector, two_images, denoising_of, architecture: str, is_padded: bool
 ) -> None:
@@ -74,7 +74,7 @@ def test_a_step_reads_nothing_from_the_device(
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     tiny_detector, denoising_of, on_fake_gpu, monkeypatch, architecture: str, is_padded: bool
 ) -> None:
@@ -123,7 +123,7 @@ def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
     assert questions.asked == ["copy_", "_to_copy", "_to_copy"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, two_images, architecture: str) -> None:
     detector = tiny_detector(architecture).eval()
     images, _ = two_images

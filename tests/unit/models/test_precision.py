@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from harness.data import RESNET_FAMILIES
 from torch import Tensor, nn
 
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.detector import Detector
 
-VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
+VARIANTS = {name: (name, {}) for name in RESNET_FAMILIES} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 WIDTH_PX = 1344  # a multiple of 32, which some families need
