@@ -47,8 +47,8 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
     """Write `network` as ONNX and return the largest difference of its outputs to torch.
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
-    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B may be any,
-    H and W all that the family takes.
+    and 0 on padding, unless the family ignores it; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4],
+    cxcywh in [0, 1]. B may be any, H and W all that the family takes.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -144,7 +144,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     for shape in _CHECKED_SHAPES:
         pixel_values, pixel_mask = _images(*_suitable(shape, traced.network))
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
-        found = session.run(list(TOLERANCES), inputs)
+        found = session.run(list(TOLERANCES), {each.name: inputs[each.name] for each in session.get_inputs()})
         expected = traced(pixel_values, pixel_mask)
         pairs = zip(expected, map(torch.from_numpy, found), strict=True)
         differences = torch.stack([(wanted.double() - got.double()).abs().max() for wanted, got in pairs])
