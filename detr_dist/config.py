@@ -86,10 +86,11 @@ class ModelConfig(Section):
     """The network, and the weights that it starts from."""
 
     model_architecture: Family = "detr"
-    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, or a family that you registered."""
-    backbone: str | dict[str, Any] = "resnet50"
+    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, `lw_detr`, `rf_detr`, or a family that you
+    registered."""
+    backbone: str | dict[str, Any] | None = None
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
-    `model_type`)."""
+    `model_type`). Unset: resnet50, or the architecture's own (`lw_detr`, `rf_detr`)."""
     pretrained: str | None = None
     """Hub id or folder of a complete detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is
     replaced."""
@@ -98,7 +99,7 @@ class ModelConfig(Section):
     state dict (.safetensors or .pth), without internet. A model from `pretrained` includes its backbone."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
-    otherwise."""
+    otherwise; `true` also freezes that of the necks of RT-DETR, D-FINE, DEIMv2 and LW-DETR."""
     num_classes: Count | None = None
     """Number of classes, checked against the data; unset: taken from the data."""
     hidden_dim: Count | None = None

@@ -192,8 +192,12 @@ class CocoDetectionDataset(Dataset[Sample]):
         unreadable: list[Unreadable] = []
         row, example = self._example(epoch, index, unreadable)
         beside = self.transform.beside if epoch < self._recipe_only_from else ()
-        for place in range(len(beside)):
-            example = self._transformed(place, example, epoch, row)
+        changed_by: set[str] = set()
+        for place, transform in enumerate(beside):
+            if changed_by.isdisjoint(transform.not_after):
+                given, example = example, self._transformed(place, example, epoch, row)
+                if example.image.data_ptr() != given.image.data_ptr():  # it did not return the image itself
+                    changed_by.add(transform.name)
         image, boxes, labels = example
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])

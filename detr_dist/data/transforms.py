@@ -92,6 +92,11 @@ class NamedTransform(NamedTuple):
         """Number of other images that it needs."""
         return getattr(self.function, "num_partners", 0)
 
+    @property
+    def not_after(self) -> Sequence[str]:
+        """Names of transforms: it is not applied to an image that one of them has changed."""
+        return getattr(self.function, "not_after", ())
+
     def __call__(
         self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
     ) -> Example:

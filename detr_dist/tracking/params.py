@@ -35,6 +35,9 @@ def run_params(
 ) -> dict[str, Any]:
     """Return the params of a run, without unset keys."""
     training, backbone = config.training, config.model.backbone
+    if backbone is None:
+        own = detector.network.config.backbone_config
+        backbone = getattr(own, "backbone", None) or own.model_type
     shape = detector.family.shape_of(detector.network.config) | {"num_queries": detector.num_queries}
     params = config_params(config) | {
         "backbone": backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"),

@@ -105,20 +105,27 @@ class Family:
     """Transformers' class that prepares its images: the class written into `preprocessor_config.json`."""
     uses_mask: bool = True
     """Whether boxes are fractions of the image, which the pixel mask describes, or of the padded canvas."""
+    default_backbone: str | None = "resnet50"
+    """The timm backbone of a new network for which `model.backbone` is unset; None: the one of the library's
+    configuration."""
+    backbone_type: str | None = None
+    """`model_type` of the only backbones that the network can have; None: any, also timm's."""
+    onnx_opset: int = 17
+    """Version of ONNX's operators for an export: 17 is the first with layer normalisation."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""
     trial_edge: int = 128
-    """Pixels of a square image on which a network of the default size runs."""
+    """Pixels of a square image on which a network of the default size runs; rounded up to `size_multiple`."""
     begin: Callable[[PreTrainedModel], None] = _nothing
     """Called once with a new network, to initialize what the library initializes unlike the paper."""
     prepare: Callable[[PreTrainedModel], None] = _nothing
     """Called once with the network, for hooks that its training needs."""
     rows: Callable[..., dict[str, Tensor]] = decoder_rows
-    """Called in place of the library's loss, with the same keyword arguments: `logits`, `pred_boxes`,
-    `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits` [R, B, Q, C] and
-    `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently; the last row is
-    the prediction. What else it may return is described in `SetCriterion.__call__`."""
+    """Called in place of the library's loss, with the same keyword arguments: `config`, `logits`,
+    `pred_boxes`, `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits`
+    [R, B, Q, C] and `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently;
+    the last row is the prediction. What else it may return is described in `SetCriterion.__call__`."""
 
     def shape_of(self, network_config: PreTrainedConfig) -> dict[str, Any]:
         """Return the values of hidden_dim, num_queries and the other shape options that the network has."""

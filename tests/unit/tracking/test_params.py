@@ -4,6 +4,7 @@ from detr_dist.config import Config, LoggingConfig
 from detr_dist.tracking.params import config_params
 
 OPTIONAL = {
+    ("model", "backbone"): "resnet18",
     ("model", "pretrained"): "facebook/detr-resnet-50",
     ("model", "num_classes"): 2,
     ("model", "hidden_dim"): 64,
