@@ -12,6 +12,7 @@ from detr_dist.config_text import describe_problem, parse_value, read_yaml, set_
 from detr_dist.config_training import TrainingConfig as TrainingConfig
 from detr_dist.config_types import (
     Augmentation,
+    ClassLoss,
     Count,
     CountOrAuto,
     CountOrZero,
@@ -99,6 +100,10 @@ class ModelConfig(Section):
     pretrained model."""
     dropout: Probability | None = None
     """Dropout in the transformer; unset: the value of the architecture or the pretrained model."""
+    class_loss: ClassLoss | None = None
+    """Loss of the classes: `softmax` (cross entropy with "no object"), `focal`, `vfl` (varifocal), `mal`
+    (matchability-aware, as in DEIM) or `ia_bce` (IoU-aware); unset: the architecture's. Only networks with
+    "no object" take `softmax`, and they take no other."""
     config_overrides: Mapping = Field({})
     """Further options of the architecture's transformers configuration, by their names there."""
 

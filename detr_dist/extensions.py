@@ -172,7 +172,9 @@ TRANSFORMS: Registry[Any] = Registry(
     built_in=(*RECIPES, "mosaic", "mixup", "photometric", "zoom_out", "iou_crop"),
     takes_paths=True,
 )
-LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou"))
+LOSSES: Registry[Any] = Registry(
+    "part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce", "fgl", "ddf")
+)
 FAMILIES: Registry[Any] = Registry(
     "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")
 )

@@ -1,6 +1,14 @@
 """Families of detectors: one file each, which defines and registers the family."""
 
-from detr_dist.models.families import conditional_detr, dab_detr, deformable_detr, detr, rt_detr
+from detr_dist.models.families import (
+    conditional_detr,
+    d_fine,
+    dab_detr,
+    deformable_detr,
+    deimv2,
+    detr,
+    rt_detr,
+)
 from detr_dist.models.families.family import (
     Family,
     decoder_rows,
@@ -13,9 +21,11 @@ from detr_dist.models.families.family import (
 __all__ = [
     "Family",
     "conditional_detr",
+    "d_fine",
     "dab_detr",
     "decoder_rows",
     "deformable_detr",
+    "deimv2",
     "detr",
     "family_of",
     "find_family",
