@@ -128,9 +128,7 @@ def check_data(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML file with the settings; data.shortest_edge, data.longest_edge and model.* count."
-        ),
+        typer.Option(help="YAML file with the settings; data.resize with its edges, and model.*, count."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Open no image.")] = False,
     as_json: Annotated[

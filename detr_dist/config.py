@@ -16,11 +16,14 @@ from detr_dist.config_types import (
     Count,
     CountOrAuto,
     CountOrZero,
+    Edge,
+    Edges,
     EnvironmentDefault,
     Family,
     Mapping,
     Names,
     Probability,
+    ResizeMode,
     Section,
     ShareOrAuto,
     SwitchOrPath,
@@ -28,6 +31,8 @@ from detr_dist.config_types import (
     takes_text,
 )
 from detr_dist.errors import UsageError
+
+_SQUARE_FAMILIES = frozenset({"rt_detr", "rt_detr_v2", "d_fine", "deimv2", "lw_detr", "rf_detr"})
 
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"  # MLflow's own default
 
@@ -40,10 +45,18 @@ class DataConfig(Section):
     the training process itself."""
     prefetch_factor: Count = 4
     """Micro-batches that each loader process prepares in advance."""
-    shortest_edge: Annotated[int, Field(ge=32)] = 800
+    resize: ResizeMode = "shortest_edge"
+    """`shortest_edge` keeps the aspect ratio. `square` gives every image `shortest_edge` x `shortest_edge`
+    pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round. Unset:
+    `square` for RT-DETR, D-FINE, DEIMv2, LW-DETR and RF-DETR, which do not see padding."""
+    shortest_edge: Edge = 800
     """Pixels of an image's shorter side after the resize."""
-    longest_edge: Annotated[int, Field(ge=32)] = 1333
-    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`."""
+    longest_edge: Edge = 1333
+    """Upper limit in pixels of an image's longer side after the resize; wins over `shortest_edge`. In a
+    `rectangle`, its longer side."""
+    multi_scale: Edges = Field([])
+    """Values of `shortest_edge` for training, e.g. [480, 512, 544]: every optimizer step draws one, and
+    scales `longest_edge` with it. Repeat a value to draw it more often. Empty: always `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
@@ -61,11 +74,11 @@ class DataConfig(Section):
     canvas_multiple: Count = 32
     """Round the height and width to which a step's images are padded up to a multiple of this many pixels: a
     GPU plans its work again for each new size. 1 does not round. Without the augmentation `detr`, images of
-    one size stay unpadded."""
+    one size stay unpadded; so do the fixed sizes of `resize`."""
 
     @model_validator(mode="after")
     def _edges_in_order(self) -> Self:
-        if self.longest_edge < self.shortest_edge:
+        if self.longest_edge < self.shortest_edge and self.resize != "square":
             raise ValueError(f"longest_edge {self.longest_edge} is below shortest_edge {self.shortest_edge}")
         return self
 
@@ -74,10 +87,11 @@ class ModelConfig(Section):
     """The network, and the weights that it starts from."""
 
     model_architecture: Family = "detr"
-    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, or a family that you registered."""
-    backbone: str | dict[str, Any] = "resnet50"
+    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, `rt_detr`, `rt_detr_v2`, `d_fine`, `deimv2`,
+    `lw_detr`, `rf_detr`, or a family that you registered."""
+    backbone: str | dict[str, Any] | None = None
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
-    `model_type`)."""
+    `model_type`). Unset: resnet50, or the architecture's own (`lw_detr`, `rf_detr`)."""
     pretrained: str | None = None
     """Hub id or folder of a complete detector to fine-tune, e.g. facebook/detr-resnet-50; its class head is
     replaced."""
@@ -86,7 +100,7 @@ class ModelConfig(Section):
     state dict (.safetensors or .pth), without internet. A model from `pretrained` includes its backbone."""
     freeze_batch_norm: Literal["auto", True, False] = "auto"
     """`auto` freezes the backbone's batch norm when it starts from pretrained weights, and trains it
-    otherwise."""
+    otherwise; `true` also freezes that of the necks of RT-DETR, D-FINE, DEIMv2 and LW-DETR."""
     num_classes: Count | None = None
     """Number of classes, checked against the data; unset: taken from the data."""
     hidden_dim: Count | None = None
@@ -195,6 +209,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _resize_of_family(cls, tree: Any) -> Any:
+        match tree:
+            case {"model": {"model_architecture": str(family)}} if family in _SQUARE_FAMILIES:
+                data = tree.get("data") or {}
+                if isinstance(data, dict) and "resize" not in data:
+                    return {**tree, "data": {**data, "resize": "square"}}
+        return tree
+
     @staticmethod
     def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> "Config":
         """Return the settings of a YAML file, or the defaults, changed by `section.key=value`.
@@ -250,16 +274,6 @@ def override_config(config: Config, overrides: Sequence[str], *, only_known_name
         UsageError: as `load_config`.
     """
     return _resolve(config.model_dump(), {}, overrides, source="", only_known_names=only_known_names)
-
-
-def ignored_variables(config: Config) -> Iterator[str]:
-    """Yield a line for each environment variable that is ignored because the setting has another value."""
-    for key, default in FROM_ENVIRONMENT.items():
-        if default.value not in (None, getattr(config.logging, key)):
-            yield (
-                f"logging.{key} is {getattr(config.logging, key)}, as set or as in the resumed run; "
-                f"{default.variable}={default.value} is ignored"
-            )
 
 
 def _resolve(

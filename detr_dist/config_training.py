@@ -34,7 +34,8 @@ class TrainingConfig(Section):
     learning_rate_backbone: PositiveOrZero = 1e-5
     """Peak learning rate of the backbone; 0 freezes it."""
     learning_rate_decoder_factor: Factor = 1.0
-    """The decoder's share of `learning_rate`, e.g. 0.7 as published for LW-DETR and RF-DETR."""
+    """The decoder's learning rate as a fraction of `learning_rate`, e.g. 0.7 as published for LW-DETR and
+    RF-DETR."""
     weight_decay: PositiveOrZero = 1e-4
     """AdamW's decoupled decay; norms, biases, and a ViT backbone's position embeddings and tokens are left
     out."""
@@ -71,9 +72,9 @@ class TrainingConfig(Section):
     stays. `flat_cosine` stays for `lr_flat_share` of all steps, then falls to `lr_final_factor` of the peak,
     and keeps that in the epochs of `data.augmentation_off_epochs`."""
     lr_flat_share: Share = 0.5
-    """Share of all steps, 0 to 1, that `flat_cosine` spends in the warm-up and at the peak."""
+    """Fraction of all steps, 0 to 1, that `flat_cosine` spends in the warm-up and at the peak."""
     lr_final_factor: Share = 0.5
-    """The final learning rate of `flat_cosine`, as a share of the peak."""
+    """The final learning rate of `flat_cosine`, as a fraction of the peak."""
     warmup_steps: CountOrZero = 0
     """Optimizer steps over which the learning rate rises to its peak."""
     warmup: Literal["linear", "quadratic"] = "linear"

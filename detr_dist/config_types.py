@@ -114,6 +114,8 @@ Probability = Annotated[float, _NO_BOOL, Field(ge=0, lt=1)]
 Share = Annotated[float, _NO_BOOL, Field(ge=0, le=1)]
 Factor = Annotated[float, _NO_BOOL, Field(gt=0, le=1)]
 Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
+Edge = Annotated[int, _NO_BOOL, Field(ge=32)]
+ResizeMode = Literal["shortest_edge", "square", "rectangle"]
 CountOrAuto = Annotated[
     Literal["auto"] | int,
     _wanted(
@@ -146,6 +148,10 @@ Family = Annotated[str, AfterValidator(_known(FAMILIES))]
 Names = Annotated[
     list[str],
     BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
+]
+Edges = Annotated[
+    list[Edge],
+    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, list) else [value]),
 ]
 Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
 Weights = Annotated[dict[str, PositiveOrZero], _EMPTY_MAPPING, AfterValidator(_known(LOSSES))]

@@ -176,7 +176,19 @@ LOSSES: Registry[Any] = Registry(
     "part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce", "fgl", "ddf")
 )
 FAMILIES: Registry[Any] = Registry(
-    "family", built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr")
+    "family",
+    built_in=(
+        "detr",
+        "conditional_detr",
+        "deformable_detr",
+        "dab_detr",
+        "rt_detr",
+        "rt_detr_v2",
+        "d_fine",
+        "deimv2",
+        "lw_detr",
+        "rf_detr",
+    ),
 )
 
 register_transform = TRANSFORMS.register

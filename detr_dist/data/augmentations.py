@@ -1,8 +1,7 @@
 """The augmentations of the package that `data.augmentation` may name after a recipe.
 
-They are those of RT-DETR, D-FINE and DEIM, in their order there: mosaic, mixup, photometric, zoom_out,
-iou_crop. torchvision has three of them, but would take 85 ms for an image of 640x640, several times the
-decoding; here each takes 1 to 5 ms.
+They are those of RT-DETR, D-FINE and DEIM. torchvision has the last three, but takes 65 ms of CPU time for
+all of them on an image of 640x640, several times that of decoding; ours take 9 ms.
 """
 
 import math
@@ -127,47 +126,58 @@ def distort_colours(
 
 
 @register_transform("zoom_out")
-def zoom_out(example: Example, rng: np.random.Generator) -> Example:
-    """Shrink every second image to as little as a quarter, at a random place of a black canvas.
+class ZoomOut:
+    """Shrinks every second image to as little as a quarter, at a random place of a black canvas.
 
-    Source: SSD, as in RT-DETR. Departure: the canvas has the image's own size from the start.
+    Source: SSD, as in RT-DETR; not of a mosaic, as in DEIM. Departure: the canvas has the image's own size
+    from the start.
     """
-    if rng.random() < 0.5:
-        return example
-    image, boxes, labels = example
-    ratio = rng.uniform(1, LARGEST_ZOOM_OUT)
-    size = [max(1, round(side / ratio)) for side in image.shape[-2:]]
-    top, left = (
-        int(rng.integers(side - part + 1)) for side, part in zip(image.shape[-2:], size, strict=True)
-    )
-    canvas = torch.zeros_like(image)
-    canvas[:, top : top + size[0], left : left + size[1]] = F.resize(image, size, antialias=True)
-    moved = F.resize(boxes, size).as_subclass(Tensor) + torch.tensor([left, top, left, top])
-    return Example(canvas, moved, labels)
+
+    not_after: ClassVar = ("mosaic",)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the example itself, or the shrunk one."""
+        if rng.random() < 0.5:
+            return example
+        image, boxes, labels = example
+        ratio = rng.uniform(1, LARGEST_ZOOM_OUT)
+        size = [max(1, round(side / ratio)) for side in image.shape[-2:]]
+        top, left = (
+            int(rng.integers(side - part + 1)) for side, part in zip(image.shape[-2:], size, strict=True)
+        )
+        canvas = torch.zeros_like(image)
+        canvas[:, top : top + size[0], left : left + size[1]] = F.resize(image, size, antialias=True)
+        moved = F.resize(boxes, size).as_subclass(Tensor) + torch.tensor([left, top, left, top])
+        return Example(canvas, moved, labels)
 
 
 @register_transform("iou_crop")
-def iou_crop(example: Example, rng: np.random.Generator) -> Example:
-    """Enlarge a random window that holds a box, in four of five images.
+class IouCrop:
+    """Enlarges a random window that holds a box, in four of five images.
 
     The window has a least IoU, drawn from a list, with a box whose centre it holds. Boxes with their centre
     outside are dropped.
 
-    Source: SSD, as in RT-DETR (torchvision's RandomIoUCrop).
+    Source: SSD, as in RT-DETR (torchvision's RandomIoUCrop); not of a mosaic, as in DEIM.
     """
-    image, boxes, labels = example
-    if len(boxes) == 0 or rng.random() >= IOU_CROP_PROBABILITY:
-        return example
-    height, width = image.shape[-2:]
-    window = _window_with_box(boxes.as_subclass(Tensor), (height, width), rng)
-    if window is None:
-        return example
-    kept = _holds_centres(window[None], boxes.as_subclass(Tensor))[0]
-    left, top, right, bottom = window.int().tolist()
-    inside = Example(image, tv_tensors.wrap(boxes[kept], like=boxes), labels[kept])
-    part = crop(inside, (top, left, bottom - top, right - left))
-    size = [height, width]
-    return Example(F.resize(part.image, size, antialias=True), F.resize(part.boxes, size), part.labels)
+
+    not_after: ClassVar = ("mosaic",)
+
+    def __call__(self, example: Example, rng: np.random.Generator) -> Example:
+        """Return the example itself, or the enlarged window."""
+        image, boxes, labels = example
+        if len(boxes) == 0 or rng.random() >= IOU_CROP_PROBABILITY:
+            return example
+        height, width = image.shape[-2:]
+        window = _window_with_box(boxes.as_subclass(Tensor), (height, width), rng)
+        if window is None:
+            return example
+        kept = _holds_centres(window[None], boxes.as_subclass(Tensor))[0]
+        left, top, right, bottom = window.int().tolist()
+        inside = Example(image, tv_tensors.wrap(boxes[kept], like=boxes), labels[kept])
+        part = crop(inside, (top, left, bottom - top, right - left))
+        size = [height, width]
+        return Example(F.resize(part.image, size, antialias=True), F.resize(part.boxes, size), part.labels)
 
 
 def _window_with_box(boxes_xyxy: Tensor, size_hw: tuple[int, int], rng: np.random.Generator) -> Tensor | None:

@@ -20,6 +20,7 @@ from detr_dist.data.image_checks import ImageCheck
 from detr_dist.data.images import decoded_name, unlisted_images
 from detr_dist.data.records import check_records
 from detr_dist.errors import UsageError
+from detr_dist.resize import Resize
 from detr_dist.text import printable
 
 SIDE_BANDS_PX = (4, 8, 16, 32, 96)
@@ -44,9 +45,13 @@ MOSTLY_EMPTY_FRACTION = 0.5
 class CheckSettings:
     """The settings that the checks depend on."""
 
-    shortest_edge: int
-    longest_edge: int
+    resize: Resize
     num_queries: int | None  # None if it is unknown
+
+    def as_document(self) -> dict[str, Any]:
+        """Return the settings as a JSON object, by their configuration keys."""
+        edges = asdict(self.resize)
+        return {"resize": edges.pop("mode"), **edges, "num_queries": self.num_queries}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,7 +130,7 @@ class Report:
             "ready": self.num_errors == 0,
             "verdict": self.verdict,
             "opened_pictures": self.opened_images,
-            "settings": asdict(self.settings),
+            "settings": self.settings.as_document(),
             "splits": [{"split": split, **counts.get(split, {})} for split in self.findings],
             "findings": [
                 {"split": split, **asdict(finding)}
@@ -166,7 +171,7 @@ def check_splits(
     splits: Sequence[str], config: Config, *, num_queries: int | None, open_images: bool
 ) -> Report:
     """Check all splits; the first is the one to train on, whose classes the others must have."""
-    settings = CheckSettings(config.data.shortest_edge, config.data.longest_edge, num_queries)
+    settings = CheckSettings(Resize.of(config.data), num_queries)
     image_check = ImageCheck() if open_images else None
     report = Report(settings, open_images, {}, {})
     reference: tuple[str, tuple[str, ...]] | None = None
@@ -271,8 +276,7 @@ def resized_sides(data: CocoData, settings: CheckSettings) -> NDArray[np.float64
 
     The resized image is not rounded to whole pixels.
     """
-    short, long = data.sizes_hw.min(axis=1), data.sizes_hw.max(axis=1)
-    scales: NDArray[np.float64] = np.minimum(settings.shortest_edge / short, settings.longest_edge / long)
+    scales = settings.resize.scales(data.sizes_hw)
     return scales[data.image_rows] * np.sqrt(data.boxes_xywh_px[:, 2] * data.boxes_xywh_px[:, 3])
 
 
@@ -284,7 +288,7 @@ def _tiny_boxes(data: CocoData, settings: CheckSettings) -> list[Finding]:
     )
     what = (
         "too small to be found after the resize; raise data.shortest_edge (under "
-        f"{TINY_SIDE_PX} pixels a side at {settings.shortest_edge}/{settings.longest_edge}: {of_classes})"
+        f"{TINY_SIDE_PX} pixels a side at {settings.resize}: {of_classes})"
     )
     return found("tiny_box", "box", what, (), count=int(is_tiny.sum()), level="warning")
 
@@ -329,7 +333,7 @@ def _describe(split: str, statistics: Statistics, settings: CheckSettings) -> It
         f"{printable(split)}: {statistics.num_images} images, {empty_fraction:.1%} of them empty; "
         f"{statistics.num_boxes} boxes, at most {statistics.most_boxes} in an image{queries}"
     )
-    yield f"  boxes by pixels a side after the resize to {settings.shortest_edge}/{settings.longest_edge}:"
+    yield f"  boxes by pixels a side after the resize to {settings.resize}:"
     table = [["", "all", *BAND_NAMES]]
     table += [
         [printable(name), str(sum(bands)), *map(str, bands)]

@@ -1,12 +1,13 @@
 """From a sample's key to the sample, and from samples to the batch that crosses to the device."""
 
+import copy
 import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_r
 from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
+from detr_dist.resize import Resize
 
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this in a row mean that a disk is gone or a folder is empty."""
@@ -184,12 +186,18 @@ class CocoDetectionDataset(Dataset[Sample]):
         return self.data.max_boxes_per_image * num_images
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        epoch, index = key
+        epoch, index, *edge = key
+        if edge:
+            return self._resized_to(*edge)[epoch, index]
         unreadable: list[Unreadable] = []
         row, example = self._example(epoch, index, unreadable)
         beside = self.transform.beside if epoch < self._recipe_only_from else ()
-        for place in range(len(beside)):
-            example = self._transformed(place, example, epoch, row)
+        changed_by: set[str] = set()
+        for place, transform in enumerate(beside):
+            if changed_by.isdisjoint(transform.not_after):
+                given, example = example, self._transformed(place, example, epoch, row)
+                if example.image.data_ptr() != given.image.data_ptr():  # it did not return the image itself
+                    changed_by.add(transform.name)
         image, boxes, labels = example
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
@@ -204,7 +212,15 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
         """Return height and width of a training sample after augmentation, assuming its image is readable."""
-        return self._plan(*key).size_hw
+        epoch, index, *edge = key
+        dataset = self._resized_to(*edge) if edge else self
+        return dataset._plan(epoch, index).size_hw
+
+    def _resized_to(self, shortest_edge: int) -> Self:
+        """Return the same samples, and partners of them, resized to another edge."""
+        dataset = copy.copy(self)
+        dataset.transform = replace(self.transform, resize=self.transform.resize.at(shortest_edge))
+        return dataset
 
     def _plan(self, epoch: int, row: int) -> Plan:
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
@@ -276,8 +292,7 @@ def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
     Raises:
         UsageError: `data.augmentation` names a transform that cannot be used.
     """
-    edges = config.data.shortest_edge, config.data.longest_edge
-    transform = build_transform(config.data.augmentation, *edges, train=True)
+    transform = build_transform(config.data.augmentation, Resize.of(config.data), train=True)
     return CocoDetectionDataset(
         data,
         transform,

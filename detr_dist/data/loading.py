@@ -23,6 +23,7 @@ from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate, failure
 from detr_dist.data.sampling import SampleKey
 from detr_dist.data.transforms import areas_after_resize
 from detr_dist.errors import DetrDistError, LoaderError
+from detr_dist.resize import Resize, training_resizes
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -58,8 +59,9 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
     if num_workers == 0:
         return Need(0, 0)
     batch_size = min(config.training.batch_size, len(data))
-    edges = config.data.shortest_edge, config.data.longest_edge
-    areas = areas_after_resize(data.sizes_hw, config.data.augmentation if train else "none", *edges)
+    augmentation = config.data.augmentation if train else "none"
+    resizes = training_resizes(config.data) if train else [Resize.of(config.data)]
+    areas = areas_after_resize(data.sizes_hw, augmentation, resizes)
     num_epochs = config.training.num_epochs if train else 1
     num_batches = min(
         num_workers * config.data.prefetch_factor, math.ceil(num_epochs * len(data) / batch_size)
@@ -202,8 +204,9 @@ class _Batches(Dataset[Batch | DetrDistError]):
     def _load(self, keys: list[SampleKey]) -> Batch | DetrDistError:
         samples = []
         try:
-            for epoch, row in keys:
-                samples.append(self._samples[epoch, row])
+            for key in keys:
+                row = key[1]
+                samples.append(self._samples[key])
         except DetrDistError as error:
             return error
         except Exception as error:

@@ -1,7 +1,7 @@
 """Assignment of samples to optimizer steps and processes: pure functions of the seed and the position."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
@@ -13,8 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from detr_dist.data.columns import counted
 from detr_dist.errors import UsageError
 
-SampleKey = tuple[int, int]
-"""Epoch and index of a sample; with the seed they determine the sample."""
+SampleKey = tuple[int, int] | tuple[int, int, int]
+"""Epoch and index of a sample, and with `data.multi_scale` the shortest edge of its optimizer step; with the
+seed they determine the sample."""
 
 SizeOf = Callable[[SampleKey], tuple[int, int]]
 """A function that returns height and width of a sample after augmentation."""
@@ -32,6 +33,7 @@ class Purpose(IntEnum):
     TRANSFORM = 4
     PARTNERS = 5
     DENOISE = 6
+    SCALE = 7
 
 
 def random_numbers(
@@ -113,13 +115,18 @@ class StepPlan:
         return self.num_samples % self.global_batch_size
 
 
+def edge_of_step(edges: Sequence[int], seed: int, step: int) -> int:
+    """Return the one of `data.multi_scale` to which an optimizer step resizes its images."""
+    return edges[int(random_numbers(Purpose.SCALE, seed, step).integers(len(edges)))]
+
+
 @dataclass(frozen=True, slots=True)
 class MicroBatchSampler:
     """The keys of this process's micro-batches for `num_steps` optimizer steps, starting at `start_step`.
 
     Steps are numbered through all epochs. A loader with this batch sampler delivers one stream without a
     pause between epochs. With `size_hw` the samples of every `WINDOW_STEPS` steps are grouped into steps of
-    similar shape.
+    similar shape; with `edges` each step resizes its images to one of them, in the same proportions.
     """
 
     plan: StepPlan
@@ -128,6 +135,7 @@ class MicroBatchSampler:
     start_step: int
     num_steps: int
     size_hw: SizeOf | None = None
+    edges: Sequence[int] = ()
 
     def __len__(self) -> int:
         return self.num_steps * self.plan.accumulation
@@ -143,8 +151,9 @@ class MicroBatchSampler:
                 window, window_of = self._window(step - step_in_window, size_hw), (epoch, number)
             of_step = window[step_in_window]
             own = of_step.reshape(plan.num_processes, plan.accumulation, plan.batch_size)[self.process_index]
+            edge = (edge_of_step(self.edges, self.seed, step),) if self.edges else ()
             for micro_batch in own.tolist():
-                yield [(epoch, index) for index in micro_batch]
+                yield [(epoch, index, *edge) for index in micro_batch]
             if size_hw is not None and step + WINDOW_STEPS < end:
                 # Prepare a part of the next window in each step, so that training does not pause for it.
                 for key in self._keys(step + WINDOW_STEPS):
@@ -155,7 +164,7 @@ class MicroBatchSampler:
         left_in_epoch = self.plan.steps_per_epoch - first % self.plan.steps_per_epoch
         steps = range(first, first + min(WINDOW_STEPS, left_in_epoch))
         keys = [key for step in steps for key in self._keys(step)]
-        samples = np.array([index for _, index in keys])
+        samples = np.array([key[1] for key in keys])
         if size_hw is None:
             return samples.reshape(len(steps), -1)
         sizes_hw = np.array([size_hw(key) for key in keys])

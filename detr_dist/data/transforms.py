@@ -9,7 +9,7 @@ Every random choice comes from the generator that the caller passes; nothing her
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +23,7 @@ from detr_dist.config_types import Augmentation
 from detr_dist.data.example import Example, clipped, crop, example_of
 from detr_dist.errors import DataError, UsageError, as_one_line
 from detr_dist.extensions import RECIPES, TRANSFORMS
+from detr_dist.resize import Resize
 
 # The published recipe in its own pixels: the shorter side of a full image has 800.
 DETR_EDGE = 800
@@ -91,6 +92,11 @@ class NamedTransform(NamedTuple):
         """Number of other images that it needs."""
         return getattr(self.function, "num_partners", 0)
 
+    @property
+    def not_after(self) -> Sequence[str]:
+        """Names of transforms: it is not applied to an image that one of them has changed."""
+        return getattr(self.function, "not_after", ())
+
     def __call__(
         self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
     ) -> Example:
@@ -111,21 +117,21 @@ class DetectionTransform:
     """The augmentation and resize of images."""
 
     recipe: str
-    shortest_edge: int
-    longest_edge: int
+    resize: Resize
     beside: tuple[NamedTransform, ...] = ()  # applied after the recipe, in this order
 
     def plan(self, size_hw: tuple[int, int], rng: np.random.Generator) -> Plan:
         """Make all random choices for an image of this size, before it is decoded."""
         if self.recipe == "none":
-            return Plan(False, None, resized_hw(*size_hw, self.shortest_edge, self.longest_edge), None)
-        flip, window, shortest_edge = rng.random() < 0.5, None, self.shortest_edge
+            return Plan(False, None, self.resize.size_hw(*size_hw), None)
+        flip, window, resized = rng.random() < 0.5, None, self.resize.size_hw(*size_hw)
         if self.recipe == "detr":
             if rng.random() < 0.5:
                 window = _random_window(size_hw, rng)
-            shortest_edge = round(shortest_edge * _one_of(DETR_RESIZE_EDGES, rng) / DETR_EDGE)
-        height, width = window[2:] if window is not None else size_hw
-        resized = resized_hw(height, width, shortest_edge, self.longest_edge)
+            if self.resize.keeps_aspect_ratio:
+                edge = round(self.resize.shortest_edge * _one_of(DETR_RESIZE_EDGES, rng) / DETR_EDGE)
+                height, width = window[2:] if window is not None else size_hw
+                resized = replace(self.resize, shortest_edge=edge).size_hw(height, width)
         return Plan(flip, window, resized, _random_colours(rng) if rng.random() < 0.5 else None)
 
 
@@ -147,9 +153,7 @@ def apply(plan: Plan, example: Example) -> Example:
     return Example(image, boxes, labels)
 
 
-def build_transform(
-    augmentation: Augmentation, shortest_edge: int, longest_edge: int, train: bool
-) -> DetectionTransform:
+def build_transform(augmentation: Augmentation, resize: Resize, train: bool) -> DetectionTransform:
     """Return the transform for `data.augmentation` in training; evaluation only resizes.
 
     Raises:
@@ -157,7 +161,7 @@ def build_transform(
     """
     names = _names(augmentation) if train else []
     beside = tuple(_find_transform(name) for name in names if name not in RECIPES)
-    return DetectionTransform(recipe_of(names), shortest_edge, longest_edge, beside)
+    return DetectionTransform(recipe_of(names), resize, beside)
 
 
 def recipe_of(augmentation: Augmentation) -> str:
@@ -204,31 +208,19 @@ def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Exam
     return clipped(example_of(image, boxes, labels, size_hw))
 
 
-def resized_hw(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """Return the size after the resize: the shorter side as configured, less if the longer is over its limit.
-
-    Source: DETR. Departure: integer arithmetic, so that the limit holds to the pixel.
-    """
-    short, long = sorted((height, width))
-    if shortest_edge * long <= longest_edge * short:
-        short, long = shortest_edge, shortest_edge * long // short
-    else:
-        short, long = max(1, round(longest_edge * short / long)), longest_edge
-    return (short, long) if height <= width else (long, short)
-
-
 def areas_after_resize(
-    sizes_hw: NDArray[np.int64], augmentation: Augmentation, shortest_edge: int, longest_edge: int
+    sizes_hw: NDArray[np.int64], augmentation: Augmentation, resizes: Sequence[Resize]
 ) -> tuple[int, int]:
-    """Return the areas of the smallest and largest image after the resize, in pixels, for sizes [N, 2].
+    """Return the areas of the smallest and largest image after any of the resizes, for sizes [N, 2].
 
-    Images of the recipe `detr` lie between them.
+    In pixels. Images of the recipe `detr` lie between them.
     """
-    sizes = [resized_hw(h, w, shortest_edge, longest_edge) for h, w in np.unique(sizes_hw, axis=0).tolist()]
+    sizes = [each.size_hw(h, w) for h, w in np.unique(sizes_hw, axis=0).tolist() for each in resizes]
     areas = [height * width for height, width in sizes]
-    if recipe_of(augmentation) == "detr":  # with a crop of almost any shape
+    if recipe_of(augmentation) == "detr" and resizes[0].keeps_aspect_ratio:  # a crop of almost any shape
         smallest_scale = DETR_RESIZE_EDGES[0] / DETR_EDGE
-        return int(min(*areas, shortest_edge**2) * smallest_scale**2), shortest_edge * longest_edge
+        least = min(*areas, *(each.shortest_edge**2 for each in resizes)) * smallest_scale**2
+        return int(least), max(each.shortest_edge * each.longest_edge for each in resizes)
     return min(areas), max(areas)
 
 

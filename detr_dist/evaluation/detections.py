@@ -17,13 +17,14 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
-from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.data.transforms import build_transform
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.postprocess import postprocess
 from detr_dist.numerics import autocast
 from detr_dist.progress_bar import ProgressBar
+from detr_dist.resize import Resize
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +141,8 @@ class Predicted(NamedTuple):
 class _Images(CocoDetectionDataset):
     """The images of a data set; some of them may be in memory instead of in files."""
 
-    def __init__(self, data: CocoData, edges: tuple[int, int], pixels: Mapping[int, Tensor]) -> None:
-        super().__init__(data, build_transform("none", *edges, train=False), seed=0, train=False)
-        self._edges = edges
+    def __init__(self, data: CocoData, resize: Resize, pixels: Mapping[int, Tensor]) -> None:
+        super().__init__(data, build_transform("none", resize, train=False), seed=0, train=False)
         self._pixels = pixels
 
     def __getitem__(self, key: SampleKey) -> Sample:
@@ -151,7 +151,7 @@ class _Images(CocoDetectionDataset):
             return super().__getitem__(key)
         image = self._pixels[row]
         height, width = image.shape[-2:]
-        resized = F.resize(image, [*resized_hw(height, width, *self._edges)], antialias=True)
+        resized = F.resize(image, [*self.transform.resize.size_hw(height, width)], antialias=True)
         labels, boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
         return Sample(resized, labels, boxes, int(self.data.image_ids[row]), (height, width))
 
@@ -178,8 +178,8 @@ class ImagePass:
         self._has_bar = process_index == 0
         self._memory = DeviceMemory(config, device)
         self._precision = config.training.mixed_precision
-        edges = config.data.shortest_edge, config.data.longest_edge
-        sizes_hw = np.array([resized_hw(height, width, *edges) for height, width in data.sizes_hw.tolist()])
+        resize = Resize.of(config.data)
+        sizes_hw = np.array([resize.size_hw(height, width) for height, width in data.sizes_hw.tolist()])
         self._batches = evaluation_batches(
             sizes_hw,
             config.training.batch_size,
@@ -187,7 +187,7 @@ class ImagePass:
             process_index=process_index,
         )
         self._loader = BatchLoader(
-            _Images(data, edges, pixels or {}),
+            _Images(data, resize, pixels or {}),
             [[(0, index) for index in batch.indices] for batch in self._batches],
             config.data,
             pin_memory=device.type == "cuda",

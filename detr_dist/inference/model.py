@@ -41,7 +41,10 @@ from detr_dist.models.detector import (
     keep_normalization,
     normalization_by,
 )
+from detr_dist.models.families import family_of
+from detr_dist.models.image_sizes import check_image_sizes
 from detr_dist.numerics import resolve_precision, temporary_numerics
+from detr_dist.resize import settings_of
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
@@ -186,10 +189,15 @@ class TrainedModel:
         """Return the training configuration, adapted to this host, with `section.key=value` overrides.
 
         Nothing that it names is imported, so that its transforms and callbacks may be missing.
+
+        Raises:
+            UsageError: an override is wrong, or the network does not take images of these sizes.
         """
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
             overrides = ["training.mixed_precision=no", *overrides]
-        return override_config(self.config, overrides, only_known_names=False)
+        config = override_config(self.config, overrides, only_known_names=False)
+        check_image_sizes(config.data, family_of(self.network.config), self.network.config, train=False)
+        return config
 
     def prediction_settings(self, overrides: Sequence[str]) -> Config:
         """Return `settings` with the precision resolved for this process alone."""
@@ -270,9 +278,9 @@ def _read(reference: str, found: FoundModel) -> TrainedModel:
     _check_family(reference, config)
     network = load_network(reference, found.location)
     if found.checkpoint is None:
-        edges, normalization = _preprocessing(reference, found.location)
+        resize, normalization = _preprocessing(reference, found.location)
         keep_normalization(network.config, normalization)
-        config = config.model_copy(update={"data": config.data.model_copy(update=edges)})
+        config = config.model_copy(update={"data": config.data.model_copy(update=resize)})
     return TrainedModel(reference, network, config, metadata, mlmodel.exists())
 
 
@@ -301,8 +309,8 @@ def _check_family(reference: str, config: Config) -> None:
         )
 
 
-def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Normalization]:
-    """Return the edges that images are resized to, and the normalization of their pixels.
+def _preprocessing(reference: str, location: str) -> tuple[dict[str, Any], Normalization]:
+    """Return the settings by which images are resized, and the normalization of their pixels.
 
     Raises:
         UsageError: the model prepares images in a way that this package does not support.
@@ -311,20 +319,20 @@ def _preprocessing(reference: str, location: str) -> tuple[dict[str, int], Norma
         processor = AutoImageProcessor.from_pretrained(location, trust_remote_code=False)
         if not processor.do_resize:
             raise ValueError("do_resize is false")
-        edges = {edge: int(processor.size[edge]) for edge in ("shortest_edge", "longest_edge")}
-        DataConfig.model_validate(edges)
+        resize = settings_of(processor.size)
+        DataConfig.model_validate(resize)
         normalization = normalization_by(processor)
     except Exception as error:  # the library and pydantic raise many types
         raise UsageError(
-            f"{reference}: its preprocessor_config.json does not specify shortest_edge and longest_edge of "
-            f"an image, or prepares it in an unsupported way ({one_line(error)}); give another model, or "
-            "the checkpoint that it comes from"
+            f"{reference}: its preprocessor_config.json does not specify shortest_edge and longest_edge, or "
+            f"height and width, or prepares images in an unsupported way ({one_line(error)}); give another "
+            "model, or the checkpoint that it comes from"
         ) from error
     if processor.resample != PILImageResampling.BILINEAR:
         _logger.warning(
             f"{reference}: other programs do not resize its images bilinearly, but this package does"
         )
-    return edges, normalization
+    return resize, normalization
 
 
 def _metadata_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
+from detr_dist.data.sampling import round_up
 from detr_dist.errors import DetrDistError, UsageError
+from detr_dist.models.families import family_of
 from detr_dist.text import one_line
 
 TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
@@ -22,7 +24,6 @@ TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
 wide is a seventh of a pixel, 1e-3 of a logit at most 0.00025 of a score."""
 
 _PACKAGES = ("onnx", "onnxruntime")
-_OPSET = 17  # the first with layer normalisation; grid_sample came in 16
 _TRACED_SHAPE = (2, 256, 320)
 
 # Number, height and width of images to compare, all different from the traced ones; odd sizes reveal wrong
@@ -45,8 +46,9 @@ def write_onnx(network: PreTrainedModel, path: Path) -> float:
     """Write `network` as ONNX and return the largest difference of its outputs to torch.
 
     Inputs `pixel_values` float32 [B, 3, H, W], normalised, and `pixel_mask` int64 [B, H, W], 1 on the image
-    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B, H and W may
-    be any.
+    and 0 on padding; outputs `logits` [B, Q, C] and `pred_boxes` [B, Q, 4], cxcywh in [0, 1]. B may be any,
+    H and W all that the family takes. Boxes are fractions of the image, or of H and W for a family that does
+    not use the mask.
 
     Raises:
         DetrDistError: the export fails, or gives different results at other sizes; delete the file.
@@ -77,8 +79,11 @@ class _Traced(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
+        self._uses_mask = family_of(network.config).uses_mask
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._uses_mask:
+            pixel_values = pixel_values * pixel_mask[:, None]  # an input without use would be left out
         output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return output.logits, output.pred_boxes
 
@@ -89,10 +94,13 @@ def _export(traced: _Traced, path: Path) -> None:
     The newer exporter (`dynamo=True`) fixes a size of Deformable DETR, and takes half a minute.
     """
     size = {2: "height", 3: "width"}
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        "aten::_upsample_bicubic2d_aa", _antialiased_resize, 18
+    )
     with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
-            _images(*_TRACED_SHAPE),
+            _images(*_suitable(_TRACED_SHAPE, traced.network)),
             path,
             input_names=["pixel_values", "pixel_mask"],
             output_names=list(TOLERANCES),
@@ -101,9 +109,19 @@ def _export(traced: _Traced, path: Path) -> None:
                 "pixel_mask": {0: "batch", 1: "height", 2: "width"},
                 **{name: {0: "batch"} for name in TOLERANCES},
             },
-            opset_version=_OPSET,
+            opset_version=family_of(traced.network.config).onnx_opset,
             dynamo=False,
         )
+
+
+def _antialiased_resize(graph: Any, image: Any, size: Any, *_: Any) -> Any:
+    """Return ONNX's node for torch's bicubic resize with antialiasing, which the exporter does not know."""
+    ends = [graph.op("Constant", value_t=torch.tensor([end])) for end in (0, 2)]
+    images_and_channels = graph.op("Slice", graph.op("Shape", image), *ends)
+    sizes = graph.op("Concat", images_and_channels, graph.op("Cast", size, to_i=7), axis_i=0)
+    none = graph.op("Constant", value_t=torch.tensor([], dtype=torch.float32))
+    how = {"mode_s": "cubic", "cubic_coeff_a_f": -0.5, "antialias_i": 1, "exclude_outside_i": 1}
+    return graph.op("Resize", image, none, none, sizes, **how)
 
 
 @contextlib.contextmanager
@@ -140,7 +158,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
     for shape in _CHECKED_SHAPES:
-        pixel_values, pixel_mask = _images(*shape)
+        pixel_values, pixel_mask = _images(*_suitable(shape, traced.network))
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
         found = session.run(list(TOLERANCES), inputs)
         expected = traced(pixel_values, pixel_mask)
@@ -148,6 +166,15 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
         differences = torch.stack([(wanted.double() - got.double()).abs().max() for wanted, got in pairs])
         largest = torch.maximum(largest, differences)  # keeps NaN
     return dict(zip(TOLERANCES, largest.tolist(), strict=True))
+
+
+def _suitable(shape: tuple[int, int, int], network: PreTrainedModel) -> tuple[int, int, int]:
+    """Return number, height and width of images with the next larger sides that the network takes."""
+    family, (num_images, *sides) = family_of(network.config), shape
+    scale = max(1, family.trial_edge // min(_TRACED_SHAPE[1:]))  # for enough proposals
+    height, width = (side * scale for side in sides)
+    size_hw = (height, height if family.square_only else width)
+    return num_images, *round_up(size_hw, family.size_multiple(network.config))
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:

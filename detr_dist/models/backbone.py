@@ -148,8 +148,9 @@ def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> No
         return
     if not isinstance(config.backbone, str):
         raise UsageError(
-            "model.backbone is a configuration of its own, for which there are no pretrained weights; "
-            "set model.pretrained_backbone to false or to a file of weights, or name a timm backbone"
+            f"timm has no pretrained weights for this backbone, a {own.model_type}; set "
+            "model.pretrained_backbone to false or to a file of weights, name a timm backbone if the "
+            "architecture takes one, or fine-tune a complete detector by model.pretrained"
         )
     import timm  # slow to import, and needed only here
 

@@ -22,9 +22,16 @@ from detr_dist.models.backbone import (
     restore_timm_norms,
     thaw_batch_norm,
 )
-from detr_dist.models.detector import Detector, class_names_of, keep_normalization, normalization_at
+from detr_dist.models.detector import (
+    UNNORMALIZED,
+    Detector,
+    class_names_of,
+    keep_normalization,
+    normalization_at,
+)
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
+from detr_dist.models.optimizations import freeze_batch_norm
 from detr_dist.text import one_line
 
 
@@ -68,6 +75,8 @@ def build_detector(
             f"classes ({', '.join(class_names)}); correct it or leave it out"
         )
     family = find_family(config.model_architecture)
+    if config.backbone is None:
+        config = config.model_copy(update={"backbone": family.default_backbone})
     labels = {
         "id2label": dict(enumerate(class_names)),
         "label2id": {name: i for i, name in enumerate(class_names)},
@@ -85,6 +94,8 @@ def build_detector(
     restore_timm_norms(network)
     if not _freezes_batch_norm(config):
         thaw_batch_norm(network)
+    elif config.freeze_batch_norm is True:
+        freeze_batch_norm(network)
     for name, parameter in backbone_body(network).named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and is_stem(name)))
     detector = Detector(network, family, class_loss=config.class_loss, channels_last=channels_last)
@@ -137,10 +148,6 @@ def _further_options(config: ModelConfig, family: Family) -> dict[str, Any]:
         if name not in known - ours:
             valid = ", ".join(sorted(known - ours - set(own_keys)))
             raise UsageError(f"{key}: not an option of {family.name}; it has: {valid}")
-    if config.config_overrides.get("two_stage"):
-        raise UsageError(
-            "model.config_overrides.two_stage: the encoder's proposals have no loss here; leave it out"
-        )
     options = {**family.config_defaults, **config.config_overrides}
     return options if config.dropout is None else options | {family.shape_options["dropout"]: config.dropout}
 
@@ -211,11 +218,14 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     options = _shape_options(config, family) | _further_options(config, family) | labels
     if isinstance(config.backbone, str):
         options["backbone"] = config.backbone
-    else:
+    elif config.backbone is not None:
         options["backbone_config"] = config.backbone
+    _check_backbone_type(config, family)
     try:
         network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
         check_backbone(network_config)
+        if not family.imagenet_normalization and config.pretrained_backbone is False:
+            keep_normalization(network_config, UNNORMALIZED)
         network: PreTrainedModel = AutoModelForObjectDetection.from_config(network_config)
     except Exception as error:  # the libraries raise many types for a value they refuse
         reason = one_line(error)
@@ -223,6 +233,18 @@ def _new_network(config: ModelConfig, family: Family, labels: dict[str, Any]) ->
     family.begin(network)
     _begin_class_heads(network, family, renew=False)
     return network
+
+
+def _check_backbone_type(config: ModelConfig, family: Family) -> None:
+    backbone = config.backbone
+    if backbone is None or family.backbone_type is None:
+        return
+    found = backbone if isinstance(backbone, str) else backbone.get("model_type")
+    if isinstance(backbone, str) or found != family.backbone_type:
+        raise UsageError(
+            f"model.backbone: {family.name} cannot have {found}, only a backbone of its own; leave it out, "
+            f"or give its options, as in {{model_type: {family.backbone_type}, ...}}"
+        )
 
 
 def _pretrained_network(config: ModelConfig, family: Family, labels: dict[str, Any]) -> PreTrainedModel:
@@ -264,8 +286,6 @@ def _check_pretrained(
             f"the pretrained model {source} is a {network_config.model_type}, not a "
             f"{family.model_type}; set model.model_architecture to match"
         )
-    if getattr(network_config, "two_stage", False):
-        raise UsageError(f"the pretrained model {source} has two stages, and proposals have no loss here")
     for name, wanted in _shape_options(config, family).items():
         found = getattr(network_config, name)
         if found != wanted:
@@ -277,7 +297,10 @@ def _check_pretrained(
 
 def _begin_class_heads(network: PreTrainedModel, family: Family, *, renew: bool) -> None:
     for name, layer in network.named_modules():
-        if not isinstance(layer, nn.Linear) or not _is_of_class_head(name, family):
+        if not isinstance(layer, nn.Linear | nn.Embedding) or not _is_of_class_head(name, family):
+            continue
+        if isinstance(layer, nn.Embedding):  # of classes, for denoising queries
+            layer.reset_parameters()
             continue
         if renew:
             layer.reset_parameters()
@@ -295,9 +318,9 @@ def _is_of_class_head(name: str, family: Family) -> bool:
 
 def _check_forward(detector: Detector) -> None:
     """Run the network once: some values that transformers accepts fail only then, better now than later."""
+    edge = detector.trial_edge
     try:
         with torch.no_grad():
-            edge = detector.family.trial_edge
             image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8)
             detector.eval()(image, torch.tensor([[edge, edge]]))
     except Exception as error:

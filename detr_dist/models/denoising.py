@@ -157,6 +157,6 @@ def _attention_mask(group: Tensor, num_queries: int) -> Tensor:
     num_images, num_denoising = group.shape
     size = num_denoising + num_queries
     is_hidden = torch.zeros(num_images, size, size, dtype=torch.bool, device=group.device)
-    is_hidden[:, num_denoising:, :num_denoising] = True
+    is_hidden[:, num_denoising:, :num_denoising].fill_(True)  # an assignment would copy it from the host
     is_hidden[:, :num_denoising, :num_denoising] = group[:, :, None] != group[:, None, :]
     return torch.zeros(is_hidden.shape, device=group.device).masked_fill_(is_hidden, float("-inf"))[:, None]

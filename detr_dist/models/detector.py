@@ -5,6 +5,7 @@ Pixels are normalized as for ImageNet, unless the model's image processor does i
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrain
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from detr_dist.config_types import ClassLoss
+from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, restore_timm_norms
 from detr_dist.models.denoising import Denoising
 from detr_dist.models.families import Family
@@ -37,7 +39,10 @@ class Normalization:
 
 
 IMAGENET = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-"""The normalization that every published backbone expects."""
+"""The normalization that most published backbones expect."""
+
+UNNORMALIZED = Normalization(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+"""Values from 0 to 1."""
 
 _NORMALIZATION_KEY = "pixel_normalization"
 """Key in a network's configuration, which is saved with it, for a normalization other than ImageNet's."""
@@ -128,6 +133,12 @@ class Detector(nn.Module):
         return int(self.family.shape_of(config)["num_queries"])
 
     @property
+    def trial_edge(self) -> int:
+        """Pixels of a square image on which the network runs, whatever its size."""
+        multiple = self.family.size_multiple(self.network.config)
+        return math.ceil(self.family.trial_edge / multiple) * multiple
+
+    @property
     def plain_config(self) -> PreTrainedConfig:
         """The configuration with which the library alone makes the same predictions from these weights."""
         config = copy.deepcopy(self.network.config)
@@ -154,8 +165,12 @@ class Detector(nn.Module):
             [R, B, Q, 4], cxcywh as fractions of the image's own size. There is a row for each decoder layer,
             unless the family defines others; the last row is the prediction, equal to the library's. What
             else there may be is described in `SetCriterion.__call__`.
+
+        Raises:
+            UsageError: the family does not take images of this size.
         """
         height, width = images.shape[-2:]
+        self._check_size(height, width)
         rows = torch.arange(height, device=images.device) < sizes_hw[:, :1]
         columns = torch.arange(width, device=images.device) < sizes_hw[:, 1:]
         mask = rows[:, :, None] & columns[:, None, :]
@@ -170,14 +185,21 @@ class Detector(nn.Module):
         labels = () if denoising is None else denoising
         if is_padded and not self.family.uses_mask:
             # The network knows only the canvas: its boxes are fractions of that.
-            share = sizes_hw.flip(1) / sizes_hw.new_tensor([width, height])
-            share = torch.cat((share, share), 1)[:, None]
+            share = torch.stack((sizes_hw[:, 1] / width, sizes_hw[:, 0] / height) * 2, 1)[:, None]
             if denoising is not None:
                 labels = denoising._replace(boxes_cxcywh=denoising.boxes_cxcywh * share)
-            rows = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
-            return {name: each / share if name.endswith("_boxes") else each for name, each in rows.items()}
+            found = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels).loss_dict
+            return {name: each / share if name.endswith("_boxes") else each for name, each in found.items()}
         output = self.network(pixel_values=pixels, pixel_mask=mask, labels=labels)
         return cast(dict[str, Tensor], output.loss_dict)
+
+    def _check_size(self, height: int, width: int) -> None:
+        multiple, square_only = self.family.size_multiple(self.network.config), self.family.square_only
+        if height % multiple or width % multiple or (square_only and height != width):
+            raise UsageError(
+                f"{self.family.name} takes {'square ' if square_only else ''}images with sides that are "
+                f"multiples of {multiple}, not images of {height} x {width} pixels"
+            )
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """Return the parameters that are trained with `training.learning_rate_backbone`."""
@@ -217,13 +239,15 @@ def _instead_of_loss(rows: Callable[..., dict[str, Tensor]]) -> Callable[..., An
         labels: object,
         device: object,
         pred_boxes: Tensor,
-        config: object,
+        config: PreTrainedConfig,
         outputs_class: Tensor,
         outputs_coord: Tensor,
+        *proposals: Tensor,
         **further: Any,
     ) -> tuple[None, dict[str, Tensor], None]:
-        predicted = {"logits": logits, "pred_boxes": pred_boxes}
+        predicted = {"config": config, "logits": logits, "pred_boxes": pred_boxes}
         layers = {"outputs_class": outputs_class, "outputs_coord": outputs_coord}
+        further |= zip(("enc_outputs_class", "enc_outputs_coord"), proposals, strict=False)
         return None, rows(**predicted, **layers, **further), None
 
     return loss_function

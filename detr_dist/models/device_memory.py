@@ -49,7 +49,7 @@ class DeviceMemory:
 
     def _remedies(self, is_training: bool) -> Iterator[str]:
         """Yield the remedies in the order of docs/performance.md, except those in use already."""
-        settings, edges = self.config.training, self.config.data
+        settings, data = self.config.training, self.config.data
         if is_training and not settings.gradient_checkpointing:
             yield "training.gradient_checkpointing=true"
         if settings.batch_size > 1 and is_training:
@@ -63,8 +63,12 @@ class DeviceMemory:
             yield f"training.batch_size={settings.batch_size // 2}"
         if settings.mixed_precision == "no":
             yield "training.mixed_precision=bf16"
-        yield (
-            f"data.longest_edge below {edges.longest_edge} and data.shortest_edge below {edges.shortest_edge}"
-        )
+        edge = f"data.shortest_edge below {data.shortest_edge}"
+        if is_training and data.multi_scale:
+            yield f"edges of data.multi_scale below {max(data.multi_scale)}"
+        else:
+            yield (
+                edge if data.resize == "square" else f"data.longest_edge below {data.longest_edge} and {edge}"
+            )
         if is_training:
             yield "or use ZeRO (docs/distributed.md)"

@@ -29,7 +29,8 @@ class LossSettings(CostWeights):
     eos_coef: float = 0.1
     """Weight of "no object" in the cross entropy, above 0; softmax only."""
     focal_alpha: float = 0.25
-    """Weight in the focal loss of the class that is present, in (0, 1); the others have 1 - focal_alpha."""
+    """Weight in the focal loss of the class that is present, in (0, 1); the others have 1 - focal_alpha. In
+    the IoU-aware loss the exponent of the probability; the IoU has 1 - focal_alpha."""
     vfl_alpha: float = 0.75
     """Weight in the varifocal loss of the classes that are absent."""
     mal_gamma: float = 1.5
@@ -198,10 +199,10 @@ def iou_aware_bce_loss(matched: Matched) -> Tensor:
 
     Source: Cai et al., "Align-DETR", 2023; LW-DETR. Departure: computed from logits, so that it stays finite.
     """
-    logits = matched.logits
+    logits, alpha = matched.logits, matched.settings.focal_alpha
     flat = logits.flatten()
     present = _columns(matched)
-    quality = flat.detach()[present].sigmoid() ** 0.25 * matched.iou.flatten() ** 0.75
+    quality = flat.detach()[present].sigmoid() ** alpha * matched.iou.flatten() ** (1 - alpha)
     quality = quality.clamp(min=0.01)
     positive = torch.zeros_like(flat).index_put((present,), quality)
     negative = (flat.sigmoid().square()).index_put((present,), 1 - quality)

@@ -10,14 +10,16 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, is_frozen_norm, unwrapped_body
@@ -72,6 +74,45 @@ class _AssumeFinite(TorchFunctionMode):
         return _Finite() if function is torch.isfinite else function(*args, **(kwargs or {}))
 
 
+def keep_sizes_on_host(network: PreTrainedModel) -> None:
+    """Keep the sizes of feature maps on the host, and do not check their sum.
+
+    The networks with a hybrid encoder copy each number to the device, and would wait for the check of each
+    decoder layer. Nothing else uses these tensors.
+    """
+    module = sys.modules[type(network).__module__]
+    setattr(module, "torch_compilable_check", _unchecked)  # noqa: B010
+    on_host = _SizesOnHost()
+    network.model.encoder.register_forward_hook(on_host.begin)
+    network.model.enc_output.register_forward_pre_hook(on_host.end)
+    network.model.register_forward_hook(on_host.end, always_call=True)  # after an error as well
+
+
+def _unchecked(*_: object) -> None:
+    """Do nothing in place of a check."""
+
+
+class _SizesOnHost(TorchFunctionMode):
+    """Creates empty tensors of integers on the host, between two modules of a forward pass."""
+
+    is_active = False
+
+    def begin(self, *_: object) -> None:
+        self.is_active = True
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, *_: object) -> None:
+        if self.is_active:
+            self.is_active = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty and kwargs.get("dtype") is torch.long:
+            kwargs |= {"device": "cpu"}
+        return function(*args, **kwargs)
+
+
 class PaddingMasks:
     """Makes the masks that exclude padding from attention.
 
@@ -124,6 +165,22 @@ def keep_type_in_frozen_norms(backbone: nn.Module) -> None:
     for module in backbone.modules():
         if is_frozen_norm(module):
             module.register_forward_hook(_to_input_type)
+
+
+def freeze_batch_norm(network: PreTrainedModel) -> None:
+    """Keep weights and statistics of all batch norm, so that no image depends on others of its micro-batch.
+
+    The backbone's is of a frozen kind already; the necks of some families have more.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
+            _put_before(module, _InEvaluation)
+
+
+class _InEvaluation(nn.Module):
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
 
 
 def _in_float32(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -185,13 +242,19 @@ def num_compiled_graphs() -> int:
 
 
 def recompute_activations(network: PreTrainedModel) -> None:
-    """Keep only the inputs of encoder and decoder layers and timm stages, and recompute the rest in backward.
+    """Keep only the inputs of layers and of timm's stages, and recompute the rest in the backward pass.
 
     A backbone whose batch norm is trained keeps everything, because its statistics would be updated twice.
     """
     body = unwrapped_body(network)
     learns_statistics = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
-    stages = [] if learns_statistics else [child for child in body.children() if any(child.children())]
+    # The layers of a vision transformer. The library collects their outputs, which fails for larger parts.
+    layers: list[nn.Module] = [
+        module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    stages = layers or [child for child in body.children() if any(child.children())]
+    if learns_statistics:
+        stages = []
     for part in (*stages, *_transformer_layers(network)):
         _put_before(part, _Recomputed)
 

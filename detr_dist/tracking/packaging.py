@@ -9,22 +9,18 @@ from typing import Any
 
 import cloudpickle
 import torch
+import transformers
 import yaml
-from transformers import (
-    ConditionalDetrImageProcessor,
-    DeformableDetrImageProcessor,
-    DetrImageProcessor,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from detr_dist.config import DataConfig
-from detr_dist.models.detector import normalization_of
+from detr_dist.models.detector import UNNORMALIZED, normalization_of
+from detr_dist.models.families import family_of
 from detr_dist.redaction import redact_value
+from detr_dist.resize import processor_size
 
 REQUIRED_PACKAGES = ("mlflow", "torch", "torchvision", "transformers", "timm")
 """Packages that are needed to load the model; this package is not one of them."""
-
-_IMAGE_PROCESSORS = {"detr": DetrImageProcessor, "deformable_detr": DeformableDetrImageProcessor}
 
 
 def write_model(
@@ -70,14 +66,12 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
 
 
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:
-    """Return the library's processor of this architecture, set up to prepare images as this package does.
-
-    DAB-DETR is published with Conditional DETR's.
-    """
+    """Return the library's processor of this family, set up to prepare images as this package does."""
     normalization = normalization_of(network.config)
-    processor_class = _IMAGE_PROCESSORS.get(network.config.model_type, ConditionalDetrImageProcessor)
+    processor_class = getattr(transformers, family_of(network.config).image_processor)
     return processor_class(
-        size={"shortest_edge": data.shortest_edge, "longest_edge": data.longest_edge},
+        size=processor_size(data),
+        do_normalize=normalization != UNNORMALIZED,
         image_mean=list(normalization.mean),
         image_std=list(normalization.std),
     )

@@ -24,10 +24,10 @@ def config_params(config: Config) -> dict[str, Any]:
 
 
 def _as_param(value: Any) -> Any:
-    """Convert a mapping to JSON and a list to its names; empty ones count as unset."""
+    """Convert a mapping to JSON and a list to its values; empty ones count as unset."""
     if isinstance(value, dict):
         return json.dumps(value)
-    return (", ".join(value) or None) if isinstance(value, list) else value
+    return (", ".join(map(str, value)) or None) if isinstance(value, list) else value
 
 
 def run_params(
@@ -35,6 +35,9 @@ def run_params(
 ) -> dict[str, Any]:
     """Return the params of a run, without unset keys."""
     training, backbone = config.training, config.model.backbone
+    if backbone is None:
+        own = detector.network.config.backbone_config
+        backbone = getattr(own, "backbone", None) or own.model_type
     shape = detector.family.shape_of(detector.network.config) | {"num_queries": detector.num_queries}
     params = config_params(config) | {
         "backbone": backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"),

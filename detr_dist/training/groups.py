@@ -20,7 +20,12 @@ _MOST_SIZES = 10_000
 
 
 def canvas_rule(config: DataConfig) -> CanvasRule:
-    """Return the rule by which the images of each training step are padded."""
+    """Return the rule by which the images of each training step are padded.
+
+    Fixed sizes are not rounded: they are few, and a family may require multiples of another number.
+    """
+    if config.resize != "shortest_edge":
+        return CanvasRule()
     return CanvasRule(config.canvas_multiple, keep_one_size=recipe_of(config.augmentation) != "detr")
 
 
@@ -53,6 +58,7 @@ class GroupStream:
             first_step,
             total_steps - first_step,
             dataset.size_hw if config.data.group_by_shape else None,
+            config.data.multi_scale,
         )
         self._loader = BatchLoader(
             dataset,
@@ -90,6 +96,7 @@ class GroupStream:
             plan=StepPlan(plan.num_samples, plan.global_batch_size, num_processes=1, accumulation=1),
             process_index=0,
             num_steps=min(self._sampler.num_steps, -(-_MOST_SIZES // plan.global_batch_size)),
+            edges=sorted(self._sampler.edges)[-1:],  # too rare, perhaps, to be drawn in these steps
         )
         canvases = (self._canvas_hw(list(map(self._size_hw, keys))) for keys in steps)
         return max(canvases, key=math.prod)

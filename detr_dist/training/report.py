@@ -6,10 +6,11 @@ from itertools import groupby
 import torch.distributed as dist
 from torch import Tensor
 
-from detr_dist.config import ignored_variables
+from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.data.checks import CheckSettings, check_boxes
 from detr_dist.data.columns import counted
 from detr_dist.models.backbone import keeps_timm_norms
+from detr_dist.resize import Resize
 from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.setup import Setup
 
@@ -43,6 +44,16 @@ def describe_run(setup: Setup) -> Iterator[str]:
     yield _describe_sizes(setup)
 
 
+def ignored_variables(config: Config) -> Iterator[str]:
+    """Yield a line for each environment variable that is ignored because the setting has another value."""
+    for key, default in FROM_ENVIRONMENT.items():
+        if default.value not in (None, getattr(config.logging, key)):
+            yield (
+                f"logging.{key} is {getattr(config.logging, key)}, as set or as in the resumed run; "
+                f"{default.variable}={default.value} is ignored"
+            )
+
+
 def describe_resumption(setup: Setup, training: Training, state: TrainState) -> Iterator[str]:
     """Yield lines on the step at which training resumes, and on changes since it was saved."""
     if setup.resumed is None:
@@ -60,8 +71,8 @@ def describe_resumption(setup: Setup, training: Training, state: TrainState) -> 
 
 
 def _describe_data(setup: Setup) -> Iterator[str]:
-    train_data, val_data, edges = setup.train_data, setup.val_data, setup.config.data
-    settings = CheckSettings(edges.shortest_edge, edges.longest_edge, setup.detector.num_queries)
+    train_data, val_data = setup.train_data, setup.val_data
+    settings = CheckSettings(Resize.of(setup.config.data), setup.detector.num_queries)
     if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
         yield (
             "warning: --train-dir and --val-dir are the same data: the validation metrics do not show "

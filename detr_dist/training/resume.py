@@ -40,10 +40,11 @@ FREE_KEYS = {
 def keep_settings(config: Config, saved: RunFacts, resume: str, output_dir: Path) -> Config:
     """Return `config` with some settings of the run that `--resume` names, unless they are set explicitly.
 
-    They are MLflow's store (with the credentials in the run's outbox), experiment and run name, and
-    `data.canvas_multiple`: a run of a version that did not round its canvas continues without rounding.
+    They are MLflow's store (with the credentials in the run's outbox), experiment and run name, and settings
+    whose default was another in earlier versions, such as `data.canvas_multiple`: a run of a version that did
+    not round its canvas continues without rounding.
     """
-    logging, data = config.logging, config.data
+    logging, data, model = config.logging, config.data, config.model
     if saved.mlflow_run_id is not None:
         unset = FROM_ENVIRONMENT.keys() - logging.model_fields_set
         was_found_there = is_run_id(resume) or resume.startswith("runs:/")  # wherever it was before
@@ -55,7 +56,9 @@ def keep_settings(config: Config, saved: RunFacts, resume: str, output_dir: Path
         logging = logging.model_copy(update={"mlflow_tracking_uri": uri})
     if "canvas_multiple" not in data.model_fields_set:
         data = data.model_copy(update={"canvas_multiple": saved.config.data.canvas_multiple})
-    return config.model_copy(update={"logging": logging, "data": data})
+    if "backbone" not in model.model_fields_set and saved.config.model.backbone == "resnet50":
+        model = model.model_copy(update={"backbone": "resnet50"})
+    return config.model_copy(update={"logging": logging, "data": data, "model": model})
 
 
 def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:

@@ -21,6 +21,7 @@ from detr_dist.extensions import load_object
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
+from detr_dist.models.image_sizes import check_image_sizes
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
 from detr_dist.training.checkpoint import Checkpoint, RunFacts
@@ -256,6 +257,7 @@ def _build_network(
         if facts.init_from is None:
             raise
         raise UsageError(f"--init-from {facts.init_from}: {error}") from error
+    check_image_sizes(facts.config.data, detector.family, detector.network.config, train=True)
     if train_data.max_boxes_per_image == 0:  # nothing would be learned
         raise DataError(
             f"{train_data.annotations_path}: has no box to train on (crowd boxes do not count); check that "

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -24,6 +26,7 @@ from detr_dist.config import TrainingConfig
 from detr_dist.environment import uses_deepspeed
 from detr_dist.errors import UsageError
 from detr_dist.models.average import WeightAverage
+from detr_dist.models.denoising import denoising_queries
 from detr_dist.models.detector import Detector
 
 OptimizerMemory = dict[int, dict[str, Any]]
@@ -59,7 +62,7 @@ class Replicated:
             # matter only in evaluation, which uses the main process's (HostGroup.synchronise_buffers). As an
             # argument of DDP this causes a warning (torch 2.14), and no buffers are sent at the start either.
             model.broadcast_buffers = False
-            _settle_order_of_sums(model, accelerator.device)
+            _settle_order_of_sums(model, detector, accelerator.device)
         return model, prepared
 
     @contextmanager
@@ -71,17 +74,23 @@ class Replicated:
         yield None
 
 
-def _settle_order_of_sums(model: DistributedDataParallel, device: torch.device) -> None:
+def _settle_order_of_sums(model: DistributedDataParallel, detector: Detector, device: torch.device) -> None:
     """Run forward and backward once, and discard the gradients. Collective.
 
     DDP rearranges its gradient buckets after the first backward pass, and the position of a gradient decides
     the order in which more than two processes sum it. Without this, the first step of a resumed run would be
-    rounded differently from that of an uninterrupted run.
+    rounded differently from that of an uninterrupted run. As in training, every parameter gets a gradient.
     """
-    model.eval()  # keeps the statistics of batch norm unchanged
-    image = torch.zeros(1, 3, 128, 128, dtype=torch.uint8, device=device)
+    for module in model.train().modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()  # keeps its statistics unchanged
+    edge, nothing = detector.trial_edge, (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), [0])
+    image = torch.zeros(1, 3, edge, edge, dtype=torch.uint8, device=device)
+    denoising = None
+    if detector.denoising is not None:
+        denoising = denoising_queries(detector.denoising, *nothing, [np.random.default_rng()]).to(device)
     with torch.compiler.set_stance("force_eager"):  # no other image has this size
-        outputs = model(image, torch.tensor([[128, 128]], device=device))
+        outputs = model(image, torch.tensor([[edge, edge]], device=device), True, denoising)
     torch.stack([output.sum() for output in outputs.values()]).sum().backward()
     model.zero_grad()
     model.train()

@@ -3,10 +3,11 @@
     python scripts/benchmarks/activations.py [--size-hw 800 1333] [section.key=value ...]
 
 Uses a ResNet-50 with frozen batch norm and first stage, as from ImageNet weights, in float32 and bf16,
-with and without `training.gradient_checkpointing`. Counts what autograd keeps for a second image, on CUDA
-tensors with a shape but no content. No GPU is needed, and the count is exact for the assumed kernels
-(memory-efficient attention). Temporary memory of allocator, gradients and kernels comes on top, as do the
-activations inside a layer or stage while it is recomputed.
+with and without `training.gradient_checkpointing`, and with denoising queries where the network has them.
+Counts what autograd keeps for a second image, on CUDA tensors with a shape but no content. No GPU is
+needed, and the count is exact for the assumed kernels (memory-efficient attention). Temporary memory of
+allocator, gradients and kernels comes on top, as do the activations inside a layer or stage while it is
+recomputed.
 """
 
 import tempfile
@@ -22,8 +23,10 @@ from torch._subclasses import FakeTensorMode
 from train_step import without_download
 
 from detr_dist.config import load_config
+from detr_dist.data.sampling import round_up
 from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
+from detr_dist.models.denoising import Denoising
 from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import recompute_activations
 
@@ -39,6 +42,8 @@ def main() -> None:
             settings = [*without_download(Path(folder)), f"model.model_architecture={architecture}"]
             config = load_config(None, [*settings, *options.overrides])
             detector = build_detector(config.model, ["player", "ball"]).train()
+        multiple = detector.family.size_multiple(detector.network.config)
+        size_hw = round_up(tuple(options.size_hw), multiple)
         row: dict[str, Any] = {"MiB an image": architecture}
         with FakeTensorMode(), efficient_attention():
             move_to_fake_gpu(detector)
@@ -46,7 +51,7 @@ def main() -> None:
                 if way:
                     recompute_activations(detector.network)
                 for precision in ("float32", "bf16"):
-                    one, two = (kept_mib(detector, num, options.size_hw, precision) for num in (1, 2))
+                    one, two = (kept_mib(detector, num, size_hw, precision) for num in (1, 2))
                     row[precision + way] = two - one
         rows.append(row)
     shares = {f"{row['MiB an image']}_bf16_share": row["bf16"] / row["float32"] for row in rows}
@@ -92,9 +97,21 @@ def efficient_attention() -> Iterator[None]:
         functional.scaled_dot_product_attention = original
 
 
-def kept_mib(detector: Detector, num_images: int, size_hw: list[int], precision: str) -> float:
+def queries_of(detector: Detector, num_images: int) -> Denoising | None:
+    """Return denoising queries with a shape but no content, of images with one object each."""
+    if detector.denoising is None:
+        return None
+    shape = (num_images, 2 * detector.denoising.num_queries)
+    labels = torch.empty(shape, dtype=torch.int64, device="cuda")
+    boxes, weight = torch.empty(*shape, 4, device="cuda"), torch.empty(shape, device="cuda")
+    positive = torch.empty(shape[0] * shape[1] // 2, dtype=torch.int64, device="cuda")
+    return Denoising(labels, boxes, torch.empty_like(labels), weight, positive, positive)
+
+
+def kept_mib(detector: Detector, num_images: int, size_hw: tuple[int, int], precision: str) -> float:
+    denoising = queries_of(detector, num_images)
     images = torch.zeros(num_images, 3, *size_hw, dtype=torch.uint8, device="cuda")
-    sizes_hw = torch.tensor([size_hw] * num_images, device="cuda")
+    sizes_hw = torch.tensor([list(size_hw)] * num_images, device="cuda")
     kept: dict[int, Any] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -107,7 +124,7 @@ def kept_mib(detector: Detector, num_images: int, size_hw: list[int], precision:
     torch.set_autocast_enabled("cuda", precision == "bf16")
     try:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            outputs = detector(images, sizes_hw, is_padded=False)
+            outputs = detector(images, sizes_hw, False, denoising)
     finally:
         torch.set_autocast_enabled("cuda", False)
         torch.clear_autocast_cache()

@@ -37,7 +37,8 @@ from transformers import DetrImageProcessor
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
 from detr_dist.data.images import decode_reduced, decode_rgb
-from detr_dist.data.transforms import build_transform, resized_hw
+from detr_dist.data.transforms import build_transform
+from detr_dist.resize import Resize
 
 NUM_IMAGES, BATCH_SIZE = 32, 4
 PILLOW, OURS, EXAMPLE = "Pillow, decode, new memory", "ours, all", "transformers' example, all"
@@ -137,7 +138,7 @@ def main() -> None:
             sorted(options.images.glob("*.jp*g")) if options.images else write_photos(folder, options.size_hw)
         )
         data = write_data(folder, paths)
-        transform = build_transform("light", *edges, train=True)
+        transform = build_transform("light", Resize(*edges), train=True)
         ours = LoaderProcess(
             CocoDetectionDataset(data, transform, seed=0, train=True),
             [(0, i) for i in range(len(data))],
@@ -210,7 +211,7 @@ def write_data(folder: Path, paths: list[Path]) -> CocoData:
 
 def reduced_ways(data: CocoData, paths: list[Path], edges: tuple[int, int]) -> dict[str, Callable[[], float]]:
     """Return ways to decode and resize at full and at reduced scale; none if these images are not reduced."""
-    needed_hw = resized_hw(*data.size_hw(0), *edges)
+    needed_hw = Resize(*edges).size_hw(*data.size_hw(0))
     if decode_reduced(paths[0], data.size_hw(0), needed_hw) is None:
         return {}
 

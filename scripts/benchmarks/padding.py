@@ -27,6 +27,7 @@ from detr_dist.data.sampling import (
     random_numbers,
 )
 from detr_dist.data.transforms import Augmentation, build_transform
+from detr_dist.resize import Resize
 from detr_dist.training.groups import canvas_rule
 
 NUM_SAMPLES, SHARE_OF_PORTRAITS = 8000, 0.3
@@ -83,7 +84,7 @@ def main() -> None:
 def sizes(augmentation: Augmentation, is_mixed: bool, edges: list[int]) -> SizeOf:
     """Return a function that returns the size of a sample after augmentation."""
     is_portrait = np.random.default_rng(0).random(NUM_SAMPLES) < SHARE_OF_PORTRAITS
-    transform = build_transform(augmentation, *edges, train=True)
+    transform = build_transform(augmentation, Resize(*edges), train=True)
 
     def size_of(key: SampleKey) -> tuple[int, int]:
         epoch, row = key

@@ -9,6 +9,10 @@ from detr_dist.distributed import build_accelerator
 from detr_dist.models.optimizations import compile_regions, num_compiled_graphs
 
 
+class EncoderLayer(nn.Sequential):
+    """A layer, as the library's by its name."""
+
+
 class Network(nn.Module):
     """Network with the layout of the library's, reduced to the minimum because compiling C++ takes long."""
 
@@ -17,7 +21,7 @@ class Network(nn.Module):
         self.model = nn.Module()
         self.model.backbone, self.model.encoder, self.model.decoder = nn.Module(), nn.Module(), nn.Module()
         self.model.backbone.model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.ReLU())
-        self.model.encoder.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Sigmoid())])
+        self.model.encoder.layers = nn.ModuleList([EncoderLayer(nn.Linear(4, 4), nn.Sigmoid())])
         self.model.decoder.layers = nn.ModuleList()
 
     def forward(self, images: Tensor) -> Tensor:

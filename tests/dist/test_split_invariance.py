@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+from harness.data import TINY_RT_DETR
 from safetensors.torch import load_file
 
-LOSSES = tuple(f"{of}_{loss}" for of in ("train", "val") for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
+FAMILIES = {  # overrides of the tiny configuration, and the name of the class loss
+    "detr": ((), "ce"),
+    "rt_detr_v2": (TINY_RT_DETR, "vfl"),
+}
 SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 images a step each
     "one_process": (1, 8, 1),
     "accumulated": (1, 2, 4),
@@ -14,13 +18,22 @@ SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 imag
 }
 
 
+def losses_of(family: str) -> tuple[str, ...]:
+    terms = (FAMILIES[family][1], "bbox", "giou")
+    return tuple(f"{of}_loss{term}" for of in ("train", "val") for term in ("", *(f"_{t}" for t in terms)))
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_num_processes_and_accumulation_change_neither_losses_nor_weights(
+    workplace, tiny_data: Path, family: str
+) -> None:
     for name, (num_processes, batch_size, accumulation) in SPLITS.items():
         finished = workplace.train(
             tiny_data,
+            *FAMILIES[family][0],
             "training.max_steps=10",
             "training.num_epochs=9",
             f"training.batch_size={batch_size}",
@@ -34,19 +47,41 @@ def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workpl
             num_processes=num_processes,
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
-    expected = {metric: workplace.history(metric, "one_process") for metric in LOSSES}
+    expected = {metric: workplace.history(metric, "one_process") for metric in losses_of(family)}
     steps_without_any_box = [value for _, value in expected["train_loss_bbox"] if value == 0]
     assert 0 < len(steps_without_any_box) < 10
     weights = load_file(workplace.folder / "one_process" / "model" / "model.safetensors")
     for name in list(SPLITS)[1:]:
-        for metric in LOSSES:
+        for metric, values in expected.items():
             # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
             assert workplace.history(metric, name) == [
-                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in expected[metric]
+                (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in values
             ]
         split_weights = load_file(workplace.folder / name / "model" / "model.safetensors")
         for key, tensor in weights.items():
             assert (split_weights[key] - tensor).abs().max() < 1e-5, (name, key)
+
+
+@pytest.mark.dist
+def test_every_split_trains_on_the_same_scales(workplace, tiny_data: Path) -> None:
+    for name in ("accumulated", "two_processes"):
+        num_processes, batch_size, accumulation = SPLITS[name]
+        finished = workplace.train(
+            tiny_data,
+            *("data.resize=square", "data.multi_scale=[32, 64, 96]", "data.augmentation=detr"),
+            f"training.batch_size={batch_size}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            *("training.max_steps=4", "model.dropout=0", "model.freeze_batch_norm=true"),
+            output=name,
+            num_processes=num_processes,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    for metric in losses_of("detr"):
+        # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
+        assert workplace.history(metric, "two_processes") == [
+            (step, pytest.approx(value, rel=1e-4, abs=1e-7))
+            for step, value in workplace.history(metric, "accumulated")
+        ]
 
 
 @pytest.mark.dist

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlflow
 import pytest
+from harness.data import TINY_BACKBONE
 
 from detr_dist.cli import main
 
@@ -112,6 +113,20 @@ def test_an_invalid_setting_fails_with_one_line(override, code, fragment, workpl
     found, lines = error_lines(workplace, data, capsys, override)
     assert (found, len(lines)) == (code, 1), lines
     assert fragment in lines[0]
+
+
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_sizes_that_a_family_does_not_take_fail_with_one_line(options, workplace, data, capsys) -> None:
+    backbone = TINY_BACKBONE | {"out_features": ["stage2", "stage3", "stage4"]}
+    settings = ("data.resize=shortest_edge", "data.shortest_edge=80", "data.multi_scale=[64, 100]")
+    network = ("model.model_architecture=rt_detr_v2", f"model.backbone={json.dumps(backbone)}")
+    code, lines = error_lines(workplace, data, capsys, *options, *network, *settings)
+    assert code == 2
+    assert lines == [
+        "error: rt_detr_v2 takes images with sides that are multiples of 32: set data.resize=square or "
+        "rectangle (it is shortest_edge), data.shortest_edge=64 or 96 (it is 80), data.multi_scale=96 or 128 "
+        "(it is 100)"
+    ]
 
 
 def test_all_wrong_settings_are_reported_together(workplace, data, capsys) -> None:

@@ -115,7 +115,8 @@ def test_activations_of_all_architectures_are_counted_without_a_gpu(
     from gpu_check_network import SMALL
 
     path = tmp_path / "activations.json"
-    small = [setting for setting in SMALL if setting.startswith("model.")] + ["model.hidden_dim=64"]
+    small = [setting for setting in SMALL if setting.startswith("model.")]
+    small += ["model.hidden_dim=64", "model.backbone.out_features=[stage2, stage3, stage4]"]
     monkeypatch.setattr(
         sys, "argv", ["activations.py", "--size-hw", "96", "128", "--json", str(path), *small]
     )

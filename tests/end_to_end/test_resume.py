@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from harness.data import TINY_RT_DETR
 from safetensors.torch import load_file
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -161,6 +162,28 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
             assert torch.equal(weights[key], tensor), (name, key)
     assert workplace.results()["metrics"] == complete.results()["metrics"]
     assert (workplace.folder / "out" / "model" / "config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_killed_run_of_rt_detr_resumes_exactly(workplace, tiny_data: Path) -> None:
+    """It has denoising queries, and batch norm outside its backbone."""
+    settings = (*EVERYTHING_THAT_DRAWS_OR_REMEMBERS, *TINY_RT_DETR)
+    finished = workplace.train(tiny_data, *settings, output="expected")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    process = workplace.start(tiny_data, *settings, "--resume", "auto")
+    last = workplace.folder / "out" / "checkpoints" / "last"
+    wait_until(lambda: newest_checkpoint(last.parent) is not None, process, workplace)
+    stop(process, signal.SIGKILL, 1)
+    process.wait(60)
+    finished = workplace.train(tiny_data, *settings, "--resume", "auto")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "resuming from" in finished.stdout
+    expected = workplace.folder / "expected" / "checkpoints" / "last"
+    for name in WEIGHTS:
+        weights = load_file(last / name)
+        for key, tensor in load_file(expected / name).items():
+            assert torch.equal(weights[key], tensor), (name, key)
 
 
 @pytest.mark.dist

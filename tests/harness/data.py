@@ -9,7 +9,10 @@ import numpy as np
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.extensions import FAMILIES
 
+RESNET_FAMILIES = [name for name in FAMILIES.built_in if name not in ("lw_detr", "rf_detr")]
+"""The families that can have a ResNet and images of any proportions."""
 TINY_BACKBONE: dict[str, Any] = {
     "model_type": "resnet",
     "layer_type": "basic",
@@ -38,6 +41,13 @@ TINY_CONFIG = {
     "evaluation": {"pictures": False},
     "logging": {"log_every_steps": 1, "tensorboard": False},
 }
+
+TINY_RT_DETR = (
+    "model.model_architecture=rt_detr_v2",
+    "model.backbone.out_features=[stage2, stage3, stage4]",
+    "model.config_overrides.num_denoising=10",
+)
+"""Overrides of the tiny configuration."""
 
 
 def write_coco(

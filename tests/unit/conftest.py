@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from harness.data import TINY_BACKBONE
 
 from detr_dist.config import ModelConfig
 from detr_dist.models.build import build_detector
+from detr_dist.models.denoising import Denoising, denoising_queries
 from detr_dist.models.detector import Detector
 
 CLASS_NAMES = ["player", "ball"]
@@ -32,6 +34,20 @@ def tiny_detector() -> Callable[..., Detector]:
         return build_detector(model, CLASS_NAMES)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def denoising_of() -> Callable[[Detector], Denoising | None]:
+    """Return a function that makes the queries with which a detector is trained on objects in two images."""
+
+    def make(detector: Detector) -> Denoising | None:
+        if detector.denoising is None:
+            return None
+        rngs = [np.random.default_rng(seed) for seed in (1, 2)]
+        boxes_cxcywh = torch.tensor([[0.4, 0.4, 0.2, 0.3], [0.5, 0.6, 0.3, 0.1], [0.3, 0.7, 0.2, 0.2]])
+        return denoising_queries(detector.denoising, torch.tensor([0, 1, 1]), boxes_cxcywh, [1, 2], rngs)
+
+    return make
 
 
 @pytest.fixture

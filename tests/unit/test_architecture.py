@@ -22,6 +22,7 @@ BASE = {
     "extensions",
     "progress_bar",
     "redaction",
+    "resize",
     "storage",
     "text",
 }
@@ -69,6 +70,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": {"redaction", "text"},
     "extensions": {"errors"},
     "redaction": set(),
+    "resize": {"config", "config_types"},
     "storage": {"errors", "text"},
     "text": {"redaction"},
 }

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from detr_dist.config import Config, describe_keys, ignored_variables, load_config
+from detr_dist.config import Config, describe_keys, load_config
 from detr_dist.errors import UsageError
+from detr_dist.training.report import ignored_variables
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
@@ -242,3 +243,10 @@ def test_a_problem_names_the_file_only_if_it_is_in_the_file(tmp_path: Path) -> N
     in_file, overridden = sorted(str(caught.value).splitlines())
     assert in_file.startswith(f"{path}: training.batch_size: ")
     assert overridden.startswith("training.num_epoch: ")
+
+
+def test_families_that_do_not_see_padding_get_square_images_unless_configured_otherwise() -> None:
+    family = "model.model_architecture=rt_detr_v2"
+    assert load_config(None, [family]).data.resize == "square"
+    assert load_config(None, [family, "data.resize=rectangle"]).data.resize == "rectangle"
+    assert load_config(None, []).data.resize == "shortest_edge"

@@ -7,6 +7,7 @@ from detr_dist.models.families import (
     deformable_detr,
     deimv2,
     detr,
+    lw_detr,
     rt_detr,
 )
 from detr_dist.models.families.family import (
@@ -29,6 +30,7 @@ __all__ = [
     "detr",
     "family_of",
     "find_family",
+    "lw_detr",
     "num_queries_of",
     "register_family",
     "rt_detr",

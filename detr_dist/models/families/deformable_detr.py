@@ -1,6 +1,6 @@
-"""Deformable DETR.
+"""Deformable DETR, also with two stages, where the encoder proposes the boxes that the decoder refines.
 
-Source: Zhu et al., "Deformable DETR", 2021, and its code.
+Source: Zhu et al., "Deformable DETR", 2021, and its code; appendix A.4 on two stages.
 """
 
 from typing import Any
@@ -9,6 +9,38 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from detr_dist.models.families.family import Family, register_family
+
+
+def derived(options: dict[str, Any]) -> dict[str, Any]:
+    """Let the number of queries and that of proposals, which take their place, follow from each other."""
+    given = {options[key] for key in ("num_queries", "two_stage_num_proposals") if key in options}
+    if not options.get("two_stage") or not given:
+        return options
+    number = options.get("two_stage_num_proposals", max(given))
+    return {**options, "num_queries": number, "two_stage_num_proposals": number}
+
+
+def begin(network: PreTrainedModel) -> None:
+    """Begin with two stages as in the paper: every box is its proposal, and that its anchor."""
+    if network.config.two_stage:
+        heads: Any = network.bbox_embed
+        for head in heads:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+
+
+def prepare(network: PreTrainedModel) -> None:
+    """Compute positions in float32; with two stages, return the proposals of every position as well."""
+    keep_features_in_float32(network)
+    if network.config.two_stage:
+        network.model.pos_trans_norm.register_forward_hook(_to_float32)
+        network.register_forward_hook(_return_proposals)
+
+
+def _return_proposals(network: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    # Where there is padding, and at the very edge, the logits are infinite: the box is the complete image.
+    output.loss_dict["proposal_logits"] = output.enc_outputs_class[None]
+    output.loss_dict["proposal_boxes"] = output.enc_outputs_coord_logits.sigmoid()[None]
 
 
 def keep_features_in_float32(network: PreTrainedModel) -> None:
@@ -30,7 +62,11 @@ FAMILY = Family(
     loss_kind="sigmoid",
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
+    image_processor="DeformableDetrImageProcessor",
     masks_attention=False,  # it samples points; padding is zero
-    prepare=keep_features_in_float32,
+    derived=derived,
+    trial_edge=256,  # has more positions, each a proposal, than the default number of queries
+    begin=begin,
+    prepare=prepare,
 )
 register_family(FAMILY)

@@ -49,6 +49,7 @@ FAMILY = Family(
     loss_kind="softmax",
     weights={"ce": 1.0},
     class_heads=("class_labels_classifier",),
+    image_processor="DetrImageProcessor",
     prepare=return_every_layer,
 )
 register_family(FAMILY)

@@ -62,6 +62,10 @@ def _nothing(network: PreTrainedModel) -> None:
     """Leave the network as the library builds it."""
 
 
+def _any_size(network_config: PreTrainedConfig) -> int:
+    return 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """The definition of a family of detectors.
@@ -97,24 +101,41 @@ class Family:
     masks_attention: bool = True
     """Whether attention uses a mask [B, 1, 1, S] of the positions that are not padding, which is then made
     without waiting for the device; otherwise the network makes what it needs."""
+    size_multiple: Callable[[PreTrainedConfig], int] = _any_size
+    """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
+    configuration."""
+    square_only: bool = False
+    """Whether the network takes square images only."""
+    imagenet_normalization: bool = True
+    """Whether a new network gets pixels normalized as for ImageNet, as any with a pretrained backbone does;
+    otherwise it gets values from 0 to 1."""
+    image_processor: str = "ConditionalDetrImageProcessor"
+    """Transformers' class that prepares its images: the class written into `preprocessor_config.json`."""
     uses_mask: bool = True
     """Whether boxes are fractions of the image, which the pixel mask describes, or of the padded canvas."""
+    default_backbone: str | None = "resnet50"
+    """The timm backbone of a new network for which `model.backbone` is unset; None: the one of the library's
+    configuration."""
+    backbone_type: str | None = None
+    """`model_type` of the only backbones that the network can have; None: any, also timm's."""
+    onnx_opset: int = 17
+    """Version of ONNX's operators for an export: 17 is the first with layer normalisation."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""
     union: bool = False
     """Whether the box terms of every row compare the pairs that are matched in any row."""
     trial_edge: int = 128
-    """Pixels of a square image on which a network of the default size runs."""
+    """Pixels of a square image on which a network of the default size runs; rounded up to `size_multiple`."""
     begin: Callable[[PreTrainedModel], None] = _nothing
     """Called once with a new network, to initialize what the library initializes unlike the paper."""
     prepare: Callable[[PreTrainedModel], None] = _nothing
     """Called once with the network, for hooks that its training needs."""
     rows: Callable[..., dict[str, Tensor]] = decoder_rows
-    """Called in place of the library's loss, with the same keyword arguments: `logits`, `pred_boxes`,
-    `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits` [R, B, Q, C] and
-    `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently; the last row is
-    the prediction. What else it may return is described in `SetCriterion.__call__`."""
+    """Called in place of the library's loss, with the same keyword arguments: `config`, `logits`,
+    `pred_boxes`, `outputs_class`, `outputs_coord` and others of the family. Returns `pred_logits`
+    [R, B, Q, C] and `pred_boxes` [R, B, Q, 4]: R rows of predictions, each matched and trained independently;
+    the last row is the prediction. What else it may return is described in `SetCriterion.__call__`."""
 
     def shape_of(self, network_config: PreTrainedConfig) -> dict[str, Any]:
         """Return the values of hidden_dim, num_queries and the other shape options that the network has."""

@@ -9,28 +9,35 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, freeze_unused_parts
 from detr_dist.models.denoising import take_prepared_queries
 from detr_dist.models.families.family import FLOAT32_MODULES, LOSS_OPTIONS, Family, register_family
+from detr_dist.models.optimizations import keep_sizes_on_host
 
 _EPS = 1e-5  # of the library's inverse sigmoid
 
 
 def derived(options: dict[str, Any]) -> dict[str, Any]:
-    """Set the widths of encoder and decoder together, and as many input widths as there are scales."""
-    if "d_model" not in options:
+    """Set the widths of encoder and decoder together, for as many scales as there are, and timm's outputs."""
+    num_scales = len(options.get("feat_strides", (8, 16, 32)))
+    if "d_model" in options:
+        width = options["d_model"]
+        options = {"encoder_hidden_dim": width, "decoder_in_channels": [width] * num_scales, **options}
+    if "backbone" not in options:
         return options
-    width, num_scales = options["d_model"], len(options.get("feat_strides", (8, 16, 32)))
-    return {"encoder_hidden_dim": width, "decoder_in_channels": [width] * num_scales, **options}
+    backbone = {"model_type": "timm_backbone", "backbone": options["backbone"]}
+    backbone["out_indices"] = list(range(-num_scales, 0))  # the last ones
+    return {k: v for k, v in options.items() if k != "backbone"} | {"backbone_config": backbone}
 
 
 def begin(network: PreTrainedModel) -> None:
-    """Begin as in the papers: batch norm passes everything on, and the encoder's boxes are its anchors.
+    """Begin as in the authors' code: batch norm passes everything on, and the encoder returns its anchors.
 
-    The library scales what batch norm returns by random numbers around 0.
+    The library scales what batch norm returns by random numbers around 0, gives positions hardly any weight,
+    and class heads more than twice as much.
     """
     body = set(backbone_body(network).modules())
     for module in network.model.modules():
@@ -39,6 +46,11 @@ def begin(network: PreTrainedModel) -> None:
     last = network.model.enc_bbox_head.layers[-1]
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
+    decoder = network.model.decoder
+    for layer in (network.model.enc_output[0], *decoder.query_pos_head.layers):
+        nn.init.xavier_uniform_(layer.weight)
+    for head in (network.model.enc_score_head, *decoder.class_embed):
+        head.reset_parameters()
 
 
 def prepare(network: PreTrainedModel) -> None:
@@ -56,6 +68,7 @@ def prepare(network: PreTrainedModel) -> None:
         )
     freeze_unused_parts(network)
     take_prepared_queries(network)
+    keep_sizes_on_host(network)
     for projection in network.model.decoder_input_proj:
         projection.register_forward_hook(_to_float32)
 
@@ -112,6 +125,11 @@ def look_forward_twice(boxes: Tensor) -> Tensor:
     return torch.cat((boxes[:1], (logits[1:] + (before - before.detach())).sigmoid()))
 
 
+def coarsest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the pixels a side of a cell of the smallest feature map, which is enlarged to fit the others."""
+    return int(max(network_config.feat_strides))
+
+
 FAMILY = Family(
     name="rt_detr_v2",
     model_type="rt_detr_v2",
@@ -132,6 +150,9 @@ FAMILY = Family(
     float32_modules=(*FLOAT32_MODULES, "enc_score_head", "enc_bbox_head"),
     masks_attention=False,
     uses_mask=False,
+    size_multiple=coarsest_stride,
+    imagenet_normalization=False,
+    image_processor="RTDetrImageProcessor",
     has_denoising=True,
     trial_edge=256,
     begin=begin,

@@ -3,6 +3,7 @@
 import colorsys
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config import load_config
 from detr_dist.data import augmentations
 from detr_dist.data.augmentations import (
+    IouCrop,
     Mixup,
     Mosaic,
+    ZoomOut,
     distort_colours,
-    iou_crop,
     photometric,
-    zoom_out,
 )
 from detr_dist.data.coco import CocoData, load_coco
 from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
@@ -32,7 +33,7 @@ from detr_dist.data.transforms import NamedTransform
 from detr_dist.errors import UsageError
 
 NAMES = ["mosaic", "mixup", "photometric", "zoom_out", "iou_crop"]
-FUNCTIONS = dict(zip(NAMES, (Mosaic(), Mixup(), photometric, zoom_out, iou_crop), strict=True))
+FUNCTIONS = dict(zip(NAMES, (Mosaic(), Mixup(), photometric, ZoomOut(), IouCrop()), strict=True))
 SETTINGS = ["data.shortest_edge=64", "data.longest_edge=96", "training.num_epochs=4", "data.num_workers=0"]
 
 COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 20]], dtype=torch.uint8)
@@ -248,6 +249,21 @@ def test_an_augmentation_keeps_sizes_and_differs_between_epochs(data: CocoData, 
     for row in range(len(data)):
         assert samples[0, row].image.shape == plain[0, row].image.shape
     assert len({samples[epoch, 5].image.numpy().tobytes() for epoch in range(4)}) > 2
+
+
+def test_a_mosaic_is_neither_zoomed_out_nor_cropped(data: CocoData) -> None:
+    names = ["none", "mosaic", "zoom_out", "iou_crop"]
+    plain, mosaics, samples = (dataset(data, names[:number]) for number in (1, 2, 4))
+    num_mosaics = num_others = 0
+    for epoch, row in product(range(4), range(len(data))):
+        without, with_all = mosaics[epoch, row].image, samples[epoch, row].image
+        if torch.equal(without, plain[epoch, row].image):
+            num_others += not torch.equal(without, with_all)
+        else:
+            num_mosaics += 1
+            assert torch.equal(without, with_all)
+    assert num_mosaics > 3
+    assert num_others > 3, "changed by the other two"
 
 
 def test_a_sample_depends_on_seed_epoch_and_row_alone(data: CocoData) -> None:

@@ -13,9 +13,9 @@ from PIL import Image
 from detr_dist.config import Config
 from detr_dist.data.checks import CheckSettings, Report, check_splits, resized_sides, statistics_of
 from detr_dist.data.coco import load_coco
-from detr_dist.data.transforms import resized_hw
 from detr_dist.errors import DataError
 from detr_dist.models.families import num_queries_of
+from detr_dist.resize import Resize
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]
@@ -182,7 +182,7 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
 ) -> None:
     """Resize 60x40 to 120x80, so that sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
     data = load_coco(write_coco(document))
-    statistics = statistics_of(data, CheckSettings(80, 1333, None))
+    statistics = statistics_of(data, CheckSettings(Resize(80, 1333), None))
     assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
     assert (statistics.num_images, statistics.num_empty, statistics.most_boxes) == (3, 1, 2)
 
@@ -196,8 +196,8 @@ def test_sizes_are_measured_after_the_resize_of_training(
     document["images"] = [NEW_IMAGE | {"height": height, "width": width}]
     document["annotations"] = [NEW_BOX | {"image_id": 9, "bbox": [0, 0, width, height]}]
     data = load_coco(write_coco(document))
-    expected = float(np.sqrt(np.prod(resized_hw(height, width, 800, 1333))))
-    assert resized_sides(data, CheckSettings(800, 1333, None)) == pytest.approx([expected], rel=0.01)
+    expected = float(np.sqrt(np.prod(Resize(800, 1333).size_hw(height, width))))
+    assert resized_sides(data, CheckSettings(Resize(800, 1333), None)) == pytest.approx([expected], rel=0.01)
 
 
 def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_coco: WriteCoco) -> None:
@@ -206,7 +206,13 @@ def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_c
     assert kinds(check(folder)) == {}, "60x40 becomes 1200x800"
     (finding,) = check(folder, data={"shortest_edge": 80, "longest_edge": 133}).findings[str(folder)]
     assert finding.kind == "tiny_box"
-    assert "1 ball" in finding.message
+    assert "at 80/133: 1 ball" in finding.message
+    report = check(folder, data={"resize": "square", "shortest_edge": 80})
+    (finding,) = report.findings[str(folder)]
+    assert "at 80x80: 1 ball" in finding.message
+    assert "  boxes by pixels a side after the resize to 80x80:" in report.lines()
+    settings = {"resize": "square", "shortest_edge": 80, "longest_edge": 1333}
+    assert report.as_document()["settings"].items() >= settings.items()
 
 
 def test_more_boxes_than_queries_are_an_error_where_training_refuses_them(

@@ -15,6 +15,7 @@ from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample, collate
 from detr_dist.data.images import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
 from detr_dist.errors import DataError
+from detr_dist.resize import Resize
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]
@@ -23,7 +24,7 @@ WriteCoco = Callable[..., Path]
 def make_dataset(
     folder: Path, augmentation: Augmentation = "none", *, train: bool = True, seed: int = 0
 ) -> CocoDetectionDataset:
-    transform = build_transform(augmentation, 32, 64, train)
+    transform = build_transform(augmentation, Resize(32, 64), train)
     return CocoDetectionDataset(load_coco(folder), transform, seed=seed, train=train)
 
 

@@ -24,6 +24,7 @@ from detr_dist.data.loading import BatchLoader, _Batches, num_loader_processes, 
 from detr_dist.data.sampling import SampleKey
 from detr_dist.data.transforms import build_transform
 from detr_dist.errors import DataError, LoaderError
+from detr_dist.resize import Resize
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]
@@ -41,7 +42,7 @@ class Faulty(CocoDetectionDataset):
     """Data set whose second image causes a fault instead of being loaded."""
 
     def __init__(self, data: CocoData, fault: Callable[[], object]) -> None:
-        super().__init__(data, build_transform("none", 32, 64, train=True), seed=0, train=True)
+        super().__init__(data, build_transform("none", Resize(32, 64), train=True), seed=0, train=True)
         self.fault = fault
 
     def __getitem__(self, key: SampleKey):

@@ -20,6 +20,7 @@ from detr_dist.data.sampling import MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import Plan, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
+from detr_dist.resize import Resize
 from detr_dist.training.setup import warn_of_too_many_boxes
 
 NUM_IMAGES = 8
@@ -54,7 +55,7 @@ def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetection
     for number, value in enumerate(own):
         TRANSFORMS._objects[f"own_{number}"] = value
     augmentation = [name if isinstance(name, str) else f"own_{own.index(name)}" for name in names]
-    transform = build_transform(augmentation, 64, 96, train)
+    transform = build_transform(augmentation, Resize(64, 96), train)
     return CocoDetectionDataset(data, transform, seed=3, train=train)
 
 

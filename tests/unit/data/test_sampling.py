@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise, product
 
 import numpy as np
@@ -13,6 +13,7 @@ from detr_dist.data.sampling import (
     SampleKey,
     SizeOf,
     StepPlan,
+    edge_of_step,
     epoch_order,
     evaluation_batches,
     group_by_shape,
@@ -20,6 +21,7 @@ from detr_dist.data.sampling import (
 )
 from detr_dist.data.transforms import build_transform
 from detr_dist.errors import UsageError
+from detr_dist.resize import Resize
 
 SHAPES = [(480, 640), (500, 500), (640, 480)]
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
@@ -27,13 +29,18 @@ NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
 
 
 def steps(
-    plan: StepPlan, *, seed: int = 5, start_step: int = 0, size_hw: SizeOf | None = None
+    plan: StepPlan,
+    *,
+    seed: int = 5,
+    start_step: int = 0,
+    size_hw: SizeOf | None = None,
+    edges: Sequence[int] = (),
 ) -> Iterator[list[list[SampleKey]]]:
     """Yield for every optimizer step the keys of each process, in the order of its micro-batches."""
     num_steps = NUM_STEPS - start_step
     streams = []
     for process_index in range(plan.num_processes):
-        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps, size_hw)
+        sampler = MicroBatchSampler(plan, seed, process_index, start_step, num_steps, size_hw, edges)
         micro_batches = list(sampler)
         assert len(micro_batches) == len(sampler) == num_steps * plan.accumulation
         assert {len(keys) for keys in micro_batches} == {plan.batch_size}
@@ -113,7 +120,7 @@ def test_steps_of_similar_sizes_need_far_less_padding() -> None:
 
 
 def test_football_footage_needs_few_canvases_with_little_more_padding() -> None:
-    transform = build_transform("detr", 800, 1333, train=True)
+    transform = build_transform("detr", Resize(800, 1333), train=True)
 
     def size_hw(key: SampleKey) -> tuple[int, int]:
         return transform.plan((720, 1280), random_numbers(Purpose.AUGMENT, 0, *key)).size_hw
@@ -147,6 +154,28 @@ def test_a_canvas_is_rounded_up_unless_all_images_have_one_size(
 ) -> None:
     assert rule.canvas_hw((400, 700), (480, 853)) == mixed
     assert rule.canvas_hw((480, 640), (480, 640)) == of_one_size
+
+
+def test_all_images_of_a_step_get_the_same_edge_in_every_split_and_when_resumed() -> None:
+    edges = [480, 512, 544]
+    drawn = [edge_of_step(edges, 5, step) for step in range(NUM_STEPS)]
+    for split in SPLITS_OF_24:
+        for start_step in (0, 7):
+            keys_of_steps = steps(StepPlan(NUM_SAMPLES, *split), start_step=start_step, edges=edges)
+            found = [{edge for _, _, edge in chain(*of_processes)} for of_processes in keys_of_steps]
+            assert found == [{edge} for edge in drawn[start_step:]]
+    repeated = [edge_of_step([480, 512, 512, 512, 544], 5, step) for step in range(400)]
+    shares = [repeated.count(edge) / 400 for edge in edges]
+    assert shares == pytest.approx([0.2, 0.6, 0.2], abs=0.1)  # four standard deviations
+
+
+def test_edges_leave_the_samples_of_a_step_as_they_are() -> None:
+    plan = StepPlan(NUM_SAMPLES, 6, 2, 2)
+    for process in (0, 1):
+        without, drawn = (
+            MicroBatchSampler(plan, 5, process, 0, 9, size_of, edges) for edges in ((), (64, 96))
+        )
+        assert [[key[:2] for key in keys] for keys in drawn] == list(without)
 
 
 def test_sizes_are_computed_step_by_step_and_once() -> None:

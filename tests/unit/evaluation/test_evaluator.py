@@ -21,6 +21,7 @@ from detr_dist.extensions import LOSSES
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
+from detr_dist.resize import Resize
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_the_loss_is_the_sum_over_images_that_are_not_padded(
     metrics = evaluated(settings, data, detector)
     assert detector.training
 
-    transform = build_transform("none", 64, 64, train=False)
+    transform = build_transform("none", Resize(64, 64), train=False)
     images = CocoDetectionDataset(data, transform, seed=0, train=False)
     batches = [collate([images[0, row]]) for row in range(7)]
     num_boxes = sum(sum(batch.num_boxes) for batch in batches)

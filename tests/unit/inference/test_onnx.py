@@ -7,14 +7,15 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from harness.data import RESNET_FAMILIES
 from transformers import PreTrainedModel
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
 from detr_dist.models.detector import plain_network
+from detr_dist.models.families import family_of
 
-VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
+VARIANTS = {name: (name, {}) for name in RESNET_FAMILIES} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 
@@ -36,10 +37,13 @@ def test_onnxruntime_equals_torch_at_untraced_sizes(tiny_network, variant: str, 
     network = tiny_network(architecture, **overrides)
     assert write_onnx(network, tmp_path / "model.onnx") < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    for num_images, height, width in ((4, 160, 128), (1, 333, 200)):
+    uses_mask = family_of(network.config).uses_mask
+    for num_images, height, width in ((4, 160, 128), (1, 333, 200) if uses_mask else (1, 320, 192)):
         pixel_values = torch.randn(num_images, 3, height, width)
         pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)
         pixel_mask[0, height // 2 :] = 0
+        if not uses_mask:
+            pixel_values[0, :, height // 2 :] = 0
         found = session.run(
             ["logits", "pred_boxes"],
             {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()},

@@ -8,13 +8,14 @@ from typing import NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from harness.data import RESNET_FAMILIES
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_dist.errors import UsageError
-from detr_dist.extensions import FAMILIES
+from detr_dist.models.denoising import Denoising
 from detr_dist.models.detector import Detector
 from detr_dist.models.optimizations import (
     _Recomputed,
@@ -25,24 +26,32 @@ from detr_dist.models.optimizations import (
 )
 
 
-def learn(detector: Detector, height: int, width: int, *, is_padded: bool = True) -> dict[str, Tensor]:
+def learn(
+    detector: Detector,
+    height: int,
+    width: int,
+    *,
+    is_padded: bool = True,
+    denoising: Denoising | None = None,
+) -> dict[str, Tensor]:
     """Return predictions, and the gradients of all parameters."""
     generator = torch.Generator().manual_seed(height)
     images = torch.randint(0, 255, (2, 3, height, width), dtype=torch.uint8, generator=generator)
     sizes_hw = torch.tensor([[height, width], [height - 9 * is_padded, width]])
     detector.zero_grad()
     torch.manual_seed(2)  # of dropout
-    outputs = detector(images, sizes_hw, is_padded)
+    outputs = detector(images, sizes_hw, is_padded, denoising)
     torch.stack([output.square().sum() for output in outputs.values()]).sum().backward()
     return outputs | {name: p.grad for name, p in detector.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "frugal"), [("detr", False), ("detr", True), ("deformable_detr", False)]
+    ("architecture", "frugal"),
+    [("detr", False), ("detr", True), ("deformable_detr", False), ("rt_detr", False), ("rt_detr_v2", True)],
 )
 def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
-    tiny_detector, architecture: str, frugal: bool
+    tiny_detector, denoising_of, architecture: str, frugal: bool
 ) -> None:
     plain = tiny_detector(architecture, dropout=0.0, num_decoder_layers=2).train()
     compiled = copy.deepcopy(plain)
@@ -51,9 +60,13 @@ def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     # As the real one, but without the C++ compiler, which takes minutes.
     compile_regions(compiled.network, backend="aot_eager")
     graphs, breaks = [num_compiled_graphs()], sum(counters["graph_break"].values())
-    for number, (height, width) in enumerate([(64, 96), (70, 101), (90, 75), (97, 118), (111, 72), (65, 99)]):
-        is_padded = number % 2 == 0
-        expected, found = (learn(each, height, width, is_padded=is_padded) for each in (plain, compiled))
+    denoising = denoising_of(plain)
+    sizes = [(64, 96), (70, 101), (90, 75), (97, 118), (111, 72), (65, 99)]
+    if denoising is not None:  # these networks need multiples of 32
+        sizes = [(64, 96), (96, 128), (160, 64), (96, 192), (128, 160), (192, 64)]
+    for number, (height, width) in enumerate(sizes):
+        options = {"is_padded": number % 2 == 0, "denoising": denoising}
+        expected, found = (learn(each, height, width, **options) for each in (plain, compiled))
         for name, value in expected.items():
             # Other kernels, other rounding in float32.
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-5), name
@@ -61,6 +74,20 @@ def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     assert graphs[0] < graphs[1], "nothing was compiled"
     assert graphs[5] == graphs[6], "after two sizes with padding and two without"
     assert sum(counters["graph_break"].values()) == breaks
+
+
+def test_sizes_stay_on_the_host_within_a_forward_pass_alone(tiny_detector, monkeypatch) -> None:
+    detector = tiny_detector("rt_detr_v2")
+    modes = torch.overrides._get_current_function_mode_stack
+    images, sizes_hw = torch.zeros(1, 3, 64, 96, dtype=torch.uint8), torch.tensor([[64, 96]])
+    monkeypatch.setattr(
+        detector.network.model.decoder_input_proj[1], "forward", lambda _: seen.extend(modes())
+    )
+    seen: list[object] = []
+    with pytest.raises(AttributeError):
+        detector(images, sizes_hw)
+    assert len(seen) == 1
+    assert modes() == []
 
 
 def refuse(graph: object, inputs: object) -> NoReturn:
@@ -110,8 +137,8 @@ def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:
         learn(detector, 64, 96)
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_recomputed_activations_are_the_same(tiny_detector, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
+def test_recomputed_activations_are_the_same(tiny_detector, denoising_of, architecture: str) -> None:
     plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
     frugal = copy.deepcopy(plain)
     recompute_activations(frugal.network)
@@ -119,7 +146,8 @@ def test_recomputed_activations_are_the_same(tiny_detector, architecture: str) -
         name for name, each in frugal.named_modules() if "backbone" in name and isinstance(each, _Recomputed)
     ]
     assert [name.split(".")[-1] for name in parts] == ["layer1", "layer2", "layer3", "layer4"]
-    expected, found = learn(plain, 64, 96), learn(frugal, 64, 96)
+    denoising = denoising_of(plain)
+    expected, found = (learn(each, 64, 96, denoising=denoising) for each in (plain, frugal))
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

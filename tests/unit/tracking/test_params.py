@@ -4,6 +4,7 @@ from detr_dist.config import Config, LoggingConfig
 from detr_dist.tracking.params import config_params
 
 OPTIONAL = {
+    ("model", "backbone"): "resnet18",
     ("model", "pretrained"): "facebook/detr-resnet-50",
     ("model", "num_classes"): 2,
     ("model", "hidden_dim"): 64,
@@ -12,6 +13,7 @@ OPTIONAL = {
     ("model", "num_queries"): 9,
     ("model", "dropout"): 0.1,
     ("training", "max_steps"): 7,
+    ("data", "multi_scale"): [480, 512],
     ("training", "extensions"): ["ours.py", "football.losses"],
     ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,
@@ -40,7 +42,7 @@ def test_every_configuration_key_is_its_own_param() -> None:
 def test_unset_values_and_empty_lists_are_none() -> None:
     params = config_params(Config())
     for section, key in OPTIONAL:
-        assert params[key if section in ("model", "training") else f"{section}_{key}"] is None
+        assert params[key if section in ("data", "model", "training") else f"{section}_{key}"] is None
     assert params["augmentation"] == "detr"
 
 

@@ -32,6 +32,8 @@ DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",
     "data.shortest_edge",
     "data.longest_edge",
+    "data.resize",
+    "data.multi_scale",
     "data.augmentation",
     "data.augmentation_off_epochs",
     "data.group_by_shape",
@@ -108,6 +110,18 @@ def saved_by_torch(content: object) -> bytes:
     buffer = BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
+
+
+def test_the_backbone_that_earlier_versions_had_by_default_is_kept(tmp_path: Path) -> None:
+    saved = run("model.backbone=resnet50")
+    now = run()
+    assert now.config.model.backbone is None
+    kept = keep_settings(now.config, saved, "auto", tmp_path)
+    assert compare_with_saved(saved, replace(now, config=kept)) == []
+    assert "model.backbone resnet18 -> unset" in refusal(
+        run("model.backbone=resnet18"),
+        replace(now, config=keep_settings(now.config, run(), "auto", tmp_path)),
+    )
 
 
 def test_a_resumed_run_keeps_its_store_unless_set_or_found_in_another(

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from itertools import chain, islice
 from math import ceil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from detr_dist.config import load_config
 from detr_dist.data.coco import load_coco
+from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import TrainingError
 from detr_dist.extensions import LOSSES
@@ -154,3 +156,53 @@ def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_b
             break
     largest = max(canvases, key=lambda canvas: canvas[0] * canvas[1])
     assert {stream.largest_canvas_hw() for stream in streams} == {largest}
+
+
+@pytest.mark.parametrize("resize", ["square", "rectangle", "shortest_edge"])
+def test_every_split_sees_the_same_sizes_at_every_scale(resize: str, tiny_data: Path) -> None:
+    config = load_config(
+        None,
+        [
+            *("data.num_workers=0", f"data.resize={resize}", "data.shortest_edge=56", "data.longest_edge=88"),
+            "data.multi_scale=[40, 56, 72]",
+            f"data.augmentation={'light' if resize == 'shortest_edge' else 'detr'}",
+        ],
+    )
+    data = load_coco(tiny_data / "train")
+    images_of_steps = []
+    for batch_size, num_processes, accumulation in ((8, 1, 1), (2, 2, 2)):
+        settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        own = config.model_copy(update={"training": config.training.model_copy(update=settings)})
+        plan = StepPlan(len(data), batch_size, num_processes, accumulation)
+        streams = [
+            GroupStream(
+                data, own, plan, process_index=process, first_step=3, total_steps=15, pin_memory=False
+            )
+            for process in range(num_processes)
+        ]
+        steps = [
+            [batch for group in groups for batch in group]
+            for groups in islice(zip(*streams, strict=False), 12)
+        ]
+        for stream in streams:
+            stream.close()
+        images_of_steps.append([list(chain(*map(unpadded, batches))) for batches in steps])
+    one, several = images_of_steps
+    for images, others in zip(one, several, strict=True):
+        assert all(image.equal(other) for image, other in zip(images, others, strict=True))
+    shapes = {tuple(image.shape[1:]) for images in one for image in images}
+    if resize == "square":
+        assert shapes == {(40, 40), (56, 56), (72, 72)}
+    elif resize == "rectangle":  # 63 and 113 pixels to multiples of 32
+        assert shapes == {(40, 64), (56, 88), (72, 128), (64, 40), (88, 56), (128, 72)}
+    else:
+        assert {min(shape) for shape in shapes} == {40, 56, 72}
+    largest = {"square": (72, 72), "rectangle": (128, 128)}
+    assert streams[0].largest_canvas_hw() == largest.get(resize, streams[1].largest_canvas_hw())
+
+
+def unpadded(batch: Batch) -> list[torch.Tensor]:
+    return [
+        image[:, :height, :width]
+        for image, (height, width) in zip(batch.images, batch.sizes_hw.tolist(), strict=True)
+    ]
