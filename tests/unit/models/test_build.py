@@ -21,7 +21,8 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(
     detector = tiny_detector(architecture).train()
     outputs = detector(*two_images, denoising=denoising_of(detector))
     columns = len(CLASS_NAMES) + (detector.loss_settings.kind == "softmax")
-    num_rows = 3 + architecture.startswith("rt_detr")  # and the encoder's proposals
+    # The encoder's proposals and, in D-FINE and its successor, the first head.
+    num_rows = 3 + {"rt_detr": 1, "rt_detr_v2": 1, "d_fine": 2, "deimv2": 2}.get(architecture, 0)
     assert outputs["pred_logits"].shape == (num_rows, 2, 6, columns)
     assert outputs["pred_boxes"].shape == (num_rows, 2, 6, 4)
     sum(each.square().sum() for each in outputs.values()).backward()
@@ -80,6 +81,8 @@ def test_the_loss_weights_equal_those_of_the_papers(tiny_detector) -> None:
         "dab_detr": ("sigmoid", 2, {"ce": 1, **boxes}),
         "rt_detr": ("sigmoid", 2, {"vfl": 1, **boxes}),
         "rt_detr_v2": ("sigmoid", 2, {"vfl": 1, **boxes}),
+        "d_fine": ("sigmoid", 2, {"vfl": 1, "fgl": 0.15, "ddf": 1.5, **boxes}),
+        "deimv2": ("sigmoid", 2, {"mal": 1, "fgl": 0.15, "ddf": 1.5, **boxes}),
     }
     assert {(w.cost_bbox, w.cost_giou) for w in weights.values()} == {(5, 2)}
     assert weights["rt_detr_v2"].vfl_alpha == 0.75
