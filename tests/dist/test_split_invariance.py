@@ -6,7 +6,8 @@ import pytest
 from harness.data import TINY_RT_DETR
 from safetensors.torch import load_file
 
-LOSSES = tuple(f"{of}_{loss}" for of in ("train", "val") for loss in ("loss", "loss_ce", "loss_bbox", "loss_giou"))
+FAMILIES = {"detr": ("ce", ()), "rt_detr_v2": ("vfl", TINY_RT_DETR)}
+"""The class loss of a family, and overrides of the tiny configuration."""
 SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 images a step each
     "one_process": (1, 8, 1),
     "accumulated": (1, 2, 4),
@@ -18,10 +19,15 @@ SPLITS = {  # processes, batch per process and micro-batch, accumulation: 8 imag
 @pytest.mark.dist
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workplace, tiny_data: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_num_processes_and_accumulation_change_neither_losses_nor_weights(
+    workplace, tiny_data: Path, family: str
+) -> None:
+    class_loss, overrides = FAMILIES[family]
     for name, (num_processes, batch_size, accumulation) in SPLITS.items():
         finished = workplace.train(
             tiny_data,
+            *overrides,
             "training.max_steps=10",
             "training.num_epochs=9",
             f"training.batch_size={batch_size}",
@@ -35,12 +41,13 @@ def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workpl
             num_processes=num_processes,
         )
         assert finished.returncode == 0, finished.stdout + finished.stderr
-    expected = {metric: workplace.history(metric, "one_process") for metric in LOSSES}
+    names = [f"{of}_loss{term}" for of in ("train", "val") for term in ("", f"_{class_loss}", "_bbox", "_giou")]
+    expected = {metric: workplace.history(metric, "one_process") for metric in names}
     steps_without_any_box = [value for _, value in expected["train_loss_bbox"] if value == 0]
     assert 0 < len(steps_without_any_box) < 10
     weights = load_file(workplace.folder / "one_process" / "model" / "model.safetensors")
     for name in list(SPLITS)[1:]:
-        for metric in LOSSES:
+        for metric in names:
             # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
             assert workplace.history(metric, name) == [
                 (step, pytest.approx(value, rel=1e-4, abs=1e-7)) for step, value in expected[metric]
@@ -54,7 +61,7 @@ def test_num_processes_and_accumulation_change_neither_losses_nor_weights(workpl
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_rt_detr_trains_the_same_in_micro_batches_of_the_same_size(workplace, tiny_data: Path) -> None:
-    """Its neck has trained batch norm, whose statistics are those of a micro-batch."""
+    """Its backbone and neck have trained batch norm, whose statistics are those of a micro-batch."""
     for name, (num_processes, accumulation) in {"accumulated": (1, 2), "two_processes": (2, 1)}.items():
         finished = workplace.train(
             tiny_data,
@@ -65,7 +72,6 @@ def test_rt_detr_trains_the_same_in_micro_batches_of_the_same_size(workplace, ti
             f"training.gradient_accumulation_steps={accumulation}",
             "training.learning_rate=3e-5",
             "training.learning_rate_backbone=3e-5",
-            "model.freeze_batch_norm=true",
             "data.augmentation=detr",
             output=name,
             num_processes=num_processes,
