@@ -71,10 +71,21 @@ def prepare(network: PreTrainedModel) -> None:
     keep_sizes_on_host(network)
     for projection in network.model.decoder_input_proj:
         projection.register_forward_hook(_to_float32)
+    for projection in (*network.model.encoder_input_proj, *network.model.decoder_input_proj):
+        projection.register_forward_hook(_with_contiguous_gradient)
 
 
 def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.float()
+
+
+def _with_contiguous_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Give batch norm a contiguous gradient.
+
+    For a single image and the transposed gradient of a sequence, that of torch 2.14 on the CPU is wrong.
+    """
+    if output.requires_grad:
+        output.register_hook(torch.Tensor.contiguous)
 
 
 def encoder_and_decoder_rows(*, outputs_coord: Tensor, **further: Any) -> dict[str, Tensor]:
