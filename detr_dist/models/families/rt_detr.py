@@ -71,8 +71,9 @@ def prepare(network: PreTrainedModel) -> None:
     keep_sizes_on_host(network)
     for projection in network.model.decoder_input_proj:
         projection.register_forward_hook(_to_float32)
-    for projection in (*network.model.encoder_input_proj, *network.model.decoder_input_proj):
-        projection.register_forward_hook(_with_contiguous_gradient)
+    for name, module in network.model.named_modules():
+        if name.rpartition(".")[0].endswith("_input_proj"):
+            module.register_forward_hook(_with_contiguous_gradient)
 
 
 def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
