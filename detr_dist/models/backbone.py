@@ -126,10 +126,14 @@ def freeze_unused_parts(network: PreTrainedModel) -> None:
     if not learning:
         return
     was_training = body.training
-    with torch.enable_grad():
-        image = torch.zeros(1, 3, 64, 64, device=learning[0].device)
-        total = sum(each.sum() for each in body.eval()(image).feature_maps)
-    body.train(was_training)
+    image = torch.zeros(1, 3, 64, 64, device=learning[0].device)
+    try:
+        with torch.enable_grad():
+            total = sum(each.sum() for each in body.eval()(image).feature_maps)
+    except Exception:  # it takes other images only: a trial of the complete network tells which
+        return
+    finally:
+        body.train(was_training)
     gradients = torch.autograd.grad(total, learning, allow_unused=True)
     for parameter, gradient in zip(learning, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -22,7 +22,8 @@ from detr_dist.models.matcher import Block, Matches, match_blocks
 
 __all__ = ["LossSettings", "LossTerm", "Losses", "Matched", "SetCriterion", "StepCounts"]
 
-_OF_EVERY_BLOCK = frozenset({"ce", "vfl", "mal", "ia_bce", "bbox", "giou", "fgl", "ddf"})
+_OF_EDGES = frozenset({"fgl", "ddf"})
+_OF_EVERY_BLOCK = frozenset({"ce", "vfl", "mal", "ia_bce", "bbox", "giou"}) | _OF_EDGES
 """Terms that are computed for proposals and denoising queries as well; terms of users are not."""
 _LOGGED_AS_SUM = frozenset({"ddf"})
 """Terms that are logged as their sum over all rows: the last row has none."""
@@ -58,11 +59,17 @@ class SetCriterion:
         """Let `weights` (`loss.weights`) override those of the settings; added terms of weight 0 are skipped.
 
         Raises:
-            UsageError: a weight belongs to no term, or two terms would be logged under one name.
+            UsageError: a weight belongs to no term or to one of other families, or two terms would be logged
+                under one name.
         """
         added = {
             name: weight for name, weight in (weights or {}).items() if weight or name in settings.weights
         }
+        for name in _OF_EDGES.intersection(added) - set(settings.weights):
+            raise UsageError(
+                f"loss.weights.{name}: only families that predict edges as distributions, such as d_fine, "
+                "have this term; leave it out"
+            )
         self.settings = replace(settings, weights={**settings.weights, **added})
         self._terms: dict[str, LossTerm] = {
             name: LOSSES.find(name, f"loss.weights.{name}") for name in self.settings.weights

@@ -186,6 +186,9 @@ def _union(
     """Return the pairs of all layers of `pairs` [4, L, M]: each query with its most frequent target.
 
     Of equally frequent targets a query has the first.
+
+    Source: Peng et al., "D-FINE", ICLR 2025 (GO-LSD), and its code. Departures: ties are defined, and means
+    over pairs are those of one image instead of the batch, because their number depends on predictions.
     """
     _, image, query, target = pairs.reshape(4, -1)
     num_targets = target.max(initial=0) + 1

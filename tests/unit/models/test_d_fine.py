@@ -181,3 +181,9 @@ def test_a_class_loss_for_other_heads_is_refused(tiny_detector, family: str, los
 def test_learned_queries_are_refused(tiny_detector, family: str) -> None:
     with pytest.raises(UsageError, match=r"^model\.config_overrides\.learn_initial_query: transformers"):
         tiny_detector(family, config_overrides=SMALL | {"learn_initial_query": True})
+
+
+def test_a_term_of_distributions_is_refused_for_other_families(tiny_detector) -> None:
+    settings = tiny_detector("detr").loss_settings
+    with pytest.raises(UsageError, match=r"^loss\.weights\.fgl: only families that predict edges"):
+        SetCriterion(settings, {"fgl": 0.15})

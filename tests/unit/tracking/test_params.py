@@ -12,6 +12,7 @@ OPTIONAL = {
     ("model", "num_decoder_layers"): 2,
     ("model", "num_queries"): 9,
     ("model", "dropout"): 0.1,
+    ("model", "class_loss"): "vfl",
     ("training", "max_steps"): 7,
     ("data", "multi_scale"): [480, 512],
     ("training", "extensions"): ["ours.py", "football.losses"],
