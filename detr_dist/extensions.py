@@ -175,7 +175,16 @@ TRANSFORMS: Registry[Any] = Registry(
 LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce"))
 FAMILIES: Registry[Any] = Registry(
     "family",
-    built_in=("detr", "conditional_detr", "deformable_detr", "dab_detr", "rt_detr", "rt_detr_v2"),
+    built_in=(
+        "detr",
+        "conditional_detr",
+        "deformable_detr",
+        "dab_detr",
+        "rt_detr",
+        "rt_detr_v2",
+        "lw_detr",
+        "rf_detr",
+    ),
 )
 
 register_transform = TRANSFORMS.register

@@ -60,12 +60,12 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("is_padded", [True, False])
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_step_reads_nothing_from_the_device(
-    tiny_detector, two_images, denoising_of, architecture: str, is_padded: bool
+    tiny_detector, images_for, denoising_of, architecture: str, is_padded: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
     denoising = denoising_of(detector)
     criterion = SetCriterion(detector.loss_settings)
-    images, sizes_hw = two_images
+    images, sizes_hw = images_for(detector)
     labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
     with Questions() as questions:
         outputs = detector(images, sizes_hw, is_padded, denoising)
@@ -93,7 +93,7 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     monkeypatch.setattr(matcher, "_to_host", to_host)
     monkeypatch.setattr(matcher, "_to_device", to_device)
     with on_fake_gpu(detector), Questions() as questions:
-        images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8, device="cuda")
+        images = torch.zeros(2, 3, 96, 96, dtype=torch.uint8, device="cuda")
         sizes_hw = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
         labels, boxes_cxcywh = (
             torch.zeros(3, dtype=torch.int64, device="cuda"),
@@ -104,8 +104,9 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
         outputs = detector(images, sizes_hw, is_padded, denoising)
         criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2), denoising)
     assert len(copies) == 1
-    # Deformable DETR copies the sizes of its feature maps to the device.
-    assert questions.asked == (["_to_copy"] if architecture == "deformable_detr" else [])
+    # These copy the sizes of their feature maps to the device.
+    copies_sizes = architecture in ("deformable_detr", "lw_detr", "rf_detr")
+    assert questions.asked == (["_to_copy"] if copies_sizes else [])
 
 
 def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
@@ -124,10 +125,10 @@ def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, two_images, architecture: str) -> None:
+def test_images_that_fill_the_canvas_need_no_mask(tiny_detector, images_for, architecture: str) -> None:
     detector = tiny_detector(architecture).eval()
-    images, _ = two_images
-    sizes_hw = torch.tensor([[64, 96], [64, 96]])
+    images, _ = images_for(detector)
+    sizes_hw = torch.tensor([images.shape[-2:]] * 2)
     with torch.no_grad():
         masked, unmasked = (detector(images, sizes_hw, is_padded) for is_padded in (True, False))
     # Another kernel of attention: rounding in float32.
