@@ -13,9 +13,9 @@ _MIN_AREA = 1e-12
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes [..., 4] from centre and size to corners."""
+    """Convert boxes [..., 4] from centre and size to corners; a negative size counts as 0."""
     center, size = boxes[..., :2], boxes[..., 2:]
-    half = 0.5 * size
+    half = 0.5 * size.clamp(min=0)
     return cat((center - half, center + half), dim=-1)
 
 

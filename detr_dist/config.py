@@ -12,6 +12,7 @@ from detr_dist.config_text import describe_problem, parse_value, read_yaml, set_
 from detr_dist.config_training import TrainingConfig as TrainingConfig
 from detr_dist.config_types import (
     Augmentation,
+    ClassLoss,
     Count,
     CountOrAuto,
     CountOrZero,
@@ -86,8 +87,8 @@ class ModelConfig(Section):
     """The network, and the weights that it starts from."""
 
     model_architecture: Family = "detr"
-    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, `lw_detr`, `rf_detr`, or a family that you
-    registered."""
+    """`detr`, `conditional_detr`, `deformable_detr`, `dab_detr`, `rt_detr`, `rt_detr_v2`, `d_fine`, `deimv2`,
+    `lw_detr`, `rf_detr`, or a family that you registered."""
     backbone: str | dict[str, Any] | None = None
     """Name of a timm backbone, or a mapping that is a transformers backbone configuration (with its
     `model_type`). Unset: resnet50, or the architecture's own (`lw_detr`, `rf_detr`)."""
@@ -113,6 +114,10 @@ class ModelConfig(Section):
     pretrained model."""
     dropout: Probability | None = None
     """Dropout in the transformer; unset: the value of the architecture or the pretrained model."""
+    class_loss: ClassLoss | None = None
+    """Loss of the classes: `softmax` (cross entropy with "no object"), `focal`, `vfl` (varifocal), `mal`
+    (matchability-aware, as in DEIM) or `ia_bce` (IoU-aware); unset: the architecture's. Only networks with
+    "no object" take `softmax`, and they take no other."""
     config_overrides: Mapping = Field({})
     """Further options of the architecture's transformers configuration, by their names there."""
 

@@ -131,6 +131,7 @@ SwitchOrPath = Annotated[
     _wanted("true, false or the path of a file", lambda value: isinstance(value, bool | str) and value != ""),
     BeforeValidator(_switch),
 ]
+ClassLoss = Literal["softmax", "focal", "vfl", "mal", "ia_bce"]
 # YAML reads a bare `no` as false.
 Precision = Annotated[
     Literal["auto", "no", "fp16", "bf16"], BeforeValidator(lambda value: "no" if value is False else value)

@@ -172,7 +172,9 @@ TRANSFORMS: Registry[Any] = Registry(
     built_in=(*RECIPES, "mosaic", "mixup", "photometric", "zoom_out", "iou_crop"),
     takes_paths=True,
 )
-LOSSES: Registry[Any] = Registry("part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce"))
+LOSSES: Registry[Any] = Registry(
+    "part of the loss", built_in=("ce", "bbox", "giou", "vfl", "mal", "ia_bce", "fgl", "ddf")
+)
 FAMILIES: Registry[Any] = Registry(
     "family",
     built_in=(
@@ -182,6 +184,8 @@ FAMILIES: Registry[Any] = Registry(
         "dab_detr",
         "rt_detr",
         "rt_detr_v2",
+        "d_fine",
+        "deimv2",
         "lw_detr",
         "rf_detr",
     ),

@@ -24,7 +24,6 @@ TOLERANCES = {"logits": 1e-3, "pred_boxes": 1e-4}
 wide is a seventh of a pixel, 1e-3 of a logit at most 0.00025 of a score."""
 
 _PACKAGES = ("onnx", "onnxruntime")
-_OPSET = 17  # the first with layer normalisation; grid_sample came in 16
 _TRACED_SHAPE = (2, 256, 320)
 
 # Number, height and width of images to compare, all different from the traced ones; odd sizes reveal wrong
@@ -95,6 +94,9 @@ def _export(traced: _Traced, path: Path) -> None:
     The newer exporter (`dynamo=True`) fixes a size of Deformable DETR, and takes half a minute.
     """
     size = {2: "height", 3: "width"}
+    torch.onnx.register_custom_op_symbolic(  # type: ignore[attr-defined]
+        "aten::_upsample_bicubic2d_aa", _antialiased_resize, 18
+    )
     with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
@@ -107,9 +109,19 @@ def _export(traced: _Traced, path: Path) -> None:
                 "pixel_mask": {0: "batch", 1: "height", 2: "width"},
                 **{name: {0: "batch"} for name in TOLERANCES},
             },
-            opset_version=_OPSET,
+            opset_version=family_of(traced.network.config).onnx_opset,
             dynamo=False,
         )
+
+
+def _antialiased_resize(graph: Any, image: Any, size: Any, *_: Any) -> Any:
+    """Return ONNX's node for torch's bicubic resize with antialiasing, which the exporter does not know."""
+    ends = [graph.op("Constant", value_t=torch.tensor([end])) for end in (0, 2)]
+    images_and_channels = graph.op("Slice", graph.op("Shape", image), *ends)
+    sizes = graph.op("Concat", images_and_channels, graph.op("Cast", size, to_i=7), axis_i=0)
+    none = graph.op("Constant", value_t=torch.tensor([], dtype=torch.float32))
+    how = {"mode_s": "cubic", "cubic_coeff_a_f": -0.5, "antialias_i": 1, "exclude_outside_i": 1}
+    return graph.op("Resize", image, none, none, sizes, **how)
 
 
 @contextlib.contextmanager
@@ -158,10 +170,11 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
 
 def _suitable(shape: tuple[int, int, int], network: PreTrainedModel) -> tuple[int, int, int]:
     """Return number, height and width of images with the next larger sides that the network takes."""
-    family, (num_images, height, width) = family_of(network.config), shape
-    if family.square_only:
-        width = height
-    return num_images, *round_up((height, width), family.size_multiple(network.config))
+    family, (num_images, *sides) = family_of(network.config), shape
+    scale = max(1, family.trial_edge // min(_TRACED_SHAPE[1:]))  # for enough proposals
+    height, width = (side * scale for side in sides)
+    size_hw = (height, height if family.square_only else width)
+    return num_images, *round_up(size_hw, family.size_multiple(network.config))
 
 
 def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,25 @@ def thaw_batch_norm(network: PreTrainedModel) -> None:
             body.set_submodule(name, trainable)
 
 
+def freeze_unused_parts(network: PreTrainedModel) -> None:
+    """Freeze the backbone's parameters that its feature maps do not depend on, such as its last layers.
+
+    DDP would wait for their gradients.
+    """
+    body = backbone_body(network)
+    learning = [parameter for parameter in body.parameters() if parameter.requires_grad]
+    if not learning:
+        return
+    was_training = body.training
+    with torch.enable_grad():
+        image = torch.zeros(1, 3, 64, 64, device=learning[0].device)
+        total = sum(each.sum() for each in body.eval()(image).feature_maps)
+    body.train(was_training)
+    gradients = torch.autograd.grad(total, learning, allow_unused=True)
+    for parameter, gradient in zip(learning, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+
+
 def load_pretrained_weights(config: ModelConfig, network: PreTrainedModel) -> None:
     """Load the weights that `model.pretrained_backbone` names, a file's or timm's, into the backbone.
 

@@ -98,7 +98,7 @@ def build_detector(
         freeze_batch_norm(network)
     for name, parameter in backbone_body(network).named_parameters():
         parameter.requires_grad_(train_backbone and not (_has_pretrained_backbone(config) and is_stem(name)))
-    detector = Detector(network, family, channels_last=channels_last)
+    detector = Detector(network, family, class_loss=config.class_loss, channels_last=channels_last)
     _check_forward(detector)
     return detector
 
@@ -111,7 +111,8 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
     """
     if not _freezes_batch_norm(config):
         thaw_batch_norm(network)
-    return Detector(network, family_of(network.config), channels_last=channels_last).eval()
+    family, class_loss = family_of(network.config), config.class_loss
+    return Detector(network, family, class_loss=class_loss, channels_last=channels_last).eval()
 
 
 def _shape_options(config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -16,13 +16,16 @@ from torch import Tensor
 from detr_dist.errors import DetrDistError, UsageError, as_one_line
 from detr_dist.extensions import LOSSES
 from detr_dist.models.denoising import Denoising
-from detr_dist.models.losses import LossSettings, LossTerm, Matched, Pairs, StepCounts
+from detr_dist.models.distribution import share_of_matched
+from detr_dist.models.losses import Edges, LossSettings, LossTerm, Matched, Pairs, StepCounts
 from detr_dist.models.matcher import Block, Matches, match_blocks
 
 __all__ = ["LossSettings", "LossTerm", "Losses", "Matched", "SetCriterion", "StepCounts"]
 
-_OF_EVERY_BLOCK = frozenset({"ce", "vfl", "mal", "ia_bce", "bbox", "giou"})
+_OF_EVERY_BLOCK = frozenset({"ce", "vfl", "mal", "ia_bce", "bbox", "giou", "fgl", "ddf"})
 """Terms that are computed for proposals and denoising queries as well; terms of users are not."""
+_LOGGED_AS_SUM = frozenset({"ddf"})
+"""Terms that are logged as their sum over all rows: the last row has none."""
 
 
 class Losses(NamedTuple):
@@ -86,7 +89,9 @@ class SetCriterion:
 
         `outputs` holds `pred_logits` [L, B, Q, C] and `pred_boxes` [L, B, Q, 4], and what else the family
         has: `row_weights` [L]; `proposal_logits` [1, B, S, C] and `proposal_boxes`, in which every object is
-        of class 0; `denoising_logits` [L', B, N, C] and `denoising_boxes`, the answers to `denoising`.
+        of class 0; `denoising_logits` [L', B, N, C] and `denoising_boxes`, the answers to `denoising`;
+        `edge_logits` [D, B, Q, 4 * bins] and `reference_boxes` [B, Q, 4] of the last D rows, and the same of
+        denoising queries as `denoising_edge_logits` and `denoising_reference_boxes`.
         `labels` [T] and `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an
         image with more than Q the most expensive targets stay unmatched, and `counts` holds only Q of it.
 
@@ -97,17 +102,9 @@ class SetCriterion:
         weights, terms = self.settings.weights, self._terms
         with torch.autocast(labels.device.type, enabled=False):
             boxes_cxcywh = boxes_cxcywh.float()
-            blocks = [Block(outputs["pred_logits"].float(), outputs["pred_boxes"].float(), labels)]
-            if "proposal_logits" in outputs:
-                proposals = outputs["proposal_logits"].float(), outputs["proposal_boxes"].float()
-                blocks.append(Block(*proposals, torch.zeros_like(labels)))
-            matches = match_blocks(blocks, boxes_cxcywh, num_boxes, weights=self.settings)
-            main, *further = (
-                self._matched(block, found, boxes_cxcywh, counts)
-                for block, found in zip(blocks, matches, strict=True)
-            )
+            finite, (main, *further) = self._match(outputs, labels, boxes_cxcywh, num_boxes, counts)
             if denoising is not None and "denoising_logits" in outputs:
-                further.append(self._denoised(outputs, labels, boxes_cxcywh, denoising, counts))
+                further.append(self._denoised(outputs, labels, boxes_cxcywh, denoising, main))
             rows = {name: _computed(name, term, main) for name, term in terms.items()}
             row_weights = outputs.get("row_weights", 1.0)
             parts = [weights[name] * (loss * row_weights).sum() for name, loss in rows.items()]
@@ -119,16 +116,50 @@ class SetCriterion:
                     checked[name] = checked[name] + loss.detach()
             total = reduce(torch.add, parts)
         logged = {"loss": total.detach()}
-        logged |= {f"loss_{_short(name)}": loss[-1].detach() for name, loss in rows.items()}
-        if not matches[0].finite:
+        for name, loss in rows.items():
+            logged[f"loss_{_short(name)}"] = (loss.sum() if name in _LOGGED_AS_SUM else loss[-1]).detach()
+        if not finite:
             return Losses(total, logged, finite=False, broken_terms=self.broken_terms())
         stacked = torch.stack([*checked.values()])
         self._so_far = stacked if self._so_far is None else self._so_far + stacked  # NaN and Inf stay
         return Losses(total, logged, finite=True)
 
+    def _match(
+        self,
+        outputs: dict[str, Tensor],
+        labels: Tensor,
+        boxes_cxcywh: Tensor,
+        num_boxes: list[int],
+        counts: StepCounts,
+    ) -> tuple[bool, list[Matched]]:
+        """Return whether all predictions are finite, and the matched rows first, then proposals if any."""
+        blocks = [Block(outputs["pred_logits"].float(), outputs["pred_boxes"].float(), labels)]
+        if "proposal_logits" in outputs:
+            proposals = outputs["proposal_logits"].float(), outputs["proposal_boxes"].float()
+            blocks.append(Block(*proposals, torch.zeros_like(labels)))
+        weights = self.settings
+        found = match_blocks(blocks, boxes_cxcywh, num_boxes, weights=weights, with_union=weights.union)
+        main, *further = (
+            self._matched(block, each, boxes_cxcywh, counts)
+            for block, each in zip(blocks, found, strict=True)
+        )
+        if "edge_logits" in outputs:
+            main = replace(main, edges=_edges(outputs, ""))
+        return found[0].finite, [main, *further]
+
     def _matched(self, block: Block, found: Matches, boxes_cxcywh: Tensor, counts: StepCounts) -> Matched:
-        num_images, num_queries = block.logits.shape[1:3]
+        num_rows, num_images, num_queries = block.logits.shape[:3]
         pair = (found.layer * num_images + found.image) * num_queries + found.query
+        pooled: Pairs | None = None
+        if found.union is not None:
+            first = torch.arange(num_rows, device=pair.device)[:, None] * (num_images * num_queries)
+            position, target = first + found.union.place, boxes_cxcywh[found.union.target]
+            pooled = Pairs(
+                position,
+                _gathered(block.boxes_cxcywh, position),
+                target.expand(num_rows, -1, -1),
+                found.union.weight.expand(num_rows, -1),
+            )
         return Matched(
             logits=block.logits,
             pair=pair,
@@ -137,6 +168,7 @@ class SetCriterion:
             target_boxes_cxcywh=boxes_cxcywh[found.target],
             counts=counts,
             settings=self.settings,
+            box_pairs=pooled,
         )
 
     def _denoised(
@@ -145,7 +177,7 @@ class SetCriterion:
         labels: Tensor,
         boxes_cxcywh: Tensor,
         denoising: Denoising,
-        counts: StepCounts,
+        main: Matched,
     ) -> Matched:
         """Pair the answers to denoising queries with the objects that these queries were made of."""
         logits, boxes = outputs["denoising_logits"].float(), outputs["denoising_boxes"].float()
@@ -160,10 +192,11 @@ class SetCriterion:
             labels=labels[denoising.target].expand(num_rows, -1),
             boxes_cxcywh=predicted,
             target_boxes_cxcywh=target,
-            counts=counts,
+            counts=main.counts,
             settings=self.settings,
             query_weight=denoising.weight,
             box_pairs=Pairs(pair, predicted, target, weight),
+            edges=None if main.edges is None else _edges(outputs, "denoising_", share_of_matched(main)),
         )
 
     def broken_terms(self) -> tuple[str, ...]:
@@ -202,6 +235,12 @@ def _computed(name: str, term: LossTerm, matched: Matched) -> Tensor:
             f"for each decoder layer, and returned {found}"
         )
     return loss.float()
+
+
+def _edges(outputs: Mapping[str, Tensor], prefix: str, share: Tensor | None = None) -> Edges:
+    """Return the distributions of the main or, with their prefix, the denoising queries."""
+    logits, boxes = outputs[f"{prefix}edge_logits"], outputs[f"{prefix}reference_boxes"]
+    return Edges(logits.float(), boxes.float().detach(), share)
 
 
 def _gathered(boxes: Tensor, position: Tensor) -> Tensor:

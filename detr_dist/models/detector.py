@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from detr_dist.config_types import ClassLoss
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, restore_timm_norms
 from detr_dist.models.denoising import Denoising
@@ -90,7 +91,14 @@ class Detector(nn.Module):
     by this one, which adds hooks to it; its state dict and `plain_config` are saved.
     """
 
-    def __init__(self, network: PreTrainedModel, family: Family, *, channels_last: bool = False) -> None:
+    def __init__(
+        self,
+        network: PreTrainedModel,
+        family: Family,
+        *,
+        class_loss: ClassLoss | None = None,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
         self._has_auxiliary_loss = network.config.auxiliary_loss
         family.prepare(network)
@@ -102,7 +110,7 @@ class Detector(nn.Module):
         self.network = network
         self._masks = PaddingMasks(network) if family.masks_attention else None
         self.family = family
-        self.loss_settings = family.loss_settings(network.config)
+        self.loss_settings = family.loss_settings(network.config, class_loss)
         self.denoising = family.denoising_settings(network.config)
         self.channels_last = channels_last
         if channels_last:

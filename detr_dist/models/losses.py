@@ -35,6 +35,12 @@ class LossSettings(CostWeights):
     """Weight in the varifocal loss of the classes that are absent."""
     mal_gamma: float = 1.5
     """Exponent of IoU and probability in the matchability-aware loss."""
+    union: bool = False
+    """Whether the box terms of every row compare the pairs that are matched in any row."""
+    up: float = 0.5
+    """Largest shift of an edge that its distribution can describe, about, in sizes of the box."""
+    reg_scale: float = 4.0
+    """How much wider the outer bins of these distributions are than the inner ones."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,27 @@ class Pairs:
         """Return the sums [L] of losses [L, M], weighted."""
         return (losses if self.weight is None else losses * self.weight).sum(1)
 
+    @cached_property
+    def iou(self) -> Tensor:
+        """IoU [L, M] of predicted and target boxes, without gradient."""
+        with torch.no_grad():
+            return iou(cxcywh_to_xyxy(self.boxes_cxcywh), cxcywh_to_xyxy(self.target_boxes_cxcywh))
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Where the D last rows predict the edges of their boxes, as distributions relative to reference boxes.
+
+    An edge's bins are N shifts; see `detr_dist.models.distribution`.
+    """
+
+    logits: Tensor
+    """[D, B, Q, 4 * N]: left, top, right, bottom."""
+    reference_boxes_cxcywh: Tensor
+    """[B, Q, 4], without gradient."""
+    share: Tensor | None = None
+    """[B], how much matched queries count in an image's distillation; None: by their number."""
+
 
 @dataclass(frozen=True)
 class Matched:
@@ -94,8 +121,10 @@ class Matched:
     """[B, Q], by which each query counts in a sum over all queries; None: 1."""
     box_pairs: Pairs | None = None
     """The pairs of the box terms, where they differ from the pairs above; see `boxes`."""
+    edges: Edges | None = None
+    """Distributions of the boxes' edges, in families that have them."""
 
-    @property
+    @cached_property
     def boxes(self) -> Pairs:
         """The pairs whose boxes are compared: those of the family, or the pairs above."""
         return self.box_pairs or Pairs(self.pair, self.boxes_cxcywh, self.target_boxes_cxcywh)

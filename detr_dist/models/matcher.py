@@ -44,6 +44,17 @@ class Targets(NamedTuple):
     image: Tensor
 
 
+class UnionPairs(NamedTuple):
+    """The pairs of a query and a target that occur in any row, at most one for each query of an image."""
+
+    place: Tensor
+    """int64 [M], positions of the queries in the flattened [B, Q], ascending."""
+    target: Tensor
+    """int64 [M], as in `Matches`."""
+    weight: Tensor
+    """float32 [M]: with these weights, an image's pairs count as much as its pairs in one row."""
+
+
 class Matches(NamedTuple):
     """Matched pairs as int64 indices [L, M] on the predictions' device, images in order within each layer.
 
@@ -57,6 +68,8 @@ class Matches(NamedTuple):
     """Position in the targets of the batch, 0 to T - 1."""
     finite: bool
     """Whether every logit and every box coordinate of the predictions was finite."""
+    union: UnionPairs | None
+    """The pairs of all layers together, if they were wanted."""
 
 
 class Block(NamedTuple):
@@ -72,7 +85,12 @@ class Block(NamedTuple):
 
 @torch.no_grad()
 def match_blocks(
-    blocks: Sequence[Block], boxes_cxcywh: Tensor, num_boxes: list[int], *, weights: CostWeights
+    blocks: Sequence[Block],
+    boxes_cxcywh: Tensor,
+    num_boxes: list[int],
+    *,
+    weights: CostWeights,
+    with_union: bool = False,
 ) -> list[Matches]:
     """Find the assignment of minimum cost between queries and targets, for each block, layer and image.
 
@@ -101,7 +119,9 @@ def match_blocks(
     for cost, (start, stop) in zip(costs, pairwise(ends), strict=True):
         pairs = _assign(on_host[start:stop].reshape(cost.shape), num_boxes)
         layer, image_of_pair, query, target = _to_device(torch.from_numpy(pairs), device)
-        found.append(Matches(layer, image_of_pair, query, target, finite))
+        shape = {"num_images": len(num_boxes), "num_queries": cost.shape[2]}
+        union = _union(pairs, **shape, device=device) if with_union else None
+        found.append(Matches(layer, image_of_pair, query, target, finite, union))
     return found
 
 
@@ -158,3 +178,23 @@ def _assign(cost: NDArray[np.float32], num_boxes: list[int]) -> NDArray[np.int64
             pairs[3, layer, into] = target + start
             filled += len(query)
     return pairs
+
+
+def _union(
+    pairs: NDArray[np.int64], *, num_images: int, num_queries: int, device: torch.device
+) -> UnionPairs:
+    """Return the pairs of all layers of `pairs` [4, L, M]: each query with its most frequent target.
+
+    Of equally frequent targets a query has the first.
+    """
+    _, image, query, target = pairs.reshape(4, -1)
+    num_targets = target.max(initial=0) + 1
+    codes, count = np.unique((image * num_queries + query) * num_targets + target, return_counts=True)
+    place, target = np.divmod(codes, num_targets)
+    order = np.lexsort((target, -count, place))
+    _, first = np.unique(place[order], return_index=True)
+    place, target = place[order[first]], target[order[first]]
+    image = place // num_queries
+    num_in_row, num_in_union = (np.bincount(each, minlength=num_images) for each in (pairs[1, 0], image))
+    weight = (num_in_row / num_in_union.clip(1)).astype(np.float32)[image]
+    return UnionPairs(*(_to_device(torch.from_numpy(each), device) for each in (place, target, weight)))

@@ -183,9 +183,9 @@ class _InEvaluation(nn.Module):
         return super().train(False)
 
 
-def _in_float32(forward: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    with torch.autocast(inputs.device.type, enabled=False):
-        return forward(inputs.float())
+def _in_float32(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return forward(*(each.float() for each in inputs))
 
 
 def _to_input_type(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ import numpy as np
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.extensions import FAMILIES
 
+RESNET_FAMILIES = [name for name in FAMILIES.built_in if name not in ("lw_detr", "rf_detr")]
+"""The families that can have a ResNet and images of any proportions."""
 TINY_BACKBONE: dict[str, Any] = {
     "model_type": "resnet",
     "layer_type": "basic",

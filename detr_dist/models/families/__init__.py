@@ -2,8 +2,10 @@
 
 from detr_dist.models.families import (
     conditional_detr,
+    d_fine,
     dab_detr,
     deformable_detr,
+    deimv2,
     detr,
     lw_detr,
     rt_detr,
@@ -20,9 +22,11 @@ from detr_dist.models.families.family import (
 __all__ = [
     "Family",
     "conditional_detr",
+    "d_fine",
     "dab_detr",
     "decoder_rows",
     "deformable_detr",
+    "deimv2",
     "detr",
     "family_of",
     "find_family",

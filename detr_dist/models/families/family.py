@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from detr_dist.config import ModelConfig
+from detr_dist.config_types import ClassLoss
 from detr_dist.errors import UsageError
 from detr_dist.extensions import FAMILIES
 from detr_dist.models.denoising import DenoisingSettings
@@ -41,6 +42,13 @@ FLOAT32_MODULES = (
     "ref_anchor_head",
 )
 _NUMBERS = {field.name for field in fields(LossSettings)} - {"kind", "weights", "num_classes"}
+_CLASS_TERMS: dict[ClassLoss, str] = {
+    "softmax": "ce",
+    "focal": "ce",
+    "vfl": "vfl",
+    "mal": "mal",
+    "ia_bce": "ia_bce",
+}
 _KEY = "detr_dist_family"
 """Key in a network's configuration, which is saved with it, for a family that is not the package's own."""
 
@@ -110,9 +118,13 @@ class Family:
     configuration."""
     backbone_type: str | None = None
     """`model_type` of the only backbones that the network can have; None: any, also timm's."""
+    onnx_opset: int = 17
+    """Version of ONNX's operators for an export: 17 is the first with layer normalisation."""
     has_denoising: bool = False
     """Whether the network is trained with denoising queries, unless its configuration has `num_denoising`
     0."""
+    union: bool = False
+    """Whether the box terms of every row compare the pairs that are matched in any row."""
     trial_edge: int = 128
     """Pixels of a square image on which a network of the default size runs; rounded up to `size_multiple`."""
     begin: Callable[[PreTrainedModel], None] = _nothing
@@ -129,8 +141,14 @@ class Family:
         """Return the values of hidden_dim, num_queries and the other shape options that the network has."""
         return {key: getattr(network_config, option, None) for key, option in self.shape_options.items()}
 
-    def loss_settings(self, network_config: PreTrainedConfig) -> LossSettings:
-        """Return the settings of matching and loss for a network of this configuration."""
+    def loss_settings(
+        self, network_config: PreTrainedConfig, class_loss: ClassLoss | None = None
+    ) -> LossSettings:
+        """Return the settings of matching and loss for a network of this configuration.
+
+        Raises:
+            UsageError: the class loss is not one for the family's class logits.
+        """
         known = {
             name: float(getattr(network_config, option))
             for name, option in self.loss_options.items()
@@ -139,10 +157,25 @@ class Family:
         numbers = {name: known.pop(name) for name in _NUMBERS.intersection(known)}
         return LossSettings(
             kind=self.loss_kind,
-            weights={**self.weights, **known, **self.weights},
+            weights=self._with_class_loss({**self.weights, **known, **self.weights}, class_loss),
             num_classes=cast(int, network_config.num_labels),
+            union=bool(numbers.pop("union", self.union)),
             **numbers,
         )
+
+    def _with_class_loss(self, weights: dict[str, float], class_loss: ClassLoss | None) -> dict[str, float]:
+        """Replace the terms of classes by the wanted one, which keeps its weight or else has weight 1."""
+        if class_loss is None:
+            return weights
+        if (class_loss == "softmax") != (self.loss_kind == "softmax"):
+            fitting = [each for each in _CLASS_TERMS if (each == "softmax") == (self.loss_kind == "softmax")]
+            raise UsageError(
+                f"model.class_loss: {class_loss} does not fit the class heads of {self.name}; "
+                f"choose {' or '.join(fitting)}, or leave it out"
+            )
+        term = _CLASS_TERMS[class_loss]
+        others = {name: weight for name, weight in weights.items() if name not in _CLASS_TERMS.values()}
+        return {term: weights.get(term, 1.0), **others}
 
     def denoising_settings(self, network_config: PreTrainedConfig) -> DenoisingSettings | None:
         """Return how denoising queries are made for a network of this configuration; None: there are none."""

@@ -145,5 +145,6 @@ register_family(
         derived=without_dropout,
         backbone_type="rf_detr_dinov2",
         square_only=True,
+        onnx_opset=18,  # its position embeddings are resized with antialiasing
     )
 )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from detr_dist.models.backbone import backbone_body
+from detr_dist.errors import UsageError
+from detr_dist.models.backbone import backbone_body, freeze_unused_parts
 from detr_dist.models.denoising import take_prepared_queries
 from detr_dist.models.families.family import FLOAT32_MODULES, LOSS_OPTIONS, Family, register_family
 from detr_dist.models.optimizations import keep_sizes_on_host
@@ -53,7 +54,19 @@ def begin(network: PreTrainedModel) -> None:
 
 
 def prepare(network: PreTrainedModel) -> None:
-    """Take prepared denoising queries, and keep anchors, which have the type of the features, in float32."""
+    """Prepare the network for training.
+
+    It takes prepared denoising queries, and anchors, which have the type of the features, stay in float32.
+
+    Raises:
+        UsageError: the network should learn its queries, which the library cannot run.
+    """
+    if network.config.learn_initial_query:
+        raise UsageError(
+            "model.config_overrides.learn_initial_query: transformers cannot run networks with this option; "
+            "leave it out"
+        )
+    freeze_unused_parts(network)
     take_prepared_queries(network)
     keep_sizes_on_host(network)
     for projection in network.model.decoder_input_proj:
@@ -64,7 +77,13 @@ def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Ten
     return output.float()
 
 
-def encoder_and_decoder_rows(
+def encoder_and_decoder_rows(*, outputs_coord: Tensor, **further: Any) -> dict[str, Tensor]:
+    """Return the rows of `proposal_and_layer_rows`, with the gradients of the paper."""
+    boxes = look_forward_twice(outputs_coord.transpose(0, 1)).transpose(0, 1)
+    return proposal_and_layer_rows(outputs_coord=boxes, **further)
+
+
+def proposal_and_layer_rows(
     *,
     outputs_class: Tensor,
     outputs_coord: Tensor,
@@ -77,7 +96,7 @@ def encoder_and_decoder_rows(
 
     The library's layers are [B, L, N + Q, ...], denoising queries first.
     """
-    layers, boxes = outputs_class.transpose(0, 1), look_forward_twice(outputs_coord.transpose(0, 1))
+    layers, boxes = outputs_class.transpose(0, 1), outputs_coord.transpose(0, 1)
     num_denoising = denoising_meta_values["dn_num_split"][0] if denoising_meta_values else 0
     rows = {
         "pred_logits": torch.cat((enc_topk_logits[None], layers[:, :, num_denoising:])),

@@ -7,15 +7,15 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from harness.data import RESNET_FAMILIES
 from transformers import PreTrainedModel
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.inference.onnx import check_onnx_packages, write_onnx
 from detr_dist.models.detector import plain_network
 from detr_dist.models.families import family_of
 
-VARIANTS = {name: (name, {}) for name in FAMILIES.built_in} | {
+VARIANTS = {name: (name, {}) for name in RESNET_FAMILIES} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from harness.data import RESNET_FAMILIES
 from safetensors.torch import save_file
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.backbone import unwrapped_body
 from detr_dist.models.build import build_detector, load_network, trained_detector
 from detr_dist.models.detector import Detector, plain_network
-from detr_dist.models.families import find_family
 
 Weights = dict[str, Tensor]
 BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "num_queries": 6}
@@ -54,7 +53,7 @@ def norms_in(module: nn.Module) -> list[nn.Module]:
     return [each for each in module.modules() if "BatchNorm" in type(each).__name__]
 
 
-@pytest.mark.parametrize("architecture", [n for n in FAMILIES.built_in if not find_family(n).backbone_type])
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_every_architecture_loads_backbone_weights_from_a_file(
     resnet: Weights, architecture: str, tmp_path: Path
 ) -> None:

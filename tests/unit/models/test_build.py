@@ -3,26 +3,26 @@
 import pytest
 import timm
 import torch
+from harness.data import RESNET_FAMILIES
 from transformers import AutoModelForObjectDetection
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import plain_network
 
 CLASS_NAMES = ["player", "ball"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_all_decoder_layers_predict_and_every_parameter_learns(
-    tiny_detector, images_for, denoising_of, architecture: str
+    tiny_detector, two_images, denoising_of, architecture: str
 ) -> None:
     detector = tiny_detector(architecture).train()
-    outputs = detector(*images_for(detector), denoising=denoising_of(detector))
+    outputs = detector(*two_images, denoising=denoising_of(detector))
     columns = len(CLASS_NAMES) + (detector.loss_settings.kind == "softmax")
-    # Decoder layers, and proposals of the encoder; in three groups.
-    num_rows = {"rt_detr": 4, "rt_detr_v2": 4, "lw_detr": 12, "rf_detr": 12}.get(architecture, 3)
+    # The encoder's proposals and, in D-FINE and its successor, the first head.
+    num_rows = 3 + {"rt_detr": 1, "rt_detr_v2": 1, "d_fine": 2, "deimv2": 2}.get(architecture, 0)
     assert outputs["pred_logits"].shape == (num_rows, 2, 6, columns)
     assert outputs["pred_boxes"].shape == (num_rows, 2, 6, 4)
     sum(each.square().sum() for each in outputs.values()).backward()
@@ -30,20 +30,20 @@ def test_all_decoder_layers_predict_and_every_parameter_learns(
     assert without == []  # DDP would wait for them
 
 
-@pytest.mark.parametrize("architecture", FAMILIES.built_in)
-def test_the_transformers_network_predicts_the_same(tiny_detector, images_for, architecture: str) -> None:
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
+def test_the_transformers_network_predicts_the_same(tiny_detector, two_images, architecture: str) -> None:
     detector = tiny_detector(architecture)
-    images, sizes_hw = images_for(detector)
     for _ in range(3):
-        detector.train()(images, sizes_hw)  # moves the statistics of batch norm
+        detector.train()(*two_images)  # moves the statistics of batch norm
     detector.eval()
+    images, sizes_hw = two_images
     if not detector.family.uses_mask:
         sizes_hw[1] = sizes_hw[0]  # its boxes are fractions of the canvas
     plain = plain_network(detector)
     assert type(plain) is type(AutoModelForObjectDetection.from_config(detector.network.config))
     assert "_loss_function" not in vars(plain)
     pixels = (images - detector.mean) / detector.std
-    mask = torch.zeros(2, *images.shape[-2:])
+    mask = torch.zeros(2, 64, 96)
     for i, (height, width) in enumerate(sizes_hw.tolist()):
         mask[i, :height, :width] = 1
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_batch_norm_from_scratch_learns_unless_frozen(tiny_detector, freeze: obj
 
 
 def test_the_loss_weights_equal_those_of_the_papers(tiny_detector) -> None:
-    weights = {name: tiny_detector(name).loss_settings for name in FAMILIES.built_in}
+    weights = {name: tiny_detector(name).loss_settings for name in RESNET_FAMILIES}
     boxes = {"bbox": 5, "giou": 2}
     assert {name: (w.kind, w.cost_class, w.weights) for name, w in weights.items()} == {
         "detr": ("softmax", 1, {"ce": 1, **boxes}),
@@ -81,8 +81,8 @@ def test_the_loss_weights_equal_those_of_the_papers(tiny_detector) -> None:
         "dab_detr": ("sigmoid", 2, {"ce": 1, **boxes}),
         "rt_detr": ("sigmoid", 2, {"vfl": 1, **boxes}),
         "rt_detr_v2": ("sigmoid", 2, {"vfl": 1, **boxes}),
-        "lw_detr": ("sigmoid", 2, {"ia_bce": 1, **boxes}),
-        "rf_detr": ("sigmoid", 2, {"ia_bce": 1, **boxes}),
+        "d_fine": ("sigmoid", 2, {"vfl": 1, "fgl": 0.15, "ddf": 1.5, **boxes}),
+        "deimv2": ("sigmoid", 2, {"mal": 1, "fgl": 0.15, "ddf": 1.5, **boxes}),
     }
     assert {(w.cost_bbox, w.cost_giou) for w in weights.values()} == {(5, 2)}
     assert weights["rt_detr_v2"].vfl_alpha == 0.75

@@ -130,7 +130,7 @@ def test_boxes_at_the_edge_stay_in_the_image_with_an_extent() -> None:
     assert corners.max() < 1 + 1e-6
 
 
-def test_half_of_the_ratio_of_labels_is_drawn_anew() -> None:
+def test_half_of_the_ratio_of_labels_is_drawn_again() -> None:
     settings = DenoisingSettings(num_queries=8000, num_classes=NUM_CLASSES, label_noise_ratio=0.5)
     made, is_positive, _ = many([0.5, 0.5, 0.1, 0.2], settings)
     others = (made.labels[0] != 4).float()

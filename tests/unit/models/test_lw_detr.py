@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
+from detr_dist.inference.onnx import write_onnx
 from detr_dist.models.build import build_detector, load_network, trained_detector
 from detr_dist.models.criterion import LossSettings, SetCriterion, StepCounts
 from detr_dist.models.detector import Detector, plain_network
@@ -438,3 +439,10 @@ def test_recomputed_activations_give_the_same_gradients(detector: Detector, imag
     expected, found = learn(detector), learn(frugal)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())  # type: ignore[arg-type]
+
+
+def test_onnxruntime_equals_torch_at_any_size_that_the_family_takes(
+    detector: Detector, tmp_path: Path
+) -> None:
+    network = plain_network(detector)
+    assert write_onnx(network, tmp_path / "model.onnx") < 1e-5  # compared at several sizes

@@ -8,16 +8,15 @@ from typing import NoReturn
 import pytest
 import torch
 import torch.distributed as dist
+from harness.data import RESNET_FAMILIES
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import cpp_compiler_search
 from torch.nn.parallel import DistributedDataParallel
 
 from detr_dist.errors import UsageError
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.denoising import Denoising
 from detr_dist.models.detector import Detector
-from detr_dist.models.families import find_family
 from detr_dist.models.optimizations import (
     _Recomputed,
     check_compiler,
@@ -138,7 +137,7 @@ def test_a_copy_of_a_compiled_detector_is_not_compiled(tiny_detector) -> None:
         learn(detector, 64, 96)
 
 
-@pytest.mark.parametrize("architecture", [n for n in FAMILIES.built_in if not find_family(n).backbone_type])
+@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
 def test_recomputed_activations_are_the_same(tiny_detector, denoising_of, architecture: str) -> None:
     plain = tiny_detector(architecture, dropout=0.1, backbone="resnet18", freeze_batch_norm=True).train()
     frugal = copy.deepcopy(plain)

@@ -4,15 +4,12 @@ import copy
 
 import pytest
 import torch
+from harness.data import RESNET_FAMILIES
 from torch import Tensor, nn
 
-from detr_dist.extensions import FAMILIES
 from detr_dist.models.detector import Detector
-from detr_dist.models.families import find_family
 
-# Square images of this width would take too long.
-_ANY_SHAPE = [name for name in FAMILIES.built_in if not find_family(name).square_only]
-VARIANTS = {name: (name, {}) for name in _ANY_SHAPE} | {
+VARIANTS = {name: (name, {}) for name in RESNET_FAMILIES} | {
     "deformable_detr, boxes refined": ("deformable_detr", {"with_box_refine": True, "num_feature_levels": 3})
 }
 WIDTH_PX = 1344  # a multiple of 32, which some families need
@@ -22,7 +19,8 @@ WIDTH_PX = 1344  # a multiple of 32, which some families need
 def detector(tiny_detector, request: pytest.FixtureRequest) -> Detector:
     """Return a detector whose boxes differ between queries, as they do after training."""
     architecture, overrides = VARIANTS[request.param]
-    detector = tiny_detector(architecture, num_queries=50, config_overrides=overrides)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    detector = tiny_detector(architecture, num_queries=50, config_overrides=heads | overrides)
     for name, weight in detector.network.named_parameters():
         if "bbox" in name and weight.ndim == 2:
             nn.init.normal_(weight, std=0.6 * weight.shape[1] ** -0.5)

@@ -19,6 +19,8 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "dab-detr": {"hidden_size": 32},
     "rt_detr": {"d_model": 32, "encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3},
     "rt_detr_v2": {"d_model": 32, "encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3},
+    "d_fine": {"d_model": 32, "encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3},
+    "deimv2": {"d_model": 32, "encoder_hidden_dim": 32, "decoder_in_channels": [32] * 3},
 }
 SHAPE = {"encoder_layers": 1, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 
@@ -29,7 +31,7 @@ def test_a_network_saved_by_transformers_predicts_the_same(
     tmp_path: Path, kind: str, auxiliary_loss: bool
 ) -> None:
     backbone = TINY_CONFIG["model"]["backbone"]
-    if kind.startswith("rt_detr"):
+    if "decoder_in_channels" in WIDTHS[kind]:
         backbone = backbone | {"out_features": ["stage2", "stage3", "stage4"]}
     options = {"backbone_config": backbone, "num_queries": 10, "num_labels": 2}
     config = AutoConfig.for_model(kind, **options, **SHAPE, **WIDTHS[kind], auxiliary_loss=auxiliary_loss)

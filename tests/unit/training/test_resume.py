@@ -49,6 +49,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "model.num_decoder_layers",
     "model.num_queries",
     "model.dropout",
+    "model.class_loss",
     "model.config_overrides",
     "training.learning_rate",
     "training.learning_rate_backbone",
