@@ -25,8 +25,7 @@ def tiny_network(tiny_detector) -> Callable[..., PreTrainedModel]:
     """Return a function that builds a network of the library; it accepts options of its configuration."""
 
     def build(architecture: str, **overrides: object) -> PreTrainedModel:
-        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-        return plain_network(tiny_detector(architecture, config_overrides=heads | overrides))
+        return plain_network(tiny_detector(architecture, config_overrides=overrides))
 
     return build
 

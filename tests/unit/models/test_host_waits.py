@@ -10,6 +10,7 @@ from harness.data import RESNET_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from detr_dist.extensions import FAMILIES
 from detr_dist.models import matcher
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.denoising import Denoising
@@ -58,14 +59,14 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_step_reads_nothing_from_the_device(
-    tiny_detector, two_images, denoising_of, architecture: str, is_padded: bool
+    tiny_detector, images_for, denoising_of, architecture: str, is_padded: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
     denoising = denoising_of(detector)
     criterion = SetCriterion(detector.loss_settings)
-    images, sizes_hw = two_images
+    images, sizes_hw = images_for(detector)
     labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
     with Questions() as questions:
         outputs = detector(images, sizes_hw, is_padded, denoising)
@@ -74,7 +75,7 @@ def test_a_step_reads_nothing_from_the_device(
 
 
 @pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("architecture", RESNET_FAMILIES)
+@pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     tiny_detector, denoising_of, on_fake_gpu, monkeypatch, architecture: str, is_padded: bool
 ) -> None:
@@ -93,7 +94,7 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
     monkeypatch.setattr(matcher, "_to_host", to_host)
     monkeypatch.setattr(matcher, "_to_device", to_device)
     with on_fake_gpu(detector), Questions() as questions:
-        images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8, device="cuda")
+        images = torch.zeros(2, 3, 96, 96, dtype=torch.uint8, device="cuda")
         sizes_hw = torch.zeros(2, 2, dtype=torch.int64, device="cuda")
         labels, boxes_cxcywh = (
             torch.zeros(3, dtype=torch.int64, device="cuda"),
@@ -104,8 +105,9 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
         outputs = detector(images, sizes_hw, is_padded, denoising)
         criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2), denoising)
     assert len(copies) == 1
-    # Deformable DETR copies the sizes of its feature maps to the device.
-    assert questions.asked == (["_to_copy"] if architecture == "deformable_detr" else [])
+    # These copy the sizes of their feature maps to the device.
+    copies_sizes = architecture in ("deformable_detr", "lw_detr", "rf_detr")
+    assert questions.asked == (["_to_copy"] if copies_sizes else [])
 
 
 def test_reads_from_the_device_are_detected(on_fake_gpu) -> None:
