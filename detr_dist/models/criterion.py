@@ -16,7 +16,7 @@ from torch import Tensor
 from detr_dist.errors import DetrDistError, UsageError, as_one_line
 from detr_dist.extensions import LOSSES
 from detr_dist.models.denoising import Denoising
-from detr_dist.models.distribution import share_of_matched
+from detr_dist.models.distribution import matched_share
 from detr_dist.models.losses import Edges, LossSettings, LossTerm, Matched, Pairs, StepCounts
 from detr_dist.models.matcher import Block, Matches, match_blocks
 
@@ -203,7 +203,7 @@ class SetCriterion:
             settings=self.settings,
             query_weight=denoising.weight,
             box_pairs=Pairs(pair, predicted, target, weight),
-            edges=None if main.edges is None else _edges(outputs, "denoising_", share_of_matched(main)),
+            edges=None if main.edges is None else _edges(outputs, "denoising_", matched_share(main)),
         )
 
     def broken_terms(self) -> tuple[str, ...]:

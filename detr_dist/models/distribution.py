@@ -63,7 +63,7 @@ def decoupled_distillation_loss(matched: Matched) -> Tensor:
     return F.pad(loss, (len(matched.logits) - len(log_prob), 1))
 
 
-def share_of_matched(matched: Matched) -> Tensor:
+def matched_share(matched: Matched) -> Tensor:
     """Return how much matched queries count in each image's distillation [B], from 0 (none) to 1."""
     num_matched, num_others = _num_queries(matched)
     matched_root, other_root = num_matched[-1].sqrt(), num_others[-1].sqrt()
@@ -73,7 +73,7 @@ def share_of_matched(matched: Matched) -> Tensor:
 def _query_weights(matched: Matched) -> Tensor:
     """Return the weight [D, B, Q] of each query in the distillation."""
     assert matched.edges is not None
-    share = share_of_matched(matched) if matched.edges.share is None else matched.edges.share
+    share = matched_share(matched) if matched.edges.share is None else matched.edges.share
     num_matched, num_others = (number.clamp(min=1) for number in _num_queries(matched))
     is_matched = _is_matched(matched)
     weight = torch.where(is_matched, (share / num_matched)[..., None], ((1 - share) / num_others)[..., None])
