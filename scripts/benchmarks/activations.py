@@ -1,4 +1,4 @@
-"""Count the memory of each image's activations between forward and backward pass, for every architecture.
+"""Count each image's activations between forward and backward pass, for all families with a ResNet-50.
 
     python scripts/benchmarks/activations.py [--size-hw 800 1333] [section.key=value ...]
 
@@ -28,6 +28,7 @@ from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import build_detector
 from detr_dist.models.denoising import Denoising
 from detr_dist.models.detector import Detector
+from detr_dist.models.families import find_family
 from detr_dist.models.optimizations import recompute_activations
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = parser.parse_args()
     rows = []
-    for architecture in FAMILIES.built_in:
+    for architecture in filter(lambda name: find_family(name).default_backbone, FAMILIES.built_in):
         with tempfile.TemporaryDirectory() as folder:
             settings = [*without_download(Path(folder)), f"model.model_architecture={architecture}"]
             config = load_config(None, [*settings, *options.overrides])
