@@ -1,5 +1,6 @@
 """A trained network as a folder that MLflow, transformers and our own commands can load."""
 
+import copyreg
 import json
 import uuid
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import torch
 import transformers
 import yaml
 from transformers import PreTrainedModel
+from transformers.utils import output_capturing
 
 from detr_dist.config import DataConfig
 from detr_dist.models.detector import UNNORMALIZED, normalization_of
@@ -48,6 +50,7 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
     safetensors file.
     """
     (folder / "data").mkdir(parents=True)
+    _pickle_collector_by_name()
     torch.save(network, folder / "data" / "model.pth", pickle_module=cloudpickle)
     (folder / "data" / "pickle_module_info.txt").write_text("mlflow.pytorch.pickle_module", encoding="utf-8")
     requirements = [f"{package}=={version(package)}" for package in REQUIRED_PACKAGES]
@@ -63,6 +66,16 @@ def _write_for_mlflow(network: PreTrainedModel, folder: Path, metadata: dict[str
         "utc_time_created": str(datetime.now(UTC).replace(tzinfo=None)),
     }
     (folder / "MLmodel").write_text(yaml.safe_dump(model), encoding="utf-8")
+
+
+def _pickle_collector_by_name() -> None:
+    """Let hooks of transformers be pickled, which vision transformers as backbones have.
+
+    They refer to a context variable of the library, which has no value to pickle, only a name.
+    """
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is not None:
+        copyreg.pickle(type(collector), lambda _: "_active_collector")
 
 
 def _image_processor(network: PreTrainedModel, data: DataConfig) -> Any:

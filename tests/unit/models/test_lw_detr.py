@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import mlflow
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from detr_dist.config import ModelConfig
+from detr_dist.config import DataConfig, ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.inference.onnx import write_onnx
 from detr_dist.models.build import build_detector, load_network, trained_detector
@@ -20,6 +21,7 @@ from detr_dist.models.criterion import LossSettings, SetCriterion, StepCounts
 from detr_dist.models.detector import Detector, plain_network
 from detr_dist.models.families import find_family
 from detr_dist.models.optimizations import recompute_activations
+from detr_dist.tracking.packaging import write_model
 
 ARCHITECTURES = ["lw_detr", "rf_detr"]
 NUM_QUERIES, NUM_GROUPS, NUM_LAYERS = 6, 3, 2
@@ -446,3 +448,12 @@ def test_onnxruntime_equals_torch_at_any_size_that_the_family_takes(
 ) -> None:
     network = plain_network(detector)
     assert write_onnx(network, tmp_path / "model.onnx") < 1e-5  # compared at several sizes
+
+
+def test_its_mlflow_model_predicts_the_same(detector: Detector, tmp_path: Path) -> None:
+    network = plain_network(detector)
+    data = DataConfig(resize="square", shortest_edge=64)
+    write_model(network, tmp_path / "model", data=data, metadata={})
+    loaded = mlflow.pytorch.load_model(str(tmp_path / "model"))
+    pixels = torch.rand(1, 3, 64, 64)
+    assert torch.equal(loaded(pixel_values=pixels).pred_boxes, network(pixel_values=pixels).pred_boxes)
