@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-_EPS = 1e-5  # of the networks' inverse sigmoid
+INVERSE_SIGMOID_EPS = 1e-5
+"""By how much the networks keep coordinates away from 0 and 1."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _prepared_or(original: Callable[..., Any]) -> Callable[..., Any]:
         targets: Any, num_classes: int, num_queries: int, class_embed: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any, Any]:
         if isinstance(targets, Denoising):
-            boxes = targets.boxes_cxcywh.clamp(_EPS, 1 - _EPS)
+            boxes = targets.boxes_cxcywh.clamp(INVERSE_SIGMOID_EPS, 1 - INVERSE_SIGMOID_EPS)
             mask = _attention_mask(targets.group, num_queries)
             split = {"dn_num_split": [targets.labels.shape[1], num_queries]}
             return class_embed(targets.labels), boxes.logit(), mask, split

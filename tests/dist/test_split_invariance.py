@@ -94,6 +94,28 @@ def test_rt_detr_trains_the_same_in_micro_batches_of_the_same_size(workplace, ti
 
 
 @pytest.mark.dist
+def test_every_split_trains_on_the_same_scales(workplace, tiny_data: Path) -> None:
+    for name in ("accumulated", "two_processes"):
+        num_processes, batch_size, accumulation = SPLITS[name]
+        finished = workplace.train(
+            tiny_data,
+            *("data.resize=square", "data.multi_scale=[32, 64, 96]", "data.augmentation=detr"),
+            f"training.batch_size={batch_size}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            *("training.max_steps=4", "model.dropout=0", "model.freeze_batch_norm=true"),
+            output=name,
+            num_processes=num_processes,
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+    for metric in ("train_loss", "train_loss_ce", "train_loss_bbox", "train_loss_giou"):
+        # Sums in another order and convolutions over other batch sizes: float32 rounding, nothing more.
+        assert workplace.history(metric, "two_processes") == [
+            (step, pytest.approx(value, rel=1e-4, abs=1e-7))
+            for step, value in workplace.history(metric, "accumulated")
+        ]
+
+
+@pytest.mark.dist
 def test_deformable_detr_trains_in_two_processes_bf16_channels_last(workplace, tiny_data: Path) -> None:
     finished = workplace.train(
         tiny_data,

@@ -22,7 +22,7 @@ from transformers import ResNetBackbone, ResNetConfig
 from detr_dist.training.checkpoint import _fingerprint, newest_checkpoint
 
 STEPS = 40
-EVERYTHING_THAT_DRAWS_OR_REMEMBERS = (
+RANDOM_AND_STATEFUL = (
     f"training.max_steps={STEPS}",
     "training.num_epochs=20",
     "training.batch_size=2",
@@ -102,9 +102,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, new_workplace, tiny_
     def run(num_processes: int):
         if num_processes not in places:
             place = new_workplace(tmp_path_factory.mktemp(f"uninterrupted_{num_processes}"))
-            finished = place.train(
-                tiny_data, *EVERYTHING_THAT_DRAWS_OR_REMEMBERS, num_processes=num_processes
-            )
+            finished = place.train(tiny_data, *RANDOM_AND_STATEFUL, num_processes=num_processes)
             assert finished.returncode == 0, finished.stdout + finished.stderr
             places[num_processes] = place
         return places[num_processes]
@@ -130,7 +128,7 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
     resume = "auto"
     for step, how in zip((7, 13, 29), hows, strict=True):
         process = workplace.start(
-            tiny_data, *EVERYTHING_THAT_DRAWS_OR_REMEMBERS, "--resume", resume, num_processes=num_processes
+            tiny_data, *RANDOM_AND_STATEFUL, "--resume", resume, num_processes=num_processes
         )
         wait_for_step(workplace, process, step)
         stop(process, how, num_processes)
@@ -146,7 +144,7 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
             shutil.rmtree(workplace.folder / "out")
             resume = run.info.run_id
     finished = workplace.train(
-        tiny_data, *EVERYTHING_THAT_DRAWS_OR_REMEMBERS, "--resume", resume, num_processes=num_processes
+        tiny_data, *RANDOM_AND_STATEFUL, "--resume", resume, num_processes=num_processes
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
 
@@ -168,7 +166,7 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
 @pytest.mark.timeout(200)
 def test_a_killed_run_of_rt_detr_resumes_exactly(workplace, tiny_data: Path) -> None:
     """It has denoising queries, and batch norm outside its backbone."""
-    settings = (*EVERYTHING_THAT_DRAWS_OR_REMEMBERS, *TINY_RT_DETR)
+    settings = (*RANDOM_AND_STATEFUL, *TINY_RT_DETR)
     finished = workplace.train(tiny_data, *settings, output="expected")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     process = workplace.start(tiny_data, *settings, "--resume", "auto")

@@ -13,11 +13,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.errors import UsageError
 from detr_dist.models.backbone import backbone_body, freeze_unused_parts
-from detr_dist.models.denoising import take_prepared_queries
+from detr_dist.models.denoising import INVERSE_SIGMOID_EPS, take_prepared_queries
 from detr_dist.models.families.family import FLOAT32_MODULES, LOSS_OPTIONS, Family, register_family
 from detr_dist.models.optimizations import keep_sizes_on_host
-
-_EPS = 1e-5  # of the library's inverse sigmoid
 
 
 def derived(options: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +130,7 @@ def look_forward_twice(boxes: Tensor) -> Tensor:
     """
     if not boxes.requires_grad:
         return boxes
-    logits = boxes.logit(_EPS)
+    logits = boxes.logit(INVERSE_SIGMOID_EPS)
     before = logits[:-1]
     return torch.cat((boxes[:1], (logits[1:] + (before - before.detach())).sigmoid()))
 
