@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 INVERSE_SIGMOID_EPS = 1e-5
-"""By how much the networks keep coordinates away from 0 and 1."""
+"""Margin that the networks keep between coordinates and 0 or 1."""
 
 
 @dataclass(frozen=True)
