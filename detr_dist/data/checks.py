@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.config import Config, ModelConfig, load_config
-from detr_dist.data.coco import CocoData, classes_of, differing_classes, find_annotations, to_columns
-from detr_dist.data.columns import Finding, Level, counted, found, read_document
+from detr_dist.data.coco import CocoData, classes_of, differing_classes, to_columns
+from detr_dist.data.columns import Finding, Level, counted, found
+from detr_dist.data.formats import read_annotations
 from detr_dist.data.image_checks import ImageCheck
 from detr_dist.data.images import decoded_name, unlisted_images
 from detr_dist.data.records import check_records
@@ -176,13 +177,14 @@ def check_splits(
     report = Report(settings, open_images, {}, {})
     reference: tuple[str, tuple[str, ...]] | None = None
     for split in splits:
-        path, images_dir = find_annotations(split)
-        records = check_records(read_document(path), images_dir)
+        annotations = read_annotations(split)
+        images_dir = annotations.images_dir
+        records = check_records(annotations)
         not_used = "in the folder that the JSON does not list; they are not used"
         unlisted = unlisted_images(images_dir, records.listed_files)
         findings = found("unlisted_picture", "image", not_used, unlisted, level="warning") + records.findings
         if len(records.image_ids) and classes_of(records.categories):
-            data = to_columns(records, path, images_dir)
+            data = to_columns(records, annotations)
             reference = reference or (split, data.class_names)
             own = classes_of(records.categories, reference[1])
             findings += differing_classes(reference[1], own, reference[0], f"in {split}")

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from detr_dist.data.columns import Finding, found, read_document
+from detr_dist.data.columns import Finding, found
+from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats.annotations import Annotations
 from detr_dist.data.images import UnreadableImageError, folded, read_size_hw
 from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
@@ -95,55 +97,25 @@ class CocoData:
         return digest.hexdigest()
 
 
-def find_annotations(folder: str | Path) -> tuple[Path, Path]:
-    """Return the COCO JSON of a data folder, and the folder that its `file_name` entries are relative to.
-
-    Either one `*.json` of any name is next to the images, usually `_annotations.coco.json` or
-    `annotations.json`, or the folder has COCO's own layout: `annotations/` with one JSON, and `images/`.
-
-    Raises:
-        DataError: there is no such folder, or it holds no JSON or several.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        problem = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"{folder}: {problem}; name a folder that holds images and their COCO JSON")
-    beside, apart = _json_files(folder), _json_files(folder / "annotations")
-    if beside:
-        return _only(beside, folder), folder
-    if not apart:
-        raise DataError(
-            f"{folder}: no JSON file; put the COCO annotations beside the images as _annotations.coco.json "
-            "or annotations.json, or use the sub-folders annotations/ and images/"
-        )
-    if not (folder / "images").is_dir():
-        raise DataError(
-            f"{folder}: has annotations/ but no images/ beside it; put the images in {folder / 'images'}"
-        )
-    return _only(apart, folder / "annotations"), folder / "images"
-
-
-def load_coco(
-    folder: str | Path,
+def load_data(
+    source: str | Path,
     *,
     classes: Sequence[str] | None = None,
     classes_source: str = "the training data",
     may_lack_classes: bool = False,
     check_files: bool = True,
 ) -> CocoData:
-    """Read and check the COCO data set in `folder`.
+    """Read and check a data set of any format.
 
-    With `classes`, the class indices follow their order, matched by name, whatever their ids in this JSON;
-    with `may_lack_classes` the JSON may list only some of them. Errors call the origin of `classes` by the
+    With `classes`, the class indices follow their order, matched by name, whatever their ids in the files;
+    with `may_lack_classes` the files may list only some of them. Errors call the origin of `classes` by the
     text `classes_source`. Without `check_files` no image file needs to exist.
 
     Raises:
         DataError: names the file, the first record at fault, and what to do about it.
     """
-    path, images_dir = find_annotations(folder)
-    records = check_records(
-        read_document(path), images_dir, check_files=check_files, needs_classes=classes is None
-    )
+    annotations = read_annotations(source)
+    records = check_records(annotations, check_files=check_files, needs_classes=classes is None)
     findings = list(records.findings)
     if classes is not None:
         own = classes_of(records.categories, classes)
@@ -151,12 +123,12 @@ def load_coco(
         findings += differing_classes(wanted, own, classes_source, "here")
     for finding in findings:
         if finding.level == "error":
-            raise DataError(f"{path}: {finding}")
-    return to_columns(records, path, images_dir, classes)
+            raise DataError(f"{annotations.path}: {finding}")
+    return to_columns(records, annotations, classes)
 
 
 def to_columns(
-    records: Records, path: Path, images_dir: Path, class_names: Sequence[str] | None = None
+    records: Records, annotations: Annotations, class_names: Sequence[str] | None = None
 ) -> CocoData:
     """Return the data set of checked records.
 
@@ -171,11 +143,11 @@ def to_columns(
     notices = [str(finding) for finding in records.findings if finding.level == "warning"]
     notices += _notices(dropped, records.iscrowd, num_boxes)
     return CocoData(
-        annotations_path=path,
-        images_dir=images_dir,
+        annotations_path=annotations.path,
+        images_dir=annotations.images_dir,
         class_names=names,
         category_ids=tuple(own[name].id if name in own else None for name in names),
-        notices=[f"{path}: {notice}" for notice in notices],
+        notices=[f"{annotations.path}: {notice}" for notice in notices],
         image_ids=records.image_ids,
         sizes_hw=records.sizes_hw,
         file_names=records.file_names,
@@ -257,17 +229,3 @@ def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[
     if (num_boxes == 0).any():
         notices.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
     return notices
-
-
-def _json_files(folder: Path) -> list[Path]:
-    """Return all JSON files but hidden ones: macOS writes `._name.json` next to files that it copies."""
-    return sorted(p for p in folder.glob("*.json") if p.is_file() and not p.name.startswith("."))
-
-
-def _only(json_paths: list[Path], folder: Path) -> Path:
-    if len(json_paths) > 1:
-        raise DataError(
-            f"{folder}: {len(json_paths)} JSON files, so it is not clear which holds the annotations: "
-            f"{list_names(p.name for p in json_paths)}; keep one there and move the others away"
-        )
-    return json_paths[0]

@@ -1,20 +1,16 @@
-"""The lists of a COCO JSON as columns, and the faults of their records."""
+"""The lists of a data set as columns, and the faults of their records."""
 
-import gc
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite, nan
 from operator import itemgetter
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from detr_dist.errors import DataError
 from detr_dist.text import MAX_NAMES, printable, value_of
 
 MAX_EXAMPLES = 10
@@ -67,65 +63,6 @@ def found(
     if count == 0:
         return []
     return [Finding(kind, level, count, f"{counted(count, noun)} {what}", tuple(named[:MAX_EXAMPLES]))]
-
-
-def read_document(path: Path) -> dict[str, list[Any]]:
-    """Read the images, annotations and categories of a COCO JSON.
-
-    Raises:
-        DataError: the file cannot be read, is not JSON, or does not have the form of a COCO file.
-    """
-    document = _read_json(path)
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{path}: holds a {type(document).__name__}, but a COCO file is an object with 'images'"
-        )
-    for name in ("images", "annotations", "categories"):
-        if name not in document:
-            raise DataError(
-                f"{path}: has no {name!r}; a COCO file holds 'images', 'annotations' and 'categories'"
-            )
-        if not isinstance(document[name], list):
-            raise DataError(f"{path}: {name!r} is {value_of(document[name])}; it must be a list")
-    return document
-
-
-def _read_json(path: Path) -> Any:
-    """Read a JSON file without the outlines: in COCO's own files they take most of the memory."""
-    collecting = gc.isenabled()
-    gc.disable()  # the collector would repeatedly scan a million new objects, none of them garbage
-    try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_without_outline)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            "repair the file or export it again"
-        ) from None
-    except _RepeatedKeyError as error:
-        raise DataError(f"{path}: one object has several values for {error}; keep one of them") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read: {error.strerror}; check the file and its permissions"
-        ) from None
-    finally:
-        if collecting:
-            gc.enable()
-
-
-class _RepeatedKeyError(Exception):
-    pass
-
-
-def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        for key, value in pairs:
-            if value != record[key]:
-                raise _RepeatedKeyError(repr(key))
-    record.pop("segmentation", None)
-    return record
 
 
 class _Kind(NamedTuple):
@@ -285,8 +222,15 @@ class Section:
         self.refuse(rule, is_wrong, lambda row: kind.complaint(key, values[row]))
         return [kind.filler if wrong else value for value, wrong in zip(values, is_wrong, strict=True)]
 
+    def origin(self, row: int) -> str | None:
+        """Return the file and line of a record, if its format has one for each."""
+        origin: str | None = self._records[row].get("origin")
+        return origin
+
     def _where(self, row: int) -> str:
         record = self._records[row]
+        if "origin" in record:
+            return str(record["origin"])
         known = f" (id {value_of(record['id'])})" if "id" in record else ""
         return f"{self._name}[{row}]{known}"
 

@@ -1,4 +1,4 @@
-"""The rules for the records of a COCO JSON; violations become findings, the other records become columns.
+"""The rules for the records of a data set; violations become findings, the other records become columns.
 
 Each rule examines a complete column. Loading a data set raises the first error, `check-data` shows them all.
 """
@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.data.columns import Faults, Finding, Floats, Integers, Mask, Section, found
+from detr_dist.data.formats.annotations import Annotations
 from detr_dist.data.images import (
     UnreadableImageError,
     difference_in_name,
@@ -77,17 +78,17 @@ class Records:
 
 
 def check_records(
-    document: dict[str, list[Any]], images_dir: Path, *, check_files: bool = True, needs_classes: bool = True
+    annotations: Annotations, *, check_files: bool = True, needs_classes: bool = True
 ) -> Records:
-    """Apply the rules to the images, annotations and categories of a document.
+    """Apply the rules to the images, annotations and categories of a data set.
 
     The boxes of a faulty record are left out with it, and are not faults themselves; categories of one name
     are merged. Without `check_files` image files need not exist; without `needs_classes` no category needs
     to.
     """
-    faults = Faults(RULES)
+    faults, document = Faults(RULES), annotations.document
     images = Section("images", document, faults)
-    files = _read_images(images, images_dir, check_files=check_files)
+    files = _read_images(images, annotations.images_dir, check_files=check_files)
     if not images.sound.any():
         faults.add("no_images")
     categories = Section("categories", document, faults)
@@ -108,15 +109,15 @@ def check_records(
     rows = np.flatnonzero(boxes.sound)
     sizes_hw, image_rows, xywh_px = files.sizes_hw[images.sound], image_rows[rows], xywh_px[rows]
     has_extent, is_clipped = _clip(xywh_px, sizes_hw[image_rows])
-    ids = boxes.ids[rows]
     clipped = "reaching outside the image; clipped. Boxes are [x, y, width, height]"
-    repairs = _repaired("box_outside", clipped, ids[is_clipped])
-    repairs += _repaired("box_without_extent", "without extent inside the image; dropped", ids[~has_extent])
+    repairs = _repaired("box_outside", clipped, boxes, rows[is_clipped])
+    without = "without extent inside the image; dropped"
+    repairs += _repaired("box_without_extent", without, boxes, rows[~has_extent])
     order = np.flatnonzero(has_extent)
     order = order[np.argsort(image_rows[order], kind="stable")]
     xywh_px, areas = xywh_px[order], areas[rows[order]]
     return Records(
-        findings=[*files.findings, *faults.findings(), *repairs],
+        findings=[*annotations.findings, *files.findings, *faults.findings(), *repairs],
         listed_files=files.listed,
         missing_files=files.missing,
         categories=listed,
@@ -124,7 +125,7 @@ def check_records(
         sizes_hw=sizes_hw,
         file_names=np.array([files.encoded[row] for row in np.flatnonzero(images.sound)], dtype=np.bytes_),
         image_rows=image_rows[order],
-        annotation_ids=ids[order],
+        annotation_ids=boxes.ids[rows[order]],
         category_ids=category_ids[order],
         boxes_xywh_px=xywh_px,
         iscrowd=iscrowd[rows[order]],
@@ -226,6 +227,6 @@ def _clip(xywh_px: Floats, sizes_hw: Integers) -> tuple[Mask, Mask]:
     return has_extent, is_clipped & has_extent
 
 
-def _repaired(kind: str, what: str, ids: Integers) -> list[Finding]:
-    names = (f"annotation {id_}" for id_ in ids)
-    return found(kind, "box", what, names, count=len(ids), level="warning")
+def _repaired(kind: str, what: str, boxes: Section, rows: NDArray[np.intp]) -> list[Finding]:
+    names = (boxes.origin(row) or f"annotation {boxes.ids[row]}" for row in rows.tolist())
+    return found(kind, "box", what, names, count=len(rows), level="warning")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from detr_dist import __version__
 from detr_dist.config import Config
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
@@ -101,7 +101,7 @@ def _evaluate(
     config, skipped = _without_unknown_losses(resolve_precision(model.settings(overrides), host))
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
-    data = load_coco(
+    data = load_data(
         data_dir, classes=model.class_names, classes_source=model.reference, may_lack_classes=True
     )
     host.once_per_node(lambda: check_room(shared_memory_need(config, data, train=False)))

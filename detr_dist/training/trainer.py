@@ -9,7 +9,7 @@ from pathlib import Path
 
 from detr_dist.config import Config
 from detr_dist.data.checks import check_splits
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
 from detr_dist.data.dataset import training_dataset
 from detr_dist.data.loading import Need, check_room, shared_memory_need
@@ -167,8 +167,8 @@ def _prepared(
                 if is_dry:
                     _check_data(config, train_dir, val_dir)
         config = resolve_precision(config, host)
-        train_data = load_coco(train_dir)
-        val_data = load_coco(val_dir, classes=train_data.class_names)
+        train_data = load_data(train_dir)
+        val_data = load_data(val_dir, classes=train_data.class_names)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,

@@ -27,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from detr_dist.config import Config, load_config
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import group_of_processes
 from detr_dist.numerics import autocast, set_numerics
@@ -71,7 +71,7 @@ def write_all_data(check: Check) -> None:
     for name in ("photos", "long", "scenes"):
         shutil.rmtree(check.out / name, ignore_errors=True)
     make_data(check.out / "scenes", num_train=check.sized(64, 16), num_val=check.sized(16, 4), seed=0)
-    pictures = load_coco(check.out / "scenes" / "train")
+    pictures = load_data(check.out / "scenes" / "train")
     if check.on_gpu:
         # Not in a step that forks: a fork of a process that has computed on several threads hangs.
         taken_apart.without_download(check.out)

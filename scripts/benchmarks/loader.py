@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 from transformers import DetrImageProcessor
 
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
 from detr_dist.data.images import decode_reduced, decode_rgb
 from detr_dist.data.transforms import build_transform
@@ -206,7 +206,7 @@ def write_data(folder: Path, paths: list[Path]) -> CocoData:
     images = [{"id": i, "file_name": str(path.resolve())} for i, path in enumerate(paths)]
     document = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (folder / "annotations.json").write_text(json.dumps(document), encoding="utf-8")
-    return load_coco(folder)
+    return load_data(folder)
 
 
 def reduced_ways(data: CocoData, paths: list[Path], edges: tuple[int, int]) -> dict[str, Callable[[], float]]:

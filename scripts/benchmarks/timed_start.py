@@ -40,7 +40,7 @@ PARTS = {
     "detr_dist.rendezvous.Rendezvous.check_in": "forming the group",
     "accelerate.PartialState.__init__": "forming the group",
     "accelerate.Accelerator.__init__": "forming the group",
-    "detr_dist.data.coco.load_coco": "reading data",
+    "detr_dist.data.coco.load_data": "reading data",
     "detr_dist.models.build.build_detector": "building the network",
     "detr_dist.models.build._check_forward": "trying the network",
     "detr_dist.training.optim.build_optimizer": "optimizer",

@@ -55,7 +55,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from detr_dist.config import Config, load_config
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import Batch
 from detr_dist.data.loading import num_loader_processes
 from detr_dist.data.synthetic import make_data
@@ -273,13 +273,13 @@ def without_download(folder: Path) -> list[str]:
 def place(options: argparse.Namespace, config: Config, folder: Path) -> Places:
     """Write data for one long epoch, so that nothing happens between timed steps; return the folders."""
     if options.train_dir is not None:
-        data = load_coco(options.train_dir)
+        data = load_data(options.train_dir)
     elif options.device == "cuda":
         (folder / "photos").mkdir()
         data = write_data(folder / "photos", write_photos(folder / "photos", (720, 1280)))
     else:
         make_data(folder / "scenes", num_train=64, num_val=4, seed=0)
-        data = load_coco(folder / "scenes" / "train")
+        data = load_data(folder / "scenes" / "train")
     blocks = (options.rounds + 4) * BLOCK_STEPS
     num_steps = max(STEPS_TO_WARM_UP + 100, 2 * blocks + options.log_steps)
     write_long_epoch(data, folder / "train", (num_steps + 20) * config.training.batch_size)
@@ -309,8 +309,8 @@ def lay_out(config: Config, places: Places, held: ExitStack) -> Workbench:
     accelerator = build_accelerator(
         mixed_precision=config.training.mixed_precision, gradient_accumulation_steps=1
     )
-    train_data = load_coco(places.train_dir)
-    val_data = load_coco(places.val_dir, classes=train_data.class_names)
+    train_data = load_data(places.train_dir)
+    val_data = load_data(places.val_dir, classes=train_data.class_names)
     setup = set_up(config, train_data, val_data, accelerator, output_dir=places.output_dir)
     places.output_dir.mkdir()
     trackers = RunTrackers()

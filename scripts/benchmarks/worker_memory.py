@@ -19,7 +19,7 @@ import torch
 from timing import command_line, publish
 from torch.utils.data import DataLoader, Dataset
 
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 
 NUM_CLASSES, GOAL_MB = 80, 100
 KINDS = ("rss", "pss", "uss")  # resident; with its part of shared pages; private
@@ -49,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         size_mb = write_annotations(Path(folder), options.num_images, options.num_boxes)
         started_at = time.perf_counter()
-        data = load_coco(folder, check_files=False)
+        data = load_data(folder, check_files=False)
         load_s = time.perf_counter() - started_at
     print(f"{len(data)} images and {len(data.areas)} boxes from {size_mb:.0f} MB of JSON; memory in MB")
     figures = run_epoch(data, options.num_workers)

@@ -24,7 +24,7 @@ from detr_dist.data.augmentations import (
     distort_colours,
     photometric,
 )
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
 from detr_dist.data.example import Example, example_of
 from detr_dist.data.loading import BatchLoader, shared_memory_need
@@ -43,7 +43,7 @@ COLOURS = torch.tensor([[220, 20, 20], [20, 220, 20], [20, 20, 220], [220, 220, 
 def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
     folder = tmp_path_factory.mktemp("data") / "train"
     write_coco(folder, num_images=8, with_boxes=lambda i: i % 3, mixed_sizes=True)
-    return load_coco(folder)
+    return load_data(folder)
 
 
 def dataset(data: CocoData, names: Sequence[str], *overrides: str) -> CocoDetectionDataset:
@@ -66,7 +66,7 @@ def content(samples: CocoDetectionDataset, epoch: int) -> list[Bytes]:
 
 def content_of_folder(folder: Path, names: Sequence[str]) -> list[Bytes]:
     torch.set_num_threads(1)
-    return content(dataset(load_coco(folder), names), epoch=1)
+    return content(dataset(load_data(folder), names), epoch=1)
 
 
 def filled(height: int, width: int, box: list[int], label: int) -> Example:

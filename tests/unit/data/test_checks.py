@@ -12,7 +12,7 @@ from PIL import Image
 
 from detr_dist.config import Config
 from detr_dist.data.checks import CheckSettings, Report, check_splits, resized_sides, statistics_of
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.errors import DataError
 from detr_dist.models.families import num_queries_of
 from detr_dist.resize import Resize
@@ -86,7 +86,7 @@ def test_refused_annotations_are_one_error_and_the_rest_is_counted(
     corrupt(document)
     folder = write_coco(document, with_images=False)
     with pytest.raises(DataError) as raised:
-        load_coco(folder, check_files=False)
+        load_data(folder, check_files=False)
     for i in (3, 5, 7):
         (folder / f"{i}.jpg").touch()
     (folder / "9.jpg").touch()
@@ -181,7 +181,7 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
     document: Document, write_coco: WriteCoco
 ) -> None:
     """Resize 60x40 to 120x80, so that sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     statistics = statistics_of(data, CheckSettings(Resize(80, 1333), None))
     assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
     assert (statistics.num_images, statistics.num_empty, statistics.most_boxes) == (3, 1, 2)
@@ -195,7 +195,7 @@ def test_sizes_are_measured_after_the_resize_of_training(
     height, width = size_hw
     document["images"] = [NEW_IMAGE | {"height": height, "width": width}]
     document["annotations"] = [NEW_BOX | {"image_id": 9, "bbox": [0, 0, width, height]}]
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     expected = float(np.sqrt(np.prod(Resize(800, 1333).size_hw(height, width))))
     assert resized_sides(data, CheckSettings(Resize(800, 1333), None)) == pytest.approx([expected], rel=0.01)
 

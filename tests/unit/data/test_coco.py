@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from detr_dist.data.coco import find_annotations, load_coco
-from detr_dist.data.columns import Finding, read_document
+from detr_dist.data.coco import load_data
+from detr_dist.data.columns import Finding
+from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats.coco_json import find_annotations
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
 
@@ -18,12 +20,11 @@ WriteCoco = Callable[..., Path]
 
 
 def findings_of(folder: Path) -> list[Finding]:
-    path, images_dir = find_annotations(folder)
-    return check_records(read_document(path), images_dir).findings
+    return check_records(read_annotations(folder)).findings
 
 
 def test_the_columns_equal_the_json(document: Document, write_coco: WriteCoco) -> None:
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.image_ids.tolist() == [7, 3, 5]
     assert [data.size_hw(row) for row in range(3)] == [(40, 60)] * 3
     assert data.image_path(0) == data.images_dir / "7.jpg"
@@ -35,14 +36,14 @@ def test_the_columns_equal_the_json(document: Document, write_coco: WriteCoco) -
 
 
 def test_classes_are_numbered_by_ascending_category_id(document: Document, write_coco: WriteCoco) -> None:
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.class_names == ("ball", "player")
     assert data.category_ids == (10, 20)
     assert data.box_classes.tolist() == [0, 1, 0]
 
 
 def test_images_without_boxes_are_kept_and_reported(document: Document, write_coco: WriteCoco) -> None:
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert len(data.training_targets(2)[0]) == 0
     assert [notice.rpartition(": ")[2] for notice in data.notices] == [
         "1 of 3 images have no boxes and are kept"
@@ -53,7 +54,7 @@ def test_crowd_boxes_are_used_in_evaluation_but_not_in_training(
     document: Document, write_coco: WriteCoco
 ) -> None:
     document["annotations"][0]["iscrowd"] = 1
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.training_targets(1)[0].tolist() == [[30, 20, 30, 20]]
     assert data.training_targets(1)[1].tolist() == [0]
     assert data.iscrowd.tolist() == [False, True, False]
@@ -68,7 +69,7 @@ def test_boxes_are_clipped_to_their_image_or_dropped_and_counted(
     document["annotations"] = [
         {"id": i, "image_id": 3, "category_id": 10, "bbox": box} for i, box in enumerate(boxes)
     ]
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.boxes_xywh_px.tolist() == [[0, 10, 5, 10], [50, 30, 10, 10], [0, 0, 60, 40]]
     assert data.areas.tolist() == [50, 100, 2400]
     clipped, dropped, *_ = data.notices
@@ -79,32 +80,32 @@ def test_boxes_are_clipped_to_their_image_or_dropped_and_counted(
 def test_boxes_inside_their_image_keep_every_bit(document: Document, write_coco: WriteCoco) -> None:
     box = [0.1, 0.2, 0.30000000000000004, 1 / 3]
     document["annotations"][0]["bbox"] = box
-    assert load_coco(write_coco(document)).boxes_xywh_px[1].tolist() == box
+    assert load_data(write_coco(document)).boxes_xywh_px[1].tolist() == box
 
 
 def test_image_ranks_are_small_numbers_in_the_order_of_the_ids(
     document: Document, write_coco: WriteCoco
 ) -> None:
-    assert load_coco(write_coco(document)).image_ranks.tolist() == [2, 0, 1]
+    assert load_data(write_coco(document)).image_ranks.tolist() == [2, 0, 1]
 
 
 def test_sizes_missing_in_the_json_are_read_from_the_files(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     del document["images"][0]["width"], document["images"][1]["height"]
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
-    data = load_coco(folder)
+    data = load_data(folder)
     assert data.sizes_hw.tolist() == [[40, 60]] * 3
     assert re.search(r"2 images without width and height .*: 7.jpg, 3.jpg$", data.notices[0])
 
 
 def test_file_names_may_include_folders(document: Document, write_coco: WriteCoco) -> None:
     document["images"][0]["file_name"] = "night/été/7.jpg"
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.image_path(0).is_file()
 
 
 def test_no_column_holds_python_objects(document: Document, write_coco: WriteCoco) -> None:
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     columns = [value for name in data.__slots__ if isinstance(value := getattr(data, name), np.ndarray)]
     assert len(columns) == 9
     assert not any(column.dtype.hasobject for column in columns)
@@ -122,7 +123,7 @@ def test_all_layouts_are_found(document: Document, write_coco: WriteCoco, tmp_pa
     shutil.move(folder / "whatever.json", coco / "annotations" / "instances.json")
     folder.rename(coco / "images")
     assert find_annotations(coco) == (coco / "annotations" / "instances.json", coco / "images")
-    assert len(load_coco(coco)) == 3
+    assert len(load_data(coco)) == 3
 
 
 def test_a_group_without_boxes_is_no_class(document: Document, write_coco: WriteCoco) -> None:
@@ -132,7 +133,7 @@ def test_a_group_without_boxes_is_no_class(document: Document, write_coco: Write
         {"id": 20, "name": "player", "supercategory": "player"},
         {"id": 30, "name": "referee", "supercategory": "ball"},
     ]
-    data = load_coco(write_coco(document))
+    data = load_data(write_coco(document))
     assert data.class_names == ("ball", "player", "referee"), "a class without boxes that groups none is kept"
     assert data.category_ids == (10, 20, 30)
     assert any("'ball' only groups others" in notice for notice in data.notices)
@@ -140,7 +141,7 @@ def test_a_group_without_boxes_is_no_class(document: Document, write_coco: Write
 
 def test_a_group_with_boxes_is_a_class(document: Document, write_coco: WriteCoco) -> None:
     document["categories"][0]["supercategory"] = "ball"
-    assert load_coco(write_coco(document)).class_names == ("ball", "player")
+    assert load_data(write_coco(document)).class_names == ("ball", "player")
 
 
 @pytest.mark.parametrize("name", ["None", "none", "null", "NaN", "undefined", "-"])
@@ -151,7 +152,7 @@ def test_a_class_named_like_no_supercategory_is_kept(
     document["categories"].append({"id": 30, "name": name})
     for category in document["categories"]:
         category["supercategory"] = name if supercategory == "as the class" else supercategory
-    assert load_coco(write_coco(document)).class_names == ("ball", "player", name)
+    assert load_data(write_coco(document)).class_names == ("ball", "player", name)
 
 
 def test_a_category_without_supercategory_groups_nothing(document: Document, write_coco: WriteCoco) -> None:
@@ -161,17 +162,17 @@ def test_a_category_without_supercategory_groups_nothing(document: Document, wri
         {"id": 20, "name": "player"},
         {"id": 30, "name": "None", "supercategory": None},
     ]
-    assert load_coco(write_coco(document)).class_names == ("ball", "player", "None")
+    assert load_data(write_coco(document)).class_names == ("ball", "player", "None")
 
 
 def test_validation_classes_follow_the_training_classes_by_name(
     document: Document, write_coco: WriteCoco
 ) -> None:
-    train = load_coco(write_coco(document))
+    train = load_data(write_coco(document))
     document["categories"][0]["id"], document["categories"][1]["id"] = 1, 2
     for annotation in document["annotations"]:
         annotation["category_id"] = {20: 1, 10: 2}[annotation["category_id"]]
-    val = load_coco(write_coco(document, "val"), classes=train.class_names)
+    val = load_data(write_coco(document, "val"), classes=train.class_names)
     assert val.class_names == ("ball", "player")
     assert val.category_ids == (2, 1)
     assert val.box_classes.tolist() == train.box_classes.tolist()
@@ -179,29 +180,29 @@ def test_validation_classes_follow_the_training_classes_by_name(
 
 def test_a_group_in_one_set_may_be_a_class_in_the_other(document: Document, write_coco: WriteCoco) -> None:
     document["categories"][0]["supercategory"] = "ball"
-    train = load_coco(write_coco(document))
+    train = load_data(write_coco(document))
     document["annotations"] = document["annotations"][:1]
-    val = load_coco(write_coco(document, "val"), classes=train.class_names)
+    val = load_data(write_coco(document, "val"), classes=train.class_names)
     assert val.class_names == ("ball", "player"), (
         "ball has no box here and groups player, but is a training class"
     )
-    assert load_coco(write_coco(document, "alone")).class_names == ("player",)
+    assert load_data(write_coco(document, "alone")).class_names == ("player",)
 
 
 def test_a_group_only_in_validation_is_no_difference(document: Document, write_coco: WriteCoco) -> None:
-    train = load_coco(write_coco(document))
+    train = load_data(write_coco(document))
     document["categories"].append({"id": 1, "name": "match", "supercategory": "none"})
     document["categories"][0]["supercategory"] = "match"
-    assert load_coco(write_coco(document, "val"), classes=train.class_names).class_names == train.class_names
+    assert load_data(write_coco(document, "val"), classes=train.class_names).class_names == train.class_names
 
 
 def test_classes_that_differ_are_named(document: Document, write_coco: WriteCoco) -> None:
-    train = load_coco(write_coco(document))
+    train = load_data(write_coco(document))
     document["categories"][0]["name"] = "referee"
     folder = write_coco(document, "val")
     message = r"val/.*: 2 classes .*agree by name: player only in the training data, referee only here"
     with pytest.raises(DataError, match=message):
-        load_coco(folder, classes=train.class_names)
+        load_data(folder, classes=train.class_names)
 
 
 def change(path: str, value: object) -> Callable[[Document], None]:
@@ -257,7 +258,7 @@ def test_damaged_records_are_named_in_one_line(
     damage(document)
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
     with pytest.raises(DataError, match=message) as caught:
-        load_coco(folder)
+        load_data(folder)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -265,7 +266,7 @@ def test_damaged_records_are_named_in_one_line(
 def test_a_file_without_categories_is_refused(document: Document, write_coco: WriteCoco) -> None:
     document["categories"], document["annotations"] = [], []
     with pytest.raises(DataError, match="without a usable category"):
-        load_coco(write_coco(document))
+        load_data(write_coco(document))
 
 
 def test_missing_files_are_counted_and_the_first_named(document: Document, write_coco: WriteCoco) -> None:
@@ -273,8 +274,8 @@ def test_missing_files_are_counted_and_the_first_named(document: Document, write
     (folder / "3.jpg").unlink()
     (folder / "5.jpg").unlink()
     with pytest.raises(DataError, match=r"2 images of 3 missing in .*train; .*: 3.jpg, 5.jpg"):
-        load_coco(folder)
-    assert len(load_coco(folder, check_files=False)) == 3
+        load_data(folder)
+    assert len(load_data(folder, check_files=False)) == 3
 
 
 def test_absolute_file_names_are_found(document: Document, write_coco: WriteCoco, tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_absolute_file_names_are_found(document: Document, write_coco: WriteCoco
     for image, path in zip(document["images"], (elsewhere / "7.jpg", folder / "3.jpg"), strict=False):
         image["file_name"] = str(path)
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
-    assert [load_coco(folder).image_path(row).is_file() for row in range(3)] == [True] * 3
+    assert [load_data(folder).image_path(row).is_file() for row in range(3)] == [True] * 3
     assert findings_of(folder) == []
 
 
@@ -311,7 +312,7 @@ def test_a_file_whose_name_looks_the_same_is_shown(
     document["images"][0]["file_name"] = in_json
     (folder / "_annotations.coco.json").write_text(json.dumps(document))
     with pytest.raises(DataError, match="1 image of 3 missing") as caught:
-        load_coco(folder)
+        load_data(folder)
     (finding,) = (each for each in findings_of(folder) if each.kind == "missing_image")
     assert all(part in str(caught.value) and part in str(finding) for part in shown[1:]), caught.value
     assert shown[0] in str(caught.value)
@@ -319,10 +320,10 @@ def test_a_file_whose_name_looks_the_same_is_shown(
 
 def test_class_names_that_look_the_same_are_distinguished(document: Document, write_coco: WriteCoco) -> None:
     document["categories"][0]["name"] = "caf\u00e9"
-    train = load_coco(write_coco(document))
+    train = load_data(write_coco(document))
     document["categories"][0]["name"] = "cafe\u0301"
     with pytest.raises(DataError, match=r"'caf\\xe9' only in .*'cafe\\u0301' only here"):
-        load_coco(write_coco(document, "val"), classes=train.class_names)
+        load_data(write_coco(document, "val"), classes=train.class_names)
 
 
 @pytest.mark.parametrize(
@@ -339,23 +340,23 @@ def test_class_names_that_look_the_same_are_distinguished(document: Document, wr
 def test_a_file_without_coco_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
-        load_coco(tmp_path)
+        load_data(tmp_path)
 
 
 def test_folders_without_one_clear_json_are_refused(document: Document, write_coco: WriteCoco) -> None:
     folder = write_coco(document)
     with pytest.raises(DataError, match=r"nowhere: does not exist"):
-        load_coco(folder / "nowhere")
+        load_data(folder / "nowhere")
     with pytest.raises(DataError, match=r"7.jpg: is a file"):
-        load_coco(folder / "7.jpg")
+        load_data(folder / "7.jpg")
     (folder / "copy.json").write_text("{}")
     with pytest.raises(DataError, match=r"2 JSON files.*'_annotations.coco.json', 'copy.json'"):
-        load_coco(folder)
+        load_data(folder)
     for path in folder.glob("*.json"):
         path.unlink()
     with pytest.raises(DataError, match=r"no JSON file"):
-        load_coco(folder)
+        load_data(folder)
     (folder / "annotations").mkdir()
     (folder / "annotations" / "a.json").write_text("{}")
     with pytest.raises(DataError, match=r"has annotations/ but no images/"):
-        load_coco(folder)
+        load_data(folder)

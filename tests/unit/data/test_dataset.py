@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample, collate
 from detr_dist.data.images import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
@@ -25,7 +25,7 @@ def make_dataset(
     folder: Path, augmentation: Augmentation = "none", *, train: bool = True, seed: int = 0
 ) -> CocoDetectionDataset:
     transform = build_transform(augmentation, Resize(32, 64), train)
-    return CocoDetectionDataset(load_coco(folder), transform, seed=seed, train=train)
+    return CocoDetectionDataset(load_data(folder), transform, seed=seed, train=train)
 
 
 def test_a_sample_has_boxes_relative_to_its_own_size(document: Document, write_coco: WriteCoco) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data._utils import signal_handling
 
 from detr_dist.config import Config, load_config
 from detr_dist.data import dataset, loading
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, _Batches, num_loader_processes, shared_memory_need
 from detr_dist.data.sampling import SampleKey
@@ -71,7 +71,7 @@ def settings(num_workers: int) -> Config:
 
 @pytest.fixture
 def data(document: Document, write_coco: WriteCoco) -> CocoData:
-    return load_coco(write_coco(document))
+    return load_data(write_coco(document))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from detr_dist.config import load_config
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset, Sample, training_dataset
 from detr_dist.data.example import Example
 from detr_dist.data.loading import BatchLoader, shared_memory_need
@@ -46,7 +46,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
     folder = tmp_path_factory.mktemp("data") / "train"
     write_coco(folder, num_images=NUM_IMAGES, with_boxes=lambda i: i % 3, mixed_sizes=True)
-    return load_coco(folder)
+    return load_data(folder)
 
 
 def dataset(data: CocoData, *names: object, train: bool = True) -> CocoDetectionDataset:
@@ -179,7 +179,7 @@ def test_partners_are_other_images_prepared_by_the_recipe(data: CocoData) -> Non
 
 def test_an_unreadable_partner_is_replaced_and_reported_as_its_own_sample_only(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
-    samples = dataset(load_coco(tmp_path / "train"), Mean)
+    samples = dataset(load_data(tmp_path / "train"), Mean)
     (tmp_path / "train" / "001.jpg").write_text("no image")
     assert samples[0, 0].unreadable == ()
     assert [row for row, _ in samples[0, 1].unreadable] == [1]
@@ -214,7 +214,7 @@ def test_a_partner_is_read_once_and_only_when_it_is_used(
 
 def test_too_many_unreadable_partners_are_not_called_a_failure_of_the_transform(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=24, with_boxes=lambda i: 1, mixed_sizes=False)
-    samples = dataset(load_coco(tmp_path / "train"), Mean)
+    samples = dataset(load_data(tmp_path / "train"), Mean)
     for number in range(1, 24):
         (tmp_path / "train" / f"{number:03}.jpg").write_text("no image")
     with pytest.raises(DataError, match=r"^10 images in a row cannot be read"):
@@ -302,7 +302,7 @@ def test_more_partners_than_images_are_an_error(tmp_path: Path) -> None:
     write_coco(tmp_path / "train", num_images=3, with_boxes=lambda i: 1, mixed_sizes=False)
     config = load_config(None, ["data.augmentation=[light, mosaic]"])
     with pytest.raises(UsageError, match="mosaic needs 3 other images, but the training data has 3"):
-        training_dataset(load_coco(tmp_path / "train"), config)
+        training_dataset(load_data(tmp_path / "train"), config)
 
 
 def test_more_boxes_than_queries_through_partners_are_a_warning(

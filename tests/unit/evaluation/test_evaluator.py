@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from harness.data import TINY_BACKBONE
 
 from detr_dist.config import Config, LossConfig
-from detr_dist.data.coco import CocoData, load_coco
+from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset, collate
 from detr_dist.data.transforms import build_transform
 from detr_dist.distributed import HostGroup
@@ -27,7 +27,7 @@ from detr_dist.resize import Resize
 @pytest.fixture(scope="module")
 def data(tiny_data: Path) -> CocoData:
     """Return seven images of several shapes with 0 to 3 boxes, of which the first is a crowd."""
-    data = load_coco(tiny_data / "val")
+    data = load_data(tiny_data / "val")
     iscrowd = np.zeros_like(data.iscrowd)
     iscrowd[0] = True
     return replace(data, iscrowd=iscrowd)
@@ -120,7 +120,7 @@ def test_an_unreadable_image_has_boxes_and_no_detections(
 ) -> None:
     shutil.copytree(tiny_data / "val", tmp_path / "val")
     (tmp_path / "val" / "003.jpg").write_bytes(b"no image")
-    settings, data = config(), load_coco(tmp_path / "val")
+    settings, data = config(), load_data(tmp_path / "val")
     accelerator = Accelerator(cpu=True)
     scores = Evaluator(data, settings, accelerator, HostGroup(accelerator)).evaluate(
         new_detector(settings, data)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from detr_dist.config import CheckpointConfig, EvaluationConfig, LoggingConfig
 from detr_dist.console import log_to_file
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.detections import DetectionRecords
@@ -113,7 +113,7 @@ def observe(
         setup = SimpleNamespace(
             config=config,
             output_dir=tmp_path,
-            val_data=load_coco(tiny_data / "val"),
+            val_data=load_data(tiny_data / "val"),
             accelerator=training.accelerator,
             host=HostGroup(training.accelerator),
             facts=facts,
@@ -141,7 +141,7 @@ def observe(
 @pytest.fixture
 def no_detections(monkeypatch: pytest.MonkeyPatch, tiny_data: Path) -> None:
     """Replace evaluations by ones that find nothing, without delay."""
-    details = Details(load_coco(tiny_data / "val"), DetectionRecords.none(), None, None)
+    details = Details(load_data(tiny_data / "val"), DetectionRecords.none(), None, None)
     monkeypatch.setattr(
         "detr_dist.training.observer.Evaluator.evaluate", lambda self, _: Scores({"map": 0.25}, details)
     )

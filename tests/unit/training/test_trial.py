@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detr_dist.config import load_config
-from detr_dist.data.coco import load_coco
+from detr_dist.data.coco import load_data
 from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import TrainingError
@@ -141,7 +141,7 @@ def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_b
             *("training.gradient_accumulation_steps=2", f"data.group_by_shape={str(group_by_shape).lower()}"),
         ],
     )
-    data = load_coco(tiny_data / "train")
+    data = load_data(tiny_data / "train")
     plan = StepPlan(len(data), batch_size=2, num_processes=2, accumulation=2)
     streams = [
         GroupStream(data, config, plan, process_index=process, first_step=2, total_steps=12, pin_memory=False)
@@ -168,7 +168,7 @@ def test_every_split_sees_the_same_sizes_at_every_scale(resize: str, tiny_data: 
             f"data.augmentation={'light' if resize == 'shortest_edge' else 'detr'}",
         ],
     )
-    data = load_coco(tiny_data / "train")
+    data = load_data(tiny_data / "train")
     images_of_steps = []
     for batch_size, num_processes, accumulation in ((8, 1, 1), (2, 2, 2)):
         settings = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
