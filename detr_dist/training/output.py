@@ -42,7 +42,7 @@ _WRITTEN = {
 
 
 _LATER_KEYS = {
-    *("data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
+    *("data.exif", "data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
     *("loss.weights", "training.tf32", "training.deterministic", "model.class_loss"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
     *("training.layer_decay", "training.learning_rate_decoder_factor", "training.lr_flat_share"),

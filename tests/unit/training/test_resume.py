@@ -32,6 +32,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",
     "data.shortest_edge",
     "data.longest_edge",
+    "data.exif",
     "data.resize",
     "data.multi_scale",
     "data.augmentation",
