@@ -12,6 +12,7 @@ from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
 from detr_dist.data.dataset import training_dataset
+from detr_dist.data.formats import Split, split_of, split_to_validate_on
 from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
@@ -44,7 +45,7 @@ def train(
     config: Config,
     *,
     train_dir: str | Path,
-    val_dir: str | Path,
+    val_dir: str | Path | None = None,
     output_dir: str | Path,
     resume: str | None = None,
     init_from: str | None = None,
@@ -58,8 +59,8 @@ def train(
 
     Args:
         config: The configuration, e.g. from `Config.load`.
-        train_dir: Data set to train on: a folder with images and their COCO JSON.
-        val_dir: Data set to evaluate on.
+        train_dir: Data set to train on, in one of the formats of docs/data.md.
+        val_dir: Data set to evaluate on; None: the split `val` of `train_dir`.
         output_dir: Folder for checkpoints, the best model and results.
         resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run exactly.
         init_from: A model whose weights to start from.
@@ -74,7 +75,7 @@ def train(
         KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
     _check_types(config, callbacks=callbacks, trackers=trackers)
-    folders = Path(train_dir), Path(val_dir), Path(output_dir)
+    folders = Path(train_dir), None if val_dir is None else Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
         signals = StopSignals(setup.host.rendezvous.watch.hurry)
         is_main_thread = threading.current_thread() is threading.main_thread()
@@ -86,7 +87,7 @@ def dry_run(
     config: Config,
     *,
     train_dir: Path,
-    val_dir: Path,
+    val_dir: Path | None = None,
     output_dir: Path,
     resume: str | None = None,
     init_from: str | None = None,
@@ -143,7 +144,7 @@ def _check_types(config: object, **collections: object) -> None:
 def _prepared(
     config: Config,
     train_dir: Path,
-    val_dir: Path,
+    val_dir: Path | None,
     output_dir: Path,
     *,
     resume: str | None,
@@ -164,11 +165,14 @@ def _prepared(
             import_extensions(settings.extensions)
             if host.is_main_process:
                 check_output(output_dir)
-                if is_dry:
-                    _check_data(config, train_dir, val_dir)
+        train, val = split_of(train_dir, "train"), split_to_validate_on(train_dir, val_dir)
+        with host.failing_together():
+            if host.is_main_process and is_dry:
+                _check_data(config, train, val)
         config = resolve_precision(config, host)
-        train_data = load_data(train_dir, exif=config.data.exif)
-        val_data = load_data(val_dir, classes=train_data.class_names, exif=config.data.exif)
+        exif = config.data.exif
+        train_data = load_data(train.source, split=train.name, exif=exif)
+        val_data = load_data(val.source, split=val.name, classes=train_data.class_names, exif=exif)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
@@ -188,8 +192,7 @@ def _prepared(
         yield setup
 
 
-def _check_data(config: Config, train_dir: Path, val_dir: Path) -> None:
-    splits = [str(train_dir), str(val_dir)]
+def _check_data(config: Config, *splits: Split) -> None:
     report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     _log_lines(report.lines())
     if report.num_errors:
