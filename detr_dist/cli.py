@@ -49,7 +49,15 @@ def _keys_help() -> str:
 
 @app.command(epilog=_keys_help())
 def train(
-    train_dir: Annotated[Path, typer.Option(help="Folder with the training images and their COCO JSON.")],
+    train_dir: Annotated[
+        list[str],
+        typer.Option(
+            metavar="DIR[=WEIGHT]",
+            help="Folder with the training images and their COCO JSON. Give the option several times to "
+            "train on several with the same classes; with weights, each makes up that part of every epoch, "
+            "relative to the others, e.g. `--train-dir a=1 --train-dir b=3`.",
+        ),
+    ],
     val_dir: Annotated[Path, typer.Option(help="Folder with the validation images and their COCO JSON.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, the best model and results.")],
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
