@@ -55,7 +55,15 @@ def _keys_help() -> str:
 
 @app.command(epilog=_keys_help())
 def train(
-    train_dir: Annotated[Path, typer.Option(help=f"Training images and their annotations: {_FORMATS}")],
+    train_dir: Annotated[
+        list[str],
+        typer.Option(
+            metavar="DIR[=WEIGHT]",
+            help=f"Training images and their annotations: {_FORMATS} Give the option several times to "
+            "train on several data sets with the same classes; with weights, each makes up that part of "
+            "every epoch, relative to the others, e.g. `--train-dir a=1 --train-dir b=3`.",
+        ),
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, the best model and results.")],
     val_dir: Annotated[
         Path | None,

@@ -13,6 +13,7 @@ from detr_dist.config_training import TrainingConfig as TrainingConfig
 from detr_dist.config_types import (
     Augmentation,
     ClassLoss,
+    ClassWeights,
     Count,
     CountOrAuto,
     CountOrZero,
@@ -20,6 +21,7 @@ from detr_dist.config_types import (
     Edges,
     EnvironmentDefault,
     ExifRule,
+    Factor,
     Family,
     Mapping,
     Names,
@@ -72,6 +74,11 @@ class DataConfig(Section):
     augmentation_off_epochs: CountOrZero = 0
     """In the last N of `training.num_epochs`, apply only the recipe of `augmentation`: images are then like
     those of validation."""
+    repeat_rare: Factor | None = None
+    """Repeat images with rare classes within every epoch (repeat-factor sampling, as for LVIS): a class in a
+    fraction f of all images, with f below this threshold, makes its images count sqrt(threshold / f) times,
+    e.g. 0.001 for LVIS. The classes of an image that is in several count by the rarest. Unset: each image
+    counts once."""
     group_by_shape: bool = True
     """Group images of similar height and width, after augmentation, into optimizer steps, because all images
     of a step are padded to the largest. No effect if all images have one size; `false` mixes sizes as in the
@@ -133,6 +140,9 @@ class LossConfig(Section):
     weights: Weights = Field({})
     """Weight of each term of the loss, e.g. {ce: 1, bbox: 5, giou: 2}; a term that is left out has the weight
     of the architecture's paper."""
+    class_weights: ClassWeights = Field({})
+    """Weight of each class in the loss of the classes, above 0, e.g. {ball: 4}: by it counts a query that is
+    matched with an object of the class. Names are those of the data; a class that is left out has 1."""
 
 
 class EvaluationConfig(Section):

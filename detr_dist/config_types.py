@@ -155,6 +155,7 @@ Edges = Annotated[
     BeforeValidator(lambda value: [] if value is None else value if isinstance(value, list) else [value]),
 ]
 Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
+ClassWeights = Annotated[dict[str, Positive], _EMPTY_MAPPING]
 Weights = Annotated[dict[str, PositiveOrZero], _EMPTY_MAPPING, AfterValidator(_known(LOSSES))]
 
 

@@ -21,7 +21,7 @@ from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
 from detr_dist.data.example import Example, example_of
 from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
-from detr_dist.data.sampling import Purpose, SampleKey, random_numbers
+from detr_dist.data.sampling import EpochSamples, Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
 from detr_dist.resize import Resize
@@ -135,18 +135,18 @@ class _NoneReadableError(DataError):
 
 
 class _ReadOnAccess(Sequence[Example]):
-    """Examples of some rows, each of which is read once, when it is first asked for."""
+    """Examples of some samples, each of which is read once, when it is first asked for."""
 
-    def __init__(self, rows: list[int], read: Callable[[int], Example]) -> None:
-        self._rows = rows
+    def __init__(self, indices: list[int], read: Callable[[int], Example]) -> None:
+        self._indices = indices
         self._read = cache(read)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._indices)
 
-    def __getitem__(self, index: Any) -> Any:
-        rows = self._rows[index]
-        return [self._read(row) for row in rows] if isinstance(rows, list) else self._read(rows)
+    def __getitem__(self, place: Any) -> Any:
+        found = self._indices[place]
+        return [self._read(index) for index in found] if isinstance(found, list) else self._read(found)
 
 
 class CocoDetectionDataset(Dataset[Sample]):
@@ -167,25 +167,33 @@ class CocoDetectionDataset(Dataset[Sample]):
         seed: int,
         train: bool,
         recipe_only_from: float = math.inf,
+        samples: EpochSamples | None = None,
     ) -> None:
         """Take a `transform` from `build_transform` with the same `train`.
 
-        From epoch `recipe_only_from` on, counted from 0, it applies its recipe alone.
+        With `samples`, an index is a place in an epoch, otherwise the row of an image. From epoch
+        `recipe_only_from` on, counted from 0, the transform applies its recipe alone.
         """
         self.data = data
         self.transform = transform
         self.seed = seed
         self.train = train
         self._recipe_only_from = recipe_only_from
+        self._samples = samples
         for each in transform.beside:
-            if each.num_partners >= len(data):
+            if each.num_partners >= len(self):
                 raise UsageError(
                     f"data.augmentation: {each.name} needs {each.num_partners} other images, but the "
                     f"training data has {len(data)} in all"
                 )
 
     def __len__(self) -> int:
-        return len(self.data)
+        """Return the number of samples of an epoch."""
+        return len(self.data) if self._samples is None else len(self._samples)
+
+    def row(self, epoch: int, index: int) -> int:
+        """Return the row of the image of a sample."""
+        return index if self._samples is None else self._samples.row(epoch, index)
 
     @property
     def most_boxes_per_image(self) -> int:
@@ -198,12 +206,12 @@ class CocoDetectionDataset(Dataset[Sample]):
         if edge:
             return self._resized_to(*edge)[epoch, index]
         unreadable: list[Unreadable] = []
-        row, example = self._example(epoch, index, unreadable)
+        index, row, example = self._example(epoch, index, unreadable)
         beside = self.transform.beside if epoch < self._recipe_only_from else ()
         changed_by: set[str] = set()
         for place, transform in enumerate(beside):
             if changed_by.isdisjoint(transform.not_after):
-                given, example = example, self._transformed(place, example, epoch, row)
+                given, example = example, self._transformed(place, example, epoch, index, row)
                 if example.image.data_ptr() != given.image.data_ptr():  # it did not return the image itself
                     changed_by.add(transform.name)
         image, boxes, labels = example
@@ -222,7 +230,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         """Return height and width of a training sample after augmentation, assuming its image is readable."""
         epoch, index, *edge = key
         dataset = self._resized_to(*edge) if edge else self
-        return dataset._plan(epoch, index).size_hw
+        return dataset._plan(epoch, index, self.row(epoch, index)).size_hw
 
     def _resized_to(self, shortest_edge: int) -> Self:
         """Return the same samples, and partners of them, resized to another edge."""
@@ -230,24 +238,27 @@ class CocoDetectionDataset(Dataset[Sample]):
         dataset.transform = replace(self.transform, resize=self.transform.resize.at(shortest_edge))
         return dataset
 
-    def _plan(self, epoch: int, row: int) -> Plan:
-        rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, row)
+    def _plan(self, epoch: int, index: int, row: int) -> Plan:
+        rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, index)
         return self.transform.plan(self.data.size_hw(row), rng)
 
-    def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, Example]:
-        """Return the row and the prepared example of an image; in training, of the first readable one.
+    def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, int, Example]:
+        """Return index, row and the prepared example of an image; in training, of the first readable one.
 
         Unreadable images are added to `unreadable`.
         """
+        first_index, first_row = index, self.row(epoch, index)
         for attempt in range(MAX_UNREADABLE_IN_A_ROW if self.train else 1):
-            row = (index + attempt) % len(self)
-            plan = self._plan(epoch, row)
+            # The next image, not the next sample, which may be a copy.
+            index, row = (first_index + attempt) % len(self), (first_row + attempt) % len(self.data)
+            plan = self._plan(epoch, index, row)
             try:
-                return row, self._prepared(row, plan, self._read_image(row, plan))
+                return index, row, self._prepared(row, plan, self._read_image(row, plan))
             except UnreadableImageError as error:
                 unreadable.append((row, str(error)))
         if not self.train:
-            return row, self._prepared(row, plan, torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8))
+            black = torch.zeros(3, *self.data.size_hw(row), dtype=torch.uint8)
+            return index, row, self._prepared(row, plan, black)
         raise _NoneReadableError(
             f"{MAX_UNREADABLE_IN_A_ROW} images in a row cannot be read, the last is {unreadable[-1][1]}; "
             "check that the folder is reachable and its images are intact"
@@ -274,17 +285,17 @@ class CocoDetectionDataset(Dataset[Sample]):
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
         return apply(plan, example_of(image, boxes, labels, self.data.size_hw(row)))
 
-    def _transformed(self, place: int, example: Example, epoch: int, row: int) -> Example:
-        """Apply the transform at this place of the list to the example of a row, with its partners.
+    def _transformed(self, place: int, example: Example, epoch: int, index: int, row: int) -> Example:
+        """Apply the transform at this place of the list to the example of a sample, with its partners.
 
         Partners that cannot be read are replaced silently; they are reported as samples of their own.
         """
-        transform, position = self.transform.beside[place], (self.seed, epoch, row, place)
+        transform, position = self.transform.beside[place], (self.seed, epoch, index, place)
         chosen = random_numbers(Purpose.PARTNERS, *position).choice(
             len(self) - 1, transform.num_partners, replace=False
         )
-        rows = [(row + 1 + other) % len(self) for other in chosen.tolist()]
-        partners = _ReadOnAccess(rows, lambda other: self._example(epoch, other, [])[1])
+        others = [(index + 1 + other) % len(self) for other in chosen.tolist()]
+        partners = _ReadOnAccess(others, lambda other: self._example(epoch, other, [])[2])
         rng = random_numbers(Purpose.TRANSFORM, *position)
         try:
             return transform(example, rng, partners, self.data.num_classes)
@@ -295,8 +306,10 @@ class CocoDetectionDataset(Dataset[Sample]):
             raise failure(f"data.augmentation: {what}", error) from error
 
 
-def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
-    """Return the training data with its augmentation.
+def training_dataset(
+    data: CocoData, config: Config, samples: EpochSamples | None = None
+) -> CocoDetectionDataset:
+    """Return the training data with its augmentation; `samples` are those of every epoch.
 
     Raises:
         UsageError: `data.augmentation` names a transform that cannot be used.
@@ -308,6 +321,7 @@ def training_dataset(data: CocoData, config: Config) -> CocoDetectionDataset:
         seed=config.training.seed,
         train=True,
         recipe_only_from=config.training.num_epochs - config.data.augmentation_off_epochs,
+        samples=samples,
     )
 
 

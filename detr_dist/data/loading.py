@@ -205,7 +205,7 @@ class _Batches(Dataset[Batch | DetrDistError]):
         samples = []
         try:
             for key in keys:
-                row = key[1]
+                row = self._samples.row(*key[:2])
                 samples.append(self._samples[key])
         except DetrDistError as error:
             return error

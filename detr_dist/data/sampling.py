@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +16,7 @@ from detr_dist.errors import UsageError
 
 SampleKey = tuple[int, int] | tuple[int, int, int]
 """Epoch and index of a sample, and with `data.multi_scale` the shortest edge of its optimizer step; with the
-seed they determine the sample."""
+seed they determine the sample. The index is the row of an image, or with `EpochSamples` a place in them."""
 
 SizeOf = Callable[[SampleKey], tuple[int, int]]
 """A function that returns height and width of a sample after augmentation."""
@@ -34,6 +35,7 @@ class Purpose(IntEnum):
     PARTNERS = 5
     DENOISE = 6
     SCALE = 7
+    REPEAT = 8
 
 
 def random_numbers(
@@ -77,6 +79,67 @@ def _halve(
     yield from _halve(places[middle:], sizes_hw, step_size)
 
 
+SAMPLE = 2**32
+"""Units of `EpochSamples.ends` in one sample."""
+
+_GOLDEN = 2654435769  # SAMPLE divided by the golden ratio
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EpochSamples:
+    """The images of every epoch, where some appear more often than others, by their place in it.
+
+    Systematic sampling: image `row` has a part of a line that is as long as its expected number of samples,
+    and points at distances of one sample select the images. In every epoch each image appears as often as
+    expected, rounded down or up, and any run of images whose part is a whole number of samples exactly so
+    often. The points move from epoch to epoch by the golden ratio, so that rounding evens out. Integers
+    only: all processes agree. Nothing is stored for an epoch.
+    """
+
+    ends: NDArray[np.int64]  # [N], where each image's part ends, in units
+    first_offset: int  # of the points in epoch 0, in units
+
+    @classmethod
+    def of(cls, factors: Sequence[NDArray[np.float64]], num_samples: Sequence[int], seed: int) -> Self:
+        """Return samples of consecutive groups of images, exactly `num_samples[g]` of group g.
+
+        Within a group the expected numbers of samples are proportional to `factors[g]`, all above 0.
+        """
+        ends, start = [], 0
+        for each, count in zip(factors, num_samples, strict=True):
+            until = np.cumsum(each)
+            ends.append(start + np.rint(until / until[-1] * (count * SAMPLE)).astype(np.int64))
+            start += count * SAMPLE
+        offset = random_numbers(Purpose.REPEAT, seed, 0).integers(SAMPLE)
+        return cls(np.concatenate(ends), int(offset))
+
+    def __len__(self) -> int:
+        """Return the number of samples of an epoch."""
+        return int(self.ends[-1]) // SAMPLE
+
+    def row(self, epoch: int, place: int) -> int:
+        """Return the image at a place of an epoch, from 0; copies of an image are neighbours."""
+        return int(np.searchsorted(self.ends, place * SAMPLE + self._offset(epoch), side="right"))
+
+    def counts(self, epoch: int) -> NDArray[np.int64]:
+        """Return how often each image appears in an epoch, [N]."""
+        until = -((self._offset(epoch) - self.ends) // SAMPLE)  # points before each end
+        return np.diff(until, prepend=0)
+
+    def _offset(self, epoch: int) -> int:
+        return (self.first_offset + epoch * _GOLDEN) % SAMPLE
+
+
+def samples_by_weight(num_samples: int, weights: Sequence[float]) -> list[int]:
+    """Divide a number of samples in proportion to weights; the largest remainders are rounded up."""
+    exact = [Fraction(num_samples) * Fraction(each) / sum(map(Fraction, weights)) for each in weights]
+    counts = [math.floor(each) for each in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
+    for index in by_remainder[: num_samples - sum(counts)]:
+        counts[index] += 1
+    return counts
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """The split of an epoch into optimizer steps, of a step over processes, and of these into micro-batches.
@@ -85,7 +148,7 @@ class StepPlan:
     left out, so that every step normalises over the same number of images.
     """
 
-    num_samples: int
+    num_samples: int  # of an epoch
     batch_size: int  # images per process and micro-batch
     num_processes: int
     accumulation: int  # micro-batches per optimizer step

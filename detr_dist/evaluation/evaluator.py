@@ -20,6 +20,7 @@ from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass
 from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
+from detr_dist.models.class_weights import class_weight_of_boxes, class_weights_of
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.text import printable
@@ -113,7 +114,7 @@ class Evaluator:
         )
         self._stop_requested = stop_requested
         self._thresholds: Thresholds = config.evaluation.score_threshold if thresholds is None else thresholds
-        self._loss_weights = config.loss.weights
+        self._loss = config.loss
         self._host = host
 
     def evaluate(self, detector: Detector) -> Scores:
@@ -175,8 +176,9 @@ class Evaluator:
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:
         """Detect in this process's images, and sum their contributions to the losses."""
-        criterion = SetCriterion(detector.loss_settings, self._loss_weights)
-        counts = self._counts(detector.num_queries)
+        class_weights = class_weights_of(self._loss.class_weights, detector.class_names)
+        criterion = SetCriterion(detector.loss_settings, self._loss.weights, class_weights)
+        counts = self._counts(detector.num_queries, class_weights)
         parts, finite = [DetectionRecords.none()], True
         losses_of_batches: dict[str, list[Tensor]] = defaultdict(list)
         with closing(self._images.run(detector)) as all_predicted:
@@ -196,10 +198,16 @@ class Evaluator:
         sums = {name: float(torch.stack(each).double().sum()) for name, each in losses_of_batches.items()}
         return _Part(DetectionRecords.concatenate(parts), sums, finite)
 
-    def _counts(self, num_queries: int) -> StepCounts:
+    def _counts(self, num_queries: int, class_weights: Sequence[float] | None) -> StepCounts:
         """Return the denominators of the losses on the data set.
 
         An image with more boxes than queries counts as many boxes as queries.
         """
-        boxes_of_images = np.bincount(self.data.image_rows[~self.data.iscrowd], minlength=len(self.data))
-        return StepCounts(float(boxes_of_images.clip(max=num_queries).sum()), len(self.data))
+        data = self.data
+        num_boxes, class_weight = data.num_boxes, None
+        if class_weights is not None:
+            labels = data.box_classes[~data.iscrowd]
+            class_weight = class_weight_of_boxes(
+                labels, num_boxes, num_queries=num_queries, class_weights=class_weights
+            )
+        return StepCounts(float(num_boxes.clip(max=num_queries).sum()), len(data), class_weight)

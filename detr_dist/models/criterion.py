@@ -5,7 +5,7 @@ T targets of all images, M matched pairs per layer.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple
@@ -55,8 +55,16 @@ class SetCriterion:
     micro-batch of one process.
     """
 
-    def __init__(self, settings: LossSettings, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        settings: LossSettings,
+        weights: Mapping[str, float] | None = None,
+        class_weights: Sequence[float] | None = None,
+    ) -> None:
         """Let `weights` (`loss.weights`) override those of the settings; added terms of weight 0 are skipped.
+
+        With `class_weights`, one for each class, the class loss of a query that is matched with an object
+        counts by the weight of its class, and `StepCounts.class_weight` must be their sum over the boxes.
 
         Raises:
             UsageError: a weight belongs to no term or to one of other families, or two terms would be logged
@@ -81,6 +89,8 @@ class SetCriterion:
                 raise UsageError(
                     f"loss.weights: {other} and {name} would both be logged as loss_{_short(name)}"
                 )
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+        self._class_weights = None if class_weights is None else torch.tensor(class_weights)
         self._so_far: Tensor | None = None
 
     def __call__(
@@ -106,6 +116,8 @@ class SetCriterion:
             ValueError: the shapes disagree with the settings or with each other.
         """
         self._check_shapes(outputs["pred_logits"], labels, num_boxes)
+        if self.class_weights is not None and counts.class_weight is None:
+            raise ValueError("counts has no class_weight, which a loss with class weights is divided by")
         weights, terms = self.settings.weights, self._terms
         with torch.autocast(labels.device.type, enabled=False):
             boxes_cxcywh = boxes_cxcywh.float()
@@ -144,17 +156,31 @@ class SetCriterion:
         if "proposal_logits" in outputs:
             proposals = outputs["proposal_logits"].float(), outputs["proposal_boxes"].float()
             blocks.append(Block(*proposals, torch.zeros_like(labels)))
-        weights = self.settings
+        weights, class_weight = self.settings, self._class_weight(labels)
         found = match_blocks(blocks, boxes_cxcywh, num_boxes, weights=weights, with_union=weights.union)
         main, *further = (
-            self._matched(block, each, boxes_cxcywh, counts)
+            self._matched(block, each, boxes_cxcywh, counts, class_weight)
             for block, each in zip(blocks, found, strict=True)
         )
         if "edge_logits" in outputs:
             main = replace(main, edges=_edges(outputs, ""))
         return found[0].finite, [main, *further]
 
-    def _matched(self, block: Block, found: Matches, boxes_cxcywh: Tensor, counts: StepCounts) -> Matched:
+    def _class_weight(self, labels: Tensor) -> Tensor | None:
+        """Return the weight of each target's class, of the same shape; None without class weights."""
+        if self._class_weights is None:
+            return None
+        self._class_weights = self._class_weights.to(labels.device)  # copied once
+        return self._class_weights[labels]
+
+    def _matched(
+        self,
+        block: Block,
+        found: Matches,
+        boxes_cxcywh: Tensor,
+        counts: StepCounts,
+        class_weight: Tensor | None,
+    ) -> Matched:
         num_rows, num_images, num_queries = block.logits.shape[:3]
         pair = (found.layer * num_images + found.image) * num_queries + found.query
         pooled: Pairs | None = None
@@ -175,6 +201,7 @@ class SetCriterion:
             target_boxes_cxcywh=boxes_cxcywh[found.target],
             counts=counts,
             settings=self.settings,
+            class_weight=None if class_weight is None else class_weight[found.target],
             box_pairs=pooled,
         )
 
@@ -193,15 +220,17 @@ class SetCriterion:
         pair = first + denoising.query
         predicted, target = _gathered(boxes, pair), boxes_cxcywh[denoising.target].expand(num_rows, -1, -1)
         weight = denoising.weight.flatten()[denoising.query].expand(num_rows, -1)
+        target_labels = labels[denoising.target].expand(num_rows, -1)
         return Matched(
             logits=logits,
             pair=pair,
-            labels=labels[denoising.target].expand(num_rows, -1),
+            labels=target_labels,
             boxes_cxcywh=predicted,
             target_boxes_cxcywh=target,
             counts=main.counts,
             settings=self.settings,
             query_weight=denoising.weight,
+            class_weight=self._class_weight(target_labels),
             box_pairs=Pairs(pair, predicted, target, weight),
             edges=None if main.edges is None else _edges(outputs, "denoising_", matched_share(main)),
         )

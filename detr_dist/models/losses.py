@@ -50,11 +50,20 @@ class StepCounts:
     num_boxes: float
     """Boxes that can be matched: of each image at most as many as there are queries."""
     num_images: float
+    class_weight: float | None = None
+    """Sum of the weights of these boxes' classes; None without `loss.class_weights`."""
 
     @property
     def num_boxes_or_one(self) -> float:
         """The denominator of a mean over boxes; 1 if there are none."""
         return max(self.num_boxes, 1.0)
+
+    @property
+    def class_weight_or_one(self) -> float:
+        """The denominator of a mean over boxes that is weighted by class; 1 if there are none."""
+        if self.class_weight is None or self.num_boxes == 0:
+            return self.num_boxes_or_one
+        return self.class_weight
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class Matched:
     settings: LossSettings
     query_weight: Tensor | None = None
     """[B, Q], by which each query counts in a sum over all queries; None: 1."""
+    class_weight: Tensor | None = None
+    """[L, M], by which the class loss of each matched query counts; None: 1."""
     box_pairs: Pairs | None = None
     """The pairs of the box terms, where they differ from the pairs above; see `boxes`."""
     edges: Edges | None = None
@@ -136,10 +147,23 @@ class Matched:
             return iou(cxcywh_to_xyxy(self.boxes_cxcywh), cxcywh_to_xyxy(self.target_boxes_cxcywh))
 
     def per_box(self, losses: Tensor) -> Tensor:
-        """Return the sums [L] of losses [L, B, Q, C] of all queries, divided by the step's boxes."""
+        """Return the sums [L] of class losses [L, B, Q, C] of all queries, divided by the step's boxes.
+
+        With `loss.class_weights`, a matched query and its box count by the weight of their class.
+        """
         if self.query_weight is not None:
             losses = losses * self.query_weight[..., None]
-        return losses.flatten(1).sum(1) / self.counts.num_boxes_or_one
+        if self.class_weight is not None:
+            losses = self.by_class(losses.sum(3))
+        return losses.flatten(1).sum(1) / self.counts.class_weight_or_one
+
+    def by_class(self, losses: Tensor) -> Tensor:
+        """Return losses [L, B, Q], those of matched queries multiplied by the weight of their class."""
+        if self.class_weight is None:
+            return losses
+        weight = losses.new_ones(losses.numel())
+        weight.index_put_((self.pair.flatten(),), self.class_weight.flatten())
+        return losses * weight.view_as(losses)
 
 
 LossTerm = Callable[[Matched], Tensor]
@@ -157,16 +181,19 @@ constant."""
 def class_loss(matched: Matched) -> Tensor:
     """Return the mean classification loss [L] of all queries over the optimizer step.
 
-    Softmax: cross entropy with "no object" last; the denominator is the sum of the class weights (1 for
-    matched queries, else eos_coef). Sigmoid: focal loss, for every class independently; the denominator is
-    the number of boxes.
+    Softmax: cross entropy with "no object" last; the denominator is the sum of the weights of all queries (1
+    for matched ones, or their weight in `loss.class_weights`, else eos_coef). Sigmoid: focal loss, for every
+    class independently; the denominator is the number of boxes, weighted likewise.
     """
     settings, counts = matched.settings, matched.counts
     if settings.kind == "sigmoid":
         return matched.per_box(focal_loss(matched.logits, matched.pair, matched.labels, settings.focal_alpha))
-    loss = cross_entropy(matched.logits, matched.pair, matched.labels, settings.eos_coef)
+    losses = cross_entropy(matched.logits, matched.pair, matched.labels, settings.eos_coef)
     num_queries, eos_coef = matched.logits.shape[2], settings.eos_coef
-    return loss / (eos_coef * num_queries * counts.num_images + (1 - eos_coef) * counts.num_boxes)
+    denominator = eos_coef * num_queries * counts.num_images + (1 - eos_coef) * counts.num_boxes
+    if counts.class_weight is not None:
+        denominator += counts.class_weight - counts.num_boxes
+    return matched.by_class(losses).flatten(1).sum(1) / denominator
 
 
 @register_loss("vfl")
@@ -227,18 +254,18 @@ def giou_loss(matched: Matched) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, matched: Tensor, matched_labels: Tensor, eos_coef: float) -> Tensor:
-    """Return the sums [L] of the cross entropy of all queries of logits [L, B, Q, C].
+    """Return the cross entropy [L, B, Q] of all queries of logits [L, B, Q, C].
 
     Queries that are not matched should predict "no object", column C - 1. `matched` [L, M] are positions in
     the flattened [L, B, Q], `matched_labels` [L, M] their classes.
     """
-    num_layers, num_columns = logits.shape[0], logits.shape[-1]
+    num_columns = logits.shape[-1]
     classes = matched.new_full((logits.shape[:-1].numel(),), num_columns - 1)
     classes[matched.flatten()] = matched_labels.flatten()
     class_weight = logits.new_ones(num_columns)
     class_weight[-1:].fill_(eos_coef)  # an assignment would copy it from the host, which waits
     losses = F.cross_entropy(logits.flatten(0, 2), classes, class_weight, reduction="none")
-    return losses.view(num_layers, -1).sum(1)
+    return losses.view(logits.shape[:-1])
 
 
 def focal_loss(logits: Tensor, matched: Tensor, matched_labels: Tensor, alpha: float) -> Tensor:

@@ -6,7 +6,10 @@ from typing import Any
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
+from detr_dist.data.concatenation import parts_of
 from detr_dist.data.loading import num_loader_processes
+from detr_dist.data.repeat_factors import samples_of_parts
+from detr_dist.data.sampling import EpochSamples, StepPlan
 from detr_dist.models.detector import Detector
 from detr_dist.redaction import redact_value
 
@@ -31,10 +34,15 @@ def _as_param(value: Any) -> Any:
 
 
 def run_params(
-    config: Config, detector: Detector, train: CocoData, val: CocoData, num_processes: int
+    config: Config,
+    detector: Detector,
+    train: CocoData,
+    val: CocoData,
+    plan: StepPlan,
+    samples: EpochSamples | None,
 ) -> dict[str, Any]:
     """Return the params of a run, without unset keys."""
-    training, backbone = config.training, config.model.backbone
+    backbone = config.model.backbone
     if backbone is None:
         own = detector.network.config.backbone_config
         backbone = getattr(own, "backbone", None) or own.model_type
@@ -46,9 +54,23 @@ def run_params(
         **shape,
         "train_samples": len(train),
         "val_samples": len(val),
+        "samples_per_epoch": plan.num_samples,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "train_sources": _sources(train, samples),
         "num_workers": num_loader_processes(config.data.num_workers),
-        "num_processes": num_processes,
-        "global_batch_size": training.batch_size * num_processes * training.gradient_accumulation_steps,
+        "num_processes": plan.num_processes,
+        "global_batch_size": plan.global_batch_size,
         "python_version": platform.python_version(),
     }
     return {name: redact_value(value) for name, value in params.items() if value is not None}
+
+
+def _sources(train: CocoData, samples: EpochSamples | None) -> str | None:
+    """Return images, and samples of an epoch, of each of several sources, as JSON."""
+    parts = parts_of(train)
+    counts = zip(parts, samples_of_parts(train, samples), strict=True)
+    of_parts = {
+        str(part.annotations_path): {"images": len(part), "samples_per_epoch": count}
+        for part, count in counts
+    }
+    return json.dumps(of_parts) if len(parts) > 1 else None

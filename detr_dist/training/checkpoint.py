@@ -64,6 +64,8 @@ class RunFacts:
     """ZeRO stage of DeepSpeed; 0 without DeepSpeed."""
     val_data_sha256: str | None = None
     """Fingerprint of the validation annotations; None in checkpoints of earlier versions."""
+    source_weights: tuple[float, ...] | None = None
+    """Weights of the sources of the training data, if they have any."""
 
 
 # state.json contains the fields of both.

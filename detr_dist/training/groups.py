@@ -10,7 +10,7 @@ from detr_dist.config import Config, DataConfig
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import Batch, training_dataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
-from detr_dist.data.sampling import CanvasRule, MicroBatchSampler, StepPlan
+from detr_dist.data.sampling import CanvasRule, EpochSamples, MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import recipe_of
 
 _logger = logging.getLogger(__name__)
@@ -45,9 +45,10 @@ class GroupStream:
         first_step: int,
         total_steps: int,
         pin_memory: bool,
+        samples: EpochSamples | None = None,
     ) -> None:
         self._group_size = config.training.gradient_accumulation_steps
-        dataset = training_dataset(data, config)
+        dataset = training_dataset(data, config, samples)
         self.most_boxes_per_image = dataset.most_boxes_per_image
         self._size_hw = dataset.size_hw
         self._canvas_rule = canvas_rule(config.data)

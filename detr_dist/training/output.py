@@ -8,11 +8,13 @@ import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from detr_dist.config import describe_keys, load_config
+from detr_dist.data.concatenation import parts_of
+from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
@@ -43,6 +45,7 @@ _WRITTEN = {
 
 _LATER_KEYS = {
     *("data.exif", "data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
+    *("data.repeat_rare", "loss.class_weights"),
     *("loss.weights", "training.tf32", "training.deterministic", "model.class_loss"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
     *("training.layer_decay", "training.learning_rate_decoder_factor", "training.lr_flat_share"),
@@ -187,14 +190,16 @@ def open_output(setup: Setup, trackers: RunTrackers) -> None:
             trackers.mlflow.note_resume(resumed.state.step, setup.changes)
         hosts = ", ".join(setup.host_names)
         trackers.mlflow.set_tags({"host_names": hosts, "num_processes": str(setup.host.num_processes)})
-        trackers.mlflow.log_datasets({"train": setup.train_data, "validation": setup.val_data})
+        for source in parts_of(setup.train_data):
+            trackers.mlflow.log_datasets({"train": source})
+        trackers.mlflow.log_datasets({"validation": setup.val_data})
     if config.logging.tensorboard:
         first_step = resumed.state.step if resumed is not None else 0
         trackers.add(TensorBoard(output_dir / "tensorboard", first_step=first_step))
     trackers.write_log(_log_path(output_dir, resumed))
     trackers.log_file(output_dir / "config.yaml")
     trackers.log_params(
-        run_params(config, setup.detector, setup.train_data, setup.val_data, setup.host.num_processes)
+        run_params(config, setup.detector, setup.train_data, setup.val_data, setup.plan, setup.samples)
     )
 
 
@@ -220,6 +225,16 @@ def _bring_best_of(setup: Setup, resumed: Checkpoint) -> None:
         _logger.warning(f"the best model so far could not be copied ({error})")
 
 
+def _epoch(setup: Setup) -> dict[str, Any]:
+    """Return the steps of every epoch, and the sources of its samples."""
+    counts = samples_of_parts(setup.train_data, setup.samples)
+    sources = [
+        {"annotations": str(part.annotations_path), "images": len(part), "samples": count}
+        for part, count in zip(parts_of(setup.train_data), counts, strict=True)
+    ]
+    return {"steps": setup.plan.steps_per_epoch, "samples": setup.plan.num_samples, "sources": sources}
+
+
 def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
     """Log the last evaluation and the best model, write `results.json`, and register the model.
 
@@ -233,7 +248,8 @@ def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> Non
         _logger.info(f"best model: {model_dir}, val_map {state.best_map:.4f} at step {state.best_step}")
     mlflow, settings = trackers.mlflow, setup.config.logging
     where = {"run_id": mlflow.run_id, "tracking_uri": redact(mlflow.uri)} if mlflow is not None else {}
-    write_text(setup.output_dir / "results.json", json.dumps({"metrics": metrics, **where}, indent=2) + "\n")
+    results = {"metrics": metrics, **where, "epoch": _epoch(setup)}
+    write_text(setup.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if mlflow is not None:
         if settings.register_model_as is not None:
             mlflow.register_model(settings.register_model_as)

@@ -9,6 +9,8 @@ from torch import Tensor
 from detr_dist.config import FROM_ENVIRONMENT, Config
 from detr_dist.data.checks import CheckSettings, check_boxes
 from detr_dist.data.columns import counted
+from detr_dist.data.concatenation import parts_of
+from detr_dist.data.repeat_factors import describe_samples
 from detr_dist.models.backbone import keeps_timm_norms
 from detr_dist.resize import Resize
 from detr_dist.training.loop import Training, TrainState
@@ -73,18 +75,20 @@ def describe_resumption(setup: Setup, training: Training, state: TrainState) -> 
 def _describe_data(setup: Setup) -> Iterator[str]:
     train_data, val_data = setup.train_data, setup.val_data
     settings = CheckSettings(Resize.of(setup.config.data), setup.detector.num_queries)
-    if train_data.annotations_path.resolve() == val_data.annotations_path.resolve():
+    sources = parts_of(train_data)
+    if val_data.annotations_path.resolve() in {each.annotations_path.resolve() for each in sources}:
         yield (
             "warning: --train-dir and --val-dir are the same data: the validation metrics do not show "
             "how the model works on other images"
         )
-    for split in (train_data, val_data):
+    for split in (*sources, val_data):
         yield from split.notices
         yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes(split, settings))
     yield (
         f"{len(train_data)} images to train on, {len(val_data)} to validate; classes: "
         f"{', '.join(train_data.class_names)}"
     )
+    yield from describe_samples(train_data, setup.config, setup.samples)
 
 
 def _describe_processes(setup: Setup) -> Iterator[str]:

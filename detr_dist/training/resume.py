@@ -81,6 +81,9 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
         refused.append(
             "annotations of the training data, which have other images, boxes or another order now"
         )
+    if saved.source_weights != now.source_weights:
+        before, after = (_shown(_weights(each.source_weights)) for each in (saved, now))
+        refused.append(f"weights of the sources in --train-dir {before} -> {after}")
     if saved.global_batch_size != now.global_batch_size:
         refused.append(_global_batch(saved, now))
     if refused:
@@ -127,6 +130,10 @@ def _leaves(config: Config) -> Iterator[tuple[str, Any]]:
     for section, values in config:
         for key, value in values:
             yield f"{section}.{key}", redact_value(value)
+
+
+def _weights(weights: tuple[float, ...] | None) -> str | None:
+    return None if weights is None else ", ".join(f"{weight:g}" for weight in weights)
 
 
 def _shown(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Set-up of a run: everything is found and checked before the run writes or tracks anything."""
 
 import logging
+import math
 import platform
 import socket
 from dataclasses import dataclass, replace
@@ -13,12 +14,15 @@ from accelerate import Accelerator
 from detr_dist import __version__
 from detr_dist.config import Config, TrainingConfig
 from detr_dist.data.coco import CocoData
+from detr_dist.data.concatenation import weights_of
 from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
-from detr_dist.data.sampling import StepPlan
+from detr_dist.data.repeat_factors import epoch_samples
+from detr_dist.data.sampling import EpochSamples, StepPlan
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DataError, UsageError
 from detr_dist.extensions import load_object
 from detr_dist.models.build import build_detector
+from detr_dist.models.class_weights import class_weights_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
 from detr_dist.models.image_sizes import check_image_sizes
@@ -59,6 +63,8 @@ class Setup:
     strategy: Replicated
     host: HostGroup
     plan: StepPlan
+    samples: EpochSamples | None
+    """The samples of every epoch, if they are not each image once."""
     sources: Sources
     resumed: Checkpoint | None
     facts: RunFacts
@@ -119,11 +125,12 @@ def set_up(
     config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     _check_paths(config, host)
-    plan = _plan_of(config, train_data, host.num_processes)
+    samples, plan = _plan_of(config, train_data, host.num_processes)
     facts = _facts_of(config, train_data, val_data, plan, init_from, resumed, strategy.zero_stage)
     changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
+    class_weights = class_weights_of(config.loss.class_weights, train_data.class_names)
     detector = _build_network(facts, train_data, sources, resumed)
     if host.is_main_process:
         warn_of_too_many_boxes(dataset, detector.num_queries)
@@ -136,12 +143,13 @@ def set_up(
         strategy=strategy,
         host=host,
         plan=plan,
+        samples=samples,
         sources=sources,
         resumed=resumed,
         facts=facts,
         changes=changes,
         detector=detector,
-        criterion=SetCriterion(detector.loss_settings, config.loss.weights),
+        criterion=SetCriterion(detector.loss_settings, config.loss.weights, class_weights),
         places=host.all_gather_objects(_place(accelerator.device)),
     )
 
@@ -179,9 +187,14 @@ def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> N
         )
 
 
-def _plan_of(config: Config, train_data: CocoData, num_processes: int) -> StepPlan:
+def _plan_of(
+    config: Config, train_data: CocoData, num_processes: int
+) -> tuple[EpochSamples | None, StepPlan]:
+    """Return the samples of every epoch, unless they are each image once, and their split into steps."""
     settings = config.training
-    return StepPlan(len(train_data), settings.batch_size, num_processes, settings.gradient_accumulation_steps)
+    split = settings.batch_size, num_processes, settings.gradient_accumulation_steps
+    samples = epoch_samples(train_data, config, math.prod(split))
+    return samples, StepPlan(len(train_data if samples is None else samples), *split)
 
 
 def _check_paths(config: Config, host: HostGroup) -> None:
@@ -207,6 +220,7 @@ def _facts_of(
         config=config,
         class_names=list(train_data.class_names),
         num_train_images=len(train_data),
+        source_weights=weights_of(train_data),
         num_processes=plan.num_processes,
         zero_stage=zero_stage,
         global_batch_size=plan.global_batch_size,

@@ -11,6 +11,7 @@ from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import StopRequested, TrainingError, as_one_line
+from detr_dist.models.class_weights import class_weight_of_boxes
 from detr_dist.models.criterion import StepCounts
 from detr_dist.training.signals import StopSignals
 
@@ -54,12 +55,19 @@ class StepSync:
     """
 
     def __init__(
-        self, host: HostGroup, signals: StopSignals, canvas: CanvasRule | None = None, *, num_queries: int
+        self,
+        host: HostGroup,
+        signals: StopSignals,
+        canvas: CanvasRule | None = None,
+        *,
+        num_queries: int,
+        class_weights: Sequence[float] | None = None,
     ) -> None:
         self._host = host
         self._signals = signals
         self._canvas = canvas or CanvasRule()
         self._num_queries = num_queries
+        self._class_weights = class_weights
         self._problem: _Problem | None = None
         self._image_ids: list[int] = []
 
@@ -96,11 +104,12 @@ class StepSync:
         self._host.rendezvous.note(step=step, image_ids=image_ids)
         sizes_hw = [size for batch in group for size in batch.sizes_hw.tolist()] or [[0, 0]]
         heights, widths = zip(*sizes_hw, strict=True)
-        stops, boxes, images, lows, highs, narrows, wides = self._exchange(
+        stops, boxes, images, weights, lows, highs, narrows, wides = self._exchange(
             step,
             float(self._signals.is_requested),
             sum(min(boxes, self._num_queries) for batch in group for boxes in batch.num_boxes),
             sum(len(batch.image_ids) for batch in group),
+            sum(map(self._class_weight, group)),
             *(min(heights), max(heights), min(widths), max(widths)),
         )
         if any(stops):
@@ -110,7 +119,19 @@ class StepSync:
         self._image_ids = image_ids
         least_hw, most_hw = (int(min(lows)), int(min(narrows))), (int(max(highs)), int(max(wides)))
         canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
-        return Agreed(group, StepCounts(sum(boxes), sum(images)), canvas_hw)
+        class_weight = None if self._class_weights is None else sum(weights)
+        return Agreed(group, StepCounts(sum(boxes), sum(images), class_weight), canvas_hw)
+
+    def _class_weight(self, batch: Batch) -> float:
+        """Return the weights of the classes of a micro-batch's boxes in all; 0 without class weights."""
+        if self._class_weights is None:
+            return 0.0
+        return class_weight_of_boxes(
+            batch.labels.numpy(),
+            batch.num_boxes,
+            num_queries=self._num_queries,
+            class_weights=self._class_weights,
+        )
 
     def check(self, step: int, model: nn.Module, broken_terms: Sequence[str] = ()) -> None:
         """Check that the first `step` steps succeeded and left finite weights; raises like `next_step`.

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from detr_dist.config import Config
 from detr_dist.data.checks import check_splits
 from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
+from detr_dist.data.concatenation import TrainDir, TrainSource, load_sources, train_sources
 from detr_dist.data.dataset import training_dataset
 from detr_dist.data.formats import Split, split_of, split_to_validate_on
 from detr_dist.data.loading import Need, check_room, shared_memory_need
@@ -36,7 +37,7 @@ from detr_dist.training.setup import Setup, set_up
 from detr_dist.training.signals import StopSignals, leave_note
 from detr_dist.training.step_sync import StepSync
 from detr_dist.training.strategy import zero_plugin
-from detr_dist.training.trial import try_largest_batch
+from detr_dist.training.trial import try_before_first_step
 
 _logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ _logger = logging.getLogger(__name__)
 def train(
     config: Config,
     *,
-    train_dir: str | Path,
+    train_dir: TrainDir | Sequence[TrainDir],
     val_dir: str | Path | None = None,
     output_dir: str | Path,
     resume: str | None = None,
@@ -59,7 +60,9 @@ def train(
 
     Args:
         config: The configuration, e.g. from `Config.load`.
-        train_dir: Data set to train on, in one of the formats of docs/data.md.
+        train_dir: Data set to train on, in one of the formats of docs/data.md; or a list of data sets with
+            the same classes, by path, as texts `DIR=WEIGHT`, or as pairs of path and weight, which is the
+            part of a data set in every epoch, relative to that of the others.
         val_dir: Data set to evaluate on; None: the split `val` of `train_dir`.
         output_dir: Folder for checkpoints, the best model and results.
         resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run exactly.
@@ -75,7 +78,7 @@ def train(
         KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
     _check_types(config, callbacks=callbacks, trackers=trackers)
-    folders = Path(train_dir), None if val_dir is None else Path(val_dir), Path(output_dir)
+    folders = train_sources(train_dir), None if val_dir is None else Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
         signals = StopSignals(setup.host.rendezvous.watch.hurry)
         is_main_thread = threading.current_thread() is threading.main_thread()
@@ -86,7 +89,7 @@ def train(
 def dry_run(
     config: Config,
     *,
-    train_dir: Path,
+    train_dir: TrainDir | Sequence[TrainDir],
     val_dir: Path | None = None,
     output_dir: Path,
     resume: str | None = None,
@@ -99,7 +102,7 @@ def dry_run(
     Raises:
         DetrDistError: as `train`.
     """
-    folders = train_dir, val_dir, output_dir
+    folders = train_sources(train_dir), val_dir, output_dir
     with (
         _prepared(config, *folders, resume=resume, init_from=init_from, is_dry=True) as setup,
         setup.host.failing_together(),
@@ -143,7 +146,7 @@ def _check_types(config: object, **collections: object) -> None:
 @contextmanager
 def _prepared(
     config: Config,
-    train_dir: Path,
+    sources: list[TrainSource],
     val_dir: Path | None,
     output_dir: Path,
     *,
@@ -165,13 +168,13 @@ def _prepared(
             import_extensions(settings.extensions)
             if host.is_main_process:
                 check_output(output_dir)
-        train, val = split_of(train_dir, "train"), split_to_validate_on(train_dir, val_dir)
+        val = split_to_validate_on([each.location for each in sources], val_dir)
         with host.failing_together():
             if host.is_main_process and is_dry:
-                _check_data(config, train, val)
+                _check_data(config, sources, val)
         config = resolve_precision(config, host)
         exif = config.data.exif
-        train_data = load_data(train.source, split=train.name, exif=exif)
+        train_data = load_sources(sources, exif)
         val_data = load_data(val.source, split=val.name, classes=train_data.class_names, exif=exif)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
@@ -192,7 +195,8 @@ def _prepared(
         yield setup
 
 
-def _check_data(config: Config, *splits: Split) -> None:
+def _check_data(config: Config, sources: list[TrainSource], val: Split) -> None:
+    splits = [*(split_of(source.location, "train") for source in sources), val]
     report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     _log_lines(report.lines())
     if report.num_errors:
@@ -271,7 +275,13 @@ def assemble(setup: Setup, signals: StopSignals) -> Training:
     return Training(
         accelerator=accelerator,
         strategy=setup.strategy,
-        step_sync=StepSync(setup.host, signals, canvas_rule(config.data), num_queries=detector.num_queries),
+        step_sync=StepSync(
+            setup.host,
+            signals,
+            canvas_rule(config.data),
+            num_queries=detector.num_queries,
+            class_weights=setup.criterion.class_weights,
+        ),
         model=model,
         average=average,
         criterion=setup.criterion,
@@ -298,7 +308,7 @@ def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks:
         _log_lines(describe_resumption(setup, training, state))
     observer = RunObserver(setup, training, groups, state, signals, trackers=trackers, callbacks=callbacks)
     try:
-        _try_largest_batch(setup, training, state, groups)
+        try_before_first_step(setup, training, state, groups)
         with host.explained():
             fit(training, state, groups, observer)
         observer.finish()
@@ -320,21 +330,6 @@ def _train(setup: Setup, signals: StopSignals, trackers: RunTrackers, callbacks:
     return state
 
 
-def _try_largest_batch(setup: Setup, training: Training, state: TrainState, groups: GroupStream) -> None:
-    """Run the largest batch once, if each GPU holds the complete network. Collective."""
-    settings, device = setup.config.training, setup.accelerator.device
-    if not settings.try_largest_batch or device.type == "cpu" or setup.strategy.zero_stage:
-        return
-    if not training.is_over(state):
-        try_largest_batch(
-            training,
-            state.step,
-            num_images=settings.batch_size,
-            num_boxes=min(groups.most_boxes_per_image, setup.detector.num_queries),
-            canvas_hw=groups.largest_canvas_hw(),
-        )
-
-
 def training_data(setup: Setup, training: Training, state: TrainState) -> GroupStream:
     """Return the training data from the step of `state` on."""
     return GroupStream(
@@ -345,4 +340,5 @@ def training_data(setup: Setup, training: Training, state: TrainState) -> GroupS
         first_step=state.step,
         total_steps=max(training.total_steps, state.step),
         pin_memory=setup.accelerator.device.type == "cuda",
+        samples=setup.samples,
     )

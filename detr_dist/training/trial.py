@@ -13,9 +13,26 @@ from torch.nn.parallel import DistributedDataParallel
 from detr_dist.errors import TrainingError
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.denoising import Denoising, denoising_queries
-from detr_dist.training.loop import Training
+from detr_dist.training.groups import GroupStream
+from detr_dist.training.loop import Training, TrainState
+from detr_dist.training.setup import Setup
 
 _logger = logging.getLogger(__name__)
+
+
+def try_before_first_step(setup: Setup, training: Training, state: TrainState, groups: GroupStream) -> None:
+    """Run the largest batch once, if each GPU holds the complete network. Collective."""
+    settings, device = setup.config.training, setup.accelerator.device
+    if not settings.try_largest_batch or device.type == "cpu" or setup.strategy.zero_stage:
+        return
+    if not training.is_over(state):
+        try_largest_batch(
+            training,
+            state.step,
+            num_images=settings.batch_size,
+            num_boxes=min(groups.most_boxes_per_image, setup.detector.num_queries),
+            canvas_hw=groups.largest_canvas_hw(),
+        )
 
 
 def try_largest_batch(
@@ -67,7 +84,8 @@ def _compute(training: Training, images: Tensor, num_boxes: int) -> None:
         # DDP keeps gradients in its own buckets, which are allocated already.
         hooks = [p.register_post_accumulate_grad_hook(_forget_gradient) for p in learning if is_replicated]
         try:
-            counts = StepCounts(float(num_images * num_boxes), num_images)
+            all_boxes = float(num_images * num_boxes)
+            counts = StepCounts(all_boxes, num_images, class_weight=all_boxes)
             targets = (labels, boxes_cxcywh, [num_boxes] * num_images)
             denoising = _denoising(training, *targets)
             sizes_hw = torch.tensor([size_hw] * num_images, device=device)

@@ -1,6 +1,6 @@
 """Readers of annotations, one module for each format."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,15 +68,21 @@ def split_of(source: str | Path, *wanted: str) -> Split:
     return Split(str(source))
 
 
-def split_to_validate_on(train_dir: Path, val_dir: Path | None) -> Split:
-    """Return the split that `--val-dir` gives, or without it the training data.
+def split_to_validate_on(train_dirs: Sequence[Path], val_dir: Path | None) -> Split:
+    """Return the split that `--val-dir` gives, or without it the training data, if they are one data set.
 
     Raises:
         UsageError: neither gives one.
     """
-    if val_dir is None and "val" not in split_names(train_dir):
-        raise UsageError(f"--val-dir is missing, and {train_dir} has no split 'val'; give a data set for it")
-    return split_of(val_dir or train_dir, "val")
+    if val_dir is not None:
+        return split_of(val_dir, "val")
+    if len(train_dirs) > 1:
+        raise UsageError("--val-dir is missing; with several --train-dir it has to be given")
+    if "val" not in split_names(train_dirs[0]):
+        raise UsageError(
+            f"--val-dir is missing, and {train_dirs[0]} has no split 'val'; give a data set for it"
+        )
+    return split_of(train_dirs[0], "val")
 
 
 def split_names(source: str | Path) -> tuple[str, ...]:

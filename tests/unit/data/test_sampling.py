@@ -1,13 +1,15 @@
 from collections.abc import Iterator, Sequence
-from itertools import chain, pairwise, product
+from itertools import chain, islice, pairwise, product
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from detr_dist.data.sampling import (
+    SAMPLE,
     WINDOW_STEPS,
     CanvasRule,
+    EpochSamples,
     MicroBatchSampler,
     Purpose,
     SampleKey,
@@ -18,6 +20,7 @@ from detr_dist.data.sampling import (
     evaluation_batches,
     group_by_shape,
     random_numbers,
+    samples_by_weight,
 )
 from detr_dist.data.transforms import build_transform
 from detr_dist.errors import UsageError
@@ -26,6 +29,8 @@ from detr_dist.resize import Resize
 SHAPES = [(480, 640), (500, 500), (640, 480)]
 SPLITS_OF_24 = [(24, 1, 1), (12, 2, 1), (6, 4, 1), (6, 2, 2), (3, 8, 1), (1, 1, 24), (4, 3, 2)]
 NUM_SAMPLES, NUM_STEPS = 100, 11  # 4 steps an epoch, 4 samples left out
+ORDER_0, ORDER_1 = [2, 1, 5, 8, 0, 9, 7, 4, 6, 3], [3, 8, 4, 1, 2, 9, 5, 7, 6, 0]
+"""Orders of 10 samples in epochs 0 and 1 with the seed 5, as in the first version."""
 
 
 def steps(
@@ -209,6 +214,73 @@ def test_epochs_and_seeds_have_different_orders() -> None:
             # Two random orders of 1000 agree in about 1 place; more than 8 happens once in a million pairs.
             assert (one == other).sum() <= 8
     assert np.array_equal(orders[0], epoch_order(1000, 0, 0))
+
+
+def test_the_order_of_earlier_versions_is_unchanged() -> None:
+    """A run that was saved by any version continues with the samples of its epoch."""
+    assert epoch_order(10, 5, 0).tolist() == ORDER_0
+    assert epoch_order(10, 5, 1).tolist() == ORDER_1
+    plan = StepPlan(10, 2, 2, 1)
+    keys = [list(chain.from_iterable(step)) for step in islice(steps(plan), 3)]
+    assert keys == [
+        [(0, index) for index in ORDER_0[:4]],
+        [(0, index) for index in ORDER_0[4:8]],
+        [(1, index) for index in ORDER_1[:4]],
+    ]
+
+
+def samples_of_two_sources() -> EpochSamples:
+    """Return 20 samples of 50 images, and 101 samples of 7 images."""
+    rng = np.random.default_rng(0)
+    return EpochSamples.of([1 + 3 * rng.random(50), 1 + rng.random(7)], [20, 101], seed=5)
+
+
+def test_every_image_is_there_as_often_as_expected_and_every_source_exactly() -> None:
+    samples = samples_of_two_sources()
+    expected = np.diff(samples.ends, prepend=0) / SAMPLE
+    assert len(samples) == 121
+    total = np.zeros(57)
+    for epoch in range(200):
+        rows = [samples.row(epoch, place) for place in range(len(samples))]
+        counts = np.bincount(rows, minlength=57)
+        assert np.array_equal(samples.counts(epoch), counts)
+        assert counts[:50].sum() == 20
+        assert ((counts >= np.floor(expected)) & (counts <= np.ceil(expected))).all()
+        total += counts
+    # Rounding evens out: independent draws would be off by about 7.
+    assert np.abs(total - 200 * expected).max() < 3
+
+
+def test_samples_depend_on_seed_and_epoch_alone() -> None:
+    first, again = samples_of_two_sources(), samples_of_two_sources()
+    other = EpochSamples.of([np.ones(50)], [20], seed=6)
+    assert [first.counts(epoch).tolist() for epoch in (3, 0, 7)] == [
+        again.counts(epoch).tolist() for epoch in (3, 0, 7)
+    ]
+    assert other.first_offset != first.first_offset
+    assert len({tuple(other.counts(epoch)) for epoch in range(10)}) > 1
+
+
+def test_samples_of_images_that_count_once_are_their_rows() -> None:
+    samples = EpochSamples.of([np.ones(NUM_SAMPLES)], [NUM_SAMPLES], seed=1)
+    for epoch in range(5):
+        assert [samples.row(epoch, place) for place in range(NUM_SAMPLES)] == list(range(NUM_SAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "weights", "expected"),
+    [
+        (10, [1.0, 1.0], [5, 5]),
+        (10, [1.0, 1.0, 1.0], [4, 3, 3]),
+        (100, [0.1, 0.3], [25, 75]),
+        (7, [1e-9, 1.0], [0, 7]),
+        (4, [3.0], [4]),
+    ],
+)
+def test_samples_are_divided_by_weight_to_the_last(
+    num_samples: int, weights: list[float], expected: list[int]
+) -> None:
+    assert samples_by_weight(num_samples, weights) == expected
 
 
 def test_random_numbers_depend_on_purpose_seed_epoch_and_index() -> None:

@@ -15,6 +15,7 @@ OPTIONAL = {
     ("model", "class_loss"): "vfl",
     ("training", "max_steps"): 7,
     ("data", "multi_scale"): [480, 512],
+    ("data", "repeat_rare"): 0.01,
     ("training", "extensions"): ["ours.py", "football.losses"],
     ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,

@@ -30,6 +30,8 @@ from detr_dist.training.resume import (
 
 DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",
+    "loss.class_weights",
+    "data.repeat_rare",
     "data.shortest_edge",
     "data.longest_edge",
     "data.exif",
@@ -231,6 +233,7 @@ def test_one_incompatible_key_is_enough(overrides: str, part: str) -> None:
         ({"class_names": ["player"]}, "classes of the data"),
         ({"num_train_images": 79}, "number of training images 80 -> 79"),
         ({"data_sha256": "1"}, "annotations of the training data"),
+        ({"source_weights": (1.0, 2.5)}, "weights of the sources in --train-dir unset -> 1, 2.5"),
     ],
 )
 def test_other_training_data_are_refused(others: dict[str, object], part: str) -> None:

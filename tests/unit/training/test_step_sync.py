@@ -61,6 +61,14 @@ def test_boxes_beyond_the_queries_do_not_count() -> None:
     assert step_sync.next_step(0, iter([group])).counts.num_boxes == 4 + 2 + 4
 
 
+def test_class_weights_are_summed_over_all_micro_batches() -> None:
+    host = HostGroup(Accelerator(cpu=True))
+    step_sync = StepSync(host, StopSignals(), num_queries=4, class_weights=(1.0, 5.0))
+    group = [batch(40, 60, [2, 0], [1, 2]), batch(40, 60, [1], [3])]
+    group[0].labels = torch.tensor([1, 0])
+    assert step_sync.next_step(0, iter([group])).counts.class_weight == 5 + 1 + 1
+
+
 @pytest.mark.parametrize("rule", [CanvasRule(32), CanvasRule(32, keep_one_size=False)])
 def test_the_canvas_depends_on_the_images_and_not_on_their_split(rule: CanvasRule) -> None:
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), rule, num_queries=100)
