@@ -79,10 +79,10 @@ class _Traced(nn.Module):
     def __init__(self, network: PreTrainedModel) -> None:
         super().__init__()
         self.network = network
-        self._uses_mask = family_of(network.config).uses_mask
+        self.uses_mask = family_of(network.config).uses_mask
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._uses_mask:
+        if not self.uses_mask:
             pixel_values = pixel_values * pixel_mask[:, None]  # an input without use would be left out
         output = self.network(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return output.logits, output.pred_boxes
@@ -100,7 +100,7 @@ def _export(traced: _Traced, path: Path) -> None:
     with warnings.catch_warnings(action="ignore"):  # on each traced size, and on its deprecation
         torch.onnx.export(
             traced,
-            _images(*_suitable(_TRACED_SHAPE, traced.network)),
+            _images(traced, _TRACED_SHAPE),
             path,
             input_names=["pixel_values", "pixel_mask"],
             output_names=list(TOLERANCES),
@@ -158,7 +158,7 @@ def _differences(traced: _Traced, path: Path) -> dict[str, float]:
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     largest = torch.zeros(len(TOLERANCES), dtype=torch.float64)
     for shape in _CHECKED_SHAPES:
-        pixel_values, pixel_mask = _images(*_suitable(shape, traced.network))
+        pixel_values, pixel_mask = _images(traced, shape)
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_mask": pixel_mask.numpy()}
         found = session.run(list(TOLERANCES), inputs)
         expected = traced(pixel_values, pixel_mask)
@@ -177,12 +177,17 @@ def _suitable(shape: tuple[int, int, int], network: PreTrainedModel) -> tuple[in
     return num_images, *round_up(size_hw, family.size_multiple(network.config))
 
 
-def _images(num_images: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Return noise and its mask: image i is 16 i rows and 24 (i + 1) columns smaller than the batch."""
+def _images(traced: _Traced, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return noise of a shape that is suitable for the network, and its mask.
+
+    If the network uses the mask, image i is 16 i rows and 24 (i + 1) columns smaller than the batch. For
+    others padding would be black pixels: positions with equal scores, of which rounding would choose.
+    """
+    num_images, height, width = _suitable(shape, traced.network)
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(num_images, 3, height, width, generator=generator)
     pixel_mask = torch.ones(num_images, height, width, dtype=torch.int64)
-    for i in range(num_images):
+    for i in range(num_images if traced.uses_mask else 0):
         pixel_mask[i, height - 16 * i :] = 0
         pixel_mask[i, :, width - 24 * (i + 1) :] = 0
     return pixel_values * pixel_mask[:, None], pixel_mask

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from harness.data import TINY_RT_DETR
+from harness.data import TINY_OVERRIDES
 from safetensors.torch import load_file
 from transformers import ResNetBackbone, ResNetConfig
 
@@ -163,10 +163,12 @@ def test_a_run_stopped_three_times_equals_an_uninterrupted_run_exactly(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
-def test_a_killed_run_of_rt_detr_resumes_exactly(workplace, tiny_data: Path) -> None:
-    """It has denoising queries, and batch norm outside its backbone."""
-    settings = (*RANDOM_AND_STATEFUL, *TINY_RT_DETR)
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("family", [name for name in TINY_OVERRIDES if name != "detr"])
+def test_a_killed_run_of_each_family_resumes_exactly(workplace, tiny_data: Path, family: str) -> None:
+    """They have denoising, groups of queries or two stages, and batch norm outside their backbones."""
+    own = (*TINY_OVERRIDES[family], "training.max_steps=20", "logging.mlflow=false")
+    settings = (*RANDOM_AND_STATEFUL, *own)
     finished = workplace.train(tiny_data, *settings, output="expected")
     assert finished.returncode == 0, finished.stdout + finished.stderr
     process = workplace.start(tiny_data, *settings, "--resume", "auto")
