@@ -229,8 +229,8 @@ def predict(
 
     In `predictions.json` image_id numbers the images from 1 in the order of their names, which the file
     lists too, and category_id numbers the model's classes from 0. Boxes are [x, y, width, height] in pixels
-    of the stored image: an EXIF rotation is not applied, as in training. The model's training settings
-    apply; `section.key=value` overrides them, e.g. `training.batch_size=16`.
+    of the image as a person sees it, after its EXIF rotation, unless `data.exif` is `ignore`. The model's
+    training settings apply; `section.key=value` overrides them, e.g. `training.batch_size=16`.
     """
     from detr_dist.inference.predict import predict_images
 

@@ -20,6 +20,7 @@ from detr_dist.config_types import (
     Edge,
     Edges,
     EnvironmentDefault,
+    ExifRule,
     Factor,
     Family,
     Mapping,
@@ -47,6 +48,10 @@ class DataConfig(Section):
     the training process itself."""
     prefetch_factor: Count = 4
     """Micro-batches that each loader process prepares in advance."""
+    exif: ExifRule = "auto"
+    """Rotation of photographs by their EXIF data: `auto` rotates an image whose annotated size fits only
+    then; `apply` rotates every image, `ignore` none. `predict` has no annotations: `auto` rotates every
+    image there."""
     resize: ResizeMode = "shortest_edge"
     """`shortest_edge` keeps the aspect ratio. `square` gives every image `shortest_edge` x `shortest_edge`
     pixels; `rectangle`, for footage, `shortest_edge` x `longest_edge`, a portrait the other way round. Unset:

@@ -116,6 +116,7 @@ Factor = Annotated[float, _NO_BOOL, Field(gt=0, le=1)]
 Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
 Edge = Annotated[int, _NO_BOOL, Field(ge=32)]
 ResizeMode = Literal["shortest_edge", "square", "rectangle"]
+ExifRule = Literal["auto", "ignore", "apply"]
 CountOrAuto = Annotated[
     Literal["auto"] | int,
     _wanted(

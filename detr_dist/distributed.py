@@ -174,6 +174,7 @@ def group_of_processes(
             _rendezvous = None
             if is_intact:  # a group that has lost a process could wait for it for minutes
                 state.destroy_process_group()
+                rendezvous.close()
                 AcceleratorState._reset_state(reset_partial_state=True)
                 GradientState._reset_state()
 

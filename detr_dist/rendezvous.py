@@ -110,6 +110,10 @@ class Rendezvous:
         finally:
             self.watch.close()
 
+    def close(self) -> None:
+        """Close the connection to the store, which would otherwise last until garbage is collected."""
+        self._store = None
+
     def note(self, **position: Any) -> None:
         """Record where this process is (`step`, `image_ids`), and that it makes progress."""
         self._position = position

@@ -179,12 +179,12 @@ def check_splits(
     for split in splits:
         annotations = read_annotations(split)
         images_dir = annotations.images_dir
-        records = check_records(annotations)
+        records = check_records(annotations, exif=config.data.exif)
         not_used = "in the folder that the JSON does not list; they are not used"
         unlisted = unlisted_images(images_dir, records.listed_files)
         findings = found("unlisted_picture", "image", not_used, unlisted, level="warning") + records.findings
         if len(records.image_ids) and classes_of(records.categories):
-            data = to_columns(records, annotations)
+            data = to_columns(records, annotations, exif=config.data.exif)
             reference = reference or (split, data.class_names)
             own = classes_of(records.categories, reference[1])
             findings += differing_classes(reference[1], own, reference[0], f"in {split}")

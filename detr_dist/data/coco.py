@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Finding, found
 from detr_dist.data.formats import read_annotations
 from detr_dist.data.formats.annotations import Annotations
@@ -41,6 +42,7 @@ class CocoData:
     iscrowd: NDArray[np.bool_]  # [M]
     areas: NDArray[np.float64]  # [M] as annotated (of the outline, if there is one), else of the box
     annotation_ids: NDArray[np.int64]  # [M]
+    exif: ExifRule = "auto"  # which images are rotated by their EXIF data, see `decode_rgb`
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -104,6 +106,7 @@ def load_data(
     classes_source: str = "the training data",
     may_lack_classes: bool = False,
     check_files: bool = True,
+    exif: ExifRule = "auto",
 ) -> CocoData:
     """Read and check a data set of any format.
 
@@ -115,7 +118,7 @@ def load_data(
         DataError: names the file, the first record at fault, and what to do about it.
     """
     annotations = read_annotations(source)
-    records = check_records(annotations, check_files=check_files, needs_classes=classes is None)
+    records = check_records(annotations, check_files=check_files, needs_classes=classes is None, exif=exif)
     findings = list(records.findings)
     if classes is not None:
         own = classes_of(records.categories, classes)
@@ -124,11 +127,15 @@ def load_data(
     for finding in findings:
         if finding.level == "error":
             raise DataError(f"{annotations.path}: {finding}")
-    return to_columns(records, annotations, classes)
+    return to_columns(records, annotations, classes, exif=exif)
 
 
 def to_columns(
-    records: Records, annotations: Annotations, class_names: Sequence[str] | None = None
+    records: Records,
+    annotations: Annotations,
+    class_names: Sequence[str] | None = None,
+    *,
+    exif: ExifRule = "auto",
 ) -> CocoData:
     """Return the data set of checked records.
 
@@ -157,11 +164,12 @@ def to_columns(
         iscrowd=records.iscrowd,
         areas=records.areas,
         annotation_ids=records.annotation_ids,
+        exif=exif,
     )
 
 
 def read_unannotated(
-    folder: Path, names: Sequence[str], class_names: Sequence[str]
+    folder: Path, names: Sequence[str], class_names: Sequence[str], exif: ExifRule
 ) -> tuple[CocoData, list[str]]:
     """Return a data set without boxes of the images whose header can be read, and the reasons for the others.
 
@@ -170,15 +178,19 @@ def read_unannotated(
     readable, sizes_hw, unreadable = [], [], []
     for name in names:
         try:
-            sizes_hw.append(read_size_hw(folder / name))
+            sizes_hw.append(read_size_hw(folder / name, exif))
             readable.append(name)
         except UnreadableImageError as error:
             unreadable.append(str(error))
-    return unannotated(folder, readable, sizes_hw, class_names), unreadable
+    return unannotated(folder, readable, sizes_hw, class_names, exif), unreadable
 
 
 def unannotated(
-    folder: Path, names: Sequence[str], sizes_hw: Sequence[tuple[int, int]], class_names: Sequence[str]
+    folder: Path,
+    names: Sequence[str],
+    sizes_hw: Sequence[tuple[int, int]],
+    class_names: Sequence[str],
+    exif: ExifRule,
 ) -> CocoData:
     """Return a data set without boxes, of images of these sizes; image ids count from 1."""
     return CocoData(
@@ -196,6 +208,7 @@ def unannotated(
         iscrowd=np.zeros(0, dtype=np.bool_),
         areas=np.zeros(0),
         annotation_ids=np.zeros(0, dtype=np.int64),
+        exif="apply" if exif == "auto" else exif,  # there is no annotated size to fit
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.errors import UsageError
 from detr_dist.text import value_of
@@ -24,7 +25,7 @@ class TrainSource(NamedTuple):
     """Its part in every epoch, relative to that of the other sources; None: as many as it has images."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Concatenation(CocoData):
     """The images of several data sets with the same classes, one data set after the other.
 
@@ -108,17 +109,19 @@ def _source(given: Any) -> TrainSource:
     return TrainSource(Path(location), number)
 
 
-def load_sources(sources: Sequence[TrainSource]) -> CocoData:
+def load_sources(sources: Sequence[TrainSource], *, exif: ExifRule = "auto") -> CocoData:
     """Read and check training data from one or several sources; the first one decides on the classes.
 
     Raises:
         DataError: names the file, and what is wrong with it.
     """
-    first = load_data(sources[0].location)
+    first = load_data(sources[0].location, exif=exif)
     if len(sources) == 1:
         return first
     names, origin = first.class_names, str(sources[0].location)
-    others = [load_data(each.location, classes=names, classes_source=origin) for each in sources[1:]]
+    others = [
+        load_data(each.location, classes=names, classes_source=origin, exif=exif) for each in sources[1:]
+    ]
     weights = tuple(each.weight for each in sources if each.weight is not None)
     return concatenate([first, *others], weights or None)
 
@@ -152,6 +155,7 @@ def concatenate(parts: Sequence[CocoData], weights: tuple[float, ...] | None = N
         file_names=np.concatenate([part.file_names for part in parts]),
         box_offsets=np.concatenate([*offsets, [boxes]]),
         **columns,
+        exif=parts[0].exif,
         parts=tuple(views),
         weights=weights,
     )

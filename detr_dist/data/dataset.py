@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from detr_dist.boxes import xyxy_to_cxcywh
 from detr_dist.config import Config
+from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
 from detr_dist.data.example import Example, example_of
 from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
@@ -27,6 +28,13 @@ from detr_dist.resize import Resize
 
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this in a row mean that a disk is gone or a folder is empty."""
+
+_SIDES_SWAPPED: dict[ExifRule, str] = {
+    "auto": "; it has no EXIF rotation that swaps them",
+    "apply": " (data.exif=apply; auto applies an EXIF rotation only where the annotated size fits then)",
+    "ignore": " (data.exif=ignore; auto applies the EXIF rotation of such an image, if it has one)",
+}
+"""Addition to the report of an image whose height and width are those of its annotation, swapped."""
 
 Unreadable = tuple[int, str]
 """Row of an image that could not be read, and the text "path: reason"."""
@@ -263,10 +271,11 @@ class CocoDetectionDataset(Dataset[Sample]):
         """
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
         may_be_reduced = self.train and plan.window is None
-        image = decode_reduced(path, size_hw, plan.size_hw) if may_be_reduced else None
+        exif = self.data.exif
+        image = decode_reduced(path, size_hw, plan.size_hw, exif) if may_be_reduced else None
         if image is None:
-            image = decode_rgb(path)
-            _check_size(path, tuple(image.shape[-2:]), size_hw)
+            image = decode_rgb(path, exif, size_hw)
+            _check_size(path, tuple(image.shape[-2:]), size_hw, exif)
         return image
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
@@ -326,11 +335,11 @@ def failure(what: str, error: Exception) -> LoaderError:
     return failed
 
 
-def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, int]) -> None:
+def _check_size(path: Path, found_hw: tuple[int, ...], annotated_hw: tuple[int, int], exif: ExifRule) -> None:
     """Refuse an image of another size: its boxes would be wrong without any other sign."""
     if found_hw != annotated_hw:
         (height, width), (annotated_height, annotated_width) = found_hw, annotated_hw
-        turned = "; its EXIF rotation is not applied" if found_hw == annotated_hw[::-1] else ""
+        turned = _SIDES_SWAPPED[exif] if found_hw == annotated_hw[::-1] else ""
         raise UnreadableImageError(
             f"{path}: the image is {width}x{height} but its annotation says "
             f"{annotated_width}x{annotated_height}{turned}; correct the JSON or save the image in the "

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from posixpath import normpath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags
 from torchvision.transforms.v2 import functional as F
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
+from detr_dist.data.exif import turn_of, turn_to_upright
 from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
 from detr_dist.data.records import RULES
 from detr_dist.progress_bar import ProgressBar
@@ -42,7 +44,7 @@ _KINDS: dict[str, tuple[Level, str]] = {
     "wrong_size": ("error", "of another size than the JSON says; correct the JSON or save them in that size"),
     "exif_rotation": (
         "warning",
-        "with an EXIF rotation, which training does not apply; check that their boxes are not rotated",
+        "with an EXIF rotation that training does not apply; if their boxes are rotated, set data.exif=apply",
     ),
     "dark_picture": (
         "warning",
@@ -68,7 +70,7 @@ class _Summary:
     digest: bytes = b""  # of size and pixels
     thumbnail: NDArray[np.float32] | None = None  # of length 1 around its mean
     brightest: int = 255  # level of its pixels
-    is_rotated: bool = False  # by its EXIF data
+    lacks_rotation: bool = False  # its EXIF data have one, which training does not apply
     failure: str = ""  # why it cannot be decoded
 
 
@@ -88,13 +90,14 @@ class ImageCheck:
         examples = defaultdict(list)
         own: dict[bytes, str] = {}
         thumbnails: list[NDArray[np.float32]] = []
-        for name, image in _look_at_all(data.images_dir, list(rows_of), split):
+        first_rows = {name: rows[0] for name, rows in rows_of.items()}
+        for name, image in _look_at_all(data, first_rows, split):
             if image.thumbnail is None:
                 examples["unreadable_image"].append(image.failure)
                 continue
             wrong_hw = [size for size in map(data.size_hw, rows_of[name]) if size != image.size_hw]
             examples["wrong_size"] += [_difference(name, image, size_hw) for size_hw in wrong_hw]
-            if image.is_rotated and not wrong_hw:
+            if image.lacks_rotation and not wrong_hw:
                 examples["exif_rotation"].append(name)
             if image.brightest <= DARK:
                 examples["dark_picture"].append(name)
@@ -128,18 +131,22 @@ class ImageCheck:
         return alike
 
 
-def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Summary]]:
+def _look_at_all(data: CocoData, rows: dict[str, int], split: str) -> Iterator[tuple[str, _Summary]]:
+    """Yield each file with its summary; `rows` has the row of each in the data."""
+    names = list(rows)
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads, closing(ProgressBar(split, len(names))) as bar:
         for start in range(0, len(names), IMAGES_AT_A_TIME):
             some = names[start : start + IMAGES_AT_A_TIME]
-            for name, image in zip(some, threads.map(_look_at, map(images_dir.joinpath, some)), strict=True):
+            paths, sizes_hw = map(data.images_dir.joinpath, some), [data.size_hw(rows[name]) for name in some]
+            summaries = threads.map(_look_at, paths, repeat(data.exif), sizes_hw)
+            for name, image in zip(some, summaries, strict=True):
                 yield name, image
                 bar.advance()
 
 
-def _look_at(path: Path) -> _Summary:
+def _look_at(path: Path, exif: ExifRule, annotated_hw: tuple[int, int]) -> _Summary:
     try:
-        image = decode_rgb(path)
+        image = decode_rgb(path, exif, annotated_hw)
     except UnreadableImageError as error:
         return _Summary(failure=str(error))
     height, width = image.shape[-2:]
@@ -153,17 +160,17 @@ def _look_at(path: Path) -> _Summary:
         digest=digest.digest(),
         thumbnail=(around_mean / max(length, MIN_CONTRAST)).numpy(),
         brightest=int(image.max()),
-        is_rotated=_is_rotated(path),
+        lacks_rotation=_lacks_rotation(path, exif, annotated_hw),
     )
 
 
-def _is_rotated(path: Path) -> bool:
+def _lacks_rotation(path: Path, exif: ExifRule, annotated_hw: tuple[int, int]) -> bool:
     with suppress(UnreadableImageError), open_image(path) as image:  # its pixels were decoded
-        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+        return turn_of(image, exif, annotated_hw) != turn_to_upright(image)
     return False
 
 
 def _difference(name: str, image: _Summary, annotated_hw: tuple[int, int]) -> str:
     (height, width), (annotated_height, annotated_width) = image.size_hw, annotated_hw
-    turned = " (its EXIF rotation is not applied)" if image.is_rotated else ""
+    turned = " (its EXIF rotation is not applied)" if image.lacks_rotation else ""
     return f"{name} is {width}x{height}, not {annotated_width}x{annotated_height}{turned}"

@@ -21,6 +21,8 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffI
 from torch import Tensor
 from torchvision.io import decode_image
 
+from detr_dist.config_types import ExifRule
+from detr_dist.data.exif import turn_of, turned, turned_size
 from detr_dist.errors import DataError
 
 MAX_PIXELS = 2**30
@@ -75,22 +77,25 @@ def open_image(path: Path, content: IO[bytes] | None = None) -> Iterator[Image.I
         raise UnreadableImageError(f"{path}: {' '.join(reason.split())}") from None
 
 
-def read_size_hw(path: Path) -> tuple[int, int]:
-    """Read height and width from the header of an image file.
+def read_size_hw(path: Path, exif: ExifRule = "auto") -> tuple[int, int]:
+    """Read height and width from the header of an image file, of the stored pixels if `exif` is `ignore`.
+
+    The other rules give the size after the EXIF rotation, in which annotation tools display the image.
 
     Raises:
         UnreadableImageError: with the reason.
     """
     with open_image(path) as image:
-        return image.height, image.width
+        return turned_size((image.height, image.width), turn_of(image, exif))
 
 
-def decode_rgb(path: Path) -> Tensor:
-    """Return an image as uint8 [3, H, W], in the orientation in which it is stored.
+def decode_rgb(path: Path, exif: ExifRule = "ignore", annotated_hw: tuple[int, int] | None = None) -> Tensor:
+    """Return an image as uint8 [3, H, W], rotated by its EXIF data if the rule `exif` says so.
 
-    An EXIF rotation is not applied: annotations are in the pixels of the file. Transparency is dropped, and
-    an animation gives its first frame. With 16 bits per colour 65535 is white, as in PNG. The tensor may be a
-    view of interleaved colours.
+    Without an annotated size the rule `auto` rotates every image. Pillow always rotates TIFF files; `auto`
+    undoes this if the annotated size fits only then. Transparency is dropped, and an animation gives its
+    first frame. With 16 bits per colour 65535 is white, as in PNG. The tensor may be a view of interleaved
+    colours.
 
     Raises:
         UnreadableImageError: with the reason.
@@ -100,31 +105,37 @@ def decode_rgb(path: Path) -> Tensor:
     except OSError as error:
         raise UnreadableImageError(f"{path}: {error.strerror}") from None
     with open_image(path, io.BytesIO(encoded.tobytes())) as image:
+        turn = turn_of(image, exif, annotated_hw)
         if image.format in _DECODED_BY_TORCHVISION:
             try:
-                return _decode_with_torchvision(encoded)
+                return turned(_decode_with_torchvision(encoded), turn)
             except RuntimeError:  # a damaged file, or a kind that torchvision does not know
                 pass
-        return rgb_of(image)
+        return turned(rgb_of(image), turn)
 
 
-def decode_reduced(path: Path, size_hw: tuple[int, int], needed_hw: tuple[int, int]) -> Tensor | None:
+def decode_reduced(
+    path: Path, size_hw: tuple[int, int], needed_hw: tuple[int, int], exif: ExifRule = "ignore"
+) -> Tensor | None:
     """Decode a colour JPEG of this size at the smallest of 1/2, 1/4 and 1/8 that covers `needed_hw`.
 
-    JPEG's own transform does this for a fraction of the cost. Returns None if none of these scales is large
-    enough, or the file is of another kind or damaged, which `decode_rgb` then reports.
+    Both sizes are those after the rotation by the rule `exif`. JPEG's own transform does this for a fraction
+    of the cost. Returns None if none of these scales is large enough, or the file is of another kind or
+    damaged, which `decode_rgb` then reports.
     """
     (height, width), (needed_height, needed_width) = size_hw, needed_hw
     if height < 2 * needed_height or width < 2 * needed_width:
         return None
     try:
         with open_image(path) as image:
-            if (image.format, image.mode, image.size) != ("JPEG", "RGB", (width, height)):
+            turn = turn_of(image, exif, size_hw)
+            stored_height, stored_width = turned_size(size_hw, turn)
+            if (image.format, image.mode, image.size) != ("JPEG", "RGB", (stored_width, stored_height)):
                 return None
             if get_sampling(image) not in _EVENLY_SAMPLED:
                 return None
-            image.draft("RGB", (needed_width, needed_height))
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            image.draft("RGB", turned_size(needed_hw, turn)[::-1])
+            return turned(torch.from_numpy(np.array(image)).permute(2, 0, 1), turn)
     except UnreadableImageError:
         return None
 

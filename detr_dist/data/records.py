@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Faults, Finding, Floats, Integers, Mask, Section, found
 from detr_dist.data.formats.annotations import Annotations
 from detr_dist.data.images import (
@@ -78,7 +79,11 @@ class Records:
 
 
 def check_records(
-    annotations: Annotations, *, check_files: bool = True, needs_classes: bool = True
+    annotations: Annotations,
+    *,
+    check_files: bool = True,
+    needs_classes: bool = True,
+    exif: ExifRule = "auto",
 ) -> Records:
     """Apply the rules to the images, annotations and categories of a data set.
 
@@ -88,7 +93,7 @@ def check_records(
     """
     faults, document = Faults(RULES), annotations.document
     images = Section("images", document, faults)
-    files = _read_images(images, annotations.images_dir, check_files=check_files)
+    files = _read_images(images, annotations.images_dir, check_files=check_files, exif=exif)
     if not images.sound.any():
         faults.add("no_images")
     categories = Section("categories", document, faults)
@@ -143,7 +148,7 @@ class _Files(NamedTuple):
     sizes_hw: Integers
 
 
-def _read_images(images: Section, images_dir: Path, *, check_files: bool) -> _Files:
+def _read_images(images: Section, images_dir: Path, *, check_files: bool, exif: ExifRule) -> _Files:
     """Read names and sizes; a size that the JSON lacks is read from the header of the image file."""
     names = images.texts("file_name")
     listed = [name for name in names if name]
@@ -172,7 +177,7 @@ def _read_images(images: Section, images_dir: Path, *, check_files: bool) -> _Fi
     unreadable: dict[int, str] = {}
     for row in np.flatnonzero(has_no_size & images.sound).tolist():
         try:
-            sizes_hw[row] = read_size_hw(path_of(images_dir, names[row]))
+            sizes_hw[row] = read_size_hw(path_of(images_dir, names[row]), exif)
         except UnreadableImageError as error:
             unreadable[row] = f"has no width and height, and {error}"
     is_unreadable = np.isin(np.arange(len(names)), list(unreadable))

@@ -99,7 +99,8 @@ def class_factors(data: CocoData, threshold: float) -> NDArray[np.float64]:
     for rows, classes in _classes_of_images(data):
         totals += np.bincount(classes, of_images[rows], minlength=data.num_classes)
     frequencies = np.where(totals > 0, totals, np.inf) / of_images.sum()
-    return np.maximum(1.0, np.sqrt(threshold / frequencies))
+    factors: NDArray[np.float64] = np.maximum(1.0, np.sqrt(threshold / frequencies))
+    return factors
 
 
 def _classes_of_images(data: CocoData) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:

@@ -99,7 +99,7 @@ def _head(title: str, width: int) -> Image.Image:
 def _tile(data: CocoData, matches: Matches, row: int, tile_height: int) -> Image.Image:
     tile = Image.new("RGB", (TILE_WIDTH, tile_height), BACKGROUND)
     try:
-        pixels = decode_rgb(data.image_path(row))
+        pixels = decode_rgb(data.image_path(row), data.exif, data.size_hw(row))
     except UnreadableImageError:
         middle = TILE_WIDTH / 2, tile_height / 2
         ImageDraw.Draw(tile).text(middle, "cannot be read", fill="black", font=font(FONT_PX), anchor="mm")

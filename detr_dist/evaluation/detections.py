@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample
+from detr_dist.data.exif import turn_to_upright
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
 from detr_dist.data.transforms import build_transform
@@ -32,7 +33,7 @@ class Detections:
     """N objects found in one image, by descending score."""
 
     boxes_xyxy_px: NDArray[np.float32]
-    """[N, 4], in pixels of the image as it is stored: left, top, right, bottom."""
+    """[N, 4], left, top, right, bottom, in pixels of the image after the rotation by `data.exif`."""
     scores: NDArray[np.float32]
     """[N], in [0, 1]."""
     labels: NDArray[np.int64]
@@ -44,8 +45,13 @@ class Detections:
         return len(self.scores)
 
     def draw(self, image: Image.Image) -> Image.Image:
-        """Return a copy of the image, in RGB, with the boxes, their classes and scores; the best on top."""
+        """Return a copy of the image, in RGB, with the boxes, their classes and scores; the best on top.
+
+        The copy is rotated by the image's EXIF data, as `predict` does by default.
+        """
         copy = image.convert("RGB") if image.mode != "RGB" else image.copy()
+        turn = turn_to_upright(image)
+        copy = copy if turn is None else copy.transpose(turn)
         columns = (self.boxes_xyxy_px.astype(np.float64).tolist(), self.scores, self.labels, self.names)
         marks = [
             Mark((left, top, right, bottom), class_colour(int(label)), f"{name} {score:.2f}")

@@ -102,7 +102,11 @@ def _evaluate(
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
     data = load_data(
-        data_dir, classes=model.class_names, classes_source=model.reference, may_lack_classes=True
+        data_dir,
+        classes=model.class_names,
+        classes_source=model.reference,
+        may_lack_classes=True,
+        exif=config.data.exif,
     )
     host.once_per_node(lambda: check_room(shared_memory_need(config, data, train=False)))
     with temporary_numerics(config.training):

@@ -10,7 +10,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData, unannotated
+from detr_dist.data.exif import turn_of, turned
 from detr_dist.data.images import UnreadableImageError, read_size_hw, rgb_of
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import one_line
@@ -25,7 +27,9 @@ _FORMS = (
 )
 
 
-def as_data_set(images: Iterable[OneImage], class_names: Sequence[str]) -> tuple[CocoData, dict[int, Tensor]]:
+def as_data_set(
+    images: Iterable[OneImage], class_names: Sequence[str], exif: ExifRule
+) -> tuple[CocoData, dict[int, Tensor]]:
     """Return the images as a data set without boxes, and the pixels of those not in a file, by row.
 
     Raises:
@@ -39,21 +43,22 @@ def as_data_set(images: Iterable[OneImage], class_names: Sequence[str]) -> tuple
         for row, image in enumerate(images):
             if isinstance(image, str | os.PathLike):
                 names.append(os.fspath(image))
-                sizes_hw.append(read_size_hw(Path(image)))
+                sizes_hw.append(read_size_hw(Path(image), exif))
             else:
                 names.append("")
-                pixels[row] = _pixels_of(image)
+                pixels[row] = _pixels_of(image, exif)
                 sizes_hw.append((pixels[row].shape[1], pixels[row].shape[2]))
     except UnreadableImageError as error:
         raise DataError(str(error)) from None
-    return unannotated(Path(), names, sizes_hw, class_names), pixels
+    return unannotated(Path(), names, sizes_hw, class_names, exif), pixels
 
 
-def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor) -> Tensor:
+def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor, exif: ExifRule) -> Tensor:
     """Convert an image to uint8 [3, H, W] on the CPU; transparency is dropped."""
     if isinstance(image, Image.Image):
         try:
-            return rgb_of(image)
+            pixels = rgb_of(image)
+            return turned(pixels, turn_of(image, exif))
         except (UnreadableImageError, OSError) as error:
             raise DataError(f"a Pillow image cannot be read: {one_line(error)}") from error
     if not isinstance(image, np.ndarray | Tensor):

@@ -98,8 +98,8 @@ class TrainedModel:
     ) -> Detections | list[Detections]:
         """Find objects in one image, or in several, with the same results as `detr-dist predict`.
 
-        Runs on the GPU if there is one; the network stays there for the next call. An EXIF rotation is not
-        applied to a file, as in training.
+        Runs on the GPU if there is one; the network stays there for the next call. Files and Pillow images
+        are rotated by their EXIF data unless `data.exif` is `ignore`; boxes are in the rotated image.
 
         Args:
             images: A path, a Pillow image, an array uint8 [H, W] or [H, W, 3 or 4] in RGB, a tensor uint8
@@ -117,9 +117,9 @@ class TrainedModel:
         """
         if isinstance(images, ONE_IMAGE):
             return self.predict([images], threshold=threshold, overrides=overrides)[0]
-        data, pixels = as_data_set(images, self.class_names)
         import_overrides(overrides)
         config = self.prediction_settings(overrides)
+        data, pixels = as_data_set(images, self.class_names, config.data.exif)
         least_scores = self.least_scores(config, threshold, overrides)
         parts = [DetectionRecords.none()]
         with closing(self.find_objects(data, config, pixels)) as all_predicted:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData, read_unannotated
 from detr_dist.data.images import decode_rgb, decoded_name, find_images, folded
 from detr_dist.environment import check_environment, check_single_process
@@ -56,7 +57,7 @@ def predict_images(
     if skipped:
         what = "no images by suffix, hidden, or links in a circle"
         _logger.info(f"skipped {len(skipped)} that are {what}: {list_names(skipped)}")
-    data, unreadable = read_unannotated(folder, names, model.class_names)
+    data, unreadable = read_unannotated(folder, names, model.class_names, config.data.exif)
     with closing(model.find_objects(data, config)) as all_predicted:
         records, undecodable = _draw_all(all_predicted, data, least, output_dir)
     unreadable += undecodable
@@ -105,6 +106,7 @@ def _draw_all(
                 threads.submit(
                     _draw,
                     data.image_path(row),
+                    data.exif,
                     output_dir / copies[row],
                     found.of_image(row, data.class_names),
                 )
@@ -142,14 +144,14 @@ def _copy_names(names: Sequence[str]) -> list[str]:
     return [copies[name] for name in names]
 
 
-def _draw(source: Path, path: Path, found: Detections) -> str | None:
-    """Draw a copy of one image with its boxes; return the reason if that fails.
+def _draw(source: Path, exif: ExifRule, path: Path, found: Detections) -> str | None:
+    """Draw a copy of one image, read as for the detection, with its boxes; return the reason if that fails.
 
     Raises:
         DetrDistError: nothing can be written there.
     """
     try:
-        image = found.draw(Image.fromarray(decode_rgb(source).permute(1, 2, 0).numpy()))
+        image = found.draw(Image.fromarray(decode_rgb(source, exif).permute(1, 2, 0).numpy()))
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
     except Exception as error:  # a format's limits or a library's failure, which the detections survive

@@ -127,10 +127,7 @@ class Detector(nn.Module):
     @property
     def num_queries(self) -> int:
         """Largest number of objects that can be found in one image."""
-        config = self.network.config
-        if getattr(config, "two_stage", False):
-            return int(config.two_stage_num_proposals)
-        return int(self.family.shape_of(config)["num_queries"])
+        return cast(int, self.family.num_queries_in(self.network.config))
 
     @property
     def trial_edge(self) -> int:

@@ -170,8 +170,8 @@ def _prepared(
                 if is_dry:
                     _check_data(config, sources, val_dir)
         config = resolve_precision(config, host)
-        train_data = load_sources(sources)
-        val_data = load_data(val_dir, classes=train_data.class_names)
+        train_data = load_sources(sources, exif=config.data.exif)
+        val_data = load_data(val_dir, classes=train_data.class_names, exif=config.data.exif)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,

@@ -298,4 +298,4 @@ def time_criterion(check: Check) -> None:
     program, path = check.repository / "scripts" / "benchmarks" / "criterion.py", check.out / "criterion.json"
     subprocess.run([sys.executable, program, "--device", "cuda", "--json", path], check=True)
     for row in json.loads(path.read_text())["rows"]:
-        check.figures(**{f"{row['classes']}_{name}": v for name, v in row.items() if name != "classes"})
+        check.figures(**{f"{row['family']}_{name}": v for name, v in row.items() if name != "family"})

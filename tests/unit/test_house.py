@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def test_every_shell_script_passes_shellcheck(path: Path) -> None:
 def test_every_shell_script_is_executable_and_stops_at_its_first_error(path: Path) -> None:
     assert os.access(path, os.X_OK)
     assert "\nset -euo pipefail\n" in path.read_text(encoding="utf-8")
+
+
+def test_pytest_collects_from_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    ignored = pytestconfig.getini("norecursedirs")  # by default also folders named dist or build
+    folders = {folder for path in (REPOSITORY / "tests").rglob("test_*.py") for folder in path.parents}
+    names = {folder.name for folder in folders if folder.is_relative_to(REPOSITORY / "tests")}
+    assert {"unit", "dist", "launch", "end_to_end"} <= names
+    assert [name for name in names if any(fnmatch(name, pattern) for pattern in ignored)] == []
 
 
 def test_the_version_equals_the_installed_one() -> None:

@@ -141,6 +141,12 @@ class Family:
         """Return the values of hidden_dim, num_queries and the other shape options that the network has."""
         return {key: getattr(network_config, option, None) for key, option in self.shape_options.items()}
 
+    def num_queries_in(self, network_config: PreTrainedConfig) -> int | None:
+        """Return the largest number of objects that a network of this configuration finds in an image."""
+        if getattr(network_config, "two_stage", False):
+            return cast(int, network_config.two_stage_num_proposals)
+        return self.shape_of(network_config).get("num_queries")
+
     def loss_settings(
         self, network_config: PreTrainedConfig, class_loss: ClassLoss | None = None
     ) -> LossSettings:
@@ -248,16 +254,19 @@ def num_queries_of(config: ModelConfig) -> int | None:
 
     None if that depends on an extension or pretrained model that is not available.
     """
-    if config.num_queries is not None:
-        return config.num_queries
     if config.model_architecture not in FAMILIES.names:
-        return None
+        return config.num_queries
     family = find_family(config.model_architecture)
-    if config.pretrained is None:
-        network_config = AutoConfig.for_model(family.model_type)
-    else:
-        try:
+    options = {**family.config_defaults, **config.config_overrides}
+    if config.num_queries is not None:
+        options[family.shape_options.get("num_queries", "num_queries")] = config.num_queries
+    try:
+        if config.pretrained is None:
+            network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
+        else:
             network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
-        except (OSError, ValueError):
-            return None
-    return cast(int | None, family.shape_of(network_config).get("num_queries"))
+            for name, value in options.items():
+                setattr(network_config, name, value)
+    except Exception:  # the hub and transformers raise many types; training reports what is wrong
+        return config.num_queries
+    return family.num_queries_in(network_config)

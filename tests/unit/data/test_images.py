@@ -219,13 +219,6 @@ def test_the_first_frame_of_an_animation_is_used(tmp_path: Path) -> None:
     assert decode_rgb(tmp_path / "a.gif")[:, 0, 0].tolist() == [255, 0, 0]
 
 
-def test_an_exif_rotation_is_not_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees to look at it
-    Image.fromarray(COLOURS).save(tmp_path / "turned.jpg", exif=exif)
-    assert decode_rgb(tmp_path / "turned.jpg").shape == (3, 20, 30)
-
-
 def test_an_unreadable_file_is_named_with_the_reason(tmp_path: Path) -> None:
     Image.fromarray(COLOURS).save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])

@@ -76,7 +76,7 @@ def test_the_size_of_two_hundred_megapixels_is_read(tmp_path: Path) -> None:
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I4s", 99, b"IDAT"))
     assert read_size_hw(tmp_path / "a.png") == (10_000, 20_000)
-    data, unreadable = read_unannotated(tmp_path, ["a.png"], ["ball"])
+    data, unreadable = read_unannotated(tmp_path, ["a.png"], ["ball"], "auto")
     assert (data.sizes_hw.tolist(), unreadable) == ([[10_000, 20_000]], [])
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from harness.data import TINY_BACKBONE
+from PIL import Image
 
 from detr_dist.config import Config, LossConfig
 from detr_dist.data.coco import CocoData, load_data
@@ -109,6 +110,28 @@ def test_class_weights_apply_to_the_validation_loss(
         weighted.model_copy(update={"training": config(batch_size=3).training}), data, detector
     )
     assert found["loss_ce"] == pytest.approx(expected["loss_ce"], rel=1e-5)  # float32 in another order
+
+
+def test_photographs_that_are_stored_rotated_have_the_metrics_of_upright_ones(
+    data: CocoData, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    names = [f"{row}.png" for row in range(len(data))]
+    for folder, is_rotated in ((tmp_path / "upright", False), (tmp_path / "rotated", True)):
+        folder.mkdir()
+        for row, name in enumerate(names):
+            with Image.open(data.image_path(row)) as image:
+                pixels = image.transpose(Image.Transpose.ROTATE_90) if is_rotated else image
+                pixels.save(folder / name, exif=exif if is_rotated else None)
+    as_png = replace(data, file_names=np.array([name.encode() for name in names]))
+    settings = config()
+    detector = new_detector(settings, data)
+    upright, rotated = (
+        evaluated(settings, replace(as_png, images_dir=tmp_path / name), detector)
+        for name in ("upright", "rotated")
+    )
+    assert rotated == upright
 
 
 def test_an_image_counts_at_most_as_many_boxes_as_there_are_queries(data: CocoData) -> None:

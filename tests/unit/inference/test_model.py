@@ -160,6 +160,26 @@ def test_a_drawing_is_a_copy_with_the_boxes(model: TrainedModel, pixels: np.ndar
     assert not np.array_equal(np.asarray(drawn), np.asarray(image.convert("RGB")))
 
 
+@pytest.mark.parametrize(("orientation", "stored"), [(3, lambda pixels: pixels[::-1, ::-1]), (6, np.rot90)])
+def test_boxes_are_in_pixels_of_the_rotated_photograph(
+    model: TrainedModel, pixels: np.ndarray, tmp_path: Path, orientation: int, stored: Callable
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "rotated.png"
+    Image.fromarray(np.ascontiguousarray(stored(pixels))).save(path, exif=exif)
+    upright = model.predict(pixels, threshold=0)
+    with Image.open(path) as image:
+        assert same(model.predict(path, threshold=0), upright)
+        assert same(model.predict(image, threshold=0), upright)
+        drawn, expected = upright.draw(image), upright.draw(Image.fromarray(pixels))
+        assert np.array_equal(np.asarray(drawn), np.asarray(expected))
+        ignored = model.predict(stored(pixels), threshold=0)
+        assert not same(ignored, upright)
+        for given in (path, image):
+            assert same(model.predict(given, threshold=0, overrides=["data.exif=ignore"]), ignored)
+
+
 def test_extensions_of_the_training_are_not_imported(
     saved: Callable[..., Path], pixels: np.ndarray, tmp_path: Path
 ) -> None:

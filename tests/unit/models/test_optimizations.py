@@ -48,7 +48,15 @@ def learn(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "frugal"),
-    [("detr", False), ("detr", True), ("deformable_detr", False), ("rt_detr", False), ("rt_detr_v2", True)],
+    [
+        ("detr", False),
+        ("detr", True),
+        ("deformable_detr", False),
+        ("rt_detr", False),
+        ("rt_detr_v2", True),
+        ("d_fine", False),
+        ("deimv2", False),
+    ],
 )
 def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     tiny_detector, denoising_of, architecture: str, frugal: bool
@@ -62,7 +70,7 @@ def test_compiled_training_is_the_same_without_graph_breaks_at_any_size(
     graphs, breaks = [num_compiled_graphs()], sum(counters["graph_break"].values())
     denoising = denoising_of(plain)
     sizes = [(64, 96), (70, 101), (90, 75), (97, 118), (111, 72), (65, 99)]
-    if denoising is not None:  # these networks need multiples of 32
+    if plain.family.size_multiple(plain.network.config) > 1:
         sizes = [(64, 96), (96, 128), (160, 64), (96, 192), (128, 160), (192, 64)]
     for number, (height, width) in enumerate(sizes):
         options = {"is_padded": number % 2 == 0, "denoising": denoising}

@@ -2,16 +2,19 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DeformableDetrConfig
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.models.build import build_detector, load_network, trained_detector
 from detr_dist.models.criterion import Losses, SetCriterion, StepCounts
 from detr_dist.models.detector import Detector, plain_network
+from detr_dist.models.families import num_queries_of
 
 OVERRIDES = {
     "encoder_attention_heads": 2,
@@ -157,3 +160,23 @@ def test_bf16_does_not_round_predictions(detector: Detector) -> None:
 def test_without_refined_boxes_two_stages_are_refused(tiny_detector) -> None:
     with pytest.raises(UsageError, match=r"two_stage is True, with_box_refine must be True"):
         tiny_detector("deformable_detr", config_overrides={**OVERRIDES, "with_box_refine": False})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_queries": 7},
+        {"num_queries": 3, "config_overrides": {"two_stage_num_proposals": 7}},
+        {"config_overrides": {"two_stage_num_proposals": 7}},
+    ],
+)
+def test_the_number_of_proposals_is_known_without_building_the_network(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    overrides = {"two_stage": True, "with_box_refine": True, **settings.get("config_overrides", {})}
+    model = {"model_architecture": "deformable_detr", **settings, "config_overrides": overrides}
+    assert num_queries_of(ModelConfig.model_validate(model)) == 7
+    options = {"num_queries": 300, "two_stage_num_proposals": 7, "two_stage": True, "with_box_refine": True}
+    DeformableDetrConfig(**options).save_pretrained(tmp_path)
+    fine_tuned = {"model_architecture": "deformable_detr", "pretrained": str(tmp_path)}
+    assert num_queries_of(ModelConfig.model_validate(fine_tuned)) == 7

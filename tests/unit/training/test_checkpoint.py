@@ -232,6 +232,19 @@ def test_a_run_older_than_canvas_rounding_continues_without_rounding(
         compare_with_saved(saved, replace(facts, config=keep_settings(named, saved, "auto", checkpoint)))
 
 
+def test_a_run_older_than_exif_rotations_resumes_with_the_default(
+    checkpoint: Path, rewrite: Rewrite, facts: RunFacts
+) -> None:
+    state = json.loads((checkpoint / STATE).read_text())
+    assert state["config"]["data"].pop("exif") == "auto"
+    rewrite(checkpoint, STATE, json.dumps(state).encode())
+    saved = open_checkpoint(checkpoint).facts
+    assert compare_with_saved(saved, facts) == []
+    changed = replace(facts, config=override_config(facts.config, ["data.exif=apply"]))
+    with pytest.raises(UsageError, match=r"data\.exif auto -> apply\. Set it as it was to resume"):
+        compare_with_saved(saved, changed)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol 4")
 @pytest.mark.parametrize("kind", TRAPS)
 def test_an_optimizer_file_that_would_run_code_is_refused_and_runs_nothing(

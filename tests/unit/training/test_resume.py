@@ -34,6 +34,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "data.repeat_rare",
     "data.shortest_edge",
     "data.longest_edge",
+    "data.exif",
     "data.resize",
     "data.multi_scale",
     "data.augmentation",
