@@ -41,6 +41,12 @@ TrackingUri = Annotated[
 ]
 
 
+_FORMATS = (
+    "a folder with COCO JSON, YOLO's data.yaml or its folder, a Pascal VOC folder, CVAT's XML, or a .zip of "
+    "any of them (docs/data.md)."
+)
+
+
 def _keys_help() -> str:
     """Return the configuration keys as Markdown, one line each."""
     lines = [f"- `{key}={default}` {meaning}" for key, default, meaning in describe_keys()]
@@ -53,13 +59,16 @@ def train(
         list[str],
         typer.Option(
             metavar="DIR[=WEIGHT]",
-            help="Folder with the training images and their COCO JSON. Give the option several times to "
-            "train on several with the same classes; with weights, each makes up that part of every epoch, "
-            "relative to the others, e.g. `--train-dir a=1 --train-dir b=3`.",
+            help=f"Training images and their annotations: {_FORMATS} Give the option several times to "
+            "train on several data sets with the same classes; with weights, each makes up that part of "
+            "every epoch, relative to the others, e.g. `--train-dir a=1 --train-dir b=3`.",
         ),
     ],
-    val_dir: Annotated[Path, typer.Option(help="Folder with the validation images and their COCO JSON.")],
     output_dir: Annotated[Path, typer.Option(help="Folder for checkpoints, the best model and results.")],
+    val_dir: Annotated[
+        Path | None,
+        typer.Option(help="Validation images and their annotations; unset: the split `val` of --train-dir."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with the settings.")] = None,
     resume: Annotated[
         str | None,
@@ -87,7 +96,7 @@ def train(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Train a detector on COCO data.
+    """Train a detector on data in any common format.
 
     One process by itself; several with `accelerate launch --config_file accelerate_configs/multi_gpu.yaml
     scripts/train_detr.py` and the same options.
@@ -130,8 +139,8 @@ def check_data(
         list[str],
         typer.Argument(
             metavar="D [D ...] [section.key=value]...",
-            help="Data folders, one for each split, the one to train on first; settings that override the "
-            "YAML file's may be given as well.",
+            help="Data sets of any format, one for each split or with all splits, the one to train on first; "
+            "settings that override the YAML file's may be given as well.",
         ),
     ],
     config: Annotated[
@@ -161,9 +170,30 @@ def check_data(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help=f"The data set to convert: {_FORMATS}")],
+    output_dir: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist, or be empty.")
+    ],
+    debug: Debug = False,
+) -> None:
+    """Write a data set of any format as COCO.
+
+    A data set that is split gets a folder for each split: `OUT/train`, `OUT/valid`, `OUT/test`; another one
+    is written into OUT itself. Each has `_annotations.coco.json` beside its images, which are hard links
+    where the file system allows it and copies elsewhere. Ids, the order of the images and sub-folders stay.
+    Faults that training would refuse end it with one line; `check-data SRC` lists them all.
+    """
+    from detr_dist.data.convert import convert as run_convert
+
+    for line in run_convert(source, output_dir):
+        print(line)
+
+
+@app.command()
 def evaluate(
     model: Model,
-    data_dir: Annotated[Path, typer.Option(help="Folder with images and their COCO JSON.")],
+    data_dir: Annotated[Path, typer.Option(help=f"Images and their annotations: {_FORMATS}")],
     predictions: Annotated[
         Path | None, typer.Option(help="Write all detections as COCO results, for pycocotools' loadRes.")
     ] = None,

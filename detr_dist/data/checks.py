@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from detr_dist.config import Config, ModelConfig, load_config
 from detr_dist.data.coco import CocoData, classes_of, differing_classes, to_columns
 from detr_dist.data.columns import Finding, Level, counted, found
-from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats import Split, read_annotations, splits_of
 from detr_dist.data.image_checks import ImageCheck
 from detr_dist.data.images import decoded_name, unlisted_images
 from detr_dist.data.records import check_records
@@ -149,15 +149,15 @@ def check_data(
     open_images: bool,
     as_json: bool,
 ) -> bool:
-    """Print what is wrong or unusual in the data folders among `targets`; the other targets are settings.
+    """Print what is wrong or unusual in the data sets among `targets`; the other targets are settings.
 
     Returns whether there are no errors.
 
     Raises:
         UsageError: no folder is given, or a setting is wrong.
-        DataError: a folder holds no COCO JSON to check.
+        DataError: there is no data set to check.
     """
-    folders = [target for target in targets if "=" not in target or Path(target).is_dir()]
+    folders = [target for target in targets if "=" not in target or Path(target).exists()]
     config = load_config(config_path, [target for target in targets if target not in folders])
     if not folders:
         raise UsageError("no data folder is given; give one or more, the one to train on first")
@@ -169,35 +169,37 @@ def check_data(
 
 
 def check_splits(
-    splits: Sequence[str], config: Config, *, num_queries: int | None, open_images: bool
+    sources: Sequence[str | Split], config: Config, *, num_queries: int | None, open_images: bool
 ) -> Report:
-    """Check all splits; the first is the one to train on, whose classes the others must have."""
+    """Check all splits of the sources; the first is the one to train on, and decides on the classes."""
+    splits = [split for each in sources for split in (splits_of(each) if isinstance(each, str) else [each])]
     settings = CheckSettings(Resize.of(config.data), num_queries)
     image_check = ImageCheck() if open_images else None
     report = Report(settings, open_images, {}, {})
     reference: tuple[str, tuple[str, ...]] | None = None
-    for split in splits:
-        annotations = read_annotations(split)
+    for split, name in ((split, str(split)) for split in splits):
+        annotations = read_annotations(*split, exif=config.data.exif)
         images_dir = annotations.images_dir
         records = check_records(annotations, exif=config.data.exif)
-        not_used = "in the folder that the JSON does not list; they are not used"
-        unlisted = unlisted_images(images_dir, records.listed_files)
+        not_used = "in the folder that the annotations do not list; they are not used"
+        unlisted = unlisted_images(images_dir, records.listed_files) if annotations.has_own_folder else []
         findings = found("unlisted_picture", "image", not_used, unlisted, level="warning") + records.findings
         if len(records.image_ids) and classes_of(records.categories):
             data = to_columns(records, annotations, exif=config.data.exif)
-            reference = reference or (split, data.class_names)
+            reference = reference or (name, data.class_names)
             own = classes_of(records.categories, reference[1])
-            findings += differing_classes(reference[1], own, reference[0], f"in {split}")
+            wanted = [each for each in reference[1] if annotations.lists_classes or each in own]
+            findings += differing_classes(wanted, own, reference[0], f"in {name}")
             findings = [_as_corners(each, len(data.box_classes)) for each in findings]
             findings += _check_repeats(data)
             findings += check_boxes(data, settings, trains=split == splits[0])
-            report.statistics[split] = counts = statistics_of(data, settings)
+            report.statistics[name] = counts = statistics_of(data, settings)
             if counts.num_images > counts.num_empty > MOSTLY_EMPTY_FRACTION * counts.num_images:
                 lost = "without a box, more than half; check that nothing was lost"
                 findings += found("mostly_empty", "image", lost, (), count=counts.num_empty, level="warning")
             if image_check is not None:
-                findings += image_check.check(split, data, records.missing_files)
-        report.findings[split] = sorted(findings, key=lambda finding: finding.level != "error")
+                findings += image_check.check(name, data, records.missing_files)
+        report.findings[name] = sorted(findings, key=lambda finding: finding.level != "error")
     return report
 
 

@@ -102,6 +102,7 @@ class CocoData:
 def load_data(
     source: str | Path,
     *,
+    split: str | None = None,
     classes: Sequence[str] | None = None,
     classes_source: str = "the training data",
     may_lack_classes: bool = False,
@@ -110,19 +111,21 @@ def load_data(
 ) -> CocoData:
     """Read and check a data set of any format.
 
-    With `classes`, the class indices follow their order, matched by name, whatever their ids in the files;
-    with `may_lack_classes` the files may list only some of them. Errors call the origin of `classes` by the
+    `split` is the split to read of a data set that has several. With `classes`, the class indices follow
+    their order, matched by name, whatever their ids in the files; with `may_lack_classes`, or if the format
+    has no list of classes, the files may list only some of them. Errors call the origin of `classes` by the
     text `classes_source`. Without `check_files` no image file needs to exist.
 
     Raises:
         DataError: names the file, the first record at fault, and what to do about it.
     """
-    annotations = read_annotations(source)
+    annotations = read_annotations(source, split, exif=exif)
     records = check_records(annotations, check_files=check_files, needs_classes=classes is None, exif=exif)
     findings = list(records.findings)
     if classes is not None:
         own = classes_of(records.categories, classes)
-        wanted = [name for name in classes if name in own] if may_lack_classes else classes
+        may_lack = may_lack_classes or not annotations.lists_classes
+        wanted = [name for name in classes if name in own] if may_lack else classes
         findings += differing_classes(wanted, own, classes_source, "here")
     for finding in findings:
         if finding.level == "error":

@@ -10,6 +10,7 @@ import numpy as np
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData, load_data
+from detr_dist.data.formats import split_of
 from detr_dist.errors import UsageError
 from detr_dist.text import value_of
 
@@ -109,18 +110,27 @@ def _source(given: Any) -> TrainSource:
     return TrainSource(Path(location), number)
 
 
-def load_sources(sources: Sequence[TrainSource], *, exif: ExifRule = "auto") -> CocoData:
+def load_sources(sources: Sequence[TrainSource], exif: ExifRule = "auto") -> CocoData:
     """Read and check training data from one or several sources; the first one decides on the classes.
+
+    Of a source that is split, the split `train` is read.
 
     Raises:
         DataError: names the file, and what is wrong with it.
     """
-    first = load_data(sources[0].location, exif=exif)
+    splits = [split_of(each.location, "train") for each in sources]
+    first = load_data(splits[0].source, split=splits[0].name, exif=exif)
     if len(sources) == 1:
         return first
-    names, origin = first.class_names, str(sources[0].location)
     others = [
-        load_data(each.location, classes=names, classes_source=origin, exif=exif) for each in sources[1:]
+        load_data(
+            each.source,
+            split=each.name,
+            classes=first.class_names,
+            classes_source=str(splits[0]),
+            exif=exif,
+        )
+        for each in splits[1:]
     ]
     weights = tuple(each.weight for each in sources if each.weight is not None)
     return concatenate([first, *others], weights or None)
@@ -154,8 +164,8 @@ def concatenate(parts: Sequence[CocoData], weights: tuple[float, ...] | None = N
         notices=[notice for part in parts for notice in part.notices],
         file_names=np.concatenate([part.file_names for part in parts]),
         box_offsets=np.concatenate([*offsets, [boxes]]),
-        **columns,
         exif=parts[0].exif,
+        **columns,
         parts=tuple(views),
         weights=weights,
     )

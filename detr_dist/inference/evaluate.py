@@ -15,6 +15,7 @@ from detr_dist import __version__
 from detr_dist.config import Config
 from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
+from detr_dist.data.formats import split_of
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
@@ -72,7 +73,8 @@ def evaluate(
 
     Args:
         model: A loaded model, or a reference for `load_model`.
-        data_dir: A data set with the classes of the model, or some of them.
+        data_dir: A data set with the classes of the model, or some of them. Of one that is split, this
+            takes `val`, else `test`.
         model_thresholds: Compute precision, recall and F1 at the thresholds found in training and saved with
             the model, instead of the best ones for these data.
         overrides: `section.key=value`; the other settings are those that the model was trained with.
@@ -101,8 +103,10 @@ def _evaluate(
     config, skipped = _without_unknown_losses(resolve_precision(model.settings(overrides), host))
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
+    source, split = split_of(data_dir, "val", "test")
     data = load_data(
-        data_dir,
+        source,
+        split=split,
         classes=model.class_names,
         classes_source=model.reference,
         may_lack_classes=True,

@@ -13,6 +13,7 @@ from detr_dist.data.coco import load_data
 from detr_dist.data.columns import counted
 from detr_dist.data.concatenation import TrainDir, TrainSource, load_sources, train_sources
 from detr_dist.data.dataset import training_dataset
+from detr_dist.data.formats import Split, split_of, split_to_validate_on
 from detr_dist.data.loading import Need, check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import DataError, StopRequested, UsageError
@@ -45,7 +46,7 @@ def train(
     config: Config,
     *,
     train_dir: TrainDir | Sequence[TrainDir],
-    val_dir: str | Path,
+    val_dir: str | Path | None = None,
     output_dir: str | Path,
     resume: str | None = None,
     init_from: str | None = None,
@@ -59,10 +60,10 @@ def train(
 
     Args:
         config: The configuration, e.g. from `Config.load`.
-        train_dir: Data set to train on: a folder with images and their COCO JSON; or a list of data sets with
+        train_dir: Data set to train on, in one of the formats of docs/data.md; or a list of data sets with
             the same classes, by path, as texts `DIR=WEIGHT`, or as pairs of path and weight, which is the
             part of a data set in every epoch, relative to that of the others.
-        val_dir: Data set to evaluate on.
+        val_dir: Data set to evaluate on; None: the split `val` of `train_dir`.
         output_dir: Folder for checkpoints, the best model and results.
         resume: `auto`, a checkpoint's folder, a run id or an artifact URI: continue that run exactly.
         init_from: A model whose weights to start from.
@@ -77,7 +78,7 @@ def train(
         KeyboardInterrupt: Ctrl-C without `handle_signals`; the tracked run becomes KILLED.
     """
     _check_types(config, callbacks=callbacks, trackers=trackers)
-    folders = train_sources(train_dir), Path(val_dir), Path(output_dir)
+    folders = train_sources(train_dir), None if val_dir is None else Path(val_dir), Path(output_dir)
     with _prepared(config, *folders, resume=resume, init_from=init_from) as setup:
         signals = StopSignals(setup.host.rendezvous.watch.hurry)
         is_main_thread = threading.current_thread() is threading.main_thread()
@@ -89,7 +90,7 @@ def dry_run(
     config: Config,
     *,
     train_dir: TrainDir | Sequence[TrainDir],
-    val_dir: Path,
+    val_dir: Path | None = None,
     output_dir: Path,
     resume: str | None = None,
     init_from: str | None = None,
@@ -146,7 +147,7 @@ def _check_types(config: object, **collections: object) -> None:
 def _prepared(
     config: Config,
     sources: list[TrainSource],
-    val_dir: Path,
+    val_dir: Path | None,
     output_dir: Path,
     *,
     resume: str | None,
@@ -167,11 +168,14 @@ def _prepared(
             import_extensions(settings.extensions)
             if host.is_main_process:
                 check_output(output_dir)
-                if is_dry:
-                    _check_data(config, sources, val_dir)
+        val = split_to_validate_on([each.location for each in sources], val_dir)
+        with host.failing_together():
+            if host.is_main_process and is_dry:
+                _check_data(config, sources, val)
         config = resolve_precision(config, host)
-        train_data = load_sources(sources, exif=config.data.exif)
-        val_data = load_data(val_dir, classes=train_data.class_names, exif=config.data.exif)
+        exif = config.data.exif
+        train_data = load_sources(sources, exif)
+        val_data = load_data(val.source, split=val.name, classes=train_data.class_names, exif=exif)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
@@ -191,8 +195,8 @@ def _prepared(
         yield setup
 
 
-def _check_data(config: Config, sources: list[TrainSource], val_dir: Path) -> None:
-    splits = [*(str(source.location) for source in sources), str(val_dir)]
+def _check_data(config: Config, sources: list[TrainSource], val: Split) -> None:
+    splits = [*(split_of(source.location, "train") for source in sources), val]
     report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
     _log_lines(report.lines())
     if report.num_errors:

@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from detr_dist.config_types import ExifRule
 from detr_dist.data.formats.annotations import Annotations
 from detr_dist.errors import DataError
 from detr_dist.text import list_names, value_of
 
 
-def read_coco(folder: Path) -> Annotations:
+def read_coco(folder: Path, _: ExifRule) -> Annotations:
     """Read the COCO JSON of a data folder."""
     path, images_dir = find_annotations(folder)
     return Annotations(path, images_dir, read_document(path))

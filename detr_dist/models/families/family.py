@@ -143,9 +143,10 @@ class Family:
 
     def num_queries_in(self, network_config: PreTrainedConfig) -> int | None:
         """Return the largest number of objects that a network of this configuration finds in an image."""
+        num_queries = self.shape_of(network_config).get("num_queries")
         if getattr(network_config, "two_stage", False):
-            return cast(int, network_config.two_stage_num_proposals)
-        return self.shape_of(network_config).get("num_queries")
+            num_queries = getattr(network_config, "two_stage_num_proposals", num_queries)
+        return cast(int | None, num_queries)
 
     def loss_settings(
         self, network_config: PreTrainedConfig, class_loss: ClassLoss | None = None

@@ -95,23 +95,6 @@ def test_the_loss_is_the_sum_over_images_that_are_not_padded(
         assert metrics[name] == pytest.approx(expected, rel=1e-5), name  # float32 in another order
 
 
-@pytest.mark.parametrize("architecture", ["detr", "conditional_detr"])
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_class_weights_apply_to_the_validation_loss(
-    architecture: str, batch_size: int, data: CocoData
-) -> None:
-    settings = config(architecture, batch_size=batch_size)
-    weighted = settings.model_copy(update={"loss": LossConfig(class_weights={"ball": 5.0})})
-    detector = new_detector(settings, data)
-    plain, found = evaluated(settings, data, detector), evaluated(weighted, data, detector)
-    assert found["loss_bbox"] == plain["loss_bbox"]
-    assert found["loss_ce"] != pytest.approx(plain["loss_ce"], rel=1e-3)
-    expected = evaluated(
-        weighted.model_copy(update={"training": config(batch_size=3).training}), data, detector
-    )
-    assert found["loss_ce"] == pytest.approx(expected["loss_ce"], rel=1e-5)  # float32 in another order
-
-
 def test_photographs_that_are_stored_rotated_have_the_metrics_of_upright_ones(
     data: CocoData, tmp_path: Path
 ) -> None:
@@ -132,6 +115,23 @@ def test_photographs_that_are_stored_rotated_have_the_metrics_of_upright_ones(
         for name in ("upright", "rotated")
     )
     assert rotated == upright
+
+
+@pytest.mark.parametrize("architecture", ["detr", "conditional_detr"])
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_class_weights_apply_to_the_validation_loss(
+    architecture: str, batch_size: int, data: CocoData
+) -> None:
+    settings = config(architecture, batch_size=batch_size)
+    weighted = settings.model_copy(update={"loss": LossConfig(class_weights={"ball": 5.0})})
+    detector = new_detector(settings, data)
+    plain, found = evaluated(settings, data, detector), evaluated(weighted, data, detector)
+    assert found["loss_bbox"] == plain["loss_bbox"]
+    assert found["loss_ce"] != pytest.approx(plain["loss_ce"], rel=1e-3)
+    expected = evaluated(
+        weighted.model_copy(update={"training": config(batch_size=3).training}), data, detector
+    )
+    assert found["loss_ce"] == pytest.approx(expected["loss_ce"], rel=1e-5)  # float32 in another order
 
 
 def test_an_image_counts_at_most_as_many_boxes_as_there_are_queries(data: CocoData) -> None:

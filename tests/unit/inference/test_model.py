@@ -228,7 +228,7 @@ def test_a_prediction_during_a_training_leaves_its_settings_unchanged(model: Tra
     image = np.zeros((64, 96, 3), np.uint8)
     expected = model.predict(image, threshold=0, overrides=["training.tf32=false"])
     with group_of_processes():
-        data, pixels = as_data_set([image], model.class_names)
+        data, pixels = as_data_set([image], model.class_names, "auto")
         config, environment = model.prediction_settings(["training.tf32=false"]), dict(os.environ)
         with closing(model.find_objects(data, config, pixels)) as all_predicted:
             records = next(all_predicted).records

@@ -107,6 +107,12 @@ def test_a_name_belongs_to_the_module_that_registered_it_first() -> None:
         detr_dist.register_family(dataclasses.replace(TABLE, name="detr"))
 
 
+def test_an_option_of_another_family_leaves_the_number_of_queries_known() -> None:
+    """Building the network reports the option."""
+    config = ModelConfig(num_queries=7, config_overrides={"two_stage": True})
+    assert num_queries_of(config) == 7
+
+
 def test_an_unregistered_family_fails_with_one_line(tiny_detector) -> None:
     with pytest.raises(UsageError, match=r"no family 'yours'; known are detr, .*training\.extensions"):
         tiny_detector("yours")

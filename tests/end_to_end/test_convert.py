@@ -1,0 +1,145 @@
+"""Data sets of any format in the commands: the same training as from COCO, and `detr-dist convert`."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness.formats import WRITERS, zipped
+
+from detr_dist.data.coco import CocoData, load_data
+
+JSON = "_annotations.coco.json"
+SPLITS = ("train", "val")
+
+
+@pytest.fixture(scope="module")
+def coco(easy_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy `easy_data` with class names whose alphabetical order, as in Pascal VOC, is that of the ids."""
+    folder = Path(shutil.copytree(easy_data, tmp_path_factory.mktemp("formats") / "coco"))
+    for path in folder.glob(f"*/{JSON}"):
+        document = json.loads(path.read_text())
+        document["categories"] = [{"id": 1, "name": "ball"}, {"id": 2, "name": "player"}]
+        path.write_text(json.dumps(document))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def originals(coco: Path) -> dict[str, CocoData]:
+    return {split: load_data(coco / split) for split in SPLITS}
+
+
+def test_training_is_the_same_from_all_formats(workplace, coco: Path, originals: dict[str, CocoData]) -> None:
+    os.environ["DETR_DIST_CACHE"] = str(workplace.folder / "cache")
+    sources = {name: write(originals, workplace.folder / "data" / name) for name, write in WRITERS.items()}
+    sources["zip"] = zipped(workplace.folder / "data" / "yolo")
+    settings = ("--config", workplace.config, "training.max_steps=10", "training.learning_rate=0.002")
+    options = {"coco": ("--train-dir", coco / "train", "--val-dir", coco / "val")}
+    options |= {name: ("--train-dir", source) for name, source in sources.items()}
+    losses, metrics = {}, {}
+    for name, option in options.items():
+        finished = workplace.run("train", *option, "--output-dir", f"out/{name}", *settings)
+        assert finished.returncode == 0, finished.stderr
+        assert "are the same data" not in finished.stdout
+        losses[name] = [value for _, value in workplace.history("train_loss", f"out/{name}")]
+        results = workplace.results(f"out/{name}")["metrics"]
+        metrics[name] = {key: value for key, value in results.items() if "seconds" not in key}
+    assert len(losses["coco"]) == 10
+    assert metrics["coco"]["val_mar_100"] > 0
+    for name in ("voc", "cvat"):
+        assert losses[name] == losses["coco"]
+        assert metrics[name] == metrics["coco"]
+    for name in ("yolo", "zip"):  # boxes as fractions of the image differ in their last digit
+        np.testing.assert_allclose(losses[name], losses["coco"], rtol=1e-4)
+        assert metrics[name] == pytest.approx(metrics["coco"], rel=1e-3, abs=1e-4)
+    assert losses["zip"] == losses["yolo"]
+
+
+def test_training_needs_a_split_to_validate_on(workplace, coco: Path) -> None:
+    command = ("train", "--config", workplace.config, "--output-dir", "out", "--train-dir")
+    finished = workplace.run(*command, coco / "train")
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert f"--val-dir is missing, and {coco / 'train'} has no split 'val'" in line
+
+
+def test_check_data_checks_all_splits_of_a_source(workplace, originals: dict[str, CocoData]) -> None:
+    source = WRITERS["yolo"](originals, workplace.folder / "yolo")
+    (workplace.folder / "yolo" / "labels" / "val" / "val_001.txt").write_text("5 0.5 0.5 0.1 0.1\n")
+    report = json.loads(workplace.run("check-data", "--json", "--quick", source).stdout)
+    assert [each["split"] for each in report["splits"]] == [f"{source} (train)", f"{source} (val)"]
+    (error,) = (each for each in report["findings"] if each["level"] == "error")
+    assert (error["split"], error["kind"]) == (f"{source} (val)", "unknown_class")
+    assert error["examples"] == ["labels/val/val_001.txt:1: class '5', but 'names' has 0 to 1"]
+
+
+def test_converted_data_give_the_same_columns(workplace, originals: dict[str, CocoData]) -> None:
+    source = WRITERS["yolo"](originals, workplace.folder / "yolo")
+    finished = workplace.run("convert", source, "coco")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines() == [
+        f"coco/train: 96 images, {len(originals['train'].box_classes)} boxes",
+        f"coco/valid: 7 images, {len(originals['val'].box_classes)} boxes",
+    ]
+    assert sorted(path.name for path in workplace.folder.glob("coco/*")) == ["train", "valid"]
+    for split, folder in (("train", "train"), ("val", "valid")):
+        before, after = load_data(source, split=split), load_data(workplace.folder / "coco" / folder)
+        assert after.fingerprint() == before.fingerprint()
+        for column in ("image_ids", "annotation_ids", "areas"):
+            np.testing.assert_array_equal(getattr(after, column), getattr(before, column))
+        assert (after.class_names, after.category_ids) == (before.class_names, before.category_ids)
+        assert Path(after.image_path(0)).samefile(before.image_path(0)), "a hard link"
+    assert load_data(workplace.folder / "coco", split="val").class_names == ("ball", "player")
+
+
+def test_conversion_keeps_ids_crowds_and_sub_folders(workplace, tiny_data: Path) -> None:
+    document = json.loads((tiny_data / "val" / JSON).read_text())
+    source = workplace.folder / "source"
+    for i, image in enumerate(document["images"][:2]):
+        target = source / "ab"[i] / "1.jpg"
+        target.parent.mkdir(parents=True)
+        shutil.copy(tiny_data / "val" / image["file_name"], target)
+        image |= {"file_name": f"{'ab'[i]}/1.jpg", "id": 1000 - i}
+    boxes = [
+        {"id": 70, "image_id": 999, "category_id": 5, "bbox": [1, 2, 3, 4.5], "area": 7.25, "iscrowd": 1},
+        {"id": 60, "image_id": 1000, "category_id": 9, "bbox": [1, 2, 3, 4]},
+    ]
+    categories = [{"id": 9, "name": "ball", "supercategory": "all"}, {"id": 5, "name": "player"}]
+    document = {"images": document["images"][:2], "annotations": boxes, "categories": categories}
+    (source / JSON).write_text(json.dumps(document))
+    finished = workplace.run("convert", "source", "out")
+    assert finished.returncode == 0, finished.stderr
+    before, after = load_data(source), load_data(workplace.folder / "out")
+    assert after.fingerprint() == before.fingerprint()
+    assert after.image_ids.tolist() == [1000, 999]
+    assert after.annotation_ids.tolist() == [60, 70]
+    assert after.category_ids == (5, 9)
+    assert after.areas.tolist() == [12, 7.25]
+    assert after.image_path(1) == workplace.folder / "out" / "b" / "1.jpg"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["data", "full"], 2, "OUT full: already exists; delete it or choose another"),
+        (["nowhere", "out"], 1, "nowhere: does not exist"),
+        (["broken", "out"], 1, "1 image of 7 missing in broken"),
+    ],
+)
+def test_what_cannot_be_converted_leaves_nothing(
+    arguments: list[str], code: int, message: str, workplace, tiny_data: Path
+) -> None:
+    folder = workplace.folder
+    (folder / "full").mkdir()
+    (folder / "full" / "a").touch()
+    shutil.copytree(tiny_data / "val", folder / "data")
+    shutil.copytree(tiny_data / "val", folder / "broken")
+    (folder / "broken" / "001.jpg").unlink()
+    finished = workplace.run("convert", *arguments)
+    assert finished.returncode == code
+    (line,) = finished.stderr.splitlines()
+    assert message in line
+    assert not (folder / "out").exists()
+    assert not list(folder.glob(".*.partial"))
