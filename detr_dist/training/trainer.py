@@ -165,13 +165,14 @@ def _prepared(
             import_extensions(settings.extensions)
             if host.is_main_process:
                 check_output(output_dir)
-        train, val = split_of(train_dir, "train"), split_to_validate_on(train_dir, val_dir)
+        train_split = split_of(train_dir, "train")
+        val_split = split_to_validate_on(train_dir, val_dir)
         with host.failing_together():
             if host.is_main_process and is_dry:
-                _check_data(config, train, val)
+                _check_data(config, train_split, val_split)
         config = resolve_precision(config, host)
-        train_data = load_data(train.source, split=train.name)
-        val_data = load_data(val.source, split=val.name, classes=train_data.class_names)
+        train_data = load_data(train_split.source, split=train_split.name)
+        val_data = load_data(val_split.source, split=val_split.name, classes=train_data.class_names)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,
