@@ -103,9 +103,9 @@ class _Subset:
                 edges = f"xtl {x1:g}, ytl {y1:g}, xbr {x2:g}, ybr {y2:g}"
                 self._faults.add("negative_box", examples=[f"{where}: {edges}"])
             else:
-                box = {"image_id": image_id, "category_id": labels.index(label) + 1}
-                box |= {"id": len(self._boxes) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "origin": where}
-                self._boxes.append(box)
+                ids = {"id": len(self._boxes) + 1, "image_id": image_id}
+                category_id, box = labels.index(label) + 1, [x1, y1, x2 - x1, y2 - y1]
+                self._boxes.append({**ids, "category_id": category_id, "bbox": box, "origin": where})
 
     def annotations(self, path: Path, labels: list[str], split: str) -> Annotations:
         """Return the annotations of this subset of the images of a CVAT XML."""
@@ -130,7 +130,7 @@ class _Subset:
 
 def _file_name(folder: Path, image: dict[str, Any], listings: dict[str, set[str]]) -> str:
     """Return the path of an image relative to the XML file, beside it or in `images/`."""
-    name, subset = image["file_name"], image["subset"]
+    name, subset = str(image["file_name"]), image["subset"]
     tried = [f"images/{name}", f"images/{subset}/{name}", name]
     for each in tried:
         parent, base = split_path(each)
