@@ -1,6 +1,7 @@
 """`detr-dist convert`: a data set of any format, written as COCO."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from posixpath import normpath
@@ -12,6 +13,8 @@ from detr_dist.data.formats import splits_of
 from detr_dist.data.images import decoded_name, path_of
 from detr_dist.errors import DataError
 from detr_dist.storage import check_new, link_or_copy, new_folder, write_text
+
+_logger = logging.getLogger(__name__)
 
 ANNOTATIONS_NAME = "_annotations.coco.json"
 
@@ -37,6 +40,8 @@ def convert(source: Path, output_dir: Path) -> list[str]:
     try:
         with new_folder(output_dir, flush=False) as partial:
             for name, data in data_of.items():
+                for notice in data.notices:
+                    _logger.info(notice)
                 write_coco(data, partial / name, ids)
     except OSError as error:
         raise DataError(f"{error.filename or output_dir}: {error.strerror}; nothing was written") from None

@@ -105,8 +105,8 @@ class _Subset:
                 self._faults.add("negative_box", examples=[f"{where}: {edges}"])
             else:
                 ids = {"id": len(self._boxes) + 1, "image_id": image_id}
-                box = {"category_id": labels.index(label) + 1, "bbox": [x1, y1, x2 - x1, y2 - y1]}
-                self._boxes.append({**ids, **box, "origin": where})
+                category_id, box = labels.index(label) + 1, [x1, y1, x2 - x1, y2 - y1]
+                self._boxes.append({**ids, "category_id": category_id, "bbox": box, "origin": where})
 
     def annotations(self, path: Path, labels: list[str], split: str, _: ExifRule) -> Annotations:
         """Return the annotations of this subset of the images of a CVAT XML."""
