@@ -139,17 +139,56 @@ def check_data(
     """Report what is wrong or unusual in a data set before training on it.
 
     Finds images that are missing, cannot be decoded, or differ in size from the JSON; records, boxes, ids
-    and classes that training would refuse, repair or leave out; and images that are in two splits or look
-    like an image of another split. Shows how many boxes each class has by size after the configured resize.
+    and classes that training would refuse, repair or leave out; images that are in two splits or look like
+    an image of another split, and clips that are in two splits by file name; and classes that are too small
+    for the configured model. Shows how many boxes each class has by size after the configured resize.
 
     Exits with 1 if there is any error, and with 0 if there are only warnings. `train` runs the fast checks
     itself.
     """
     from detr_dist.data.checks import check_data as run_check
-    from detr_dist.models.families import num_queries_of
+    from detr_dist.models.families import finest_stride_of, num_queries_of
 
-    if not run_check(targets, config, num_queries_of=num_queries_of, open_images=not quick, as_json=as_json):
+    if not run_check(
+        targets,
+        config,
+        num_queries_of=num_queries_of,
+        finest_stride_of=finest_stride_of,
+        open_images=not quick,
+        as_json=as_json,
+    ):
         raise SystemExit(1)
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(metavar="D", help="The data set.")],
+    output_dir: Annotated[
+        Path,
+        typer.Argument(metavar="OUT", help="Folder to make `train`, `valid` and, with --test, `test` in."),
+    ],
+    val: Annotated[float, typer.Option(help="Fraction of the images to validate on.")] = 0.2,
+    test: Annotated[float | None, typer.Option(help="Fraction of the images to test on.")] = None,
+    by: Annotated[
+        str,
+        typer.Option(
+            help="How to tell clips apart: `clip`, by the file name before the frame number, or by "
+            "look-alike images if the names do not tell; `folder`; or a regular expression, whose first "
+            "group or whole match in the file name, with its folders, is the clip."
+        ),
+    ] = "clip",
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same split.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Split a data set into COCO folders, with all frames of a clip on one side.
+
+    The fractions of images are as close to the wanted ones as whole clips allow, and rare classes are on
+    every side if enough clips show them. Images are hard links where the file system allows them, else
+    copies. docs/data.md explains it.
+    """
+    from detr_dist.data.split import split_data
+
+    split_data(source, output_dir, val=val, test=test, by=by, seed=seed)
 
 
 @app.command()

@@ -27,18 +27,20 @@ _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary folder to fill; then flush it to disk and rename it to `folder`, replacing that.
 
     All files become readable to everyone who may read the folder, because some libraries write theirs for the
-    owner alone. After an exception `folder` is unchanged and the temporary folder is removed.
+    owner alone. After an exception `folder` is unchanged and the temporary folder is removed. Without `flush`
+    the files are neither changed nor flushed one by one: they may be links to files of others, or very many.
     """
     _finish(folder)
     partial, replaced = _partial(folder), _replaced(folder)
     partial.mkdir(parents=True)
     try:
         yield partial
-        _flush(partial)
+        if flush:
+            _flush(partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
 from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
 from detr_dist.data.records import RULES
+from detr_dist.errors import DataError
 from detr_dist.progress_bar import ProgressBar
 
 IMAGES_AT_A_TIME = 256
@@ -126,6 +127,31 @@ class ImageCheck:
             for i in np.flatnonzero(likeness.max(axis=1) > LOOKALIKE_CORRELATION).tolist():
                 alike.append(f"{names[start + i]} is like {files[nearest[i]]}")
         return alike
+
+
+def lookalike_groups(images_dir: Path, names: Sequence[str]) -> list[int]:
+    """Return a number for each image, equal for images that look alike, also through others in between.
+
+    The images of a shot look like their neighbours in time, and so form one group.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    thumbnails = []
+    for _, image in _look_at_all(images_dir, list(names), "looking for clips"):
+        if image.thumbnail is None:
+            raise DataError(f"{image.failure}; restore or remove it")
+        thumbnails.append(image.thumbnail)
+    every = np.array(thumbnails)
+    groups = np.arange(len(every))
+    for start in range(0, len(every), COMPARED_AT_A_TIME):
+        likeness = every[start : start + COMPARED_AT_A_TIME] @ every.T
+        for i, is_alike in enumerate(likeness > LOOKALIKE_CORRELATION, start):
+            linked = np.union1d(groups[is_alike], groups[i])
+            if len(linked) > 1:
+                groups[np.isin(groups, linked)] = linked[0]
+    numbers: list[int] = groups.tolist()
+    return numbers
 
 
 def _look_at_all(images_dir: Path, names: list[str], split: str) -> Iterator[tuple[str, _Summary]]:
