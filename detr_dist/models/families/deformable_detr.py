@@ -25,7 +25,7 @@ def finest_stride(network_config: PreTrainedConfig) -> int:
     if network_config.num_feature_levels == 1:
         return stride_of_last_map(network_config)
     indices = network_config.backbone_config.out_indices
-    return LAST_STRIDE >> (max(indices) - min(indices))
+    return LAST_STRIDE >> int(max(indices) - min(indices))
 
 
 def begin(network: PreTrainedModel) -> None:

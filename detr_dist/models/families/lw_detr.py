@@ -110,7 +110,7 @@ def size_multiple(network_config: PreTrainedConfig) -> int:
 def finest_stride(network_config: PreTrainedConfig) -> int:
     """Return the pixels of a patch, divided by the factor by which the projector enlarges their map."""
     factors = getattr(network_config, "projector_scale_factors", None) or (1.0,)
-    return round(network_config.backbone_config.patch_size / max(factors))
+    return int(network_config.backbone_config.patch_size / max(factors))
 
 
 def derived(options: dict[str, Any]) -> dict[str, Any]:
