@@ -9,8 +9,10 @@ from typing import Annotated
 
 import typer
 
+from detr_dist import data_commands
 from detr_dist.config import DEFAULT_TRACKING_URI, describe_keys, load_config
 from detr_dist.console import configure_logging, exiting_with_code, make_robust, refuse_empty
+from detr_dist.data_commands import FORMATS, Debug
 from detr_dist.errors import UsageError
 from detr_dist.redaction import redacted_output
 
@@ -22,13 +24,10 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error as well.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[section.key=value]...", help="Settings that override the YAML file's."),
 ]
-
-
 Model = Annotated[
     str,
     typer.Option(
@@ -39,12 +38,6 @@ Model = Annotated[
 TrackingUri = Annotated[
     str, typer.Option(envvar="MLFLOW_TRACKING_URI", help="Where MLflow keeps runs and registry.")
 ]
-
-
-_FORMATS = (
-    "a folder with COCO JSON, YOLO's data.yaml or its folder, a Pascal VOC folder, CVAT's XML, or a .zip of "
-    "any of them (docs/data.md)."
-)
 
 
 def _keys_help() -> str:
@@ -59,7 +52,7 @@ def train(
         list[str],
         typer.Option(
             metavar="DIR[=WEIGHT]",
-            help=f"Training images and their annotations: {_FORMATS} Give the option several times to "
+            help=f"Training images and their annotations: {FORMATS} Give the option several times to "
             "train on several data sets with the same classes; with weights, each makes up that part of "
             "every epoch, relative to the others, e.g. `--train-dir a=1 --train-dir b=3`.",
         ),
@@ -118,82 +111,19 @@ def train(
     )
 
 
-@app.command()
-def make_data(
-    output_dir: Annotated[Path, typer.Argument(help="Folder to make `train` and `val` in.")],
-    num_train: Annotated[int, typer.Option(help="Scenes to train on.")] = 512,
-    num_val: Annotated[int, typer.Option(help="Scenes to validate on.")] = 128,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
-    debug: Debug = False,
-) -> None:
-    """Generate match scenes with players and a ball, as images and COCO JSON."""
-    from detr_dist.data.synthetic import make_data as generate
-
-    generate(output_dir, num_train=num_train, num_val=num_val, seed=seed)
-    print(f"{num_train} scenes in {output_dir / 'train'}, {num_val} in {output_dir / 'val'}")
-
-
-@app.command()
-def check_data(
-    targets: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="D [D ...] [section.key=value]...",
-            help="Data sets of any format, one for each split or with all splits, the one to train on first; "
-            "settings that override the YAML file's may be given as well.",
-        ),
-    ],
-    config: Annotated[
-        Path | None,
-        typer.Option(help="YAML file with the settings; data.resize with its edges, and model.*, count."),
-    ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Open no image.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
-    debug: Debug = False,
-) -> None:
-    """Report what is wrong or unusual in a data set before training on it.
-
-    Finds images that are missing, cannot be decoded, or differ in size from the JSON; records, boxes, ids
-    and classes that training would refuse, repair or leave out; and images that are in two splits or look
-    like an image of another split. Shows how many boxes each class has by size after the configured resize.
-
-    Exits with 1 if there is any error, and with 0 if there are only warnings. `train` runs the fast checks
-    itself.
-    """
-    from detr_dist.data.checks import check_data as run_check
-    from detr_dist.models.families import num_queries_of
-
-    if not run_check(targets, config, num_queries_of=num_queries_of, open_images=not quick, as_json=as_json):
-        raise SystemExit(1)
-
-
-@app.command()
-def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help=f"The data set to convert: {_FORMATS}")],
-    output_dir: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder to make; it must not exist, or be empty.")
-    ],
-    debug: Debug = False,
-) -> None:
-    """Write a data set of any format as COCO.
-
-    A data set that is split gets a folder for each split: `OUT/train`, `OUT/valid`, `OUT/test`; another one
-    is written into OUT itself. Each has `_annotations.coco.json` beside its images, which are hard links
-    where the file system allows it and copies elsewhere. Ids, the order of the images and sub-folders stay.
-    Faults that training would refuse end it with one line; `check-data SRC` lists them all.
-    """
-    from detr_dist.data.convert import convert as run_convert
-
-    for line in run_convert(source, output_dir):
-        print(line)
+for _command in (
+    data_commands.make_data,
+    data_commands.check_data,
+    data_commands.convert,
+    data_commands.split,
+):
+    app.command()(_command)
 
 
 @app.command()
 def evaluate(
     model: Model,
-    data_dir: Annotated[Path, typer.Option(help=f"Images and their annotations: {_FORMATS}")],
+    data_dir: Annotated[Path, typer.Option(help=f"Images and their annotations: {FORMATS}")],
     predictions: Annotated[
         Path | None, typer.Option(help="Write all detections as COCO results, for pycocotools' loadRes.")
     ] = None,

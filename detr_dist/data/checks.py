@@ -14,6 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detr_dist.config import Config, ModelConfig, load_config
+from detr_dist.data.box_sizes import (
+    CheckSettings,
+    Statistics,
+    describe,
+    small_classes,
+    statistics_of,
+    tiny_boxes,
+)
+from detr_dist.data.clips import clips_in_two_splits
 from detr_dist.data.coco import CocoData, classes_of, differing_classes, to_columns
 from detr_dist.data.columns import Finding, Level, counted, found
 from detr_dist.data.formats import Split, read_annotations, splits_of
@@ -23,13 +32,6 @@ from detr_dist.data.records import check_records
 from detr_dist.errors import UsageError
 from detr_dist.resize import Resize
 from detr_dist.text import printable
-
-SIDE_BANDS_PX = (4, 8, 16, 32, 96)
-"""Limits between the bands of sizes. Detectors of this family see one value for each 32x32 or 8x8 pixels;
-32 and 96 are COCO's limits of small and large."""
-
-BAND_NAMES = ("<4", "4-8", "8-16", "16-32", "32-96", ">=96")
-TINY_SIDE_PX = SIDE_BANDS_PX[0]
 
 DUPLICATE_IOU = 0.8
 """Boxes of one class with at least this IoU are duplicates: two objects hardly ever overlap that much."""
@@ -41,46 +43,11 @@ are probably a corner."""
 
 MOSTLY_EMPTY_FRACTION = 0.5
 
-
-@dataclass(frozen=True, slots=True)
-class CheckSettings:
-    """The settings that the checks depend on."""
-
-    resize: Resize
-    num_queries: int | None  # None if it is unknown
-
-    def as_document(self) -> dict[str, Any]:
-        """Return the settings as a JSON object, by their configuration keys."""
-        edges = asdict(self.resize)
-        return {"resize": edges.pop("mode"), **edges, "num_queries": self.num_queries}
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Statistics:
-    """Counts of images, and of the boxes used for training (all but crowds)."""
-
-    num_images: int
-    num_empty: int
-    most_boxes: int  # in one image
-    num_boxes_by_band: dict[str, list[int]]  # of each class
-
-    @property
-    def num_boxes(self) -> int:
-        """Number of boxes of all classes and sizes."""
-        return sum(map(sum, self.num_boxes_by_band.values()))
-
-    def as_document(self) -> dict[str, Any]:
-        """Return the statistics as a JSON object."""
-        return {
-            "images": self.num_images,
-            "empty_images": self.num_empty,
-            "boxes": self.num_boxes,
-            "most_boxes_in_an_image": self.most_boxes,
-            "boxes_by_class_and_resized_side_px": {
-                name: dict(zip(BAND_NAMES, bands, strict=True))
-                for name, bands in self.num_boxes_by_band.items()
-            },
-        }
+RESERVATIONS = {
+    "class_too_small": "not every class is large enough for the model",
+    "clip_in_two_splits": "clips in two splits make the metrics too good",
+}
+"""Warnings that the verdict repeats: a run would succeed, and its result disappoint."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +76,17 @@ class Report:
     def verdict(self) -> str:
         """Return the counts of errors and warnings, and whether the data is ready to train on."""
         counts = f"{counted(self.num_errors, 'error')}, {counted(self.num_warnings, 'warning')}"
-        return f"{counts}: {'not ready' if self.num_errors else 'ready'} to train"
+        if self.num_errors:
+            return f"{counts}: not ready to train"
+        kinds = {finding.kind for findings in self.findings.values() for finding in findings}
+        reservations = " and ".join(text for kind, text in RESERVATIONS.items() if kind in kinds)
+        return f"{counts}: ready to train{reservations and f', but {reservations}'}"
 
     def lines(self) -> Iterator[str]:
         """Yield the report as text, the verdict last."""
         for split, findings in self.findings.items():
             if split in self.statistics:
-                yield from _describe(split, self.statistics[split], self.settings)
+                yield from describe(split, self.statistics[split], self.settings)
             else:
                 yield f"{printable(split)}: nothing that could be counted"
             yield from (f"  {finding.level}: {finding}" for finding in findings)
@@ -146,6 +117,7 @@ def check_data(
     config_path: Path | None,
     *,
     num_queries_of: Callable[[ModelConfig], int | None],
+    finest_stride_of: Callable[[ModelConfig], int | None],
     open_images: bool,
     as_json: bool,
 ) -> bool:
@@ -162,21 +134,32 @@ def check_data(
     if not folders:
         raise UsageError("no data folder is given; give one or more, the one to train on first")
     splits = list({Path(folder).resolve(): folder for folder in reversed(folders)}.values())[::-1]
-    num_queries = num_queries_of(config.model)
-    report = check_splits(splits, config, num_queries=num_queries, open_images=open_images)
+    report = check_splits(
+        splits,
+        config,
+        num_queries=num_queries_of(config.model),
+        finest_stride=finest_stride_of(config.model),
+        open_images=open_images,
+    )
     print(json.dumps(report.as_document(), indent=2) if as_json else "\n".join(report.lines()))
     return report.num_errors == 0
 
 
 def check_splits(
-    sources: Sequence[str | Split], config: Config, *, num_queries: int | None, open_images: bool
+    sources: Sequence[str | Split],
+    config: Config,
+    *,
+    num_queries: int | None,
+    finest_stride: int | None,
+    open_images: bool,
 ) -> Report:
     """Check all splits of the sources; the first is the one to train on, and decides on the classes."""
     splits = [split for each in sources for split in (splits_of(each) if isinstance(each, str) else [each])]
-    settings = CheckSettings(Resize.of(config.data), num_queries)
+    settings = CheckSettings(Resize.of(config.data), num_queries, finest_stride)
     image_check = ImageCheck() if open_images else None
     report = Report(settings, open_images, {}, {})
     reference: tuple[str, tuple[str, ...]] | None = None
+    listed: dict[str, list[str]] = {}
     for split, name in ((split, str(split)) for split in splits):
         annotations = read_annotations(*split, exif=config.data.exif)
         images_dir = annotations.images_dir
@@ -199,7 +182,10 @@ def check_splits(
                 findings += found("mostly_empty", "image", lost, (), count=counts.num_empty, level="warning")
             if image_check is not None:
                 findings += image_check.check(name, data, records.missing_files)
-        report.findings[name] = sorted(findings, key=lambda finding: finding.level != "error")
+        report.findings[name] = findings
+        listed[name] = records.listed_files
+    for name, both in clips_in_two_splits(listed).items():
+        report.findings[name] = sorted(report.findings[name] + both, key=lambda each: each.level != "error")
     return report
 
 
@@ -242,7 +228,8 @@ def check_boxes(data: CocoData, settings: CheckSettings, *, trains: bool = False
         in_fractions = "inside the first pixel of their image, as all are; give pixels, not fractions"
         findings += found("boxes_in_fractions", "box", in_fractions, (), count=len(single))
     else:
-        findings += _tiny_boxes(data, settings)
+        findings += tiny_boxes(data, settings)
+        findings += small_classes(data, settings)
     refused: Level = "error" if trains else "warning"  # only training refuses it
     if settings.num_queries is not None:
         num_boxes, limit = data.num_boxes, settings.num_queries
@@ -259,42 +246,6 @@ def check_boxes(data: CocoData, settings: CheckSettings, *, trains: bool = False
         without = "without a box; check that it is the right file"
         findings += found("no_boxes", "split", without, (), count=1, level=refused)
     return findings
-
-
-def statistics_of(data: CocoData, settings: CheckSettings) -> Statistics:
-    """Count images and boxes by class and size after the resize."""
-    single = ~data.iscrowd
-    bands = np.digitize(resized_sides(data, settings)[single], SIDE_BANDS_PX)
-    cells = data.box_classes[single] * len(BAND_NAMES) + bands
-    table = np.bincount(cells, minlength=data.num_classes * len(BAND_NAMES)).reshape(-1, len(BAND_NAMES))
-    return Statistics(
-        num_images=len(data),
-        num_empty=int((data.num_boxes == 0).sum()),
-        most_boxes=data.max_boxes_per_image,
-        num_boxes_by_band=dict(zip(data.class_names, table.tolist(), strict=True)),
-    )
-
-
-def resized_sides(data: CocoData, settings: CheckSettings) -> NDArray[np.float64]:
-    """Return the square root of each box's area in pixels after the resize, shape [M].
-
-    The resized image is not rounded to whole pixels.
-    """
-    scales = settings.resize.scales(data.sizes_hw)
-    return scales[data.image_rows] * np.sqrt(data.boxes_xywh_px[:, 2] * data.boxes_xywh_px[:, 3])
-
-
-def _tiny_boxes(data: CocoData, settings: CheckSettings) -> list[Finding]:
-    is_tiny = (resized_sides(data, settings) < TINY_SIDE_PX) & ~data.iscrowd
-    classes, counts = np.unique(data.box_classes[is_tiny], return_counts=True)
-    of_classes = ", ".join(
-        f"{count} {printable(data.class_names[index])}" for index, count in zip(classes, counts, strict=True)
-    )
-    what = (
-        "too small to be found after the resize; raise data.shortest_edge (under "
-        f"{TINY_SIDE_PX} pixels a side at {settings.resize}: {of_classes})"
-    )
-    return found("tiny_box", "box", what, (), count=int(is_tiny.sum()), level="warning")
 
 
 def _duplicates(data: CocoData, single: NDArray[np.intp]) -> list[str]:
@@ -328,22 +279,3 @@ def _duplicates(data: CocoData, single: NDArray[np.intp]) -> list[str]:
         f"annotation {ids[row]} on {ids[covered[row]]} in {data.image_path(int(images[row])).name}"
         for row in np.flatnonzero(covered >= 0)
     ]
-
-
-def _describe(split: str, statistics: Statistics, settings: CheckSettings) -> Iterator[str]:
-    queries = "" if settings.num_queries is None else f" for {settings.num_queries} queries"
-    empty_fraction = statistics.num_empty / statistics.num_images
-    yield (
-        f"{printable(split)}: {statistics.num_images} images, {empty_fraction:.1%} of them empty; "
-        f"{statistics.num_boxes} boxes, at most {statistics.most_boxes} in an image{queries}"
-    )
-    yield f"  boxes by pixels a side after the resize to {settings.resize}:"
-    table = [["", "all", *BAND_NAMES]]
-    table += [
-        [printable(name), str(sum(bands)), *map(str, bands)]
-        for name, bands in statistics.num_boxes_by_band.items()
-    ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for name, *counts in table:
-        cells = [count.rjust(width) for count, width in zip(counts, widths[1:], strict=True)]
-        yield f"    {name.ljust(widths[0])}  {'  '.join(cells)}"

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from detr_dist.data.columns import Finding, Level, found
 from detr_dist.data.exif import turn_of, turn_to_upright
 from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
 from detr_dist.data.records import RULES
+from detr_dist.errors import DataError
 from detr_dist.progress_bar import ProgressBar
 
 IMAGES_AT_A_TIME = 256
@@ -90,8 +91,8 @@ class ImageCheck:
         examples = defaultdict(list)
         own: dict[bytes, str] = {}
         thumbnails: list[NDArray[np.float32]] = []
-        first_rows = {name: rows[0] for name, rows in rows_of.items()}
-        for name, image in _look_at_all(data, first_rows, split):
+        sizes_hw = {name: data.size_hw(rows[0]) for name, rows in rows_of.items()}
+        for name, image in _look_at_all(data.images_dir, sizes_hw, data.exif, split):
             if image.thumbnail is None:
                 examples["unreadable_image"].append(image.failure)
                 continue
@@ -131,20 +132,47 @@ class ImageCheck:
         return alike
 
 
-def _look_at_all(data: CocoData, rows: dict[str, int], split: str) -> Iterator[tuple[str, _Summary]]:
-    """Yield each file with its summary; `rows` has the row of each in the data."""
-    names = list(rows)
-    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, closing(ProgressBar(split, len(names))) as bar:
+def lookalike_groups(images_dir: Path, names: Sequence[str]) -> list[int]:
+    """Return a number for each image, equal for images that look alike, also through others in between.
+
+    The images of a shot look like their neighbours in time, and so form one group.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    thumbnails = []
+    for _, image in _look_at_all(images_dir, dict.fromkeys(names), "ignore", "looking for clips"):
+        if image.thumbnail is None:
+            raise DataError(f"{image.failure}; restore or remove it")
+        thumbnails.append(image.thumbnail)
+    every = np.array(thumbnails)
+    groups = np.arange(len(every))
+    for start in range(0, len(every), COMPARED_AT_A_TIME):
+        likeness = every[start : start + COMPARED_AT_A_TIME] @ every.T
+        for i, is_alike in enumerate(likeness > LOOKALIKE_CORRELATION, start):
+            linked = np.union1d(groups[is_alike], groups[i])
+            if len(linked) > 1:
+                groups[np.isin(groups, linked)] = linked[0]
+    numbers: list[int] = groups.tolist()
+    return numbers
+
+
+def _look_at_all(
+    images_dir: Path, sizes_hw: Mapping[str, tuple[int, int] | None], exif: ExifRule, title: str
+) -> Iterator[tuple[str, _Summary]]:
+    """Yield each file with its summary; `sizes_hw` has the annotated size of each, if it has one."""
+    names = list(sizes_hw)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads, closing(ProgressBar(title, len(names))) as bar:
         for start in range(0, len(names), IMAGES_AT_A_TIME):
             some = names[start : start + IMAGES_AT_A_TIME]
-            paths, sizes_hw = map(data.images_dir.joinpath, some), [data.size_hw(rows[name]) for name in some]
-            summaries = threads.map(_look_at, paths, repeat(data.exif), sizes_hw)
+            sizes = [sizes_hw[name] for name in some]
+            summaries = threads.map(_look_at, map(images_dir.joinpath, some), repeat(exif), sizes)
             for name, image in zip(some, summaries, strict=True):
                 yield name, image
                 bar.advance()
 
 
-def _look_at(path: Path, exif: ExifRule, annotated_hw: tuple[int, int]) -> _Summary:
+def _look_at(path: Path, exif: ExifRule, annotated_hw: tuple[int, int] | None) -> _Summary:
     try:
         image = decode_rgb(path, exif, annotated_hw)
     except UnreadableImageError as error:
@@ -164,7 +192,7 @@ def _look_at(path: Path, exif: ExifRule, annotated_hw: tuple[int, int]) -> _Summ
     )
 
 
-def _lacks_rotation(path: Path, exif: ExifRule, annotated_hw: tuple[int, int]) -> bool:
+def _lacks_rotation(path: Path, exif: ExifRule, annotated_hw: tuple[int, int] | None) -> bool:
     with suppress(UnreadableImageError), open_image(path) as image:  # its pixels were decoded
         return turn_of(image, exif, annotated_hw) != turn_to_upright(image)
     return False

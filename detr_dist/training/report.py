@@ -7,7 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from detr_dist.config import FROM_ENVIRONMENT, Config
-from detr_dist.data.checks import CheckSettings, check_boxes
+from detr_dist.data.box_sizes import CheckSettings
+from detr_dist.data.checks import check_boxes
 from detr_dist.data.columns import counted
 from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import describe_samples
@@ -74,7 +75,9 @@ def describe_resumption(setup: Setup, training: Training, state: TrainState) -> 
 
 def _describe_data(setup: Setup) -> Iterator[str]:
     train_data, val_data = setup.train_data, setup.val_data
-    settings = CheckSettings(Resize.of(setup.config.data), setup.detector.num_queries)
+    detector = setup.detector
+    finest_stride = detector.family.finest_stride(detector.network.config)
+    settings = CheckSettings(Resize.of(setup.config.data), detector.num_queries, finest_stride)
     sources = parts_of(train_data)
     if val_data.annotations_path.resolve() in {each.annotations_path.resolve() for each in sources}:
         yield (

@@ -20,7 +20,7 @@ from detr_dist.errors import DataError, StopRequested, UsageError
 from detr_dist.extensions import import_extensions, instantiate
 from detr_dist.models.build import quiet_transformers
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.models.families import num_queries_of
+from detr_dist.models.families import finest_stride_of, num_queries_of
 from detr_dist.numerics import resolve_precision, temporary_numerics
 from detr_dist.storage import check_writable, locked
 from detr_dist.text import value_of
@@ -197,7 +197,13 @@ def _prepared(
 
 def _check_data(config: Config, sources: list[TrainSource], val: Split) -> None:
     splits = [*(split_of(source.location, "train") for source in sources), val]
-    report = check_splits(splits, config, num_queries=num_queries_of(config.model), open_images=True)
+    report = check_splits(
+        splits,
+        config,
+        num_queries=num_queries_of(config.model),
+        finest_stride=finest_stride_of(config.model),
+        open_images=True,
+    )
     _log_lines(report.lines())
     if report.num_errors:
         errors = counted(report.num_errors, "error")

@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {
         "console",
         "data",
+        "data_commands",
         "distributed",
         "evaluation",
         "inference",
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tracking",
         "training",
     },
+    "data_commands": {"data", "models"},
     "inference": BASE
     | {"data", "distributed", "environment", "evaluation", "models", "numerics", "tracking", "training"},
     "training": BASE | {"data", "distributed", "environment", "evaluation", "models", "numerics", "tracking"},

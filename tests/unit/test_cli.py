@@ -63,7 +63,7 @@ def test_an_empty_option_is_refused_with_its_name(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["make-data", "check-data", "convert", "sync", "prune"])
+@pytest.mark.parametrize("command", ["make-data", "check-data", "convert", "split", "sync", "prune"])
 def test_an_empty_argument_is_refused(capsys, tmp_path, monkeypatch, command: str) -> None:
     monkeypatch.chdir(tmp_path)
     code, _, error = run(capsys, command, "")

@@ -15,6 +15,7 @@ from detr_dist.models.families.family import (
     decoder_rows,
     family_of,
     find_family,
+    finest_stride_of,
     num_queries_of,
     register_family,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "detr",
     "family_of",
     "find_family",
+    "finest_stride_of",
     "lw_detr",
     "num_queries_of",
     "register_family",

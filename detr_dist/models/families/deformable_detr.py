@@ -6,9 +6,9 @@ Source: Zhu et al., "Deformable DETR", 2021, and its code; appendix A.4 on two s
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from detr_dist.models.families.family import Family, register_family
+from detr_dist.models.families.family import LAST_STRIDE, Family, register_family, stride_of_last_map
 
 
 def derived(options: dict[str, Any]) -> dict[str, Any]:
@@ -18,6 +18,14 @@ def derived(options: dict[str, Any]) -> dict[str, Any]:
         return options
     number = options.get("two_stage_num_proposals", max(given))
     return {**options, "num_queries": number, "two_stage_num_proposals": number}
+
+
+def finest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the stride of the first of the backbone's maps."""
+    if network_config.num_feature_levels == 1:
+        return stride_of_last_map(network_config)
+    indices = network_config.backbone_config.out_indices
+    return LAST_STRIDE >> int(max(indices) - min(indices))
 
 
 def begin(network: PreTrainedModel) -> None:
@@ -65,6 +73,7 @@ FAMILY = Family(
     image_processor="DeformableDetrImageProcessor",
     masks_attention=False,  # it samples points; padding is zero
     derived=derived,
+    finest_stride=finest_stride,
     trial_edge=256,  # has more positions, each a proposal, than the default number of queries
     begin=begin,
     prepare=prepare,

@@ -49,6 +49,9 @@ _CLASS_TERMS: dict[ClassLoss, str] = {
     "mal": "mal",
     "ia_bce": "ia_bce",
 }
+LAST_STRIDE = 32
+"""Stride of the last feature map of ResNet and the other backbones with stages; each one before has half."""
+
 _KEY = "detr_dist_family"
 """Key in a network's configuration, which is saved with it, for a family that is not the package's own."""
 
@@ -64,6 +67,11 @@ def _nothing(network: PreTrainedModel) -> None:
 
 def _any_size(network_config: PreTrainedConfig) -> int:
     return 1
+
+
+def stride_of_last_map(network_config: PreTrainedConfig) -> int:
+    """Return the stride of the backbone's last feature map: 32, or 16 with dilated convolutions."""
+    return LAST_STRIDE // 2 if getattr(network_config, "dilation", False) else LAST_STRIDE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,9 @@ class Family:
     size_multiple: Callable[[PreTrainedConfig], int] = _any_size
     """Returns the number of pixels of which every side of an image must be a multiple, for a network of this
     configuration."""
+    finest_stride: Callable[[PreTrainedConfig], int | None] = stride_of_last_map
+    """Returns the number of pixels a side that a cell of the finest feature map stands for, in a network of
+    this configuration; None if it is unknown."""
     square_only: bool = False
     """Whether the network takes square images only."""
     imagenet_normalization: bool = True
@@ -255,19 +266,39 @@ def num_queries_of(config: ModelConfig) -> int | None:
 
     None if that depends on an extension or pretrained model that is not available.
     """
-    if config.model_architecture not in FAMILIES.names:
+    if (described := _describe(config)) is None:
         return config.num_queries
+    family, network_config = described
+    return family.num_queries_in(network_config)
+
+
+def finest_stride_of(config: ModelConfig) -> int | None:
+    """Return the pixels a side of a cell of the configured model's finest feature map, without building it.
+
+    None if that depends on an extension or pretrained model that is not available.
+    """
+    if (described := _describe(config)) is None:
+        return None
+    family, network_config = described
+    return family.finest_stride(network_config)
+
+
+def _describe(config: ModelConfig) -> tuple[Family, PreTrainedConfig] | None:
+    """Return the family and the network's configuration, without what does not concern queries and scales."""
+    if config.model_architecture not in FAMILIES.names:
+        return None
     family = find_family(config.model_architecture)
     options = {**family.config_defaults, **config.config_overrides}
     if config.num_queries is not None:
         options[family.shape_options.get("num_queries", "num_queries")] = config.num_queries
     try:
         if config.pretrained is None:
-            network_config = AutoConfig.for_model(family.model_type, **family.derived(options))
-        else:
-            network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
-            for name, value in options.items():
-                setattr(network_config, name, value)
-    except Exception:  # the hub and transformers raise many types; training reports what is wrong
-        return config.num_queries
-    return family.num_queries_in(network_config)
+            if isinstance(config.backbone, dict):
+                options["backbone_config"] = config.backbone
+            return family, AutoConfig.for_model(family.model_type, **family.derived(options))
+        network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        for name, value in options.items():
+            setattr(network_config, name, value)
+        return family, network_config
+    except Exception:  # the hub and transformers raise many types; building it reports what is wrong
+        return None

@@ -107,6 +107,12 @@ def size_multiple(network_config: PreTrainedConfig) -> int:
     return int(backbone.patch_size * getattr(backbone, "num_windows_side", backbone.num_windows))
 
 
+def finest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the pixels of a patch, divided by the factor by which the projector enlarges their map."""
+    factors = getattr(network_config, "projector_scale_factors", None) or (1.0,)
+    return int(network_config.backbone_config.patch_size / max(factors))
+
+
 def derived(options: dict[str, Any]) -> dict[str, Any]:
     """Set one scale, that of the patches; the library's default has none, and cannot run."""
     return {"projector_scale_factors": [1.0], **options}
@@ -131,6 +137,7 @@ LW_DETR = Family(
     backbone_type="lw_detr_vit",
     masks_attention=False,
     size_multiple=size_multiple,
+    finest_stride=finest_stride,
     trial_edge=512,  # has 1024 positions, each a proposal
     begin=begin,
     prepare=prepare,

@@ -140,6 +140,11 @@ def coarsest_stride(network_config: PreTrainedConfig) -> int:
     return int(max(network_config.feat_strides))
 
 
+def finest_stride(network_config: PreTrainedConfig) -> int:
+    """Return the pixels a side of a cell of the largest feature map."""
+    return int(min(network_config.feat_strides))
+
+
 FAMILY = Family(
     name="rt_detr_v2",
     model_type="rt_detr_v2",
@@ -161,6 +166,7 @@ FAMILY = Family(
     masks_attention=False,
     uses_mask=False,
     size_multiple=coarsest_stride,
+    finest_stride=finest_stride,
     imagenet_normalization=False,
     image_processor="RTDetrImageProcessor",
     has_denoising=True,

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from detr_dist.config import Config
-from detr_dist.data.checks import CheckSettings, Report, check_splits, resized_sides, statistics_of
+from detr_dist.data.box_sizes import CheckSettings, resized_sides, statistics_of
+from detr_dist.data.checks import Report, check_splits
 from detr_dist.data.coco import load_data
 from detr_dist.errors import DataError
-from detr_dist.models.families import num_queries_of
+from detr_dist.models.families import finest_stride_of, num_queries_of
 from detr_dist.resize import Resize
 
 Document = dict[str, Any]
@@ -24,8 +25,13 @@ JSON = "_annotations.coco.json"
 
 def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
     config = Config(**sections)
-    num_queries = num_queries_of(config.model)
-    return check_splits([str(f) for f in folders], config, num_queries=num_queries, open_images=open_images)
+    return check_splits(
+        [str(f) for f in folders],
+        config,
+        num_queries=num_queries_of(config.model),
+        finest_stride=finest_stride_of(config.model),
+        open_images=open_images,
+    )
 
 
 def kinds(report: Report) -> dict[str, int]:
@@ -182,7 +188,7 @@ def test_boxes_are_counted_by_class_and_size_after_the_resize(
 ) -> None:
     """Resize 60x40 to 120x80, so that sides double: 7.2 -> 14.4, 24.5 -> 49 (twice)."""
     data = load_data(write_coco(document))
-    statistics = statistics_of(data, CheckSettings(Resize(80, 1333), None))
+    statistics = statistics_of(data, CheckSettings(Resize(80, 1333)))
     assert statistics.num_boxes_by_band == {"ball": [0, 0, 1, 0, 1, 0], "player": [0, 0, 0, 0, 1, 0]}
     assert (statistics.num_images, statistics.num_empty, statistics.most_boxes) == (3, 1, 2)
 
@@ -197,7 +203,7 @@ def test_sizes_are_measured_after_the_resize_of_training(
     document["annotations"] = [NEW_BOX | {"image_id": 9, "bbox": [0, 0, width, height]}]
     data = load_data(write_coco(document))
     expected = float(np.sqrt(np.prod(Resize(800, 1333).size_hw(height, width))))
-    assert resized_sides(data, CheckSettings(Resize(800, 1333), None)) == pytest.approx([expected], rel=0.01)
+    assert resized_sides(data, CheckSettings(Resize(800, 1333))) == pytest.approx([expected], rel=0.01)
 
 
 def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_coco: WriteCoco) -> None:
@@ -213,6 +219,83 @@ def test_whether_a_box_is_tiny_depends_on_the_resize(document: Document, write_c
     assert "  boxes by pixels a side after the resize to 80x80:" in report.lines()
     settings = {"resize": "square", "shortest_edge": 80, "longest_edge": 1333}
     assert report.as_document()["settings"].items() >= settings.items()
+
+
+@pytest.mark.parametrize(
+    ("sides", "architecture", "is_too_small"),
+    [
+        ([7.9, 7.9, 20, 20], "detr", False),  # not more than half of them
+        ([7.9, 7.9, 7.9, 20], "detr", True),
+        ([8, 8, 8, 20], "detr", False),
+        ([7.9, 7.9, 7.9, 20], "rt_detr", False),  # stride 8
+    ],
+)
+def test_a_class_mostly_smaller_than_a_quarter_of_the_stride_is_named(
+    sides: list[float], architecture: str, is_too_small: bool, document: Document, write_coco: WriteCoco
+) -> None:
+    document["annotations"] = [
+        {"id": i, "image_id": 3, "category_id": 10, "bbox": [12 * i, 0, side, side]}
+        for i, side in enumerate(sides)
+    ] + [{"id": 9, "image_id": 5, "category_id": 20, "bbox": [0, 0, 30, 30]}]
+    folder = write_coco(document)
+    same_size = {"resize": "rectangle", "shortest_edge": 40, "longest_edge": 60}
+    report = check(folder, data=same_size, model={"model_architecture": architecture})
+    found = [finding for finding in report.findings[str(folder)] if finding.kind == "class_too_small"]
+    assert bool(found) == is_too_small
+    if found:
+        assert str(found[0]) == (
+            "1 class too small for the model: its finest feature map has a stride of 32 pixels, and most "
+            "boxes are under 8 pixels a side after the resize to 40x60; raise data.shortest_edge, or choose "
+            "a model with a finer one, such as d_fine with 8: 3 of 4 ball"
+        )
+        assert report.verdict == (
+            "0 errors, 1 warning: ready to train, but not every class is large enough for the model"
+        )
+        assert report.as_document()["settings"]["finest_stride"] == 32
+
+
+def with_names(document: Document, first_id: int, *names: str) -> Document:
+    boxes = [
+        annotation | {"image_id": first_id + i % len(names), "id": first_id + i}
+        for i, annotation in enumerate(document["annotations"])
+    ]
+    size = {"width": 60, "height": 40}
+    images = [{"id": first_id + i, "file_name": name, **size} for i, name in enumerate(names)]
+    return document | {"images": images, "annotations": boxes}
+
+
+def test_clips_with_frames_in_two_splits_are_named_and_qualify_the_verdict(
+    document: Document, write_coco: WriteCoco
+) -> None:
+    names = ["goal_1.jpg", "goal_3.jpg", "corner_1.jpg", "corner_2.jpg"]
+    train = write_coco(with_names(document, 100, *names), "train")
+    val = write_coco(with_names(document, 200, "goal_2.jpg", "kick-off_1.jpg"), "val")
+    report = check(train, val, open_images=True)
+    assert report.findings[str(train)] == []
+    (finding,) = report.findings[str(val)]
+    assert (finding.kind, finding.level, finding.count) == ("clip_in_two_splits", "warning", 1)
+    assert finding.examples == (f"goal (2 frames in {train}, 1 here)",)
+    assert "detr-dist split" in finding.message
+    assert report.verdict.endswith(
+        "1 warning: ready to train, but clips in two splits make the metrics too good"
+    )
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["0001.jpg", "0002.jpg", "0003.jpg"],
+        ["frame_1.jpg", "frame_2.jpg", "frame_3.jpg"],
+        ["cell_1.jpg", "cell_2.jpg", "cell_3.jpg"],  # all of one name, which need not be a clip's
+        ["Messi.jpg", "Pele.jpg", "Kane.jpg"],
+    ],
+)
+def test_names_that_do_not_tell_clips_apart_are_no_finding(
+    names: list[str], document: Document, write_coco: WriteCoco
+) -> None:
+    train = write_coco(with_names(document, 100, *names), "train")
+    val = write_coco(with_names(document, 200, *names), "val")
+    assert kinds(check(train, val)) == {}
 
 
 def test_more_boxes_than_queries_are_an_error_where_training_refuses_them(

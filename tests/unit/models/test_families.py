@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from detr_dist.errors import UsageError
 from detr_dist.extensions import FAMILIES
 from detr_dist.models.build import load_network, trained_detector
 from detr_dist.models.detector import plain_network
-from detr_dist.models.families import Family, detr, num_queries_of
+from detr_dist.models.families import Family, detr, finest_stride_of, num_queries_of
 
 TABLE = Family(
     name="table",
@@ -111,6 +112,39 @@ def test_an_option_of_another_family_leaves_the_number_of_queries_known() -> Non
     """Building the network reports the option."""
     config = ModelConfig(num_queries=7, config_overrides={"two_stage": True})
     assert num_queries_of(config) == 7
+
+
+@pytest.mark.parametrize(
+    ("settings", "stride"),
+    [
+        ({"model_architecture": "detr"}, 32),
+        ({"model_architecture": "conditional_detr", "config_overrides": {"dilation": True}}, 16),
+        ({"model_architecture": "dab_detr"}, 32),
+        ({"model_architecture": "deformable_detr"}, 8),
+        ({"model_architecture": "deformable_detr", "config_overrides": {"num_feature_levels": 1}}, 32),
+        (
+            {
+                "model_architecture": "deformable_detr",
+                "backbone": {"model_type": "resnet", "out_features": ["stage3", "stage4"]},
+            },
+            16,
+        ),
+        ({"model_architecture": "rt_detr"}, 8),
+        ({"model_architecture": "rt_detr_v2", "config_overrides": {"feat_strides": [16, 32]}}, 16),
+        ({"model_architecture": "d_fine"}, 8),
+        ({"model_architecture": "deimv2"}, 8),
+        ({"model_architecture": "lw_detr"}, 16),
+        ({"model_architecture": "lw_detr", "config_overrides": {"projector_scale_factors": [0.5, 2.0]}}, 8),
+        ({"model_architecture": "rf_detr"}, 14),
+        ({"model_architecture": "yours"}, None),
+        ({"pretrained": "no/such/folder"}, None),
+        ({"config_overrides": {"no_such_option": [1]}, "backbone": {"model_type": "none"}}, None),
+    ],
+)
+def test_the_finest_stride_is_known_without_building_the_network(
+    settings: dict[str, Any], stride: int | None
+) -> None:
+    assert finest_stride_of(ModelConfig(**settings)) == stride
 
 
 def test_an_unregistered_family_fails_with_one_line(tiny_detector) -> None:
