@@ -26,6 +26,16 @@ _held_guard = threading.Lock()
 _logger = logging.getLogger(__name__)
 
 
+def cache_folder() -> Path:
+    """Return the folder for what can be computed again: $DETR_DIST_CACHE, or the user's folder of caches.
+
+    Several nodes may share it. It may not exist yet, nor be writable.
+    """
+    own = os.environ.get("DETR_DIST_CACHE")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own or Path(caches, "detr_dist")).expanduser()
+
+
 @contextmanager
 def new_folder(folder: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yield a temporary folder to fill; then flush it to disk and rename it to `folder`, replacing that.

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Finding, found
 from detr_dist.data.formats import read_annotations
 from detr_dist.data.formats.annotations import Annotations
+from detr_dist.data.formats.coco_json import LargeDocument
 from detr_dist.data.images import UnreadableImageError, folded, read_size_hw
+from detr_dist.data.index import Entry, Index, entry_of
 from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
 from detr_dist.text import list_names
@@ -43,6 +46,7 @@ class CocoData:
     areas: NDArray[np.float64]  # [M] as annotated (of the outline, if there is one), else of the box
     annotation_ids: NDArray[np.int64]  # [M]
     exif: ExifRule = "auto"  # which images are rotated by their EXIF data, see `decode_rgb`
+    index: Index | None = None  # where columns are mapped from
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -55,6 +59,8 @@ class CocoData:
     @property
     def num_boxes(self) -> NDArray[np.int64]:
         """Count the boxes of each image that training uses (all but crowds), shape [N]."""
+        if self.index is not None and self.index.holds(self.box_offsets, self.iscrowd):
+            return self.index.columns["num_boxes"]
         return np.bincount(self.image_rows[~self.iscrowd], minlength=len(self))
 
     @property
@@ -92,11 +98,39 @@ class CocoData:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that training uses except pixels: images, boxes and classes, in order."""
-        digest = hashlib.sha256()
         boxes = self.box_offsets, self.boxes_xywh_px, self.box_classes, self.iscrowd
-        for column in (self.file_names, self.sizes_hw, *boxes):
-            digest.update(np.ascontiguousarray(column).tobytes())
+        columns = self.file_names, self.sizes_hw, *boxes
+        if self.index is not None and self.index.holds(*columns):
+            return self.index.fingerprint
+        digest = hashlib.sha256()
+        for column in columns:
+            digest.update(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
         return digest.hexdigest()
+
+    def computed_once(self, name: str, compute: Callable[[], list[Finding]]) -> list[Finding]:
+        """Return findings that depend on the data set and `name` alone; an index keeps them."""
+        own = (self.boxes_xywh_px, self.box_classes, self.box_offsets, self.sizes_hw, self.iscrowd)
+        if self.index is None or not self.index.holds(*own, self.file_names, self.annotation_ids):
+            return compute()
+        return self.index.computed_once(f"{name} {self.class_names}", compute)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields, with names instead of the columns that the receiver maps from the index."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.index is not None:
+            of_index = {id(column): name for name, column in self.index.columns.items()}
+            names = {name: of_index[id(value)] for name, value in state.items() if id(value) in of_index}
+            state |= {name: _OfIndex(column) for name, column in names.items()}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            column = state["index"].columns[value] if isinstance(value, _OfIndex) else value
+            object.__setattr__(self, name, column)
+
+
+class _OfIndex(str):
+    """The name of a column of the index."""
 
 
 def load_data(
@@ -120,17 +154,19 @@ def load_data(
         DataError: names the file, the first record at fault, and what to do about it.
     """
     annotations = read_annotations(source, split, exif=exif)
-    records = check_records(annotations, check_files=check_files, needs_classes=classes is None, exif=exif)
-    findings = list(records.findings)
+    checked = _checked(annotations, check_files=check_files, needs_classes=classes is None, exif=exif)
+    findings = list(checked.findings)
     if classes is not None:
-        own = classes_of(records.categories, classes)
+        own = classes_of(checked.categories, classes)
         may_lack = may_lack_classes or not annotations.lists_classes
         wanted = [name for name in classes if name in own] if may_lack else classes
         findings += differing_classes(wanted, own, classes_source, "here")
     for finding in findings:
         if finding.level == "error":
             raise DataError(f"{annotations.path}: {finding}")
-    return to_columns(records, annotations, classes, exif=exif)
+    if isinstance(checked, Records):
+        return to_columns(checked, annotations, classes, exif=exif)
+    return _of_index(checked, annotations, classes, exif)
 
 
 def to_columns(
@@ -149,15 +185,12 @@ def to_columns(
     listed = sorted((own[name].id, index) for index, name in enumerate(names) if name in own)
     ids, indices = np.array(listed, dtype=np.int64).reshape(-1, 2).T
     num_boxes = np.bincount(records.image_rows, minlength=len(records.image_ids))
-    dropped = [category.name for category in records.categories if category not in own.values()]
-    notices = [str(finding) for finding in records.findings if finding.level == "warning"]
-    notices += _notices(dropped, records.iscrowd, num_boxes)
     return CocoData(
         annotations_path=annotations.path,
         images_dir=annotations.images_dir,
         class_names=names,
-        category_ids=tuple(own[name].id if name in own else None for name in names),
-        notices=[f"{annotations.path}: {notice}" for notice in notices],
+        category_ids=_ids_of(names, own),
+        notices=_notices(annotations, records, own, records.iscrowd, num_boxes),
         image_ids=records.image_ids,
         sizes_hw=records.sizes_hw,
         file_names=records.file_names,
@@ -169,6 +202,72 @@ def to_columns(
         annotation_ids=records.annotation_ids,
         exif=exif,
     )
+
+
+def _checked(
+    annotations: Annotations, *, check_files: bool, needs_classes: bool, exif: ExifRule
+) -> Records | Index:
+    """Return the checked records; of a large annotation file their index, which is made the first time."""
+
+    def check() -> Records:
+        return check_records(annotations, check_files=check_files, needs_classes=needs_classes, exif=exif)
+
+    if not isinstance(annotations.document, LargeDocument):
+        return check()
+    with entry_of(annotations.document.path) as entry:
+        if entry.index is not None and (not check_files or entry.has_images(annotations.images_dir)):
+            return entry.index
+        records = check()
+        is_sound = all(each.level == "warning" and each.kind != "no_size" for each in records.findings)
+        if entry.index is not None or not is_sound or not classes_of(records.categories):
+            return records
+        return _store(entry, records, annotations, images_were_there=check_files) or records
+
+
+def _store(
+    entry: Entry, records: Records, annotations: Annotations, *, images_were_there: bool
+) -> Index | None:
+    data = to_columns(records, annotations)
+    images = {"image_ids": data.image_ids, "sizes_hw": data.sizes_hw, "file_names": data.file_names}
+    boxes = {
+        name: getattr(data, name)
+        for name in ("boxes_xywh_px", "box_classes", "iscrowd", "areas", "annotation_ids")
+    }
+    return entry.store(
+        [images | {"num_boxes": data.num_boxes}, {"box_offsets": data.box_offsets}, boxes],
+        images_were_there=images_were_there,
+        findings=records.findings,
+        class_names=data.class_names,
+        categories=records.categories,
+        fingerprint=data.fingerprint(),
+    )
+
+
+def _of_index(
+    index: Index, annotations: Annotations, class_names: Sequence[str] | None, exif: ExifRule
+) -> CocoData:
+    """Return the data set of an index; with its classes in another order, their column is a copy."""
+    own = classes_of(index.categories, class_names or ())
+    names = tuple(own if class_names is None else class_names)
+    columns = {name: column for name, column in index.columns.items() if name != "num_boxes"}
+    indices = [names.index(name) for name in index.class_names]
+    if indices != list(range(len(indices))):
+        columns["box_classes"] = np.array(indices)[columns["box_classes"]]
+    num_boxes = np.diff(columns["box_offsets"])
+    return CocoData(
+        annotations_path=annotations.path,
+        images_dir=annotations.images_dir,
+        class_names=names,
+        category_ids=_ids_of(names, own),
+        notices=_notices(annotations, index, own, columns["iscrowd"], num_boxes),
+        exif=exif,
+        index=index,
+        **columns,
+    )
+
+
+def _ids_of(names: Sequence[str], own: dict[str, Category]) -> tuple[int | None, ...]:
+    return tuple(own[name].id if name in own else None for name in names)
 
 
 def read_unannotated(
@@ -236,12 +335,19 @@ def differing_classes(names: Sequence[str], own: Iterable[str], there: str, here
     return found("classes_differ", "class", f"not shared with {there}; classes must agree by name", examples)
 
 
-def _notices(dropped: list[str], iscrowd: NDArray[np.bool_], num_boxes: NDArray[np.int64]) -> list[str]:
-    notices = []
+def _notices(
+    annotations: Annotations,
+    checked: Records | Index,
+    own: dict[str, Category],
+    iscrowd: NDArray[np.bool_],
+    num_boxes: NDArray[np.int64],
+) -> list[str]:
+    dropped = [category.name for category in checked.categories if category not in own.values()]
+    notices = [str(finding) for finding in checked.findings if finding.level == "warning"]
     if dropped:
         notices.append(f"category {list_names(dropped)} only groups others and was left out")
     if iscrowd.any():
         notices.append(f"{int(iscrowd.sum())} crowd boxes serve evaluation only")
     if (num_boxes == 0).any():
         notices.append(f"{int((num_boxes == 0).sum())} of {len(num_boxes)} images have no boxes and are kept")
-    return notices
+    return [f"{annotations.path}: {notice}" for notice in notices]

@@ -1,7 +1,7 @@
 """The lists of a data set as columns, and the faults of their records."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import isfinite, nan
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from detr_dist.data.column_records import ColumnRecords
 from detr_dist.text import MAX_NAMES, printable, value_of
 
 MAX_EXAMPLES = 10
@@ -18,6 +19,8 @@ MAX_EXAMPLES = 10
 Mask = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
+
+Values = list[Any] | NDArray[Any]
 
 Level = Literal["error", "warning"]
 """`error`: training or evaluation refuses the data, loses some of them, or gives metrics that cannot be
@@ -127,12 +130,13 @@ class Section:
     replaced by a filler.
     """
 
-    def __init__(self, name: str, document: dict[str, list[Any]], faults: Faults) -> None:
+    def __init__(self, name: str, document: Mapping[str, Sequence[Any]], faults: Faults) -> None:
         self._name = name
         self._records = document[name]
         self._faults = faults
         self.sound = np.ones(len(self._records), dtype=bool)
-        if not set(map(type, self._records)) <= {dict}:
+        are_columns = isinstance(self._records, ColumnRecords)
+        if not are_columns and not set(map(type, self._records)) <= {dict}:
             originals = self._records
             self._records = [record if isinstance(record, dict) else {} for record in originals]
             is_other = np.array([not isinstance(record, dict) for record in originals])
@@ -140,8 +144,10 @@ class Section:
         self.ids = self.integers("id")
         self.listed_ids = self.ids[self.sound]
 
-    def column(self, key: str, default: Any = _ABSENT) -> list[Any]:
+    def column(self, key: str, default: Any = _ABSENT) -> Values:
         """Return the values of a key; with a default, null counts as absent."""
+        if isinstance(self._records, ColumnRecords):
+            return self._records.column(key, default)
         try:
             values = list(map(itemgetter(key), self._records))
         except KeyError:
@@ -156,7 +162,7 @@ class Section:
         array = _as_array(values)
         if array is not None and array.ndim == 1:
             with np.errstate(invalid="ignore"):
-                whole = array.astype(np.int64)
+                whole = array.astype(np.int64, copy=False)
             if np.array_equal(whole, array):
                 return whole
         return np.array(self._only_right("malformed_record", key, values, _WHOLE), dtype=np.int64)
@@ -167,7 +173,7 @@ class Section:
         array = _as_array(values)
         if array is None or array.ndim != 1:
             array = np.array(self._only_right("malformed_record", key, values, _NUMBER))
-        return array.astype(np.float64)
+        return array.astype(np.float64, copy=False)
 
     def boxes(self, key: str) -> Floats:
         """Return the values of a key as float64 [len, 4]; refuse records with another value."""
@@ -175,7 +181,7 @@ class Section:
         array = _as_array(values)
         if array is None or array.shape != (len(values), 4) or not np.isfinite(array).all():
             array = np.array(self._only_right("malformed_box", key, values, _BOX))
-        return array.astype(np.float64).reshape(-1, 4)
+        return array.astype(np.float64, copy=False).reshape(-1, 4)
 
     def texts(self, key: str) -> list[str]:
         """Return the values of a key as texts that are not empty; refuse records with another value."""
@@ -215,10 +221,10 @@ class Section:
             self.sound &= ~is_lost
         return wanted, places
 
-    def _only_right(self, rule: str, key: str, values: list[Any], kind: _Kind) -> list[Any]:
+    def _only_right(self, rule: str, key: str, values: Values, kind: _Kind) -> list[Any]:
         is_wrong = np.array([not kind.is_right(value) for value in values], dtype=bool)
         if not is_wrong.any():
-            return values
+            return list(values)
         self.refuse(rule, is_wrong, lambda row: kind.complaint(key, values[row]))
         return [kind.filler if wrong else value for value, wrong in zip(values, is_wrong, strict=True)]
 
@@ -235,10 +241,10 @@ class Section:
         return f"{self._name}[{row}]{known}"
 
 
-def _as_array(values: list[Any]) -> NDArray[Any] | None:
+def _as_array(values: Values) -> NDArray[Any] | None:
     """Return the values as an array; None unless all are numbers, or lists of numbers of one length."""
     try:
-        array = np.array(values)
+        array = np.asarray(values)
     except ValueError:
         return None
     return array if array.dtype.kind in "bif" else None

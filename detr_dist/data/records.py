@@ -191,7 +191,7 @@ def _merge_categories(
     """Merge categories of one name; return the sound categories by id, and the category of each box."""
     groups = [_group(value) for value in categories.column("supercategory", None)]
     rows = np.flatnonzero(categories.sound)
-    members, used_ids = Counter(groups[row] for row in rows), set(category_ids.tolist())
+    members, used_ids = Counter(groups[row] for row in rows), set(np.unique(category_ids).tolist())
     is_repeated = np.zeros(len(names), dtype=bool)
     first_ids: dict[str, int] = {}
     listed = []

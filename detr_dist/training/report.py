@@ -1,6 +1,7 @@
 """The report before a run's first step: devices, split into steps, sizes, and findings on the data."""
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import groupby
 
 import torch.distributed as dist
@@ -86,7 +87,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
         )
     for split in (*sources, val_data):
         yield from split.notices
-        yield from (f"{split.annotations_path}: {finding}" for finding in check_boxes(split, settings))
+        findings = split.computed_once(repr(settings), partial(check_boxes, split, settings))
+        yield from (f"{split.annotations_path}: {finding}" for finding in findings)
     yield (
         f"{len(train_data)} images to train on, {len(val_data)} to validate; classes: "
         f"{', '.join(train_data.class_names)}"

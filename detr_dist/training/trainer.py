@@ -123,8 +123,8 @@ def _try_users_code(setup: Setup) -> None:
     _create_callbacks(setup.config)
     RunTrackers().add(*setup.config.logging.trackers)
     dataset = training_dataset(setup.train_data, setup.config)
-    by_num_boxes = setup.train_data.num_boxes.argsort().tolist()
-    for row in {*by_num_boxes[:4], *by_num_boxes[-4:]}:
+    by_num_boxes = setup.train_data.num_boxes.argsort()
+    for row in {*by_num_boxes[:4].tolist(), *by_num_boxes[-4:].tolist()}:
         dataset[0, row]
 
 

@@ -1,6 +1,6 @@
 """What a reader of any format returns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ class Annotations:
     """The file or folder that messages name."""
     images_dir: Path
     """The folder that every `file_name` is relative to."""
-    document: dict[str, list[Any]]
+    document: Mapping[str, Sequence[Any]]
     """COCO's lists `images`, `annotations` and `categories`. An image or annotation of another format also
     has an `origin`, the file and line that messages name."""
     findings: tuple[Finding, ...] = ()

@@ -2,6 +2,8 @@
 
 import gc
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,42 @@ from detr_dist.data.formats.annotations import Annotations
 from detr_dist.errors import DataError
 from detr_dist.text import list_names, value_of
 
+LARGE_BYTES = 10_000_000
+"""From this size on an annotation file is read block by block, and what training needs of it is kept in an
+index."""
+
 
 def read_coco(folder: Path, _: ExifRule) -> Annotations:
     """Read the COCO JSON of a data folder."""
     path, images_dir = find_annotations(folder)
-    return Annotations(path, images_dir, read_document(path))
+    is_large = path.stat().st_size >= LARGE_BYTES
+    return Annotations(path, images_dir, LargeDocument(path) if is_large else read_document(path))
+
+
+class LargeDocument(Mapping[str, Sequence[Any]]):
+    """The lists of a large COCO JSON, which is read when the first of them is needed.
+
+    Raises:
+        DataError: then, as `read_document`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def _lists(self) -> Mapping[str, Sequence[Any]]:
+        from detr_dist.data.formats.json_stream import stream_document  # imports Arrow
+
+        return stream_document(self.path) or read_document(self.path)
+
+    def __getitem__(self, name: str) -> Sequence[Any]:
+        return self._lists[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._lists)
+
+    def __len__(self) -> int:
+        return len(self._lists)
 
 
 def find_annotations(folder: str | Path) -> tuple[Path, Path]:
@@ -71,13 +104,13 @@ def _read_json(path: Path) -> Any:
     collecting = gc.isenabled()
     gc.disable()  # the collector would repeatedly scan a million new objects, none of them garbage
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_without_outline)
+        return json.loads(path.read_bytes(), object_pairs_hook=without_outline)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
             "repair the file or export it again"
         ) from None
-    except _RepeatedKeyError as error:
+    except RepeatedKeyError as error:
         raise DataError(f"{path}: one object has several values for {error}; keep one of them") from None
     except (UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not a JSON file: {error}; export it again") from None
@@ -90,16 +123,21 @@ def _read_json(path: Path) -> Any:
             gc.enable()
 
 
-class _RepeatedKeyError(Exception):
-    pass
+class RepeatedKeyError(Exception):
+    """One object of a JSON has several values for a key, which is the text of the error."""
 
 
-def _without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_outline(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON without its outline: in COCO's own files these take most of the memory.
+
+    Raises:
+        RepeatedKeyError: a key has several values.
+    """
     record = dict(pairs)
     if len(record) < len(pairs):
         for key, value in pairs:
             if value != record[key]:
-                raise _RepeatedKeyError(repr(key))
+                raise RepeatedKeyError(repr(key))
     record.pop("segmentation", None)
     return record
 
