@@ -104,7 +104,7 @@ class CocoData:
             return self.index.fingerprint
         digest = hashlib.sha256()
         for column in columns:
-            digest.update(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
+            digest.update(np.ascontiguousarray(column).reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     def computed_once(self, name: str, compute: Callable[[], list[Finding]]) -> list[Finding]:

@@ -130,12 +130,13 @@ def open_at_once(data: Path, cache: Path, num_processes: int) -> list[dict[str, 
 
 def open_data(folder: str) -> dict[str, float]:
     """Do what a process of a run does with its data at the start, and return seconds and memory in MB."""
-    before, peak, is_over = memory_mb(), {}, threading.Event()
+    before, is_over = memory_mb(), threading.Event()
+    peak = dict(before)
 
     def watch() -> None:
         while not is_over.wait(0.05):
             for kind, value in memory_mb().items():
-                peak[kind] = max(value, peak.get(kind, 0))
+                peak[kind] = max(value, peak[kind])
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -152,7 +153,7 @@ def open_data(folder: str) -> dict[str, float]:
     return {
         "load_s": loaded_at - started_at,
         "checks_s": ended_at - loaded_at,
-        **{f"peak_{kind}_mb": peak[kind] - before[kind] for kind in ("rss", "anonymous")},
+        **{f"peak_{kind}_mb": max(peak[kind], after[kind]) - before[kind] for kind in ("rss", "anonymous")},
         **{f"{kind}_mb": after[kind] - before[kind] for kind in ("rss", "anonymous", "pss")},
     }
 
