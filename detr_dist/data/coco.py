@@ -15,7 +15,7 @@ from detr_dist.data.columns import Finding, found
 from detr_dist.data.formats import read_annotations
 from detr_dist.data.formats.annotations import Annotations
 from detr_dist.data.formats.coco_json import LargeDocument
-from detr_dist.data.images import UnreadableImageError, folded, read_size_hw
+from detr_dist.data.images import folded
 from detr_dist.data.index import Entry, Index, entry_of
 from detr_dist.data.records import Category, Records, check_records
 from detr_dist.errors import DataError
@@ -268,50 +268,6 @@ def _of_index(
 
 def _ids_of(names: Sequence[str], own: dict[str, Category]) -> tuple[int | None, ...]:
     return tuple(own[name].id if name in own else None for name in names)
-
-
-def read_unannotated(
-    folder: Path, names: Sequence[str], class_names: Sequence[str], exif: ExifRule
-) -> tuple[CocoData, list[str]]:
-    """Return a data set without boxes of the images whose header can be read, and the reasons for the others.
-
-    Image ids count from 1.
-    """
-    readable, sizes_hw, unreadable = [], [], []
-    for name in names:
-        try:
-            sizes_hw.append(read_size_hw(folder / name, exif))
-            readable.append(name)
-        except UnreadableImageError as error:
-            unreadable.append(str(error))
-    return unannotated(folder, readable, sizes_hw, class_names, exif), unreadable
-
-
-def unannotated(
-    folder: Path,
-    names: Sequence[str],
-    sizes_hw: Sequence[tuple[int, int]],
-    class_names: Sequence[str],
-    exif: ExifRule,
-) -> CocoData:
-    """Return a data set without boxes, of images of these sizes; image ids count from 1."""
-    return CocoData(
-        annotations_path=folder,
-        images_dir=folder,
-        class_names=tuple(class_names),
-        category_ids=tuple(range(len(class_names))),
-        notices=[],
-        image_ids=np.arange(1, 1 + len(names)),
-        sizes_hw=np.array(sizes_hw, dtype=np.int64).reshape(-1, 2),
-        file_names=np.array([os.fsencode(name) for name in names], dtype=np.bytes_),
-        box_offsets=np.zeros(len(names) + 1, dtype=np.int64),
-        boxes_xywh_px=np.zeros((0, 4)),
-        box_classes=np.zeros(0, dtype=np.int64),
-        iscrowd=np.zeros(0, dtype=np.bool_),
-        areas=np.zeros(0),
-        annotation_ids=np.zeros(0, dtype=np.int64),
-        exif="apply" if exif == "auto" else exif,  # there is no annotated size to fit
-    )
 
 
 def classes_of(categories: Iterable[Category], class_names: Sequence[str] = ()) -> dict[str, Category]:

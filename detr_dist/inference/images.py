@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from detr_dist.config_types import ExifRule
-from detr_dist.data.coco import CocoData, unannotated
+from detr_dist.data.coco import CocoData
 from detr_dist.data.exif import turn_of, turned
 from detr_dist.data.images import UnreadableImageError, read_size_hw, rgb_of
+from detr_dist.data.unannotated import unannotated
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import one_line
 

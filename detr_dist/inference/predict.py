@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detr_dist.config_types import ExifRule
-from detr_dist.data.coco import CocoData, read_unannotated
+from detr_dist.data.coco import CocoData
 from detr_dist.data.images import decode_rgb, decoded_name, find_images, folded
+from detr_dist.data.unannotated import read_unannotated
 from detr_dist.environment import check_environment, check_single_process
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
 from detr_dist.evaluation.detections import DetectionRecords, Detections, Predicted, coco_results

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from detr_dist.data.column_records import DEFAULTS, ColumnRecords
 from detr_dist.data.formats.coco_json import RepeatedKeyError, without_outline
+from detr_dist.data.formats.json_tokens import STEPS, Tokens, UnusualError, tokens_of
 
 BLOCK_BYTES = 2**24
 """A record, and everything beside the lists of images and annotations, must fit into a few of these."""
 
 _MOST_BLOCKS = 4
-_MOST_DEPTH = 100  # of nested lists and objects: far below Python's limit
 _NUM_PARSERS = 2
 
 _SCHEMAS = {
@@ -51,11 +51,6 @@ _NEXT = re.compile(rb"[ \t\r\n]*([,}])")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _SPACE = b" \t\r\n"
 
-_STEPS = np.zeros(256, dtype=np.int8)  # what a byte changes in the depth
-_STEPS[list(b"{[")], _STEPS[list(b"}]")] = 1, -1
-_TOKENS = b'"{}[]:IN\r\n'  # I and N: only NaN and Infinity have them outside texts
-_IS_TOKEN = bytes(byte in _TOKENS for byte in range(256))
-
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _OTHER_FACTOR = np.uint64(0xC2B2AE3D27D4EB4F)
 _FIRST_BYTES = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype=np.uint64)
@@ -63,16 +58,12 @@ _FIRST_BYTES = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype=np.uint64)
 _logger = logging.getLogger(__name__)
 
 
-class _UnusualError(Exception):
-    """The file needs the exact reader."""
-
-
 def stream_document(path: Path) -> dict[str, Sequence[Any]] | None:
     """Return the images, annotations and categories of a COCO JSON; None if the exact reader must read it."""
     try:
         with path.open("rb") as file:
             return _read_document(_Window(file))
-    except (_UnusualError, RepeatedKeyError, ValueError, RecursionError, OSError, pa.ArrowException) as error:
+    except (UnusualError, RepeatedKeyError, ValueError, RecursionError, OSError, pa.ArrowException) as error:
         _logger.debug(f"{path}: read record by record: {error}")
         return None
 
@@ -87,7 +78,7 @@ class _Window:
     def extend(self) -> bool:
         """Read another block; return False at the end of the file."""
         if len(self.data) > _MOST_BLOCKS * BLOCK_BYTES:
-            raise _UnusualError("a single value is very long")
+            raise UnusualError("a single value is very long")
         block = self._file.read(BLOCK_BYTES)
         self.data += block
         return bool(block)
@@ -99,7 +90,7 @@ class _Window:
         """Return the first group of a pattern, which the next bytes must match, and skip what matches."""
         while (match := pattern.match(self.data)) is None:
             if not self.extend():
-                raise _UnusualError(f"unexpected {self.data[:20]!r}")
+                raise UnusualError(f"unexpected {self.data[:20]!r}")
         self.skip(match.end())
         return match[1] if match.re.groups else b""
 
@@ -111,7 +102,7 @@ def _read_document(window: _Window) -> dict[str, Sequence[Any]]:
     while end == b",":
         key = window.take(_KEY).decode()
         if key in document:
-            raise _UnusualError(f"{key} again")
+            raise UnusualError(f"{key} again")
         if key in _SCHEMAS and window.data.startswith(b"["):
             window.skip(1)
             document[key] = _read_list(window, key)
@@ -121,10 +112,10 @@ def _read_document(window: _Window) -> dict[str, Sequence[Any]]:
     while window.extend():
         pass
     if window.data.strip(_SPACE):
-        raise _UnusualError("more after the end")
+        raise UnusualError("more after the end")
     lists = {key: document.get(key) for key in (*_SCHEMAS, "categories")}
     if not all(isinstance(records, Sequence) and not isinstance(records, str) for records in lists.values()):
-        raise _UnusualError("not the form of a COCO file")
+        raise UnusualError("not the form of a COCO file")
     return {key: records for key, records in lists.items() if records is not None}
 
 
@@ -133,15 +124,15 @@ def _read_value(window: _Window) -> Any:
     if window.data[:1] not in (b"{", b"["):
         return json.loads(window.take(_SCALAR).decode())
     while True:
-        tokens = _tokens_of(np.frombuffer(window.data, dtype=np.uint8))
+        tokens = tokens_of(np.frombuffer(window.data, dtype=np.uint8))
         ends = tokens.positions[tokens.depths == 0]
-        ends = ends[_STEPS[np.frombuffer(window.data, dtype=np.uint8)[ends]] < 0]
+        ends = ends[STEPS[np.frombuffer(window.data, dtype=np.uint8)[ends]] < 0]
         if len(ends):
             text = window.data[: int(ends[0]) + 1]
             window.skip(len(text))
             return json.loads(text.decode(), object_pairs_hook=without_outline)
         if not window.extend():
-            raise _UnusualError("a list or object does not end")
+            raise UnusualError("a list or object does not end")
 
 
 def _read_list(window: _Window, name: str) -> ColumnRecords:
@@ -179,13 +170,13 @@ def _lines_of(window: _Window, shapes: set[int]) -> Iterator[tuple[NDArray[np.ui
     is_first = True
     while True:
         block = np.frombuffer(window.data, dtype=np.uint8).copy()
-        tokens = _tokens_of(block)
+        tokens = tokens_of(block)
         closing = np.flatnonzero(tokens.depths < 0)
         is_last, end = len(closing) > 0, 0
         if is_last:
             end = int(tokens.positions[closing[0]])
             tokens = tokens.until(int(closing[0]))
-        steps = _STEPS[block[tokens.positions]]
+        steps = STEPS[block[tokens.positions]]
         ends = np.flatnonzero((steps < 0) & (tokens.depths == 0))
         starts = np.flatnonzero((steps > 0) & (tokens.depths == 1))[: len(ends)]
         if len(ends):
@@ -200,74 +191,22 @@ def _lines_of(window: _Window, shapes: set[int]) -> Iterator[tuple[NDArray[np.ui
             end -= int(last[-1]) + 1
         if is_last:
             if window.data[: end + 1].strip(_SPACE) != b"]":
-                raise _UnusualError("something else than records in a list")
+                raise UnusualError("something else than records in a list")
             window.skip(end + 1)
             return
         if not window.extend():
-            raise _UnusualError("a list does not end")
-
-
-class _Tokens(NamedTuple):
-    """The brackets, braces and colons outside texts, and what precedes each colon."""
-
-    positions: NDArray[np.int64]
-    depths: NDArray[np.int32]  # behind each token
-    num_quotes: NDArray[np.int32]  # before each token
-    quotes: NDArray[np.int64]
-
-    def until(self, end: int) -> "_Tokens":
-        return _Tokens(self.positions[:end], self.depths[:end], self.num_quotes[:end], self.quotes)
-
-
-def _tokens_of(block: NDArray[np.uint8]) -> _Tokens:
-    """Return the tokens of a block that starts outside texts; line ends of a writable block become spaces."""
-    visible = _without_escaped(block)
-    is_token = np.frombuffer(visible.tobytes().translate(_IS_TOKEN), dtype=bool)  # faster than numpy's lookup
-    positions = np.flatnonzero(is_token)
-    kinds = visible[positions]
-    is_quote = kinds == ord('"')
-    num_quotes = np.cumsum(is_quote, dtype=np.int32)
-    quotes = positions[is_quote]
-    is_outside = ((num_quotes & 1) == 0) & ~is_quote
-    positions, kinds, num_quotes = positions[is_outside], kinds[is_outside], num_quotes[is_outside]
-    is_letter = (kinds == ord("I")) | (kinds == ord("N"))
-    if is_letter.any():
-        raise _UnusualError("NaN or Infinity")
-    is_line_end = (kinds == ord("\n")) | (kinds == ord("\r"))
-    if is_line_end.any():
-        if block.flags.writeable:
-            block[positions[is_line_end]] = ord(" ")
-        kept = ~is_line_end
-        positions, kinds, num_quotes = positions[kept], kinds[kept], num_quotes[kept]
-    depths = np.cumsum(_STEPS[kinds], dtype=np.int32)
-    if depths.max(initial=0) > _MOST_DEPTH:
-        raise _UnusualError("very deep nesting")
-    return _Tokens(positions, depths, num_quotes, quotes)
-
-
-def _without_escaped(block: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the block with a space instead of each character that a backslash escapes."""
-    slashes = np.flatnonzero(block == ord("\\"))
-    if not len(slashes):
-        return block
-    starts = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)  # of runs of backslashes
-    lengths = np.diff(np.append(starts, len(slashes)))
-    behind = slashes[starts] + lengths
-    behind = behind[(lengths % 2 == 1) & (behind < len(block))]
-    block = block.copy()
-    block[behind] = ord(" ")
-    return block
+            raise UnusualError("a list does not end")
 
 
 def _check_gap(gap: NDArray[np.uint8], *, is_first: bool) -> None:
     if gap.tobytes().strip(_SPACE) != (b"" if is_first else b","):
-        raise _UnusualError("something else than records in a list")
+        raise UnusualError("something else than records in a list")
 
 
 def _separate(block: NDArray[np.uint8], first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
     """Put each record on its own line: its neighbours must be objects, with one comma between them."""
     if (block[first] != ord("{")).any() or (block[last] != ord("}")).any():
-        raise _UnusualError("something else than objects in a list")
+        raise UnusualError("something else than objects in a list")
     lengths = first[1:] - last[:-1] - 1
     gaps = np.repeat(np.arange(len(lengths)), lengths)
     begins = last[:-1] + 1 - (np.cumsum(lengths) - lengths)
@@ -276,13 +215,13 @@ def _separate(block: NDArray[np.uint8], first: NDArray[np.int64], last: NDArray[
     is_comma = between == ord(",")
     num_commas = np.bincount(gaps[is_comma], minlength=len(lengths))
     if not (is_comma | (between == ord(" ")) | (between == ord("\t"))).all() or (num_commas != 1).any():
-        raise _UnusualError("something else than commas between records")
+        raise UnusualError("something else than commas between records")
     block[places[is_comma]] = ord("\n")
 
 
 def _check_shapes(
     block: NDArray[np.uint8],
-    tokens: _Tokens,
+    tokens: Tokens,
     starts: NDArray[np.int64],
     first: NDArray[np.int64],
     last: NDArray[np.int64],
@@ -309,17 +248,15 @@ def _check_shapes(
             text = block[first[row] : last[row] + 1].tobytes().decode()
             record = json.loads(text, object_pairs_hook=_unrepeated)
             if "origin" in record:  # messages would name it
-                raise _UnusualError("a record with an origin")
+                raise UnusualError("a record with an origin")
             shapes.add(value)
 
 
-def _codes_of_keys(
-    block: NDArray[np.uint8], tokens: _Tokens, colons: NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def _codes_of_keys(block: NDArray[np.uint8], tokens: Tokens, colons: NDArray[np.int64]) -> NDArray[np.uint64]:
     """Return a hash of the key before each colon."""
     closing = tokens.num_quotes[colons] - 1
     if (closing < 1).any():
-        raise _UnusualError("a colon without a key")
+        raise UnusualError("a colon without a key")
     begins = tokens.quotes[closing - 1] + 1
     lengths = tokens.quotes[closing] - begins
     padded = np.append(block, np.zeros(8, dtype=np.uint8))
@@ -337,7 +274,7 @@ def _codes_of_keys(
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
-        raise _UnusualError("a repeated key")
+        raise UnusualError("a repeated key")
     return record
 
 
@@ -347,7 +284,7 @@ def _parse(lines: NDArray[np.uint8], num_records: int, name: str) -> pa.Table:
     if not text.isascii():
         text.decode()  # Arrow would not look
     if b"\\" in text and _SURROGATE.search(text):
-        raise _UnusualError("surrogates")
+        raise UnusualError("surrogates")
     table = pa.json.read_json(
         pa.BufferReader(text),
         read_options=pa.json.ReadOptions(use_threads=False, block_size=len(text) + 1),
@@ -356,7 +293,7 @@ def _parse(lines: NDArray[np.uint8], num_records: int, name: str) -> pa.Table:
         ),
     )
     if len(table) != num_records:
-        raise _UnusualError("another number of records")
+        raise UnusualError("another number of records")
     columns = {key: _checked(key, table[key].combine_chunks()) for key in _SCHEMAS[name].names}
     return pa.table(columns)
 
@@ -366,13 +303,13 @@ def _checked(key: str, column: pa.Array) -> pa.Array:
     if key in DEFAULTS:
         return _in_range(column.fill_null(pa.scalar(DEFAULTS[key], column.type)))
     if column.null_count:
-        raise _UnusualError(f"a record without {key}")
+        raise UnusualError(f"a record without {key}")
     if key == "file_name" and (pc.min(pc.binary_length(column)).as_py() or 0) == 0:
-        raise _UnusualError("an empty text")
+        raise UnusualError("an empty text")
     if key == "bbox":
         values = column.flatten()
         if values.null_count or (np.diff(column.offsets.to_numpy()) != 4).any():
-            raise _UnusualError("a box of another form")
+            raise UnusualError("a box of another form")
         return pa.FixedSizeListArray.from_arrays(_in_range(values), 4)
     return column
 
@@ -382,5 +319,5 @@ def _in_range(column: pa.Array) -> pa.Array:
     if pa.types.is_floating(column.type):
         values = column.to_numpy()
         if (np.abs(values) >= 2**63).any() or np.signbit(values[values == 0]).any():
-            raise _UnusualError("a number that needs care")
+            raise UnusualError("a number that needs care")
     return column

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from detr_dist.data.coco import read_unannotated
 from detr_dist.data.images import UnreadableImageError, find_images, image_suffixes, read_size_hw
+from detr_dist.data.unannotated import read_unannotated
 from detr_dist.errors import DataError
 
 
