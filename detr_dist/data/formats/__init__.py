@@ -1,10 +1,11 @@
 """Readers of annotations, one module for each format."""
 
+import gc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from detr_dist.data.formats.annotations import Annotations
+from detr_dist.data.formats.annotations import Annotations, Reader
 from detr_dist.data.formats.layouts import open_splits
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import list_names
@@ -23,7 +24,7 @@ def read_annotations(source: str | Path, split: str | None = None) -> Annotation
     """
     splits = open_splits(Path(source))
     if "" in splits:
-        return splits[""]()
+        return _read(splits[""])
     if split is None and len(splits) == 1:
         (split,) = splits
     if split is None:
@@ -32,7 +33,17 @@ def read_annotations(source: str | Path, split: str | None = None) -> Annotation
         raise DataError(
             f"{source}: has no split {split!r}, only {list_names(splits)}; name the data set to use"
         )
-    return splits[split]()
+    return _read(splits[split])
+
+
+def _read(reader: Reader) -> Annotations:
+    collecting = gc.isenabled()
+    gc.disable()  # the collector would repeatedly scan a million new objects, none of them garbage
+    try:
+        return reader()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Split(NamedTuple):
