@@ -1,11 +1,12 @@
 """Readers of annotations, one module for each format."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from detr_dist.config_types import ExifRule
-from detr_dist.data.formats.annotations import Annotations
+from detr_dist.data.formats.annotations import Annotations, Reader
 from detr_dist.data.formats.layouts import open_splits
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import list_names
@@ -25,7 +26,7 @@ def read_annotations(source: str | Path, split: str | None = None, *, exif: Exif
     """
     splits = open_splits(Path(source))
     if "" in splits:
-        return splits[""](exif)
+        return _read(splits[""], exif)
     if split is None and len(splits) == 1:
         (split,) = splits
     if split is None:
@@ -34,7 +35,17 @@ def read_annotations(source: str | Path, split: str | None = None, *, exif: Exif
         raise DataError(
             f"{source}: has no split {split!r}, only {list_names(splits)}; name the data set to use"
         )
-    return splits[split](exif)
+    return _read(splits[split], exif)
+
+
+def _read(reader: Reader, exif: ExifRule) -> Annotations:
+    collecting = gc.isenabled()
+    gc.disable()  # the collector would repeatedly scan a million new objects, none of them garbage
+    try:
+        return reader(exif)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Split(NamedTuple):
