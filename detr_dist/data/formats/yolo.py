@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from posixpath import basename, commonpath, dirname, normpath, splitext
 from posixpath import split as split_path
@@ -69,7 +70,8 @@ def yolo_folder(folder: Path) -> Splits | None:
     for above in images_dir.absolute().parents[:3]:
         path = find_yaml(above)
         if path is not None:
-            return {"": partial(_read_places, read_yaml(path), [images_dir], folder.name)}
+            split = basename(normpath(images_dir.absolute()).removesuffix("/images"))  # as in `train/images`
+            return {"": partial(_read_places, read_yaml(path), [images_dir], split)}
     raise DataError(
         f"{folder}: has labels of YOLO, but there is no data.yaml in it or above it; add one with "
         "'names: [player, ball]', the names of the classes in the order of their numbers"
@@ -83,8 +85,12 @@ def _read_split(document: YoloYaml, split: str, exif: ExifRule) -> Annotations:
 def _read_places(document: YoloYaml, places: list[Path], split: str, exif: ExifRule) -> Annotations:
     """Read the images in some folders and lists, and their labels."""
     faults = Faults(_RULES)
-    paths = list(dict.fromkeys(path for place in places for path in _images_of(document, place, faults)))
-    images_dir = Path(commonpath({dirname(path) for path in paths})) if paths else places[0]
+    images_of = {place: _images_of(document, place, faults) for place in places}
+    paths = list(dict.fromkeys(chain.from_iterable(images_of.values())))
+    # The folder that is named, so that its sub-folders are in the names of the images even if it has one.
+    folders = {str(place.absolute()) for place in places if place.is_dir()}
+    folders |= {dirname(path) for place, listed in images_of.items() if not place.is_dir() for path in listed}
+    images_dir = Path(commonpath(folders)) if folders else places[0]
     sizes_hw = read_sizes_hw(paths, exif)
     label_paths, warnings = _find_labels(paths, faults)
     reader, above = LabelReader(document.names, faults), f"{document.path.absolute().parent}/"

@@ -80,6 +80,24 @@ def test_names_may_have_spaces_upper_case_suffixes_and_any_letters(write_yolo: W
     assert data.box_offsets.tolist() == [0, 1, 2, 3]
 
 
+def test_a_split_with_one_sub_folder_has_it_in_the_names_of_its_images(write_yolo: WriteYolo) -> None:
+    names = ["train/cam1/1.jpg", "train/cam2/1.jpg", "val/cam1/2.jpg"]
+    yaml = "train: images/train\nval: images/val\nnames: [ball]\n"
+    path = write_yolo(dict.fromkeys(names, "0 0.5 0.5 0.5 0.5"), yaml)
+    found = [load_data(path, split=split).file_names.tolist() for split in ("train", "val")]
+    assert found == [[b"cam1/1.jpg", b"cam2/1.jpg"], [b"cam1/2.jpg"]], "so that clips can be compared"
+
+
+def test_folders_of_images_are_told_apart_by_the_folder_above(write_yolo: WriteYolo, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_yolo({"a.jpg": "0 0.5 0.5 0.5 0.5"})
+        (tmp_path / split).mkdir()
+        for name in ("images", "labels"):
+            (tmp_path / name).rename(tmp_path / split / name)
+    paths = [load_data(tmp_path / split / "images").annotations_path.name for split in ("train", "valid")]
+    assert paths == ["data.yaml (train)", "data.yaml (valid)"], "or a run would warn that they are the same"
+
+
 def test_labels_may_be_beside_the_images(write_yolo: WriteYolo) -> None:
     path = write_yolo({"a.jpg": "0 0.5 0.5 0.5 0.5"})
     (path.parent / "labels" / "a.txt").rename(path.parent / "images" / "a.txt")
