@@ -13,7 +13,7 @@ import numpy as np
 from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Faults, Finding, found
 from detr_dist.data.formats.annotations import Annotations, Splits, path_of_split
-from detr_dist.data.formats.folders import names_in, read_sizes_hw
+from detr_dist.data.formats.folders import names_in, read_lines, read_sizes_hw
 from detr_dist.data.formats.yolo_labels import RULES as LABEL_RULES
 from detr_dist.data.formats.yolo_labels import LabelReader, Labels
 from detr_dist.data.formats.yolo_yaml import YoloYaml, find_yaml, read_yaml
@@ -38,7 +38,8 @@ _ROUNDING = 1e-5
 def yolo_splits(path: Path) -> Splits:
     """Return the splits of a data.yaml.
 
-    A split `test` that does not exist is left out: exporters list one whether there is any or not.
+    A split `test` that does not exist, or is empty, is left out: exporters list one whether there is any or
+    not.
     """
     document = read_yaml(path)
     if not document.splits:
@@ -46,7 +47,8 @@ def yolo_splits(path: Path) -> Splits:
     splits: Splits = {split: partial(_read_split, document, split) for split in document.splits}
     if "test" in splits:
         try:
-            document.places("test")
+            if all(place.is_dir() and not names_in(place) for place in document.places("test")):
+                del splits["test"]
         except DataError:
             del splits["test"]
     return splits
@@ -122,13 +124,8 @@ def _images_of(document: YoloYaml, place: Path, faults: Faults) -> list[str]:
         return [f"{folder}/{name}" for name in find_images(folder).names]
     if place.suffix.lower() != ".txt":
         raise DataError(f"{document.path}: {place} is neither a folder nor a .txt list of images")
-    try:
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
-        raise DataError(f"{place}: cannot be read: {reason}; save it again") from None
     paths = []
-    for line, text in enumerate(lines, start=1):
+    for line, text in enumerate(read_lines(place), start=1):
         name = text.strip().replace("\\", "/")
         bases = (place.parent, document.root, document.path.parent)
         tried = (normpath(base.absolute() / name) for base in bases)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detr_dist.data.coco import CocoData, load_data
-from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats import read_annotations, split_names
 from detr_dist.data.formats.yolo_yaml import read_yaml
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
@@ -234,3 +234,13 @@ def test_images_without_any_label_file_are_refused(write_yolo: WriteYolo, tmp_pa
     path = write_yolo({"a.jpg": None, "b.jpg": None})
     with pytest.raises(DataError, match=r"1 split without any label file.*looked in .*labels"):
         load_data(path)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_test_split_without_images_is_left_out(
+    write_yolo: WriteYolo, tmp_path: Path, is_there: bool
+) -> None:
+    path = write_yolo({"train/a.jpg": ""}, "train: images/train\ntest: images/test\nnames: [ball]\n")
+    if is_there:
+        (tmp_path / "images" / "test").mkdir()
+    assert split_names(path) == ("train",)
