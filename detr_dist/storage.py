@@ -17,6 +17,8 @@ from typing import TextIO
 from detr_dist.errors import DataError, UsageError
 from detr_dist.text import one_line
 
+CACHE_VARIABLE = "DETR_DIST_CACHE"
+
 # Errors of a file system without locks, such as Lustre mounted without `flock`.
 _WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -31,7 +33,7 @@ def cache_folder() -> Path:
 
     Several nodes may share it. It may not exist yet, nor be writable.
     """
-    own = os.environ.get("DETR_DIST_CACHE")
+    own = os.environ.get(CACHE_VARIABLE)
     caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(own or Path(caches, "detr_dist")).expanduser()
 

@@ -70,7 +70,7 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
     taken: list[str] = []
     refused: list[str] = []
     for (key, before), (_, after) in zip(_leaves(saved.config), _leaves(now.config), strict=True):
-        if before != after:
+        if before != after and not (key == "data.exif" and _ignored_exif(saved) and after == "ignore"):
             is_free = key.split(".")[0] in FREE_SECTIONS or key in FREE_KEYS
             (taken if is_free else refused).append(f"{key} {_shown(before)} -> {_shown(after)}")
     if saved.class_names != now.class_names:
@@ -103,6 +103,11 @@ def compare_with_saved(saved: RunFacts, now: RunFacts) -> list[str]:
         if saved.versions.get(name) != version
     ]
     return taken
+
+
+def _ignored_exif(saved: RunFacts) -> bool:
+    """Return whether the run is of a version that rotated no image, and read sizes before the rotation."""
+    return "exif" not in saved.config.data.model_fields_set
 
 
 def has_other_validation(saved: RunFacts, now: RunFacts) -> bool:

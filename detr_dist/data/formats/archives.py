@@ -13,9 +13,7 @@ from filelock import FileLock
 
 from detr_dist.data.formats.annotations import SPLIT_OF_NAME
 from detr_dist.errors import DataError
-from detr_dist.storage import new_folder
-
-CACHE_VARIABLE = "DETR_DIST_CACHE"
+from detr_dist.storage import CACHE_VARIABLE, cache_folder, new_folder
 
 MAX_RATIO = 100
 """An archive that unpacks to more than this many times its size is refused as a bomb. Label files in text
@@ -32,12 +30,6 @@ _KEPT_FREE = 0.05
 _logger = logging.getLogger(__name__)
 
 
-def cache_dir() -> Path:
-    """Return the folder for what can be made again: $DETR_DIST_CACHE, else ~/.cache/detr_dist."""
-    chosen = os.environ.get(CACHE_VARIABLE, "")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "detr_dist"
-
-
 def unpacked(archive: Path) -> Path:
     """Return the folder with the contents of a zip, and unpack it unless the cache has it.
 
@@ -50,7 +42,7 @@ def unpacked(archive: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as file:
             entries = _checked_entries(archive, file)
-            folder = cache_dir() / "archives" / _digest(entries)
+            folder = cache_folder() / "archives" / _digest(entries)
             if not folder.is_dir():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -64,7 +56,7 @@ def unpacked(archive: Path) -> Path:
         ) from None
     except OSError as error:
         raise DataError(
-            f"{archive}: cannot be unpacked into {cache_dir()}: {error.strerror or error}; set "
+            f"{archive}: cannot be unpacked into {cache_folder()}: {error.strerror or error}; set "
             f"{CACHE_VARIABLE} to a folder on a disk with room"
         ) from None
     return _only_folder(folder)
@@ -86,7 +78,7 @@ def _checked_entries(archive: Path, file: zipfile.ZipFile) -> dict[str, zipfile.
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             what = "a link" if kind == stat.S_IFLNK else "no file"
             raise DataError(f"{archive}: {entry.filename!r} is {what}; refused: pack the files themselves")
-        if name.endswith("/") or path.parts[0] == "__MACOSX" or path.name.startswith("._"):
+        if name.endswith("/") or path.parts[:1] == ("__MACOSX",) or path.name.startswith("._"):
             continue
         if entries.setdefault(str(path), entry) is not entry:
             raise DataError(f"{archive}: {entry.filename!r} is in it twice; refused: pack it again")

@@ -1,4 +1,4 @@
-"""What the readers of several formats ask of folders: the names in them, and the sizes of their images."""
+"""What the readers of several formats ask of folders: names, lines of lists, and the sizes of images."""
 
 import os
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.images import UnreadableImageError, read_size_hw
+from detr_dist.errors import DataError
 
 _NUM_THREADS = 8  # the headers come from a disk, or from another host
 
@@ -18,6 +19,9 @@ def names_in(folder: str | Path, *suffixes: str) -> list[str]:
     """Return the names in a folder, sorted and without hidden ones; none if there is no such folder.
 
     With `suffixes`, in lower case, it returns only names that end in one of them, in any case.
+
+    Raises:
+        DataError: the folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
@@ -25,6 +29,21 @@ def names_in(folder: str | Path, *suffixes: str) -> list[str]:
             return sorted(name for name in names if not suffixes or name.lower().endswith(suffixes))
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed: {error.strerror}; check its permissions") from None
+
+
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise DataError(f"{path}: cannot be read: {reason}; save it again") from None
 
 
 def read_sizes_hw(paths: Sequence[str], exif: ExifRule) -> list[tuple[int, int] | UnreadableImageError]:

@@ -12,7 +12,7 @@ from typing import Any
 from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Faults
 from detr_dist.data.formats.annotations import SPLIT_OF_NAME, Annotations, Splits
-from detr_dist.data.formats.folders import names_in, read_sizes_hw
+from detr_dist.data.formats.folders import names_in, read_lines, read_sizes_hw
 from detr_dist.data.formats.xml_elements import Element, read_elements
 from detr_dist.data.images import UnreadableImageError, image_suffixes
 from detr_dist.data.records import RULES as RECORD_RULES
@@ -70,7 +70,7 @@ def _split_lists(folder: Path) -> dict[str, Path]:
 def _read_list(path: Path, xml_dir: Path, images_dir: Path, stems: set[str], exif: ExifRule) -> Annotations:
     """Read the images that a file of ImageSets/Main lists."""
     faults, listed = Faults(_RULES), dict[str, None]()
-    for line, text in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for line, text in enumerate(read_lines(path), start=1):
         name = text.strip()
         if name not in stems:
             name = re.sub(r"\s+-?[01]$", "", name)  # lists of one class have a mark after the name

@@ -2,6 +2,7 @@
 
 import os
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from posixpath import basename, commonpath, dirname, normpath, splitext
 from posixpath import split as split_path
@@ -12,7 +13,7 @@ import numpy as np
 from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Faults, Finding, found
 from detr_dist.data.formats.annotations import Annotations, Splits, path_of_split
-from detr_dist.data.formats.folders import names_in, read_sizes_hw
+from detr_dist.data.formats.folders import names_in, read_lines, read_sizes_hw
 from detr_dist.data.formats.yolo_labels import RULES as LABEL_RULES
 from detr_dist.data.formats.yolo_labels import LabelReader, Labels
 from detr_dist.data.formats.yolo_yaml import YoloYaml, find_yaml, read_yaml
@@ -37,7 +38,8 @@ _ROUNDING = 1e-5
 def yolo_splits(path: Path) -> Splits:
     """Return the splits of a data.yaml.
 
-    A split `test` that does not exist is left out: exporters list one whether there is any or not.
+    A split `test` that does not exist, or is empty, is left out: exporters list one whether there is any or
+    not.
     """
     document = read_yaml(path)
     if not document.splits:
@@ -45,7 +47,8 @@ def yolo_splits(path: Path) -> Splits:
     splits: Splits = {split: partial(_read_split, document, split) for split in document.splits}
     if "test" in splits:
         try:
-            document.places("test")
+            if all(place.is_dir() and not names_in(place) for place in document.places("test")):
+                del splits["test"]
         except DataError:
             del splits["test"]
     return splits
@@ -69,7 +72,8 @@ def yolo_folder(folder: Path) -> Splits | None:
     for above in images_dir.absolute().parents[:3]:
         path = find_yaml(above)
         if path is not None:
-            return {"": partial(_read_places, read_yaml(path), [images_dir], folder.name)}
+            split = basename(normpath(images_dir.absolute()).removesuffix("/images"))  # as in `train/images`
+            return {"": partial(_read_places, read_yaml(path), [images_dir], split)}
     raise DataError(
         f"{folder}: has labels of YOLO, but there is no data.yaml in it or above it; add one with "
         "'names: [player, ball]', the names of the classes in the order of their numbers"
@@ -83,8 +87,12 @@ def _read_split(document: YoloYaml, split: str, exif: ExifRule) -> Annotations:
 def _read_places(document: YoloYaml, places: list[Path], split: str, exif: ExifRule) -> Annotations:
     """Read the images in some folders and lists, and their labels."""
     faults = Faults(_RULES)
-    paths = list(dict.fromkeys(path for place in places for path in _images_of(document, place, faults)))
-    images_dir = Path(commonpath({dirname(path) for path in paths})) if paths else places[0]
+    images_of = {place: _images_of(document, place, faults) for place in places}
+    paths = list(dict.fromkeys(chain.from_iterable(images_of.values())))
+    # The folder that is named, so that its sub-folders are in the names of the images even if it has one.
+    folders = {str(place.absolute()) for place in places if place.is_dir()}
+    folders |= {dirname(path) for place, listed in images_of.items() if not place.is_dir() for path in listed}
+    images_dir = Path(commonpath(folders)) if folders else places[0]
     sizes_hw = read_sizes_hw(paths, exif)
     label_paths, warnings = _find_labels(paths, faults)
     reader, above = LabelReader(document.names, faults), f"{document.path.absolute().parent}/"
@@ -116,13 +124,8 @@ def _images_of(document: YoloYaml, place: Path, faults: Faults) -> list[str]:
         return [f"{folder}/{name}" for name in find_images(folder).names]
     if place.suffix.lower() != ".txt":
         raise DataError(f"{document.path}: {place} is neither a folder nor a .txt list of images")
-    try:
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
-        raise DataError(f"{place}: cannot be read: {reason}; save it again") from None
     paths = []
-    for line, text in enumerate(lines, start=1):
+    for line, text in enumerate(read_lines(place), start=1):
         name = text.strip().replace("\\", "/")
         bases = (place.parent, document.root, document.path.parent)
         tried = (normpath(base.absolute() / name) for base in bases)

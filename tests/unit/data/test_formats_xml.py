@@ -37,6 +37,16 @@ def test_the_files_of_pascal_itself_count_pixels_from_one(tmp_path: Path) -> Non
     assert data.boxes_xywh_px.tolist() == [[4, 5, 21, 11.5]]
 
 
+def test_a_list_or_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (write_voc(tmp_path) / "ImageSets" / "Main").mkdir(parents=True)
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_bytes("é".encode("latin-1"))
+    with pytest.raises(DataError, match=r"train\.txt: cannot be read: not a text in UTF-8; save it again"):
+        load_data(tmp_path)
+    (tmp_path / "annotations").symlink_to("annotations")
+    with pytest.raises(DataError, match="annotations: cannot be listed: Too many levels of symbolic links"):
+        load_data(tmp_path)
+
+
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
 def test_a_size_that_voc_lacks_is_read_from_the_image(tmp_path: Path, size: str) -> None:
     assert load_data(write_voc(tmp_path, body=size + OBJECT)).sizes_hw.tolist() == [[40, 60]]

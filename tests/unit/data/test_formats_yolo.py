@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detr_dist.data.coco import CocoData, load_data
-from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats import read_annotations, split_names
 from detr_dist.data.formats.yolo_yaml import read_yaml
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
@@ -78,6 +78,24 @@ def test_names_may_have_spaces_upper_case_suffixes_and_any_letters(write_yolo: W
     data = load_data(path)
     assert [str(data.image_path(row).relative_to(data.images_dir)) for row in range(3)] == sorted(names)
     assert data.box_offsets.tolist() == [0, 1, 2, 3]
+
+
+def test_a_split_with_one_sub_folder_has_it_in_the_names_of_its_images(write_yolo: WriteYolo) -> None:
+    names = ["train/cam1/1.jpg", "train/cam2/1.jpg", "val/cam1/2.jpg"]
+    yaml = "train: images/train\nval: images/val\nnames: [ball]\n"
+    path = write_yolo(dict.fromkeys(names, "0 0.5 0.5 0.5 0.5"), yaml)
+    found = [load_data(path, split=split).file_names.tolist() for split in ("train", "val")]
+    assert found == [[b"cam1/1.jpg", b"cam2/1.jpg"], [b"cam1/2.jpg"]], "so that clips can be compared"
+
+
+def test_folders_of_images_are_told_apart_by_the_folder_above(write_yolo: WriteYolo, tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        write_yolo({"a.jpg": "0 0.5 0.5 0.5 0.5"})
+        (tmp_path / split).mkdir()
+        for name in ("images", "labels"):
+            (tmp_path / name).rename(tmp_path / split / name)
+    paths = [load_data(tmp_path / split / "images").annotations_path.name for split in ("train", "valid")]
+    assert paths == ["data.yaml (train)", "data.yaml (valid)"], "or a run would warn that they are the same"
 
 
 def test_labels_may_be_beside_the_images(write_yolo: WriteYolo) -> None:
@@ -216,3 +234,13 @@ def test_images_without_any_label_file_are_refused(write_yolo: WriteYolo, tmp_pa
     path = write_yolo({"a.jpg": None, "b.jpg": None})
     with pytest.raises(DataError, match=r"1 split without any label file.*looked in .*labels"):
         load_data(path)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_test_split_without_images_is_left_out(
+    write_yolo: WriteYolo, tmp_path: Path, is_there: bool
+) -> None:
+    path = write_yolo({"train/a.jpg": ""}, "train: images/train\ntest: images/test\nnames: [ball]\n")
+    if is_there:
+        (tmp_path / "images" / "test").mkdir()
+    assert split_names(path) == ("train",)

@@ -232,14 +232,19 @@ def test_a_run_older_than_canvas_rounding_continues_without_rounding(
         compare_with_saved(saved, replace(facts, config=keep_settings(named, saved, "auto", checkpoint)))
 
 
-def test_a_run_older_than_exif_rotations_resumes_with_the_default(
+def test_a_run_older_than_exif_rotations_resumes_with_the_default_or_without_rotations(
     checkpoint: Path, rewrite: Rewrite, facts: RunFacts
 ) -> None:
+    of_now = open_checkpoint(checkpoint).facts
     state = json.loads((checkpoint / STATE).read_text())
     assert state["config"]["data"].pop("exif") == "auto"
     rewrite(checkpoint, STATE, json.dumps(state).encode())
     saved = open_checkpoint(checkpoint).facts
     assert compare_with_saved(saved, facts) == []
+    as_before = replace(facts, config=override_config(facts.config, ["data.exif=ignore"]))
+    assert compare_with_saved(saved, as_before) == []
+    with pytest.raises(UsageError, match=r"data\.exif auto -> ignore"):
+        compare_with_saved(of_now, as_before)
     changed = replace(facts, config=override_config(facts.config, ["data.exif=apply"]))
     with pytest.raises(UsageError, match=r"data\.exif auto -> apply\. Set it as it was to resume"):
         compare_with_saved(saved, changed)
