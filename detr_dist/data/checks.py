@@ -152,15 +152,19 @@ def check_splits(
     num_queries: int | None,
     finest_stride: int | None,
     open_images: bool,
+    num_train: int = 1,
 ) -> Report:
-    """Check all splits of the sources; the first is the one to train on, and decides on the classes."""
+    """Check all splits of the sources; the first decides on the classes.
+
+    The first `num_train` are together what to train on, so that they may have images and clips in common.
+    """
     splits = [split for each in sources for split in (splits_of(each) if isinstance(each, str) else [each])]
     settings = CheckSettings(Resize.of(config.data), num_queries, finest_stride)
     image_check = ImageCheck() if open_images else None
     report = Report(settings, open_images, {}, {})
     reference: tuple[str, tuple[str, ...]] | None = None
     listed: dict[str, list[str]] = {}
-    for split, name in ((split, str(split)) for split in splits):
+    for index, (split, name) in enumerate((split, str(split)) for split in splits):
         annotations = read_annotations(*split, exif=config.data.exif)
         images_dir = annotations.images_dir
         records = check_records(annotations, exif=config.data.exif)
@@ -175,17 +179,20 @@ def check_splits(
             findings += differing_classes(wanted, own, reference[0], f"in {name}")
             findings = [_as_corners(each, len(data.box_classes)) for each in findings]
             findings += _check_repeats(data)
-            findings += check_boxes(data, settings, trains=split == splits[0])
+            findings += check_boxes(data, settings, trains=index < num_train)
             report.statistics[name] = counts = statistics_of(data, settings)
             if counts.num_images > counts.num_empty > MOSTLY_EMPTY_FRACTION * counts.num_images:
                 lost = "without a box, more than half; check that nothing was lost"
                 findings += found("mostly_empty", "image", lost, (), count=counts.num_empty, level="warning")
             if image_check is not None:
-                findings += image_check.check(name, data, records.missing_files)
+                is_new = not 0 < index < num_train
+                findings += image_check.check(name, data, records.missing_files, is_new_split=is_new)
         report.findings[name] = findings
-        listed[name] = records.listed_files
-    for name, both in clips_in_two_splits(listed).items():
-        report.findings[name] = sorted(report.findings[name] + both, key=lambda each: each.level != "error")
+        listed.setdefault(str(splits[0]) if index < num_train else name, []).extend(records.listed_files)
+    clips = clips_in_two_splits(listed)
+    for name, findings in report.findings.items():
+        every = findings + clips.get(name, [])
+        report.findings[name] = sorted(every, key=lambda finding: finding.level != "error")
     return report
 
 

@@ -79,11 +79,23 @@ class ImageCheck:
     """Checks the images of one split after the other, and keeps about a kilobyte of each."""
 
     def __init__(self) -> None:
-        self._files: dict[bytes, str] = {}  # one file for each content
+        self._files: dict[bytes, str] = {}  # of earlier splits, one file for each content
         self._thumbnails: list[NDArray[np.float32]] = []  # of these, in the same order
+        self._files_of_split: dict[bytes, str] = {}  # likewise of the other sources of this split
+        self._thumbnails_of_split: list[NDArray[np.float32]] = []
 
-    def check(self, split: str, data: CocoData, missing: frozenset[str]) -> list[Finding]:
-        """Return the findings on the image files of `data`, except those that are known to be missing."""
+    def check(
+        self, split: str, data: CocoData, missing: frozenset[str], *, is_new_split: bool = True
+    ) -> list[Finding]:
+        """Return the findings on the image files of `data`, except those that are known to be missing.
+
+        If it `is_new_split`, its images must not be in what was checked before; otherwise it is a further
+        source of the same split.
+        """
+        if is_new_split:
+            self._files |= self._files_of_split
+            self._thumbnails += self._thumbnails_of_split
+            self._files_of_split, self._thumbnails_of_split = {}, []
         rows_of = defaultdict(list)  # several rows if a file is listed more than once
         for row, name in enumerate(map(decoded_name, data.file_names)):
             if name not in missing:
@@ -104,14 +116,14 @@ class ImageCheck:
                 examples["dark_picture"].append(name)
             if image.digest in self._files:
                 examples["picture_in_two_splits"].append(f"{name} is {self._files[image.digest]}")
-            elif image.digest in own:
-                examples["duplicate_picture"].append(f"{name} is {own[image.digest]}")
+            elif (same := own.get(image.digest) or self._files_of_split.get(image.digest)) is not None:
+                examples["duplicate_picture"].append(f"{name} is {same}")
             else:
                 own[image.digest] = name
                 thumbnails.append(image.thumbnail)
         examples["lookalike_in_two_splits"] = self._lookalikes(list(own.values()), thumbnails)
-        self._files |= {digest: str(data.images_dir / name) for digest, name in own.items()}
-        self._thumbnails += thumbnails
+        self._files_of_split |= {digest: str(data.images_dir / name) for digest, name in own.items()}
+        self._thumbnails_of_split += thumbnails
         return [
             finding
             for kind, (level, what) in _KINDS.items()

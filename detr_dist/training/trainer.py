@@ -203,6 +203,7 @@ def _check_data(config: Config, sources: list[TrainSource], val: Split) -> None:
         num_queries=num_queries_of(config.model),
         finest_stride=finest_stride_of(config.model),
         open_images=True,
+        num_train=len(sources),
     )
     _log_lines(report.lines())
     if report.num_errors:

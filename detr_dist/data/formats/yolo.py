@@ -89,9 +89,11 @@ def _read_places(document: YoloYaml, places: list[Path], split: str, exif: ExifR
     faults = Faults(_RULES)
     images_of = {place: _images_of(document, place, faults) for place in places}
     paths = list(dict.fromkeys(chain.from_iterable(images_of.values())))
-    # The folder that is named, so that its sub-folders are in the names of the images even if it has one.
+    # What is named, so that folders below it are in the names of the images even if there is only one.
     folders = {str(place.absolute()) for place in places if place.is_dir()}
-    folders |= {dirname(path) for place, listed in images_of.items() if not place.is_dir() for path in listed}
+    listed = {dirname(path) for place in places if not place.is_dir() for path in images_of[place]}
+    root = normpath(document.root.absolute())
+    folders |= {root} if listed and commonpath({root, *listed}) == root else listed
     images_dir = Path(commonpath(folders)) if folders else places[0]
     sizes_hw = read_sizes_hw(paths, exif)
     label_paths, warnings = _find_labels(paths, faults)

@@ -23,7 +23,7 @@ WriteCoco = Callable[..., Path]
 JSON = "_annotations.coco.json"
 
 
-def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
+def check(*folders: Path, open_images: bool = False, num_train: int = 1, **sections: Any) -> Report:
     config = Config(**sections)
     return check_splits(
         [str(f) for f in folders],
@@ -31,6 +31,7 @@ def check(*folders: Path, open_images: bool = False, **sections: Any) -> Report:
         num_queries=num_queries_of(config.model),
         finest_stride=finest_stride_of(config.model),
         open_images=open_images,
+        num_train=num_train,
     )
 
 
@@ -279,6 +280,16 @@ def test_clips_with_frames_in_two_splits_are_named_and_qualify_the_verdict(
     assert report.verdict.endswith(
         "1 warning: ready to train, but clips in two splits make the metrics too good"
     )
+
+
+def test_sources_to_train_on_are_one_split(document: Document, write_coco: WriteCoco) -> None:
+    names = ["goal_1.jpg", "goal_3.jpg", "corner_1.jpg", "corner_2.jpg"]
+    sources = [write_coco(with_names(document, 100, *names), name) for name in ("first", "second")]
+    val = write_coco(with_names(document, 100, "goal_1.jpg", "kick-off_1.jpg"), "val")
+    report = check(*sources, val, open_images=True, num_train=2)
+    by_source = [[finding.kind for finding in report.findings[str(each)]] for each in (*sources, val)]
+    in_val = ["picture_in_two_splits", "clip_in_two_splits"]
+    assert by_source == [[], ["duplicate_picture"], in_val], "what sources share makes no metric too good"
 
 
 @pytest.mark.parametrize(

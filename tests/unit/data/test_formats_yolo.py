@@ -86,6 +86,9 @@ def test_a_split_with_one_sub_folder_has_it_in_the_names_of_its_images(write_yol
     path = write_yolo(dict.fromkeys(names, "0 0.5 0.5 0.5 0.5"), yaml)
     found = [load_data(path, split=split).file_names.tolist() for split in ("train", "val")]
     assert found == [[b"cam1/1.jpg", b"cam2/1.jpg"], [b"cam1/2.jpg"]], "so that clips can be compared"
+    (path.parent / "list.txt").write_text("images/val/cam1/2.jpg\n")
+    path.write_text("val: list.txt\nnames: [ball]\n")
+    assert load_data(path).file_names.tolist() == [b"images/val/cam1/2.jpg"], "relative to the data.yaml"
 
 
 def test_folders_of_images_are_told_apart_by_the_folder_above(write_yolo: WriteYolo, tmp_path: Path) -> None:
