@@ -47,12 +47,15 @@ class Clips:
         return f"{counted(len(sizes), 'clip')} by {self.found_by}, of {num_images}, such as {largest!r}"
 
 
-def find_clips(images_dir: Path, file_names: Sequence[str], by: str) -> Clips:
+def find_clips(
+    source: Path, file_names: Sequence[str], by: str, *, paths: Sequence[Path] | None = None
+) -> Clips:
     """Find the clip of each image.
 
     Args:
-        images_dir: The folder that the file names are relative to.
+        source: The folder that the file names are relative to, or what messages name if there are `paths`.
         file_names: The images, at least one.
+        paths: The files of the images, if not all are in that folder.
         by: `clip` for the file name before the frame number, or groups of look-alike images if the names do
             not tell; `folder` for the folder of the file; otherwise a regular expression, whose first group
             or whole match in the file name, with its folders, names the clip.
@@ -66,12 +69,12 @@ def find_clips(images_dir: Path, file_names: Sequence[str], by: str) -> Clips:
         clips = [clip_name(name) for name in names]
         if _tell_apart(clips):
             return _numbered(clips, "file name")
-        return _by_looks(images_dir, names, _why_unclear(clips))
+        return _by_looks(source, names, paths or [source / name for name in names], _why_unclear(clips))
     if by == "folder":
         folders = [dirname(name) or "." for name in names]
         if len(set(folders)) == 1:
             raise DataError(
-                f"{images_dir}: all {len(names)} images are in one folder, {value_of(folders[0])}, so it "
+                f"{source}: all {len(names)} images are in one folder, {value_of(folders[0])}, so it "
                 "does not tell clips apart; give --by clip or a regular expression"
             )
         return _numbered(folders, "folder")
@@ -138,13 +141,13 @@ def _why_unclear(clips: Sequence[str]) -> str:
     return "by their names most images are alone in their clip"
 
 
-def _by_looks(images_dir: Path, names: Sequence[str], why: str) -> Clips:
+def _by_looks(source: Path, names: Sequence[str], paths: Sequence[Path], why: str) -> Clips:
     """Return groups of images that look alike as clips.
 
     Raises:
         DataError: all look alike, or hardly any.
     """
-    groups = lookalike_groups(images_dir, names)
+    groups = lookalike_groups(paths)
     sizes = Counter(f"group {group}" for group in groups)
     if _are_clips(sizes):
         firsts: dict[int, str] = {}
@@ -153,7 +156,7 @@ def _by_looks(images_dir: Path, names: Sequence[str], why: str) -> Clips:
         return _numbered([firsts[group] for group in groups], "look-alike images")
     looks = "all look alike" if len(sizes) == 1 else "hardly any look alike"
     raise DataError(
-        f"{images_dir}: cannot tell which images are of one clip: {why}, and {looks} (as "
+        f"{source}: cannot tell which images are of one clip: {why}, and {looks} (as "
         f"{list_names(sorted(names)[:2])}); put each clip into a folder and give --by folder, give a regular "
         "expression whose first group is the clip, as --by '^(match[0-9]+)_', or --by '.+' if the images "
         "are independent photographs"

@@ -45,13 +45,14 @@ def write_coco(
 def target_names(data: CocoData) -> list[str]:
     """Return the name of each image in a COCO folder.
 
-    It is the name in the source, without detours; where some name leads out of its folder, names are relative
-    to the folder that all images have in common.
+    It is the name in the source, without detours. Where some name leads out of its folder, or several files
+    have one name, names are relative to the folder that all images have in common.
     """
     names = [normpath(decoded_name(name)) for name in data.file_names]
-    if not any(isabs(name) or name.startswith("../") for name in names):
+    paths = [os.path.normpath(data.image_path(row).absolute()) for row in range(len(data))]
+    leads_out = any(isabs(name) or name.startswith("../") for name in names)
+    if not leads_out and len(set(zip(names, paths, strict=True))) == len(set(names)):
         return names
-    paths = [os.path.normpath(data.images_dir.absolute() / name) for name in names]
     common = os.path.commonpath([dirname(path) for path in paths])
     return [os.path.relpath(path, common) for path in paths]
 

@@ -144,7 +144,7 @@ class ImageCheck:
         return alike
 
 
-def lookalike_groups(images_dir: Path, names: Sequence[str]) -> list[int]:
+def lookalike_groups(paths: Sequence[Path]) -> list[int]:
     """Return a number for each image, equal for images that look alike, also through others in between.
 
     The images of a shot look like their neighbours in time, and so form one group.
@@ -153,7 +153,7 @@ def lookalike_groups(images_dir: Path, names: Sequence[str]) -> list[int]:
         DataError: an image cannot be decoded.
     """
     thumbnails = []
-    for _, image in _look_at_all(images_dir, dict.fromkeys(names), "ignore", "looking for clips"):
+    for _, image in _look_at_all(Path(), dict.fromkeys(map(str, paths)), "ignore", "looking for clips"):
         if image.thumbnail is None:
             raise DataError(f"{image.failure}; restore or remove it")
         thumbnails.append(image.thumbnail)

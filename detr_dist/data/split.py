@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from detr_dist.data.clips import Clips, find_clips
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.coco_writing import write_coco
 from detr_dist.data.columns import counted
+from detr_dist.data.concatenation import concatenate
+from detr_dist.data.formats import splits_of
 from detr_dist.data.images import decoded_name
 from detr_dist.errors import DataError, UsageError
 from detr_dist.storage import check_new, new_folder
@@ -41,7 +44,7 @@ def split_data(source: Path, output_dir: Path, *, val: float, test: float | None
     """Write `train`, `valid` and, with `test`, `test` into a new folder, as COCO, and print their contents.
 
     Args:
-        source: The data set.
+        source: The data set; if it is split already, its splits are joined first.
         output_dir: The folder to make; complete or absent afterwards.
         val: Fraction of the images to validate on.
         test: Fraction of the images to test on; None for no test images.
@@ -54,8 +57,11 @@ def split_data(source: Path, output_dir: Path, *, val: float, test: float | None
     """
     fractions = _fractions(val, test)
     check_new("OUT", output_dir)
-    data = load_data(source)
-    clips = find_clips(data.images_dir, [decoded_name(name) for name in data.file_names], by)
+    data = _load_all(source)
+    for notice in data.notices:
+        _logger.info(notice)
+    paths = [data.image_path(row) for row in range(len(data))]
+    clips = find_clips(source, [decoded_name(name) for name in data.file_names], by, paths=paths)
     if len(clips.names) < len(fractions):
         raise DataError(
             f"{source}: {clips}, too few for {len(fractions)} sides; add clips, or give --by a regular "
@@ -73,6 +79,35 @@ def split_data(source: Path, output_dir: Path, *, val: float, test: float | None
     print(f"{clips}\n" + "\n".join(_table(data.class_names, counts, sides, len(fractions))))
     for warning in _lacking(data.class_names, counts, sides, len(fractions)):
         _logger.warning(warning)
+
+
+def _load_all(source: Path) -> CocoData:
+    """Read all splits of a data set as one; ids that several of them use are replaced by the row."""
+    first, *others = splits_of(source)
+    data = load_data(first.source, split=first.name)
+    if not others:
+        return data
+    further = [
+        load_data(
+            each.source,
+            split=each.name,
+            classes=data.class_names,
+            classes_source=str(first),
+            may_lack_classes=True,
+        )
+        for each in others
+    ]
+    joined = concatenate([data, *further])
+    return replace(
+        joined,
+        image_ids=_unique(joined.image_ids),
+        annotation_ids=_unique(joined.annotation_ids),
+    )
+
+
+def _unique(ids: Counts) -> Counts:
+    """Return the ids, or the rows counted from 1 if some are repeated."""
+    return ids if len(np.unique(ids)) == len(ids) else np.arange(1, 1 + len(ids))
 
 
 def count_by_clip(data: CocoData, clips: Clips) -> Counts:

@@ -56,3 +56,25 @@ def test_what_cannot_be_split_fails_with_one_line(arguments, code, fragment, wor
     (line,) = finished.stderr.splitlines()
     assert fragment in line
     assert not (workplace.folder / "out").exists()
+
+
+def test_the_splits_of_a_data_set_are_joined_before_they_are_split_again(workplace, frames: Path) -> None:
+    assert workplace.run("split", "frames", "random", "--by", ".+").returncode == 0
+    both = workplace.folder / "random"
+    for name in ("train", "valid"):  # exporters number the images of each split from 1
+        document = json.loads((both / name / JSON).read_text())
+        numbers = {image["id"]: number for number, image in enumerate(document["images"], start=1)}
+        for image in document["images"]:
+            image["id"] = numbers[image["id"]]
+        for box in document["annotations"]:
+            box["image_id"] = numbers[box["image_id"]]
+        (both / name / JSON).write_text(json.dumps(document))
+    finished = workplace.run("split", "random", "again", "--val", "0.34")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("6 clips by file name, of 4 images")
+    images = [
+        image["file_name"]
+        for name in ("train", "valid")
+        for image in json.loads((workplace.folder / "again" / name / JSON).read_text())["images"]
+    ]
+    assert sorted(images) == sorted(path.name for path in frames.glob("*.jpg"))
