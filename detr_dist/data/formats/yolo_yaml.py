@@ -110,7 +110,7 @@ class _Loader(yaml.BaseLoader):
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
+                raise yaml.MarkedYAMLError(
                     problem=f"the key {value_of(key.value)} is given twice", problem_mark=key.start_mark
                 )
             seen.add(key.value)
