@@ -24,6 +24,9 @@ ALWAYS_UNPACKED_BYTES = 2**26
 
 _BYTES_AT_A_TIME = 2**20
 
+_ENCRYPTED = 1
+"""The bit of a ZIP entry's flags that says it needs a password."""
+
 _KEPT_FREE = 0.05
 """Fraction of the disk that unpacking leaves free."""
 
@@ -50,14 +53,14 @@ def unpacked(archive: Path) -> Path:
                         _unpack(archive, file, entries, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise DataError(f"{archive}: a damaged zip: {error}; copy or download it again") from None
-    except (NotImplementedError, RuntimeError) as error:  # a compression, or a password
+    except (NotImplementedError, RuntimeError) as error:  # a compression without a decoder
         raise DataError(
             f"{archive}: cannot be unpacked: {error}; unpack it yourself, and name the folder"
         ) from None
     except OSError as error:
         raise DataError(
             f"{archive}: cannot be unpacked into {cache_folder()}: {error.strerror or error}; set "
-            f"{CACHE_VARIABLE} to a folder on a disk with room"
+            f"{CACHE_VARIABLE} to a folder on a disk with room, or unpack it yourself, and name the folder"
         ) from None
     return _only_folder(folder)
 
@@ -80,8 +83,15 @@ def _checked_entries(archive: Path, file: zipfile.ZipFile) -> dict[str, zipfile.
             raise DataError(f"{archive}: {entry.filename!r} is {what}; refused: pack the files themselves")
         if name.endswith("/") or path.parts[:1] == ("__MACOSX",) or path.name.startswith("._"):
             continue
+        if entry.flag_bits & _ENCRYPTED:
+            raise DataError(
+                f"{archive}: {entry.filename!r} is protected by a password; unpack it yourself, and name "
+                "the folder"
+            )
         if entries.setdefault(str(path), entry) is not entry:
             raise DataError(f"{archive}: {entry.filename!r} is in it twice; refused: pack it again")
+    if not entries:
+        raise DataError(f"{archive}: holds no files; pack the data set again")
     size, packed = sum(entry.file_size for entry in entries.values()), archive.stat().st_size
     if size > max(MAX_RATIO * packed, ALWAYS_UNPACKED_BYTES):
         raise DataError(

@@ -86,7 +86,7 @@ class LabelReader:
             corners = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         else:
             corners = (min(numbers[::2]), min(numbers[1::2]), max(numbers[::2]), max(numbers[1::2]))
-        if min(corners) < -_FAR_OUTSIDE or max(corners) > 1 + _FAR_OUTSIDE:
+        if min(corners) < -_FAR_OUTSIDE or max(corners) >= 1 + _FAR_OUTSIDE:  # keypoints have 2s
             raise _WrongLineError("box_in_pixels", " ".join(words[1:5]))
         return number, corners
 
@@ -95,7 +95,9 @@ class LabelReader:
         value = _number(word)
         number = self._numbers.get(str(int(value))) if isfinite(value) and value == int(value) else None
         if number is None:
-            known = f"{min(self._numbers.values())} to {max(self._numbers.values())}"
+            numbers = sorted(self._numbers.values())
+            without_gaps = numbers[-1] - numbers[0] == len(numbers) - 1
+            known = f"{numbers[0]} to {numbers[-1]}" if without_gaps else ", ".join(map(str, numbers))
             raise _WrongLineError("unknown_class", f"class {value_of(word)}, but 'names' has {known}")
         return number
 

@@ -1,6 +1,7 @@
 """YOLO's data.yaml: the class names, and where the images of each split are."""
 
 import re
+from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,8 +78,7 @@ def read_yaml(path: Path) -> YoloYaml:
         DataError: it is not one, or has no class names.
     """
     try:
-        # All values as text, since YAML would make a boolean of a class called `no`.
-        document = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        document = yaml.load(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise DataError(f"{path}{line}: broken YAML: {error.problem or error.context}; correct it") from None
@@ -100,6 +100,21 @@ def read_yaml(path: Path) -> YoloYaml:
         if places and splits.setdefault(split, places) != places:
             raise DataError(f"{path}: has several values for the split {split!r}; keep one of them")
     return YoloYaml(path, _root(path, document.get("path", "")), names, splits)
+
+
+class _Loader(yaml.BaseLoader):
+    """Reads all values as text, since YAML would make a boolean of a class called `no`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return a mapping; one that gives a key twice is refused, where YAML would keep the last value."""
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {value_of(key.value)} is given twice", problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _names(path: Path, document: dict[str, Any]) -> dict[int, str]:

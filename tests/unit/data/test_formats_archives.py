@@ -98,6 +98,20 @@ def test_bombs_are_refused_before_unpacking(
     assert not cache.exists()
 
 
+def test_an_archive_with_a_password_or_without_files_is_refused_before_unpacking(
+    tmp_path: Path, cache: Path
+) -> None:
+    path = write_zip(tmp_path / "a.zip", ("ok.txt", b"1"))
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 8] |= 1  # the flag in the table of contents
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"'ok\.txt' is protected by a password; unpack it yourself"):
+        unpacked(path)
+    with pytest.raises(DataError, match=r"b\.zip: holds no files"):
+        unpacked(write_zip(tmp_path / "b.zip"))
+    assert not cache.exists()
+
+
 def test_sizes_that_lie_are_noticed_while_unpacking(tmp_path: Path, cache: Path) -> None:
     path = write_zip(tmp_path / "a.zip", ("first", b"1"), ("a", bytes(2**20)))
     content, size = path.read_bytes(), (2**20).to_bytes(4, "little")

@@ -162,6 +162,7 @@ def test_names_are_texts_even_if_yaml_would_read_numbers_and_booleans(write_yolo
         ("0 nan 0.5 0.1 0.1", r"1 box not of finite numbers.*: labels/a.txt:2: nan 0.5 0.1 0.1"),
         ("0 0.5 0.5 inf 0.1", r"1 box not of finite numbers.*: labels/a.txt:2: 0.5 0.5 inf 0.1"),
         ("0 30 20 10 10", r"1 box far outside the image; .*not pixels: labels/a.txt:2: 30 20 10 10"),
+        ("0 0.5 0.5 0.1 0.1 0.5 0.5 2 0.4 0.4 2", r"1 box far outside the image"),
         ("0 0.5 0.5 -0.1 0.1", r"1 box of negative width.*: labels/a.txt:2: 0.5 0.5 -0.1 0.1"),
     ],
 )  # fmt: skip
@@ -174,6 +175,12 @@ def test_a_faulty_line_is_named(write_yolo: WriteYolo, line: str, message: str) 
     records = check_records(read_annotations(path))
     assert len(records.findings) == 1, "the other labels have no fault"
     assert len(records.category_ids) == 2
+
+
+def test_the_numbers_of_a_mapping_with_gaps_are_listed(write_yolo: WriteYolo) -> None:
+    path = write_yolo({"a.jpg": "1 0.5 0.5 0.1 0.1"}, "train: images\nnames: {0: player, 3: ball}")
+    with pytest.raises(DataError, match="class '1', but 'names' has 0, 3"):
+        load_data(path, split="train")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +200,8 @@ def test_a_faulty_line_is_named(write_yolo: WriteYolo, line: str, message: str) 
         ("train: images\nval: images\nvalid: labels\nnames: [ball]", "several values for the split 'val'"),
         ("train: images\nnames: [ball", r"data.yaml:\d: broken YAML: .*"),
         ("- images", "is no data.yaml"),
+        ("train: images\nnames: [a]\ntrain: old", r"data.yaml:3: .*'train' is given twice"),
+        ("train: images\nnames:\n  0: a\n  0: b", r"data.yaml:4: .*'0' is given twice"),
     ],
 )
 def test_a_faulty_yaml_is_refused(write_yolo: WriteYolo, yaml: str, message: str) -> None:
