@@ -12,6 +12,8 @@ import torch
 from harness.commands import REPOSITORY
 
 from detr_dist.config import Config, LoggingConfig
+from detr_dist.data.coco import load_data
+from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.storage import check_writable
 from detr_dist.training.checkpoint import (
@@ -259,10 +261,16 @@ def test_an_output_folder_is_created_or_refused(tmp_path: Path) -> None:
 
 
 def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = LoggingConfig(register_model_as="detector")
-    setup = SimpleNamespace(output_dir=tmp_path, config=SimpleNamespace(logging=settings))
+    settings, data = LoggingConfig(register_model_as="detector"), load_data(tiny_data / "train")
+    setup = SimpleNamespace(
+        output_dir=tmp_path,
+        config=SimpleNamespace(logging=settings),
+        train_data=data,
+        samples=None,
+        plan=StepPlan(len(data), batch_size=2, num_processes=1, accumulation=1),
+    )
     trackers = RunTrackers()
     trackers.mlflow = SimpleNamespace(
         run_id="abc", uri="http://user:secret@server", register_model=lambda name: print(f"as {name}")
@@ -271,7 +279,9 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     leave_results(setup, state, trackers)
     results = json.loads((tmp_path / "results.json").read_text())
     uri = results.pop("tracking_uri")
-    assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc"}
+    source = {"annotations": str(data.annotations_path), "images": len(data), "samples": len(data)}
+    epoch = {"steps": len(data) // 2, "samples": len(data), "sources": [source]}
+    assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc", "epoch": epoch}
     shown = capsys.readouterr().out
     assert shown.splitlines()[:3] == [
         f"{'val_map':<24} 0.1235",
