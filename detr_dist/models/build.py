@@ -1,5 +1,6 @@
 """Building a network of the DETR family in `transformers`, new or with pretrained weights."""
 
+import difflib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -139,15 +140,18 @@ def _further_options(config: ModelConfig, family: Family) -> dict[str, Any]:
         "backbone_config": "model.backbone",
         "num_labels": "model.num_classes",
     }
-    known = set(type(AutoConfig.for_model(family.model_type)).__dataclass_fields__)
+    config_class = type(AutoConfig.for_model(family.model_type))
+    known = set(config_class.__dataclass_fields__)
     ours = {"id2label", "label2id", "auxiliary_loss"}
     for name in config.config_overrides:
         key = f"model.config_overrides.{name}"
         if name in own_keys:
             raise UsageError(f"{key}: this option has a key of its own, {own_keys[name]}; use that")
         if name not in known - ours:
-            valid = ", ".join(sorted(known - ours - set(own_keys)))
-            raise UsageError(f"{key}: not an option of {family.name}; it has: {valid}")
+            valid = sorted(set(config_class.__annotations__) - ours - set(own_keys))  # none of the base class
+            close = difflib.get_close_matches(name, valid, n=1)
+            nearest = f"; did you mean {close[0]}?" if close else f"; it has {', '.join(valid)}"
+            raise UsageError(f"{key}: not an option of {family.name}{nearest}")
     options = {**family.config_defaults, **config.config_overrides}
     return options if config.dropout is None else options | {family.shape_options["dropout"]: config.dropout}
 

@@ -297,6 +297,8 @@ def _describe(config: ModelConfig) -> tuple[Family, PreTrainedConfig] | None:
                 options["backbone_config"] = config.backbone
             return family, AutoConfig.for_model(family.model_type, **family.derived(options))
         network_config = AutoConfig.from_pretrained(config.pretrained, trust_remote_code=False)
+        if network_config.model_type != family.model_type:
+            return None
         for name, value in options.items():
             setattr(network_config, name, value)
         return family, network_config

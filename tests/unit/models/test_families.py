@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from transformers import AutoConfig
 
 import detr_dist
 from detr_dist.config import ModelConfig
@@ -106,6 +107,14 @@ def test_a_name_belongs_to_the_module_that_registered_it_first() -> None:
         exec("register_family(family)", module)
     with pytest.raises(UsageError, match="family 'detr' exists already"):
         detr_dist.register_family(dataclasses.replace(TABLE, name="detr"))
+
+
+def test_a_pretrained_network_of_another_family_has_no_known_stride(tmp_path: Path) -> None:
+    """Building the network reports the family."""
+    AutoConfig.for_model("detr").save_pretrained(tmp_path)
+    config = ModelConfig(model_architecture="rf_detr", pretrained=str(tmp_path), num_queries=7)
+    assert finest_stride_of(config) is None
+    assert num_queries_of(config) == 7
 
 
 def test_an_option_of_another_family_leaves_the_number_of_queries_known() -> None:
