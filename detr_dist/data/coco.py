@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Finding, found
-from detr_dist.data.formats import read_annotations
+from detr_dist.data.formats import Split, read_annotations
 from detr_dist.data.formats.annotations import Annotations
 from detr_dist.data.formats.coco_json import LargeDocument
 from detr_dist.data.images import folded
@@ -134,9 +134,8 @@ class _OfIndex(str):
 
 
 def load_data(
-    source: str | Path,
+    source: str | Path | Split,
     *,
-    split: str | None = None,
     classes: Sequence[str] | None = None,
     classes_source: str = "the training data",
     may_lack_classes: bool = False,
@@ -145,7 +144,7 @@ def load_data(
 ) -> CocoData:
     """Read and check a data set of any format.
 
-    `split` is the split to read of a data set that has several. With `classes`, the class indices follow
+    A data set that has several splits is named by one of them. With `classes`, the class indices follow
     their order, matched by name, whatever their ids in the files; with `may_lack_classes`, or if the format
     has no list of classes, the files may list only some of them. Errors call the origin of `classes` by the
     text `classes_source`. Without `check_files` no image file needs to exist.
@@ -153,7 +152,7 @@ def load_data(
     Raises:
         DataError: names the file, the first record at fault, and what to do about it.
     """
-    annotations = read_annotations(source, split, exif=exif)
+    annotations = read_annotations(*(source if isinstance(source, Split) else (source,)), exif=exif)
     checked = _checked(annotations, check_files=check_files, needs_classes=classes is None, exif=exif)
     findings = list(checked.findings)
     if classes is not None:

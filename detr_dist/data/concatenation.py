@@ -119,17 +119,11 @@ def load_sources(sources: Sequence[TrainSource], exif: ExifRule = "auto") -> Coc
         DataError: names the file, and what is wrong with it.
     """
     splits = [split_of(each.location, "train") for each in sources]
-    first = load_data(splits[0].source, split=splits[0].name, exif=exif)
+    first = load_data(splits[0], exif=exif)
     if len(sources) == 1:
         return first
     others = [
-        load_data(
-            each.source,
-            split=each.name,
-            classes=first.class_names,
-            classes_source=str(splits[0]),
-            exif=exif,
-        )
+        load_data(each, classes=first.class_names, classes_source=str(splits[0]), exif=exif)
         for each in splits[1:]
     ]
     weights = tuple(each.weight for each in sources if each.weight is not None)

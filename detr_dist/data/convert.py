@@ -26,9 +26,7 @@ def convert(source: Path, output_dir: Path) -> list[str]:
     check_new("OUT", output_dir)
     splits = splits_of(source)
     data_of = {
-        _FOLDER_OF_SPLIT.get(split.name, split.name) if split.name else "": load_data(
-            split.source, split=split.name
-        )
+        _FOLDER_OF_SPLIT.get(split.name, split.name) if split.name else "": load_data(split)
         for split in splits
     }
     ids = _category_ids(data_of.values())

@@ -84,13 +84,12 @@ def split_data(source: Path, output_dir: Path, *, val: float, test: float | None
 def _load_all(source: Path) -> CocoData:
     """Read all splits of a data set as one; ids that several of them use are replaced by the row."""
     first, *others = splits_of(source)
-    data = load_data(first.source, split=first.name)
+    data = load_data(first)
     if not others:
         return data
     further = [
         load_data(
-            each.source,
-            split=each.name,
+            each,
             classes=data.class_names,
             classes_source=str(first),
             may_lack_classes=True,

@@ -103,10 +103,8 @@ def _evaluate(
     config, skipped = _without_unknown_losses(resolve_precision(model.settings(overrides), host))
     if model_thresholds and "evaluation.score_threshold" in keys_of(overrides):
         raise UsageError("--model-thresholds and evaluation.score_threshold: give one of the two")
-    source, split = split_of(data_dir, "val", "test")
     data = load_data(
-        source,
-        split=split,
+        split_of(data_dir, "val", "test"),
         classes=model.class_names,
         classes_source=model.reference,
         may_lack_classes=True,

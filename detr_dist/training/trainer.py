@@ -173,9 +173,8 @@ def _prepared(
             if host.is_main_process and is_dry:
                 _check_data(config, sources, val)
         config = resolve_precision(config, host)
-        exif = config.data.exif
-        train_data = load_sources(sources, exif)
-        val_data = load_data(val.source, split=val.name, classes=train_data.class_names, exif=exif)
+        train_data = load_sources(sources, config.data.exif)
+        val_data = load_data(val, classes=train_data.class_names, exif=config.data.exif)
         accelerator = build_accelerator(
             mixed_precision=config.training.mixed_precision,
             gradient_accumulation_steps=config.training.gradient_accumulation_steps,

@@ -12,6 +12,7 @@ from harness.formats import WRITERS, zipped
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData, load_data
+from detr_dist.data.formats import Split
 from detr_dist.evaluation.coco_metrics import compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.training.callback import Callback, StepEvent
@@ -77,7 +78,7 @@ def test_losses_and_ap_are_the_same_from_all_formats(
         )
         losses[name] = steps.values
         metrics[name] = {key: value for key, value in run.metrics.items() if "seconds" not in key}
-        scores[name] = ap_of_shifted_boxes(load_data(val_dir or train_dir, split="val"))
+        scores[name] = ap_of_shifted_boxes(load_data(Split(val_dir or train_dir, "val")))
     assert len(losses["coco"]) == 10
     assert 0.1 < scores["coco"]["map"] < 0.9
     for name in ("voc", "cvat"):
@@ -119,13 +120,13 @@ def test_converted_data_give_the_same_columns(workplace, originals: dict[str, Co
     ]
     assert sorted(path.name for path in workplace.folder.glob("coco/*")) == ["train", "valid"]
     for split, folder in (("train", "train"), ("val", "valid")):
-        before, after = load_data(source, split=split), load_data(workplace.folder / "coco" / folder)
+        before, after = load_data(Split(source, split)), load_data(workplace.folder / "coco" / folder)
         assert after.fingerprint() == before.fingerprint()
         for column in ("image_ids", "annotation_ids", "areas"):
             np.testing.assert_array_equal(getattr(after, column), getattr(before, column))
         assert (after.class_names, after.category_ids) == (before.class_names, before.category_ids)
         assert Path(after.image_path(0)).samefile(before.image_path(0)), "a hard link"
-    assert load_data(workplace.folder / "coco", split="val").class_names == ("ball", "player")
+    assert load_data(Split(workplace.folder / "coco", "val")).class_names == ("ball", "player")
 
 
 def test_conversion_keeps_ids_crowds_and_sub_folders(workplace, tiny_data: Path) -> None:

@@ -51,12 +51,12 @@ def _read(reader: Reader, exif: ExifRule) -> Annotations:
 class Split(NamedTuple):
     """One split of a data set."""
 
-    source: str
+    source: str | Path
     name: str | None = None
     """None if the data set is not split."""
 
     def __str__(self) -> str:
-        return self.source if self.name is None else f"{self.source} ({self.name})"
+        return str(self.source) if self.name is None else f"{self.source} ({self.name})"
 
 
 def splits_of(source: str | Path) -> list[Split]:

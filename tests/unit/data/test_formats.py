@@ -9,7 +9,7 @@ import pytest
 from harness.formats import WRITERS, write_voc, write_yolo, zipped
 
 from detr_dist.data.coco import CocoData, load_data
-from detr_dist.data.formats import read_annotations, split_names, split_of, splits_of
+from detr_dist.data.formats import Split, read_annotations, split_names, split_of, splits_of
 from detr_dist.errors import DataError
 
 
@@ -46,7 +46,7 @@ def test_all_formats_give_the_same_columns(
     for path in (source, tmp_path / name, archive):
         assert split_names(path) == ("train", "val")
         for split, original in splits.items():
-            data = load_data(path, split=split, classes=classes)
+            data = load_data(Split(path, split), classes=classes)
             assert_same_columns(data, original)
             assert data.image_ids.tolist() == list(range(1, 1 + len(original)))
     assert list(cache.glob("archives/*/*")) == [next(cache.glob("archives/*/")) / name]
@@ -59,7 +59,7 @@ def test_sub_folders_of_any_format_are_splits(
     shutil.copytree(tiny_data / "val", tmp_path / "export" / "valid")
     for source in (tmp_path / "export", zipped(tmp_path / "export")):
         assert [str(split) for split in splits_of(source)] == [f"{source} (train)", f"{source} (val)"]
-        assert_same_columns(load_data(source, split="val"), splits["val"])
+        assert_same_columns(load_data(Split(source, "val")), splits["val"])
     assert_same_columns(load_data(tmp_path / "export.zip" / "valid"), splits["val"])
     (tmp_path / "export" / "validation").mkdir()
     with pytest.raises(DataError, match="several folders for the split 'val'"):
@@ -72,7 +72,7 @@ def test_a_split_that_a_data_set_lacks_is_named(splits: dict[str, CocoData], tmp
     with pytest.raises(DataError, match="has no split 'val', only 'train'"):
         split_of(source, "val", "test")
     with pytest.raises(DataError, match="has no split 'val', only 'train'"):
-        load_data(source, split="val")
+        load_data(Split(source, "val"))
     assert len(load_data(source)) == len(splits["train"]), "the only split needs no name"
 
 
@@ -84,7 +84,7 @@ def test_a_data_set_that_is_split_needs_the_name_of_one(splits: dict[str, CocoDa
 def test_a_data_set_that_is_not_split_is_any_split(tiny_data: Path) -> None:
     assert split_names(tiny_data / "val") == ()
     assert str(split_of(tiny_data / "val", "train")) == str(tiny_data / "val")
-    assert len(load_data(tiny_data / "val", split="train")) == 7
+    assert len(load_data(Split(tiny_data / "val", "train"))) == 7
 
 
 def test_a_split_of_yolo_or_voc_can_be_named_by_its_folder(
@@ -103,7 +103,7 @@ def test_a_split_of_yolo_or_voc_can_be_named_by_its_folder(
     (tmp_path / "yolo" / "val").rename(tmp_path / "yolo" / "valid")
     assert split_names(tmp_path / "yolo") == ("train", "val"), "a test split that does not exist is left out"
     for split, original in splits.items():
-        assert_same_columns(load_data(tmp_path / "yolo", split=split), original)
+        assert_same_columns(load_data(Split(tmp_path / "yolo", split)), original)
 
 
 def test_xml_files_beside_their_images_are_read(splits: dict[str, CocoData], tmp_path: Path) -> None:
@@ -179,6 +179,6 @@ def test_classes_that_a_split_of_voc_lacks_are_no_difference(
     source = write_voc(splits, tmp_path / "voc")
     for path in (source / "Annotations").glob("val_*"):
         path.write_text(path.read_text().replace(">ball<", ">player<"))
-    data = load_data(source, split="val", classes=("ball", "player"))
+    data = load_data(Split(source, "val"), classes=("ball", "player"))
     assert data.class_names == ("ball", "player")
     assert set(data.box_classes.tolist()) == {1}

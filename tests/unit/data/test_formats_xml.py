@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from detr_dist.data.coco import load_data
-from detr_dist.data.formats import read_annotations, split_names
+from detr_dist.data.formats import Split, read_annotations, split_names
 from detr_dist.errors import DataError
 
 BOX = "<bndbox>\n<xmin>5</xmin>\n<ymin>6</ymin>\n<xmax>25</xmax>\n<ymax>16.5</ymax>\n</bndbox>"
@@ -68,10 +68,10 @@ def test_lists_of_voc_may_mark_a_class(tmp_path: Path) -> None:
     (lists / "val.txt").write_text("a -1\nnowhere\n")
     (lists / "ball_train.txt").write_text("a 1\n")
     assert split_names(tmp_path) == ("train", "val")
-    train = load_data(tmp_path, split="train")
+    train = load_data(Split(tmp_path, "train"))
     assert [train.image_path(row).name for row in range(2)] == ["c.jpg", "b 1.jpg"]
     with pytest.raises(DataError, match=r"1 line that names an image without an XML.*: val.txt:2: nowhere"):
-        load_data(tmp_path, split="val")
+        load_data(Split(tmp_path, "val"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from detr_dist.data.coco import CocoData, load_data
-from detr_dist.data.formats import read_annotations, split_names
+from detr_dist.data.formats import Split, read_annotations, split_names
 from detr_dist.data.formats.yolo_yaml import read_yaml
 from detr_dist.data.records import check_records
 from detr_dist.errors import DataError
@@ -84,7 +84,7 @@ def test_a_split_with_one_sub_folder_has_it_in_the_names_of_its_images(write_yol
     names = ["train/cam1/1.jpg", "train/cam2/1.jpg", "val/cam1/2.jpg"]
     yaml = "train: images/train\nval: images/val\nnames: [ball]\n"
     path = write_yolo(dict.fromkeys(names, "0 0.5 0.5 0.5 0.5"), yaml)
-    found = [load_data(path, split=split).file_names.tolist() for split in ("train", "val")]
+    found = [load_data(Split(path, split)).file_names.tolist() for split in ("train", "val")]
     assert found == [[b"cam1/1.jpg", b"cam2/1.jpg"], [b"cam1/2.jpg"]], "so that clips can be compared"
     (path.parent / "list.txt").write_text("images/val/cam1/2.jpg\n")
     path.write_text("val: list.txt\nnames: [ball]\n")
@@ -139,8 +139,8 @@ def test_the_usual_ways_to_name_the_splits_are_understood(
     (tmp_path / "lists" / "val.txt").write_text(
         "./images\\b\\1.jpg\n" + str(tmp_path / "images/b/2.jpg") + "\n"
     )
-    assert load_data(path, split="train").box_classes.tolist() == [0]
-    assert load_data(path, split="val").box_offsets.tolist() == [0, 1, 1]
+    assert load_data(Split(path, "train")).box_classes.tolist() == [0]
+    assert load_data(Split(path, "val")).box_offsets.tolist() == [0, 1, 1]
 
 
 def test_names_are_texts_even_if_yaml_would_read_numbers_and_booleans(write_yolo: WriteYolo) -> None:
@@ -180,7 +180,7 @@ def test_a_faulty_line_is_named(write_yolo: WriteYolo, line: str, message: str) 
 def test_the_numbers_of_a_mapping_with_gaps_are_listed(write_yolo: WriteYolo) -> None:
     path = write_yolo({"a.jpg": "1 0.5 0.5 0.1 0.1"}, "train: images\nnames: {0: player, 3: ball}")
     with pytest.raises(DataError, match="class '1', but 'names' has 0, 3"):
-        load_data(path, split="train")
+        load_data(Split(path, "train"))
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_the_numbers_of_a_mapping_with_gaps_are_listed(write_yolo: WriteYolo) ->
 def test_a_faulty_yaml_is_refused(write_yolo: WriteYolo, yaml: str, message: str) -> None:
     path = write_yolo({"a.jpg": None}, yaml)
     with pytest.raises(DataError, match=message) as caught:
-        load_data(path, split="train")
+        load_data(Split(path, "train"))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
