@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb, rgb_of
+from detr_dist.data.images import decode_reduced
+from detr_dist.serving.decoding import UnreadableImageError, decode_rgb, rgb_of
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
