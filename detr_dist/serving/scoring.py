@@ -28,6 +28,25 @@ _MOST_NAMED = 10
 _FORMS = "base64 or a data: URL, bytes, a path, a Pillow image, or an array uint8 [H, W] or [H, W, 3 or 4]"
 
 
+class RefusedRequestError(MlflowException):
+    """A request that cannot be answered, with status 400 and a message that stays as it is.
+
+    MLflow's scoring server would add the data of the request, megabytes of base64.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, error_code=INVALID_PARAMETER_VALUE)
+
+    @property
+    def message(self) -> str:
+        """The message."""
+        return str(self.__dict__["message"])
+
+    @message.setter
+    def message(self, value: str) -> None:
+        self.__dict__.setdefault("message", value)
+
+
 class ServedModel:
     """Detects objects in the images of the column `image`."""
 
@@ -38,14 +57,14 @@ class ServedModel:
         """Return a row for each image: its `detections`, by descending score.
 
         Raises:
-            MlflowException: with status 400, if an image cannot be used; the message names its index.
+            RefusedRequestError: an image cannot be used; the message names its index.
         """
         settings, params = self._predictor.settings, params or {}
         threshold, most = params.get("threshold"), params.get("max_detections")
         if threshold is not None and not 0 <= threshold <= 1:
-            raise _refusal(f"threshold {threshold}: a minimum score is a number from 0 to 1")
+            raise RefusedRequestError(f"threshold {threshold}: a minimum score is a number from 0 to 1")
         if most is not None and most < 0:
-            raise _refusal(f"max_detections {most}: a number from 0, or null for all")
+            raise RefusedRequestError(f"max_detections {most}: a number from 0, or null for all")
         least = settings.thresholds if threshold is None else (threshold,) * len(settings.class_names)
         prepared, unusable = [], list[str]()
         for index, value in enumerate(_flat(model_input[COLUMN])):
@@ -55,7 +74,7 @@ class ServedModel:
                 unusable.append(str(error))
         if unusable:
             more = f"; and {len(unusable) - _MOST_NAMED} more" if len(unusable) > _MOST_NAMED else ""
-            raise _refusal("; ".join(unusable[:_MOST_NAMED]) + more)
+            raise RefusedRequestError("; ".join(unusable[:_MOST_NAMED]) + more)
         found = self._predictor.detect(prepared)
         return pd.DataFrame({"detections": [self._rows(each, least)[:most] for each in found]}, dtype=object)
 
@@ -148,7 +167,3 @@ def _array(numbers: list[object]) -> object:
         return numbers
     is_image = array.ndim == 3 and array.dtype.kind in "iu" and array.min() >= 0 and array.max() <= 255
     return array.astype(np.uint8) if is_image else numbers
-
-
-def _refusal(message: str) -> MlflowException:
-    return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)

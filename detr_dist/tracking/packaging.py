@@ -17,18 +17,6 @@ import cloudpickle
 import torch
 import transformers
 import yaml
-from mlflow.models.signature import ModelSignature
-from mlflow.types.schema import (
-    AnyType,
-    Array,
-    ColSpec,
-    DataType,
-    Object,
-    ParamSchema,
-    ParamSpec,
-    Property,
-    Schema,
-)
 from PIL import Image
 from transformers import PreTrainedModel
 from transformers.utils import output_capturing
@@ -170,24 +158,26 @@ def _write_example(folder: Path) -> dict[str, str]:
     }
 
 
-def _signature() -> dict[str, Any]:
-    """Return inputs, outputs and parameters of the model as MLflow describes them."""
-    detection = Object(
-        [
-            Property("label", DataType.string),
-            Property("label_id", DataType.long),
-            Property("score", DataType.double),
-            Property("box", Array(DataType.double)),
-        ]
-    )
-    signature = ModelSignature(
-        Schema([ColSpec(AnyType(), "image")]),
-        Schema([ColSpec(Array(detection), "detections")]),
-        ParamSchema(
-            [ParamSpec("threshold", DataType.double, None), ParamSpec("max_detections", DataType.long, None)]
-        ),
-    )
-    return signature.to_dict()
+def _signature() -> dict[str, str]:
+    """Return inputs, outputs and parameters as a `ModelSignature` of MLflow writes them, without MLflow."""
+    box = {"type": "array", "items": {"type": "double"}, "required": True}
+    properties = {
+        "label": {"type": "string", "required": True},
+        "label_id": {"type": "long", "required": True},
+        "score": {"type": "double", "required": True},
+        "box": box,
+    }
+    detections = {"type": "array", "items": {"type": "object", "properties": properties}}
+    parameter = {"default": None, "shape": None}
+    signature = {
+        "inputs": [{"type": "any", "name": "image", "required": True}],
+        "outputs": [detections | {"name": "detections", "required": True}],
+        "params": [
+            {"name": "threshold", "type": "double", **parameter},
+            {"name": "max_detections", "type": "long", **parameter},
+        ],
+    }
+    return {key: json.dumps(value) for key, value in signature.items()}
 
 
 def _pickle_collector_by_name() -> None:

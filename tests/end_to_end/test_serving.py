@@ -1,4 +1,4 @@
-"""`mlflow models serve` answers requests in an environment without this package, as `detr-dist predict` does."""
+"""`mlflow models serve`, in an environment without this package, answers what `detr-dist predict` writes."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ LIMIT_S = 120
 
 
 def write_images(folder: Path) -> list[Path]:
-    """Write images of several kinds, each of its own proportions, so that predictions do not share batches."""
+    """Write images of several kinds, each of other proportions, so that none share a batch."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (90, 120, 4), dtype=np.uint8)
@@ -173,6 +173,7 @@ def test_a_server_refuses_malformed_requests_and_names_the_image(trained, server
         assert status == 400, answer
         assert "image 1: " in answer["message"], answer
         assert "image 0" not in answer["message"]
+        assert len(answer["message"]) < 200, "the images are in the message"
     status, answer = ask(server, {"inputs": {"image": [good]}, "params": {"threshold": 2}})
     assert (status, "threshold 2" in answer["message"]) == (400, True)
     status, answer = ask(server, {"inputs": {"image": [good]}})

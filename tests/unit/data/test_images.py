@@ -206,7 +206,7 @@ def test_the_pixel_limit_of_pillow_does_not_apply(tmp_path: Path, monkeypatch: p
 def test_more_pixels_than_the_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
+    monkeypatch.setattr("detr_dist.serving.decoding.MAX_PIXELS", 20 * 30 - 2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored after the test
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)

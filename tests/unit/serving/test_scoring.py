@@ -13,7 +13,19 @@ import pytest
 import torch
 from harness.data import TINY_CONFIG, TINY_OVERRIDES
 from mlflow.exceptions import MlflowException
+from mlflow.models.signature import ModelSignature
 from mlflow.pyfunc.scoring_server import _parse_json_data, predictions_to_json
+from mlflow.types.schema import (
+    AnyType,
+    Array,
+    ColSpec,
+    DataType,
+    Object,
+    ParamSchema,
+    ParamSpec,
+    Property,
+    Schema,
+)
 from PIL import Image
 
 from detr_dist.config import Config, override_config
@@ -98,7 +110,8 @@ def served_like_a_request(model: mlflow.pyfunc.PyFuncModel, request: dict) -> li
 @pytest.mark.parametrize(
     ("name", "settings"),
     [(name, ()) for name in FAMILIES.built_in]
-    + [(name, ("model.freeze_batch_norm=true",)) for name in ("detr", "rt_detr")],
+    + [(name, ("model.freeze_batch_norm=true",)) for name in ("detr", "rt_detr")]
+    + [("detr", ("model.backbone=mobilenetv3_small_050",))],  # with batch norm of timm's own
 )
 def test_every_family_is_served_with_the_results_of_predict_to_the_bit(
     name: str, settings: tuple[str, ...], images: list[np.ndarray], tmp_path: Path
@@ -225,9 +238,21 @@ def test_a_scoring_server_opens_no_files(
 
 
 def test_the_signature_and_the_example_describe_the_model(served, folder: Path) -> None:
+    detection = Object(
+        [
+            Property("label", DataType.string),
+            Property("label_id", DataType.long),
+            Property("score", DataType.double),
+            Property("box", Array(DataType.double)),
+        ]
+    )
+    params = [ParamSpec("threshold", DataType.double, None), ParamSpec("max_detections", DataType.long, None)]
     signature = served.metadata.signature
-    assert signature.inputs.input_names() == ["image"]
-    assert [each.name for each in signature.params.params] == ["threshold", "max_detections"]
+    assert signature == ModelSignature(
+        Schema([ColSpec(AnyType(), "image")]),
+        Schema([ColSpec(Array(detection), "detections")]),
+        ParamSchema(params),
+    )
     frame = served.metadata.load_input_example(str(folder))
     found = served.predict(frame, params={"threshold": 0.0})
     assert found.columns.tolist() == signature.outputs.input_names() == ["detections"]
