@@ -7,16 +7,11 @@ same unit.
 
 from torch import Tensor, cat, maximum, minimum
 
+from detr_dist.serving.postprocess import cxcywh_to_xyxy as cxcywh_to_xyxy
+
 # Below this area a union or hull counts as a point. In normalised units it is the square of a millionth of
 # the image, far under a pixel, so boxes with any real extent are not touched.
 _MIN_AREA = 1e-12
-
-
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes [..., 4] from centre and size to corners; a negative size counts as 0."""
-    center, size = boxes[..., :2], boxes[..., 2:]
-    half = 0.5 * size.clamp(min=0)
-    return cat((center - half, center + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

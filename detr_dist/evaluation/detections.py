@@ -15,17 +15,17 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample
-from detr_dist.data.exif import turn_to_upright
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
 from detr_dist.data.transforms import build_transform
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.models.postprocess import postprocess
-from detr_dist.numerics import autocast
 from detr_dist.progress_bar import ProgressBar
 from detr_dist.resize import Resize
+from detr_dist.serving.exif import turn_to_upright
+from detr_dist.serving.postprocess import postprocess
+from detr_dist.serving.precision import autocast
 
 
 @dataclass(frozen=True, eq=False)
