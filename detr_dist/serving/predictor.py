@@ -1,5 +1,6 @@
 """A saved network that detects objects in images, with the results of `detr-dist predict` to the bit."""
 
+import copy
 import os
 import threading
 from collections.abc import Sequence
@@ -113,4 +114,5 @@ def _saved_network(folder: Path) -> PreTrainedModel:
         trust_remote_code=False,
     )
     restore_timm_norms(network)
-    return cast(PreTrainedModel, network)
+    # Loaded weights lie in the mapped file, at any address, and the CPU's kernels round by their alignment.
+    return copy.deepcopy(cast(PreTrainedModel, network))
