@@ -19,7 +19,7 @@ from detr_dist.data.formats import split_of
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
-from detr_dist.evaluation.coco_metrics import metric_names
+from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.evaluator import Details, Evaluator
 from detr_dist.extensions import LOSSES
@@ -37,8 +37,6 @@ from detr_dist.storage import check_new, check_writable, write_text
 from detr_dist.text import list_names, printable
 
 _logger = logging.getLogger(__name__)
-
-_METRICS_OF_CLASS = ("map", "precision", "recall", "f1", "threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +168,7 @@ def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str
 
 
 def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name: metrics[prefix + name] for name in _METRICS_OF_CLASS if prefix + name in metrics}
+    return {name: metrics[prefix + name] for name in METRICS_OF_CLASS if prefix + name in metrics}
 
 
 def evaluate_to_files(
@@ -247,11 +245,11 @@ def metrics_table(found: EvaluationReport) -> Iterator[str]:
     names = (*found.class_names, "all classes")
     prefixes = (*(f"val_{key}_" for key in metric_names(found.class_names)), "val_")
     width = max(map(len, names))
-    titles = ("AP", *_METRICS_OF_CLASS[1:])
+    titles = ("AP", *METRICS_OF_CLASS[1:])
     yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{title:>11}" for title in titles)
     for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
         own = _with_prefix(found.metrics, prefix)
-        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in _METRICS_OF_CLASS)
+        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in METRICS_OF_CLASS)
         yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
-    shown = {prefix + metric for prefix in prefixes for metric in _METRICS_OF_CLASS}
+    shown = {prefix + metric for prefix in prefixes for metric in METRICS_OF_CLASS}
     yield "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items() if name not in shown)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -118,29 +119,47 @@ def _version_of(reference: str, client: MlflowClient) -> tuple[str, str] | None:
 
 
 def _location_of(reference: str, client: MlflowClient) -> str:
-    """Return the artifact URI of a version in the registry; other references stay unchanged.
+    """Return the artifact URI of a version in the registry, or of the model of an epoch by its id.
 
-    MLflow itself would use the process's default registry, whichever it is given.
+    MLflow itself would use the process's default registry, whichever it is given. Other references stay
+    unchanged.
     """
+    if (model := _logged_model(reference, client)) is not None:
+        return str(model.tags.get("model_uri", reference))
     version = _version_of(reference, client)
     return client.get_model_version_download_uri(*version) if version is not None else reference
 
 
+def _logged_model(reference: str, client: MlflowClient) -> LoggedModel | None:
+    """Return the LoggedModel of `models:/MODEL_ID`; None for all others."""
+    match = re.fullmatch("models:/(m-[0-9a-f]{32})/?", reference)
+    return client.get_logged_model(match[1]) if match else None
+
+
 def run_of(reference: str, client: MlflowClient) -> str | None:
-    """Return the run that `runs:/...` or a version in the registry belongs to, if it is known."""
+    """Return the run that `runs:/...`, a version in the registry or a LoggedModel belongs to, if known."""
     if match := re.match("runs:/([^/]+)/", reference):
         return match[1]
+    if (model := _logged_model(reference, client)) is not None:
+        return model.source_run_id or None
     version = _version_of(reference, client)
     return (client.get_model_version(*version).run_id or None) if version is not None else None
 
 
-def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_path: str) -> ModelVersion:
-    """Register a run's model artifact as a new version of `name`, which is created if necessary."""
+def register_artifact(
+    client: MlflowClient, name: str, run_id: str, artifact_path: str, *, model_id: str | None = None
+) -> ModelVersion:
+    """Register a run's model artifact as a new version of `name`, which is created if necessary.
+
+    With `model_id` the version shows the metrics of that LoggedModel.
+    """
     source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)
     with locked_store(client.tracking_uri):  # the next number is free until another run takes it
         unless_exists(lambda: client.create_registered_model(name))
         # The files are uploaded already: no need to wait for them.
-        return unless_busy(lambda: client.create_model_version(name, source, run_id, await_creation_for=0))
+        return unless_busy(
+            lambda: client.create_model_version(name, source, run_id, await_creation_for=0, model_id=model_id)
+        )
 
 
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:

@@ -16,6 +16,8 @@ from detr_dist.config import describe_keys, load_config
 from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
+from detr_dist.evaluation.evaluator import Details
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
@@ -42,6 +44,10 @@ _WRITTEN = {
 }
 """Patterns of the names that a run writes, by folder. Everything else in an output folder is the user's."""
 
+
+NOTED_METRICS = {"val_map", "val_map_50", "val_precision", "val_recall", "val_f1"}
+"""Metrics in the run's note, besides the AP of classes."""
+MAX_NOTED_CLASSES = 12
 
 _LATER_KEYS = {
     *("data.exif", "data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
@@ -235,6 +241,34 @@ def _epoch(setup: Setup) -> dict[str, Any]:
     return {"steps": setup.plan.steps_per_epoch, "samples": setup.plan.num_samples, "sources": sources}
 
 
+def _facts_of_best(setup: Setup, state: TrainState) -> dict[str, Any]:
+    """Return what a registered version says about its model."""
+    if state.best_step is None:
+        return {}
+    return {
+        "epoch": -(-state.best_step // setup.plan.steps_per_epoch),
+        "step": state.best_step,
+        "val_map": state.best_map,
+        "classes": ", ".join(setup.train_data.class_names),
+    }
+
+
+def log_results(trackers: RunTrackers, details: Details, state: TrainState) -> None:
+    """Log the metrics of each class as a table, and update the run's note. Main process only."""
+    names = details.data.class_names
+    num_boxes = details.operating_points.confusion[:-1].sum(axis=1).tolist()
+    rows = [
+        [name, boxes, *(state.metrics.get(f"val_{key}_{metric}") for metric in METRICS_OF_CLASS)]
+        for name, boxes, key in zip(names, num_boxes, metric_names(names), strict=True)
+    ]
+    trackers.log_table("per_class", ["class", "boxes", *METRICS_OF_CLASS], rows, state.step)
+    if trackers.mlflow is not None:
+        best = f"Best so far: `val_map` **{state.best_map:.4f}** at step {state.best_step}."
+        metrics = {name: value for name, value in state.metrics.items() if name in NOTED_METRICS}
+        by_class = {name: value for name, value in state.metrics.items() if name.endswith("_map")}
+        trackers.mlflow.write_note(best, metrics | dict(list(by_class.items())[:MAX_NOTED_CLASSES]))
+
+
 def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
     """Log the last evaluation and the best model, write `results.json`, and register the model.
 
@@ -252,7 +286,7 @@ def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> Non
     write_text(setup.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if mlflow is not None:
         if settings.register_model_as is not None:
-            mlflow.register_model(settings.register_model_as)
+            mlflow.register_model(settings.register_model_as, **_facts_of_best(setup, state))
         experiment, uri = settings.mlflow_experiment_name, redact(mlflow.uri)
         _logger.info(f"MLflow run {mlflow.run_id} in experiment {experiment} ({uri})")
         _logger.info(f"see it {way_to_see(mlflow.uri)}")
