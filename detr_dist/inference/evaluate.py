@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -180,9 +181,10 @@ def evaluate_to_files(
     report: Path | None = None,
     pictures: Path | None = None,
     model_thresholds: bool = False,
+    log: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Evaluate, print a table, and write the requested files.
+    """Evaluate, print a table, and write the requested files; with `log`, log the results to MLflow.
 
     Collective.
 
@@ -194,10 +196,35 @@ def evaluate_to_files(
         with host.failing_together():
             if host.is_main_process:
                 _check_outputs(predictions, report, pictures)
-        found = _evaluate(reference, data_dir, host, model_thresholds, overrides, tracking_uri)
+        model = open_model(reference, tracking_uri, host)
+        found = _evaluate(model, data_dir, host, model_thresholds, overrides, tracking_uri)
         with host.failing_together():
             if host.is_main_process:
                 _write(found, predictions=predictions, report=report, pictures=pictures)
+                if log:
+                    _log(found, model, tracking_uri)
+
+
+def _log(found: EvaluationReport, model: TrainedModel, tracking_uri: str) -> None:
+    """Log the metrics as `test_...`, and the plots. Main process only.
+
+    Raises:
+        DetrDistError: MLflow cannot be reached.
+    """
+    from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
+    from detr_dist.tracking.tested_models import ModelOrigin, log_test  # imports MLflow, which is slow
+
+    assert found.details is not None  # on the main process
+    data, metadata = found.details.data, model.metadata
+    origin = ModelOrigin(model.reference, metadata.get("run_id"), metadata.get("epoch"), metadata.get("step"))
+    metrics = {f"test_{name.removeprefix('val_')}": value for name, value in found.metrics.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        plots = Path(scratch, "plots")
+        for failure in write_plots(plots, data, found.details):
+            _logger.warning(f"{printable(failure)}; not drawn")
+        experiment = model.config.logging.mlflow_experiment_name
+        run_id = log_test(origin, metrics, data, plots, tracking_uri=tracking_uri, experiment=experiment)
+    print(f"MLflow run {run_id} at {redact(tracking_uri)}: test_map and the other metrics, and plots")
 
 
 def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path | None) -> None:

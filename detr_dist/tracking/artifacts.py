@@ -1,7 +1,6 @@
 """Models and checkpoints in MLflow: downloads, deletion, and versions in the registry."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -59,7 +58,6 @@ def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     Raises:
         MlflowException, OSError: it does not exist, or the server cannot be reached.
     """
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with patience(timeout_s=120):
         if artifact_uri.startswith("models:/"):
             artifact_uri = _location_of(artifact_uri, open_client(tracking_uri))
@@ -146,20 +144,13 @@ def run_of(reference: str, client: MlflowClient) -> str | None:
     return (client.get_model_version(*version).run_id or None) if version is not None else None
 
 
-def register_artifact(
-    client: MlflowClient, name: str, run_id: str, artifact_path: str, *, model_id: str | None = None
-) -> ModelVersion:
-    """Register a run's model artifact as a new version of `name`, which is created if necessary.
-
-    With `model_id` the version shows the metrics of that LoggedModel.
-    """
+def register_artifact(client: MlflowClient, name: str, run_id: str, artifact_path: str) -> ModelVersion:
+    """Register a run's model artifact as a new version of `name`, which is created if necessary."""
     source = append_to_uri_path(client.get_run(run_id).info.artifact_uri, artifact_path)
     with locked_store(client.tracking_uri):  # the next number is free until another run takes it
         unless_exists(lambda: client.create_registered_model(name))
         # The files are uploaded already: no need to wait for them.
-        return unless_busy(
-            lambda: client.create_model_version(name, source, run_id, await_creation_for=0, model_id=model_id)
-        )
+        return unless_busy(lambda: client.create_model_version(name, source, run_id, await_creation_for=0))
 
 
 def upload_model(client: MlflowClient, folder: Path, *, experiment: str, source: str) -> str:

@@ -18,7 +18,14 @@ from detr_dist.storage import locked
 from detr_dist.text import one_line, shorten
 from detr_dist.tracking.outbox import OutboxReader, Record
 from detr_dist.tracking.run_actions import RunActions
-from detr_dist.tracking.store import acceptable, is_away, is_refusal, open_client, patience
+from detr_dist.tracking.store import (
+    acceptable,
+    can_link_data_sets,
+    is_away,
+    is_refusal,
+    open_client,
+    patience,
+)
 
 # Limits of MLflow's API.
 _MAX_VALUES = {"metrics": 1000, "params": 100, "tags": 100}
@@ -56,6 +63,7 @@ class Delivery:
         self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
         self._known_params: set[str] = set()
         self._refused: set[str] = set()
+        self._can_link_data_sets: bool | None = None  # None: ask the server
         self._lacks_models = False  # because the server is too old, or does not permit them
         self._actions = RunActions(client, self._run_id)
 
@@ -74,7 +82,7 @@ class Delivery:
             delivered_values = self._deliver_values()
             return self._deliver_other() or delivered_values
         except Exception:
-            self._logged_until = None
+            self._logged_until = self._can_link_data_sets = None
             self._actions.models.forget()
             raise
 
@@ -124,20 +132,24 @@ class Delivery:
 
     def _links(self, content: dict[str, Any], step: int) -> dict[str, str]:
         """Return the LoggedModel and the data set that metrics belong to."""
-        links: dict[str, str] = {}
+        if "epoch" not in content or self._lacks_models:
+            return {}
+        try:
+            links = {"model_id": self._actions.models.find_or_create(content["epoch"], step)}
+        except (MlflowException, NotImplementedError) as error:
+            if isinstance(error, MlflowException) and is_away(error):
+                raise
+            self._lacks_models = True
+            _logger.warning(
+                f"MLflow refuses the models of epochs as LoggedModels ({one_line(error)}); they are "
+                "artifacts of the run"
+            )
+            return {}
         if "dataset" in content:
-            links |= {"dataset_name": content["dataset"][0], "dataset_digest": content["dataset"][1]}
-        if "epoch" in content and not self._lacks_models:
-            try:
-                links["model_id"] = self._actions.models.find_or_create(content["epoch"], step)
-            except (MlflowException, NotImplementedError) as error:
-                if isinstance(error, MlflowException) and is_away(error):
-                    raise
-                self._lacks_models = True
-                _logger.warning(
-                    f"MLflow refuses the models of epochs as LoggedModels ({one_line(error)}); they are "
-                    "artifacts of the run"
-                )
+            if self._can_link_data_sets is None:
+                self._can_link_data_sets = can_link_data_sets(self._client)
+            if self._can_link_data_sets:
+                links["dataset_name"], links["dataset_digest"] = content["dataset"]
         return links
 
     def _log_what_is_accepted(self, records: Iterable[Record], refusal: MlflowException) -> None:

@@ -1,14 +1,14 @@
 """The models of evaluated epochs as MLflow's LoggedModels, which its Models page compares.
 
 The files of an epoch's model are artifacts of the run, `models/epoch_<N>`, and are uploaded once. Its
-LoggedModel, named `epoch_<N>`, has the metrics and, at its own location, a model of a few kilobytes that loads
-the one in the run: `mlflow.pyfunc.load_model("models:/<model id>")`.
+LoggedModel, named `epoch_<N>`, has the metrics and, at its own location, a model of a few kilobytes that
+loads the one in the run: `mlflow.pyfunc.load_model("models:/<model id>")`.
 """
 
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +17,6 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
-from detr_dist.tracking.artifacts import delete_artifacts
 from detr_dist.tracking.store import is_away, unless_busy
 
 URI_TAG = "model_uri"
@@ -52,9 +51,12 @@ class LoggedModels:
 
     def find(self, epoch: int) -> str | None:
         """Return the id of an epoch's model, if there is one."""
+        return self._known().get(f"epoch_{epoch}")
+
+    def _known(self) -> dict[str, str]:
         if self._ids is None:
             self._ids = {model.name: model.model_id for model in self._search()}
-        return self._ids.get(f"epoch_{epoch}")
+        return self._ids
 
     def find_or_create(self, epoch: int, step: int) -> str:
         """Return the id of an epoch's model."""
@@ -71,9 +73,8 @@ class LoggedModels:
                 params={"epoch": str(epoch), "step": str(step)},
             )
         )
-        assert self._ids is not None  # `find` has filled it
-        self._ids[name] = str(created.model_id)
-        return self._ids[name]
+        self._known()[name] = str(created.model_id)
+        return str(created.model_id)
 
     def complete(self, epoch: int, step: int) -> None:
         """Mark an epoch's model as ready, and as an output of the run, once its files are in the run."""
@@ -95,13 +96,20 @@ class LoggedModels:
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
         self._client.finalize_logged_model(model_id, "READY")
 
-    def delete(self, epoch: int) -> None:
-        """Delete the model of an epoch, if there is one."""
-        model_id = self.find(epoch)
-        if model_id is not None:
-            self._client.delete_logged_model(model_id)
-            assert self._ids is not None
-            del self._ids[f"epoch_{epoch}"]
+    def delete_missing(self, kept: Collection[str], *, newest: int | None = None) -> None:
+        """Delete the models of epochs up to `newest` whose artifact path is not among `kept`.
+
+        A server that does not have LoggedModels has none to delete.
+        """
+        try:
+            for name, model_id in list(self._known().items()):
+                match = re.fullmatch(r"epoch_(\d+)", name)
+                if match and f"models/{name}" not in kept and (newest is None or int(match[1]) <= newest):
+                    self._client.delete_logged_model(model_id)
+                    del self._known()[name]
+        except (MlflowException, NotImplementedError) as error:
+            if isinstance(error, MlflowException) and is_away(error):
+                raise
 
     def _list(self, artifact_path: str) -> list[Any]:
         return list(self._client.list_artifacts(self._run_id, artifact_path))
@@ -117,20 +125,6 @@ class LoggedModels:
             )
             yield from models
             page = models.token or ""
-
-
-def delete_epoch(client: MlflowClient, run_id: str, artifact_path: str) -> None:
-    """Delete the folder `models/epoch_<N>` or `checkpoints/epoch_<N>` of a run, and its LoggedModel.
-
-    A server without LoggedModels has none to delete.
-    """
-    delete_artifacts(client, run_id, artifact_path)
-    if match := re.fullmatch(r"models/epoch_(\d+)", artifact_path):
-        try:
-            LoggedModels(client, run_id).delete(int(match[1]))
-        except MlflowException as error:
-            if is_away(error):
-                raise
 
 
 def _write_redirected(files: Sequence[Path], folder: Path, run_id: str, epoch: int, model_id: str) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from mlflow import MlflowClient
@@ -16,9 +17,7 @@ ALIAS = "best"
 _logger = logging.getLogger(__name__)
 
 
-def register_best(
-    client: MlflowClient, name: str, run_id: str, facts: Mapping[str, Any], model_id: str | None
-) -> None:
+def register_best(client: MlflowClient, name: str, run_id: str, facts: Mapping[str, Any]) -> None:
     """Register a run's best model as a version of `name`, and set the alias if it is better.
 
     Args:
@@ -26,18 +25,15 @@ def register_best(
         name: The registered model, which is created if necessary.
         run_id: The run.
         facts: Tags of the version, such as `step`, `val_map` and `validation_data`.
-        model_id: The LoggedModel whose metrics the version shows.
     """
     versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
     if versions:  # delivered before a crash, but not noted, or the run was resumed
         version = versions[0]
     else:
-        version = register_artifact(client, name, run_id, "model", model_id=model_id)
+        version = register_artifact(client, name, run_id, "model")
     tags = {key: acceptable(str(value)) for key, value in facts.items() if value is not None}
     for key, value in tags.items():
-        unless_busy(
-            lambda key=key, value=value: client.set_model_version_tag(name, version.version, key, value)
-        )
+        unless_busy(partial(client.set_model_version_tag, name, version.version, key, value))
     if "val_map" in tags:
         text = (
             f"Epoch {tags['epoch']}, step {tags['step']} of run {run_id}: val_map "

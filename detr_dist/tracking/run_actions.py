@@ -4,7 +4,6 @@ Every action may be repeated: a crash or a lost answer must not log anything twi
 """
 
 import json
-import logging
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,7 +21,8 @@ from mlflow.utils.mlflow_tags import (
 from PIL import Image
 
 from detr_dist.storage import link_or_copy
-from detr_dist.tracking.logged_models import LoggedModels, delete_epoch
+from detr_dist.tracking.artifacts import delete_artifacts
+from detr_dist.tracking.logged_models import LoggedModels
 from detr_dist.tracking.outbox import outdated
 from detr_dist.tracking.registry import register_best
 from detr_dist.tracking.run_note import is_ours
@@ -34,8 +34,6 @@ IMAGES = "images"
 
 _PREVIEW_SIZE_PX = 512
 
-_logger = logging.getLogger(__name__)
-
 
 class RunActions:
     """Logs to one run. For use by one thread."""
@@ -43,10 +41,13 @@ class RunActions:
     def __init__(self, client: MlflowClient, run_id: str) -> None:
         self._client = client
         self._run_id = run_id
+        self._artifact_uri: str | None = None
+        self._image_stems: dict[str, str] | None = None  # by key and step; None: ask the server
+        self._has_images_tag = False
         self.models = LoggedModels(client, run_id)
         self.of_files: dict[str, Callable[..., None]] = {
             "folder": self.upload,
-            "image": self.log_image,
+            "image": lambda folder, **facts: self.log_image(*folder.iterdir(), **facts),
             "table": self.log_table,
         }
         """Actions by kind of record, which take a folder of files first."""
@@ -62,7 +63,9 @@ class RunActions:
 
     def upload(self, folder: Path, artifact_path: str, last: str | None = None) -> None:
         """Upload file by file, the one named `last` at the end; link files into a store on this host."""
-        store = local_path(self._client.get_run(self._run_id).info.artifact_uri)
+        if self._artifact_uri is None:
+            self._artifact_uri = str(self._client.get_run(self._run_id).info.artifact_uri)
+        store = local_path(self._artifact_uri)
         paths = [path for path in folder.rglob("*") if path.is_file()]
         for path in sorted(paths, key=lambda path: (path.name == last, path)):
             target = Path(artifact_path) / path.relative_to(folder)
@@ -73,13 +76,12 @@ class RunActions:
                 into = str(target.parent) if target.parent != Path() else None
                 self._client.log_artifact(self._run_id, str(path), into)
 
-    def log_image(self, folder: Path, key: str, step: int, at_ms: int) -> None:
-        """Log the only file of a folder as the image `key` of a step, in place of an earlier one.
+    def log_image(self, source: Path, key: str, step: int, at_ms: int) -> None:
+        """Log a file as the image `key` of a step, in place of an earlier one.
 
         The file names are those of `MlflowClient.log_image`, but the same for each repetition. A PNG file
         stays as it is; a photo becomes WebP, because the UI shows no JPEG here.
         """
-        (source,) = folder.iterdir()
         stem = self._stem_of_image(key, step, at_ms)
         with tempfile.TemporaryDirectory() as scratch, Image.open(source) as image:
             if source.suffix == ".png":
@@ -90,15 +92,19 @@ class RunActions:
             preview.thumbnail((_PREVIEW_SIZE_PX, _PREVIEW_SIZE_PX))
             preview.save(Path(scratch, f"{stem}+compressed.webp"))
             self.upload(Path(scratch), IMAGES)
-        self._client.set_tag(self._run_id, MLFLOW_LOGGED_IMAGES, "True")
+        if not self._has_images_tag:
+            self._client.set_tag(self._run_id, MLFLOW_LOGGED_IMAGES, "True")
+            self._has_images_tag = True
 
     def _stem_of_image(self, key: str, step: int, at_ms: int) -> str:
-        prefix = f"{key}+step+{step}+timestamp+"
-        for item in self._client.list_artifacts(self._run_id, IMAGES):
-            name = Path(item.path).stem.removesuffix("+compressed")
-            if name.startswith(prefix):  # of this record, or of the same step before a resume
-                return name
-        return f"{prefix}{at_ms}+{uuid.uuid5(uuid.NAMESPACE_URL, f'{self._run_id}/{key}/{step}')}"
+        """Return the name of an image's files without endings, that of an image which is there already."""
+        if self._image_stems is None:
+            names = [Path(item.path).stem for item in self._client.list_artifacts(self._run_id, IMAGES)]
+            stems = {name.removesuffix("+compressed") for name in names}
+            self._image_stems = {_without_time(stem): stem for stem in stems}
+        prefix = f"{key}+step+{step}"
+        unique = uuid.uuid5(uuid.NAMESPACE_URL, f"{self._run_id}/{prefix}")
+        return self._image_stems.setdefault(prefix, f"{prefix}+timestamp+{at_ms}+{unique}")
 
     def log_table(self, folder: Path, artifact_file: str) -> None:
         """Upload a table in the format of `mlflow.log_table`, in place of the earlier one."""
@@ -123,13 +129,16 @@ class RunActions:
 
     def _delete_outdated(self, parent: str, newest: int, keep: int) -> None:
         there = [item.path for item in self._client.list_artifacts(self._run_id, parent)]
-        for artifact_path in outdated(there, parent, keep=keep, newest=newest):
-            delete_epoch(self._client, self._run_id, artifact_path)
+        past = outdated(there, parent, keep=keep, newest=newest)
+        for artifact_path in past:
+            delete_artifacts(self._client, self._run_id, artifact_path)
+        if parent == "models":
+            self.models.delete_missing(set(there) - set(past), newest=newest)
 
     def _register(self, name: str, **facts: Any) -> None:
         epoch = facts.get("epoch")
         model_id = self.models.find(epoch) if epoch is not None else None
-        register_best(self._client, name, self._run_id, facts, model_id)
+        register_best(self._client, name, self._run_id, facts | {"model_id": model_id})
 
     def _set_note(self, text: str) -> None:
         """Write the note of the run, unless a person has written or changed it."""
@@ -159,3 +168,8 @@ class RunActions:
     def _tags(self) -> Mapping[str, str]:
         tags: Mapping[str, str] = self._client.get_run(self._run_id).data.tags
         return tags
+
+
+def _without_time(stem: str) -> str:
+    """Return key and step of an image from the name of its files."""
+    return stem.partition("+timestamp+")[0]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+
 import torch
 
 from detr_dist.errors import TrainingError, UsageError
@@ -174,7 +175,7 @@ class RunObserver:
         with self._host.failing_together():  # the others wait for the user's metrics
             if scores.details is not None:
                 self._callbacks.notify(self._evaluation_event(state, scores.details))
-                log_results(self._trackers, scores.details, state)
+                log_results(self._trackers, scores.details.data, state)
         self._paused_s += time.perf_counter() - began_at
 
     def _evaluation_event(self, state: TrainState, details: Details) -> EvaluationEvent:

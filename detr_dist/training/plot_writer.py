@@ -52,9 +52,12 @@ class PlotWriter:
         from detr_dist.evaluation.contact_sheet import sample_sheet  # needs matplotlib, which is slow
 
         try:
+            drawn = samples(MAX_SAMPLES)
+            if not drawn:  # nothing is left to train
+                return
             with tempfile.TemporaryDirectory() as scratch:
                 path = Path(scratch, "train_batch.jpg")
-                sample_sheet(samples(MAX_SAMPLES), class_names).save(path, quality=88)
+                sample_sheet(drawn, class_names).save(path, quality=88)
                 self._trackers.log_image(path, path.stem, step)
         except Exception as error:  # the run continues; training itself reports samples that fail
             self._warn_of([f"the training images: {as_one_line(error)}"])
