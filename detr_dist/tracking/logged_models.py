@@ -6,11 +6,9 @@ loads the one in the run: `mlflow.pyfunc.load_model("models:/<model id>")`.
 """
 
 import re
-import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 
 import yaml
 from mlflow import MlflowClient
@@ -24,17 +22,15 @@ URI_TAG = "model_uri"
 
 _LOADER = '''"""Loads the model of an epoch from the artifacts of its run."""
 
-from pathlib import Path
-
+import mlflow.models
 import mlflow.pyfunc
 
 
 def _load_pyfunc(path):
-    return mlflow.pyfunc.load_model(Path(path).read_text(encoding="utf-8"))
+    flavor = mlflow.models.Model.load(path).flavors["python_function"]
+    return mlflow.pyfunc.load_model(flavor["model_uri"])
 '''
-_LOADER_NAME, _URI_FILE = "load_model_of_run", "model_uri.txt"
-
-_SMALL_FILES = {"MLmodel", "requirements.txt", "conda.yaml", "python_env.yaml"}
+_LOADER_NAME = "load_model_of_run"
 
 
 class LoggedModels:
@@ -79,17 +75,16 @@ class LoggedModels:
     def complete(self, epoch: int, step: int) -> None:
         """Mark an epoch's model as ready, and as an output of the run, once its files are in the run."""
         artifact_path = f"models/epoch_{epoch}"
-        there = {PurePosixPath(item.path).name for item in self._list(artifact_path)}
-        if "MLmodel" not in there:  # deleted meanwhile
+        there = {item.path for item in self._client.list_artifacts(self._run_id, artifact_path)}
+        mlmodel = f"{artifact_path}/MLmodel"
+        if mlmodel not in there:  # deleted meanwhile
             return
         model_id = self.find_or_create(epoch, step)
         with tempfile.TemporaryDirectory() as scratch:
-            files = [
-                self._client.download_artifacts(self._run_id, f"{artifact_path}/{name}", scratch)
-                for name in sorted(there & _SMALL_FILES)
-            ]
+            facts = Path(self._client.download_artifacts(self._run_id, mlmodel, scratch))
             folder = Path(scratch, "redirected")
-            _write_redirected([Path(file) for file in files], folder, self._run_id, epoch, model_id)
+            ids = {"run_id": self._run_id, "model_id": model_id}
+            _write_redirected(facts, folder, f"runs:/{self._run_id}/{artifact_path}", ids)
             self._client.log_model_artifacts(model_id, str(folder))
         outputs = self._client.get_run(self._run_id).outputs
         if model_id not in [each.model_id for each in (outputs.model_outputs if outputs else ())]:
@@ -111,9 +106,6 @@ class LoggedModels:
             if isinstance(error, MlflowException) and is_away(error):
                 raise
 
-    def _list(self, artifact_path: str) -> list[Any]:
-        return list(self._client.list_artifacts(self._run_id, artifact_path))
-
     def _experiment_id(self) -> str:
         return str(self._client.get_run(self._run_id).info.experiment_id)
 
@@ -127,17 +119,12 @@ class LoggedModels:
             page = models.token or ""
 
 
-def _write_redirected(files: Sequence[Path], folder: Path, run_id: str, epoch: int, model_id: str) -> None:
-    """Write a model with the facts of the one with these small files, which loads that one from its run."""
+def _write_redirected(facts: Path, folder: Path, model_uri: str, ids: Mapping[str, str]) -> None:
+    """Write a model with the facts of an `MLmodel` file, which loads the model at `model_uri`."""
     (folder / "code").mkdir(parents=True)
-    for path in files:
-        shutil.copyfile(path, folder / path.name)
-    document = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))
-    own = document["flavors"].get("python_function", {})
-    kept = {key: own[key] for key in ("env", "python_version") if key in own}
-    flavor = kept | {"loader_module": _LOADER_NAME, "code": "code", "data": _URI_FILE}
-    document |= {"flavors": {"python_function": flavor}, "run_id": run_id, "model_id": model_id}
+    document = yaml.safe_load(facts.read_text(encoding="utf-8"))
+    flavor = {"loader_module": _LOADER_NAME, "code": "code", "data": "MLmodel", "model_uri": model_uri}
+    document |= {"flavors": {"python_function": flavor}, **ids}
     document.pop("saved_input_example_info", None)  # the example is in the run
     (folder / "MLmodel").write_text(yaml.safe_dump(document), encoding="utf-8")
-    (folder / _URI_FILE).write_text(f"runs:/{run_id}/models/epoch_{epoch}", encoding="utf-8")
     (folder / "code" / f"{_LOADER_NAME}.py").write_text(_LOADER, encoding="utf-8")

@@ -44,6 +44,7 @@ class RunActions:
         self._artifact_uri: str | None = None
         self._image_stems: dict[str, str] | None = None  # by key and step; None: ask the server
         self._has_images_tag = False
+        self._listed_tables: set[str] = set()
         self.models = LoggedModels(client, run_id)
         self.of_files: dict[str, Callable[..., None]] = {
             "folder": self.upload,
@@ -109,10 +110,13 @@ class RunActions:
     def log_table(self, folder: Path, artifact_file: str) -> None:
         """Upload a table in the format of `mlflow.log_table`, in place of the earlier one."""
         self.upload(folder, "")
+        if artifact_file in self._listed_tables:
+            return
         listed = json.loads(self._tags().get(MLFLOW_LOGGED_ARTIFACTS, "[]"))
         entry = {"path": artifact_file, "type": "table"}
         if entry not in listed:
             self._client.set_tag(self._run_id, MLFLOW_LOGGED_ARTIFACTS, json.dumps([*listed, entry]))
+        self._listed_tables.add(artifact_file)
 
     def log_dataset(
         self, context: str, name: str, digest: str, source: str, profile: Any, schema: Any = None

@@ -15,6 +15,9 @@ from detr_dist.tracking.tracker import Trackers
 MAX_SAMPLES = 12
 """Training images on their sheet."""
 
+LOGGED_PLOTS = {"precision_recall", "confusion_matrix", "worst_images"}
+"""Plots that are logged as images with steps as well: each costs two uploads."""
+
 _logger = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ class PlotWriter:
         self._has_warned = False
 
     def write(self, details: Details, name: str, step: int) -> None:
-        """Draw into the folder `name` of the run's plots, and log each plot as an image of the step."""
+        """Draw into the folder `name` of the run's plots, and log some of them as images of the step."""
         from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
 
         folder = self._plots_dir / name
@@ -40,7 +43,8 @@ class PlotWriter:
             try:
                 self._trackers.log_folder(folder, f"pictures/{name}")
                 for path in sorted(folder.iterdir()):
-                    self._trackers.log_image(path, f"val_{path.stem}", step)
+                    if path.stem in LOGGED_PLOTS:
+                        self._trackers.log_image(path, f"val_{path.stem}", step)
             except Exception as error:  # the run continues
                 failures.append(f"{folder}: {describe_disk_error(error, self._plots_dir.parent)}")
         self._warn_of(failures)
