@@ -142,6 +142,14 @@ def evaluate(
             "instead of the best ones for this data: what to expect on new data.",
         ),
     ] = False,
+    log: Annotated[
+        bool,
+        typer.Option(
+            "--log",
+            help="Log the metrics as `test_...`, and the plots, to the model's run in MLflow, or to a new "
+            "run if there is none that can be written to.",
+        ),
+    ] = False,
     tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
     overrides: Overrides = None,
     debug: Debug = False,
@@ -163,6 +171,7 @@ def evaluate(
         report=report,
         pictures=pictures,
         model_thresholds=model_thresholds,
+        log=log,
         overrides=overrides or (),
     )
 

@@ -24,6 +24,9 @@ RECALLS = np.linspace(0, 1, 101)
 """Recall values at which precision is sampled."""
 SIZES = ("small", "medium", "large")
 """Sizes of boxes, by their area in pixels of the original image."""
+METRICS_OF_CLASS = ("map", "precision", "recall", "f1", "threshold")
+"""Ends of the names of the metrics that an evaluation has for each class."""
+
 AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Smallest and largest area, for all sizes together and for each; a box at a limit belongs to both sides."""
 DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)

@@ -1,11 +1,23 @@
-"""One sheet with the images that have the most errors, showing annotations and detections."""
+"""Sheets of images: those with the most errors of an evaluation, and samples of the training."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from detr_dist.boxes import cxcywh_to_xyxy
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.drawing import Colour, Mark, class_label, draw_marks, drawable, font
+from detr_dist.data.dataset import Sample
+from detr_dist.evaluation.drawing import (
+    Colour,
+    Mark,
+    class_colour,
+    class_label,
+    draw_marks,
+    drawable,
+    font,
+)
 from detr_dist.evaluation.thresholds import Matches
 from detr_dist.serving.decoding import UnreadableImageError, decode_rgb
 
@@ -74,6 +86,32 @@ def contact_sheet(data: CocoData, matches: Matches) -> Image.Image:
         for line, text in enumerate((name, describe_errors(errors, row) or "no errors")):
             draw.text((left, top + tile_height + 2 + line * LINE), text, fill="black", font=font(FONT_PX))
     return sheet
+
+
+def sample_sheet(samples: Sequence[Sample], class_names: Sequence[str]) -> Image.Image:
+    """Draw training images as the network gets them, before normalization, with their boxes."""
+    tiles = [_sample_tile(sample, class_names) for sample in samples]
+    num_columns = min(NUM_COLUMNS, len(tiles))
+    pitch = max(tile.height for tile in tiles) + GAP
+    size = GAP + num_columns * (TILE_WIDTH + GAP), GAP + -(-len(tiles) // num_columns) * pitch
+    sheet = Image.new("RGB", size, "white")
+    for place, tile in enumerate(tiles):
+        down, right = divmod(place, num_columns)
+        sheet.paste(tile, (GAP + right * (TILE_WIDTH + GAP), GAP + down * pitch))
+    return sheet
+
+
+def _sample_tile(sample: Sample, class_names: Sequence[str]) -> Image.Image:
+    image = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
+    height = round(min(1.3, image.height / image.width) * TILE_WIDTH)
+    image.thumbnail((TILE_WIDTH, height), Image.Resampling.BILINEAR)
+    corners = cxcywh_to_xyxy(sample.boxes_cxcywh).numpy() * (image.size * 2)
+    marks = [
+        Mark(tuple(box), class_colour(label), class_label(label, class_names[label]), is_thin=True)
+        for box, label in zip(corners.tolist(), sample.labels.tolist(), strict=True)
+    ]
+    draw_marks(image, marks)
+    return image
 
 
 def _head(title: str, width: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from detr_dist.data.formats import split_of
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
-from detr_dist.evaluation.coco_metrics import metric_names
+from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.evaluator import Details, Evaluator
 from detr_dist.extensions import LOSSES
@@ -38,8 +39,6 @@ from detr_dist.storage import check_new, check_writable, write_text
 from detr_dist.text import list_names, printable
 
 _logger = logging.getLogger(__name__)
-
-_METRICS_OF_CLASS = ("map", "precision", "recall", "f1", "threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +170,7 @@ def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str
 
 
 def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name: metrics[prefix + name] for name in _METRICS_OF_CLASS if prefix + name in metrics}
+    return {name: metrics[prefix + name] for name in METRICS_OF_CLASS if prefix + name in metrics}
 
 
 def evaluate_to_files(
@@ -183,9 +182,10 @@ def evaluate_to_files(
     report: Path | None = None,
     pictures: Path | None = None,
     model_thresholds: bool = False,
+    log: bool = False,
     overrides: Sequence[str] = (),
 ) -> None:
-    """Evaluate, print a table, and write the requested files.
+    """Evaluate, print a table, and write the requested files; with `log`, log the results to MLflow.
 
     Collective.
 
@@ -197,10 +197,35 @@ def evaluate_to_files(
         with host.failing_together():
             if host.is_main_process:
                 _check_outputs(predictions, report, pictures)
-        found = _evaluate(reference, data_dir, host, model_thresholds, overrides, tracking_uri)
+        model = open_model(reference, tracking_uri, host)
+        found = _evaluate(model, data_dir, host, model_thresholds, overrides, tracking_uri)
         with host.failing_together():
             if host.is_main_process:
                 _write(found, predictions=predictions, report=report, pictures=pictures)
+                if log:
+                    _log(found, model, tracking_uri)
+
+
+def _log(found: EvaluationReport, model: TrainedModel, tracking_uri: str) -> None:
+    """Log the metrics as `test_...`, and the plots. Main process only.
+
+    Raises:
+        DetrDistError: MLflow cannot be reached.
+    """
+    from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
+    from detr_dist.tracking.tested_models import ModelOrigin, log_test  # imports MLflow, which is slow
+
+    assert found.details is not None  # on the main process
+    data, metadata = found.details.data, model.metadata
+    origin = ModelOrigin(model.reference, metadata.get("run_id"), metadata.get("epoch"), metadata.get("step"))
+    metrics = {f"test_{name.removeprefix('val_')}": value for name, value in found.metrics.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        plots = Path(scratch, "plots")
+        for failure in write_plots(plots, data, found.details):
+            _logger.warning(f"{printable(failure)}; not drawn")
+        experiment = model.config.logging.mlflow_experiment_name
+        run_id = log_test(origin, metrics, data, plots, tracking_uri=tracking_uri, experiment=experiment)
+    print(f"MLflow run {run_id} at {redact(tracking_uri)}: test_map and the other metrics, and plots")
 
 
 def _check_outputs(predictions: Path | None, report: Path | None, pictures: Path | None) -> None:
@@ -248,11 +273,11 @@ def metrics_table(found: EvaluationReport) -> Iterator[str]:
     names = (*found.class_names, "all classes")
     prefixes = (*(f"val_{key}_" for key in metric_names(found.class_names)), "val_")
     width = max(map(len, names))
-    titles = ("AP", *_METRICS_OF_CLASS[1:])
+    titles = ("AP", *METRICS_OF_CLASS[1:])
     yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{title:>11}" for title in titles)
     for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
         own = _with_prefix(found.metrics, prefix)
-        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in _METRICS_OF_CLASS)
+        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in METRICS_OF_CLASS)
         yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
-    shown = {prefix + metric for prefix in prefixes for metric in _METRICS_OF_CLASS}
+    shown = {prefix + metric for prefix in prefixes for metric in METRICS_OF_CLASS}
     yield "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items() if name not in shown)

@@ -1,12 +1,12 @@
 """Models and checkpoints in MLflow: downloads, deletion, and versions in the registry."""
 
 import json
-import os
 import re
 from pathlib import Path
 
 import mlflow.artifacts
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModel
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -58,7 +58,6 @@ def fetch(artifact_uri: str, tracking_uri: str, into: Path) -> Path:
     Raises:
         MlflowException, OSError: it does not exist, or the server cannot be reached.
     """
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     with patience(timeout_s=120):
         if artifact_uri.startswith("models:/"):
             artifact_uri = _location_of(artifact_uri, open_client(tracking_uri))
@@ -118,18 +117,29 @@ def _version_of(reference: str, client: MlflowClient) -> tuple[str, str] | None:
 
 
 def _location_of(reference: str, client: MlflowClient) -> str:
-    """Return the artifact URI of a version in the registry; other references stay unchanged.
+    """Return the artifact URI of a version in the registry, or of the model of an epoch by its id.
 
-    MLflow itself would use the process's default registry, whichever it is given.
+    MLflow itself would use the process's default registry, whichever it is given. Other references stay
+    unchanged.
     """
+    if (model := _logged_model(reference, client)) is not None:
+        return str(model.tags.get("model_uri", reference))
     version = _version_of(reference, client)
     return client.get_model_version_download_uri(*version) if version is not None else reference
 
 
+def _logged_model(reference: str, client: MlflowClient) -> LoggedModel | None:
+    """Return the LoggedModel of `models:/MODEL_ID`; None for all others."""
+    match = re.fullmatch("models:/(m-[0-9a-f]{32})/?", reference)
+    return client.get_logged_model(match[1]) if match else None
+
+
 def run_of(reference: str, client: MlflowClient) -> str | None:
-    """Return the run that `runs:/...` or a version in the registry belongs to, if it is known."""
+    """Return the run that `runs:/...`, a version in the registry or a LoggedModel belongs to, if known."""
     if match := re.match("runs:/([^/]+)/", reference):
         return match[1]
+    if (model := _logged_model(reference, client)) is not None:
+        return model.source_run_id or None
     version = _version_of(reference, client)
     return (client.get_model_version(*version).run_id or None) if version is not None else None
 

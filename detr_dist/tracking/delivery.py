@@ -1,26 +1,31 @@
 """Delivery of an outbox's records to MLflow, each once, through outages, during a run or afterwards."""
 
-import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from detr_dist.errors import DetrDistError, UsageError
-from detr_dist.storage import link_or_copy, locked
+from detr_dist.storage import locked
 from detr_dist.text import one_line, shorten
-from detr_dist.tracking.artifacts import delete_artifacts, register_artifact
-from detr_dist.tracking.outbox import OutboxReader, Record, outdated
-from detr_dist.tracking.store import acceptable, is_away, is_refusal, open_client, patience
-from detr_dist.tracking.uris import local_path
+from detr_dist.tracking.outbox import OutboxReader, Record
+from detr_dist.tracking.run_actions import RunActions
+from detr_dist.tracking.store import (
+    acceptable,
+    can_link_data_sets,
+    is_away,
+    is_refusal,
+    open_client,
+    patience,
+)
 
 # Limits of MLflow's API.
 _MAX_VALUES = {"metrics": 1000, "params": 100, "tags": 100}
@@ -30,7 +35,7 @@ _MAX_PARAM_LENGTH = 6000
 _VALUES, _FOLDERS = "values", "folders"
 
 # Records that a server may refuse permanently, for lack of a permission or a method; the rest must not wait.
-_DISPENSABLE = {"dataset", "registration", "retention"}
+_DISPENSABLE = {"dataset", "image", "model", "note", "registration", "retention", "table"}
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 15.0
 _LOOK_EVERY_S = 0.5
@@ -58,14 +63,9 @@ class Delivery:
         self._logged_until: dict[str, int] | None = None  # by metric; None: ask the server
         self._known_params: set[str] = set()
         self._refused: set[str] = set()
-        self._actions: dict[str, Callable[..., None]] = {
-            "folder": self._upload,
-            "dataset": self._note_dataset,
-            "registration": self._register,
-            "retention": self._delete_outdated,
-            "resumption": self._note_resumption,
-            "status": self._set_status,
-        }
+        self._can_link_data_sets: bool | None = None  # None: ask the server
+        self._lacks_models = False  # because the server is too old, or does not permit them
+        self._actions = RunActions(client, self._run_id)
 
     @property
     def num_left(self) -> int:
@@ -82,7 +82,8 @@ class Delivery:
             delivered_values = self._deliver_values()
             return self._deliver_other() or delivered_values
         except Exception:
-            self._logged_until = None
+            self._logged_until = self._can_link_data_sets = None
+            self._actions.models.forget()
             raise
 
     def _deliver_values(self) -> bool:
@@ -112,7 +113,8 @@ class Delivery:
             if kind == "metrics":
                 step = content["step"]
                 new = {k: v for k, v in content["values"].items() if step > logged_until.get(k, -1)}
-                metrics += [Metric(name, value, content["at_ms"], step) for name, value in new.items()]
+                linked = self._links(content, step) if new else {}
+                metrics += [Metric(k, v, content["at_ms"], step, **linked) for k, v in new.items()]
                 logged_until |= dict.fromkeys(new, step)
             elif kind == "params":  # MLflow refuses to change one
                 params = {k: v for k, v in content["values"].items() if k not in self._known_params} | params
@@ -127,6 +129,28 @@ class Delivery:
             )
         self._logged_until = logged_until
         self._known_params |= params.keys()
+
+    def _links(self, content: dict[str, Any], step: int) -> dict[str, str]:
+        """Return the LoggedModel and the data set that metrics belong to."""
+        if "epoch" not in content or self._lacks_models:
+            return {}
+        try:
+            links = {"model_id": self._actions.models.find_or_create(content["epoch"], step)}
+        except (MlflowException, NotImplementedError) as error:
+            if isinstance(error, MlflowException) and is_away(error):
+                raise
+            self._lacks_models = True
+            _logger.warning(
+                f"MLflow refuses the models of epochs as LoggedModels ({one_line(error)}); they are "
+                "artifacts of the run"
+            )
+            return {}
+        if "dataset" in content:
+            if self._can_link_data_sets is None:
+                self._can_link_data_sets = can_link_data_sets(self._client)
+            if self._can_link_data_sets:
+                links["dataset_name"], links["dataset_digest"] = content["dataset"]
+        return links
 
     def _log_what_is_accepted(self, records: Iterable[Record], refusal: MlflowException) -> None:
         """Log everything that MLflow accepts, and warn once of the rest."""
@@ -165,7 +189,7 @@ class Delivery:
             if kind in _MAX_VALUES:
                 continue
             try:
-                self._actions[kind](**content)
+                self._act(kind, content)
             except (MlflowException, NotImplementedError) as error:
                 if kind not in _DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
                     raise
@@ -175,61 +199,13 @@ class Delivery:
         self._reader.advance(_FOLDERS, self._reader.position(_VALUES))
         return False
 
-    def _upload(self, name: str, artifact_path: str, last: str | None) -> None:
-        """Upload file by file, the one named `last` at the end; link files into a store on this host."""
-        with self._reader.uploading(name) as folder:
-            if folder is None:
-                return
-            store = local_path(self._client.get_run(self._run_id).info.artifact_uri)
-            paths = [path for path in folder.rglob("*") if path.is_file()]
-            for path in sorted(paths, key=lambda path: (path.name == last, path)):
-                target = Path(artifact_path) / path.relative_to(folder)
-                if store is not None:
-                    (store / target).parent.mkdir(parents=True, exist_ok=True)
-                    link_or_copy(path, store / target)
-                else:
-                    into = str(target.parent) if target.parent != Path() else None
-                    self._client.log_artifact(self._run_id, str(path), into)
-
-    def _delete_outdated(self, parent: str, newest: int, keep: int) -> None:
-        there = [item.path for item in self._client.list_artifacts(self._run_id, parent)]
-        for artifact_path in outdated(there, parent, keep=keep, newest=newest):
-            delete_artifacts(self._client, self._run_id, artifact_path)
-
-    def _note_dataset(
-        self, context: str, name: str, digest: str, source: str, profile: dict[str, int]
-    ) -> None:
-        where, what = json.dumps({"uri": acceptable(source)}), json.dumps(profile)
-        dataset = Dataset(acceptable(name), digest, "local", where, schema=None, profile=what)
-        tags = [InputTag(MLFLOW_DATASET_CONTEXT, context)]
-        self._client.log_inputs(self._run_id, [DatasetInput(dataset, tags)])
-
-    def _register(self, name: str) -> None:
-        versions = self._client.search_model_versions(f"name = '{name}' and run_id = '{self._run_id}'")
-        if versions:  # delivered before a crash, but not noted
-            version = versions[0]
-        else:
-            version = register_artifact(self._client, name, self._run_id, "model")
-        self._client.set_registered_model_alias(name, "best", version.version)
-
-    def _note_resumption(self, step: int, changes: list[str]) -> None:
-        tags = self._client.get_run(self._run_id).data.tags
-        lines = {
-            "resumed_at_steps": [str(step)],
-            "resumed_with": [f"step {step}: {change}" for change in changes],
-        }
-        for name, new in lines.items():
-            noted = [line for line in tags.get(name, "").split("; ") if line]
-            if not set(new) <= set(noted):  # delivered before a crash, but not noted
-                self._client.set_tag(self._run_id, name, acceptable("; ".join(noted + new)))
-        if "error" in tags:
-            self._client.delete_tag(self._run_id, "error")
-        self._client.update_run(self._run_id, status="RUNNING")
-
-    def _set_status(self, status: str, error: str | None = None) -> None:
-        if error is not None:
-            self._client.set_tag(self._run_id, "error", acceptable(error))
-        self._client.set_terminated(self._run_id, status)
+    def _act(self, kind: str, content: dict[str, Any]) -> None:
+        if kind not in self._actions.of_files:
+            self._actions.others[kind](**content)
+            return
+        with self._reader.uploading(content.pop("name")) as folder:
+            if folder is not None:
+                self._actions.of_files[kind](folder, **content)
 
 
 class DeliveryThread:

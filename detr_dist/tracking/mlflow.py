@@ -1,6 +1,7 @@
 """A run in MLflow, tracked through `MlflowClient` from the main process only."""
 
 import getpass
+import json
 import logging
 import shlex
 import subprocess
@@ -15,9 +16,11 @@ from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError
 from detr_dist.redaction import redact, redact_value
 from detr_dist.text import one_line
+from detr_dist.tracking.datasets import describe_dataset, summary_of
 from detr_dist.tracking.delivery import Delivery, DeliveryThread
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
 from detr_dist.tracking.pages import prepare_experiment, ways_to_see
+from detr_dist.tracking.run_note import run_note
 from detr_dist.tracking.store import (
     acceptable,
     close_connections,
@@ -29,7 +32,7 @@ from detr_dist.tracking.store import (
     unless_busy,
 )
 from detr_dist.tracking.tracker import PATIENCE_S, OwnTracker, Status
-from detr_dist.tracking.uris import absolute_uri, local_location
+from detr_dist.tracking.uris import absolute_uri
 
 # Seconds that a request without an upload may take before it counts as failed.
 _TIMEOUT_S = 20
@@ -73,6 +76,8 @@ class MLflowTracker(OwnTracker):
         self._thread: DeliveryThread | None = None
         self._experiment_id: str | None
         self._view: str | None = None
+        self._validation: dict[str, Any] | None = None
+        self._datasets: list[str] = []  # a line for each
         try:
             with patience(_TIMEOUT_S):
                 if run_id is None:
@@ -161,21 +166,51 @@ class MLflowTracker(OwnTracker):
         """Set the run's status to running, and tag the step it is resumed at and the changed settings."""
         self.outbox.append("resumption", step=step, changes=[*changes])
 
+    def log_evaluation(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
+        """Queue metrics of the model of an epoch on the validation data."""
+        values = {name: float(value) for name, value in metrics.items()}
+        links: dict[str, Any] = {"epoch": epoch}
+        if self._validation is not None:
+            links["dataset"] = [self._validation["name"], self._validation["digest"]]
+        self.outbox.append("metrics", step=step, at_ms=int(time.time() * 1000), values=values, **links)
+
+    def log_image(self, path: Path, key: str, step: int) -> None:
+        """Queue an image of a step."""
+        self.outbox.append_image(path, key, step, int(time.time() * 1000))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Queue a table, which `mlflow.load_table` reads, in place of the earlier one."""
+        table = {"columns": ["step", *columns], "data": [[step, *row] for row in rows]}
+        self.outbox.append_table(f"{name}.json", json.dumps(table))
+
+    def complete_model(self, epoch: int, step: int) -> None:
+        """Queue that the model of an epoch is complete."""
+        self.outbox.append("model", epoch=epoch, step=step)
+
     def log_datasets(self, datasets: Mapping[str, CocoData]) -> None:
         """Log the data sets of the run, by their use (`train`, `validation`)."""
         for context, data in datasets.items():
-            self.outbox.append(
-                "dataset",
-                context=context,
-                name=data.annotations_path.parent.name,
-                digest=data.fingerprint()[:32],
-                source=local_location(data.annotations_path),
-                profile={"num_images": len(data), "num_boxes": len(data.box_classes)},
-            )
+            described = describe_dataset(data)
+            self.outbox.append("dataset", context=context, **described)
+            self._datasets.append(f"{context}: {summary_of(described)}")
+            if context == "validation":
+                self._validation = described
 
-    def register_model(self, name: str) -> None:
-        """Register the run's model as a new version of `name`, with the alias `best`."""
-        self.outbox.append("registration", name=name)
+    def write_note(self, best: str, metrics: Mapping[str, float]) -> None:
+        """Queue the note of the run: its command and data, `best` and other metrics, and how to load it."""
+        command = shlex.join([*redact_value(sys.argv)])
+        text = run_note(self.run_id, command=command, data=self._datasets, best=best, metrics=metrics)
+        self.outbox.append("note", text=text)
+
+    def register_model(self, name: str, **facts: Any) -> None:
+        """Register the run's model as a new version of `name` with these facts as tags.
+
+        It gets the alias `best` if its `val_map` is higher than that of the version that has it, on the same
+        validation data.
+        """
+        if self._validation is not None:
+            facts["validation_data"] = f"{self._validation['name']} {self._validation['digest']}"
+        self.outbox.append("registration", name=name, data="; ".join(self._datasets), **facts)
 
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """Set the run's status after everything is delivered; wait at most `patience_s` seconds for that."""

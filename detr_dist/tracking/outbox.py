@@ -79,10 +79,20 @@ class Outbox:
 
     def append_file(self, source: Path, artifact_path: str = "") -> None:
         """Queue a copy of a file in its current state for upload into the folder `artifact_path`."""
+        name = self._copy(source)
+        self.append("folder", name=name, artifact_path=artifact_path, last=None)
+
+    def append_image(self, source: Path, key: str, step: int, at_ms: int) -> None:
+        """Queue an image file as the image `key` of a step."""
+        name = self._copy(source)
+        self.append("image", name=name, key=key, step=step, at_ms=at_ms)
+
+    def append_table(self, file_name: str, content: str) -> None:
+        """Queue a table, as JSON in the format of MLflow's tables."""
         waiting = self._new_place()
         waiting.mkdir(parents=True)
-        shutil.copyfile(source, waiting / source.name)
-        self.append("folder", name=waiting.name, artifact_path=artifact_path, last=None)
+        (waiting / file_name).write_text(content, encoding="utf-8")
+        self.append("table", name=waiting.name, artifact_file=file_name)
 
     def append_retention(self, parent: str, newest: int, keep: int) -> None:
         """Queue the deletion of all but the newest `keep` folders `parent`/epoch_<N>, N <= `newest`."""
@@ -97,6 +107,13 @@ class Outbox:
     def _new_place(self) -> Path:
         """Return a new folder for waiting files, never that of a record that a power cut may restore."""
         return self.folder / "files" / uuid.uuid4().hex
+
+    def _copy(self, source: Path) -> str:
+        """Copy a file into a new folder of waiting files, and return the name of that folder."""
+        waiting = self._new_place()
+        waiting.mkdir(parents=True)
+        shutil.copyfile(source, waiting / source.name)
+        return waiting.name
 
     def _drop(self, artifact_path: str) -> None:
         """Delete the folder that waits for upload to this path, unless it is being uploaded."""

@@ -102,10 +102,11 @@ def close_connections(client: MlflowClient) -> None:
 def patience(timeout_s: int) -> Iterator[None]:
     """Make MLflow's HTTP requests fail after `timeout_s` seconds without retries, unless the user set limits.
 
-    MLflow reads these limits only from the environment, which must not be changed while other threads may
-    read it: not from a background thread, nor while one trains.
+    Downloads show no progress bar. MLflow reads these settings only from the environment, which must not be
+    changed while other threads may read it: not from a background thread, nor while one trains.
     """
     names = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout_s)}
+    names["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     mine = {name: value for name, value in names.items() if name not in os.environ}
     os.environ.update(mine)
     try:
@@ -133,6 +134,22 @@ def locked_store(uri: str) -> Iterator[None]:
 def is_away(error: Exception) -> bool:
     """Return whether the server cannot be reached or has an internal error, so that a retry makes sense."""
     return not isinstance(error, MlflowException) or error.get_http_status_code() in (429, *range(500, 600))
+
+
+def can_link_data_sets(client: MlflowClient) -> bool:
+    """Return whether metrics may name a data set.
+
+    MLflow's file stores, on this host or behind a server, lose the step of such a metric, and cannot read one
+    whose data set has a space in its name. They are recognised by their lack of evaluation data sets, for
+    which each version of MLflow has another error.
+    """
+    if is_file_store(client.tracking_uri):
+        return False
+    try:
+        client.search_datasets(max_results=1)
+    except (MlflowException, NotImplementedError):
+        return False
+    return True
 
 
 def is_refusal(error: MlflowException) -> bool:

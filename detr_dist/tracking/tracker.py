@@ -3,10 +3,13 @@
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
 
 from detr_dist.console import log_to_file
 from detr_dist.errors import StopRequested, UsageError, as_one_line
@@ -53,6 +56,15 @@ class Tracker:
         after the call. Models and checkpoints are prepared for trackers only if one overrides this method.
         """
 
+    def log_image(self, path: Path, key: str, step: int) -> None:
+        """Store an image, PNG or JPEG, as the image `key` of a step: `val_confusion_matrix`, `train_batch`.
+
+        The file may be deleted after the call.
+        """
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Store a table of the last evaluation: `per_class`, with a row for each class."""
+
     def close(self, status: Status, error: str | None = None) -> None:
         """End the record; called once: FINISHED, FAILED with the error, or KILLED if the run was stopped."""
 
@@ -62,6 +74,13 @@ class OwnTracker(Tracker):
 
     def log_folder(self, folder: Path, artifact_path: str, *, last: str | None = None) -> None:
         """Store the files of `folder`, which no longer change, the one named `last` after all others."""
+
+    def log_evaluation(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
+        """Record metrics of the model of an epoch on the validation data."""
+        self.log_metrics(metrics, step)
+
+    def complete_model(self, epoch: int, step: int) -> None:
+        """Record that all files of an evaluated epoch's model are stored."""
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
         """Delete all but the newest `keep` folders `parent`/epoch_<N>, N <= `newest`."""
@@ -89,9 +108,29 @@ class TensorBoard(OwnTracker):
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
+    def log_image(self, path: Path, key: str, step: int) -> None:
+        """Write the image."""
+        with Image.open(path) as image:
+            self._writer.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        self._writer.flush()
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Write the table as Markdown."""
+        lines = [columns, ["---"] * len(columns), *rows]
+        text = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+        self._writer.add_text(name, text, step)
+        self._writer.flush()
+
     def close(self, status: Status, error: str | None = None, *, patience_s: float = PATIENCE_S) -> None:
         """Close the event file; TensorBoard has no status."""
         self._writer.close()
+
+
+def _cell(value: object) -> str:
+    """Return a cell of a Markdown table."""
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value).replace("|", "\\|")
 
 
 class Trackers:
@@ -134,6 +173,25 @@ class Trackers:
         """Log metrics to all trackers."""
         self._tell_all(lambda each: each.log_metrics(metrics, step))
 
+    def log_evaluation(self, metrics: Mapping[str, float], step: int, epoch: int) -> None:
+        """Log metrics of the model of an epoch to all trackers."""
+
+        def log(each: Tracker) -> None:
+            if isinstance(each, OwnTracker):
+                each.log_evaluation(metrics, step, epoch)
+            else:
+                each.log_metrics(metrics, step)
+
+        self._tell_all(log)
+
+    def log_image(self, path: Path, key: str, step: int) -> None:
+        """Log an image of a step to all trackers."""
+        self._tell_all(lambda each: each.log_image(path, key, step))
+
+    def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+        """Log a table of the last evaluation to all trackers."""
+        self._tell_all(lambda each: each.log_table(name, columns, rows, step))
+
     def log_file(self, path: Path, artifact_path: str = "") -> None:
         """Pass a file to all trackers."""
         self._tell_all(lambda each: each.log_file(path, artifact_path))
@@ -146,6 +204,12 @@ class Trackers:
             each.log_folder(folder, artifact_path, **with_last)
 
         self._tell_all(hand_over)
+
+    def complete_model(self, epoch: int, step: int) -> None:
+        """Tell the package's own trackers that all files of an evaluated epoch's model are stored."""
+        for each in self._trackers:
+            if isinstance(each, OwnTracker):
+                each.complete_model(epoch, step)
 
     def keep_newest(self, parent: str, newest: int, keep: int) -> None:
         """Delete older folders from the package's own trackers; users' trackers keep all."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from detr_dist.config import Config, DataConfig
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import Batch, training_dataset
+from detr_dist.data.dataset import Batch, Sample, training_dataset
 from detr_dist.data.loading import BatchLoader, shared_memory_need
 from detr_dist.data.sampling import CanvasRule, EpochSamples, MicroBatchSampler, StepPlan
 from detr_dist.data.transforms import recipe_of
@@ -50,6 +50,7 @@ class GroupStream:
         self._group_size = config.training.gradient_accumulation_steps
         dataset = training_dataset(data, config, samples)
         self.most_boxes_per_image = dataset.most_boxes_per_image
+        self._dataset = dataset
         self._size_hw = dataset.size_hw
         self._canvas_rule = canvas_rule(config.data)
         self._sampler = MicroBatchSampler(
@@ -88,6 +89,11 @@ class GroupStream:
             for _, reason in batch.unreadable:
                 _logger.warning(f"{reason}; the next image takes its place")
         return group
+
+    def first_samples(self, limit: int) -> list[Sample]:
+        """Make up to `limit` samples of the first micro-batch, equal to those that training gets."""
+        keys = next(iter(self._sampler), [])
+        return [self._dataset[key] for key in keys[:limit]]
 
     def largest_canvas_hw(self) -> tuple[int, int]:
         """Return height and width of the largest canvas of the remaining steps; in long runs of the next."""

@@ -6,24 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from detr_dist.data.coco import CocoData
 from detr_dist.errors import TrainingError, UsageError
 from detr_dist.evaluation.evaluator import Details, Evaluator
 from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.models.optimizations import num_compiled_graphs
 from detr_dist.progress_bar import ProgressBar
-from detr_dist.storage import describe_disk_error
 from detr_dist.tracking.system_metrics import DeviceMonitor
-from detr_dist.tracking.tracker import Trackers
 from detr_dist.training.callback import Callbacks, EvaluationEvent, StepEvent
 from detr_dist.training.checkpoint import copy_model, take_snapshot
 from detr_dist.training.groups import GroupStream
 from detr_dist.training.loop import StepDone, Training, TrainState
-from detr_dist.training.output import RunTrackers
+from detr_dist.training.output import RunTrackers, log_results
+from detr_dist.training.plot_writer import PlotWriter
 from detr_dist.training.saver import ModelCard, ModelPacker, Saver
 from detr_dist.training.setup import Setup
 from detr_dist.training.signals import StopSignals
@@ -38,38 +35,6 @@ _SECONDS_BETWEEN_LINES = 2.0
 
 HEADLINES = {"val_map_50", "val_precision", "val_recall", "val_f1"}
 """Metrics in the line after an evaluation, besides the AP of all and of each class."""
-
-
-class PlotWriter:
-    """Draws each evaluation of a run on `data`, for the output folder and MLflow. Main process only.
-
-    If plots cannot be drawn or uploaded, that is one warning, and training continues.
-    """
-
-    def __init__(self, data: CocoData, plots_dir: Path, tracker: Trackers | None) -> None:
-        self._data = data
-        self._plots_dir = plots_dir
-        self._tracker = tracker
-        self._has_warned = False
-
-    def write(self, details: Details, name: str) -> None:
-        """Draw into the folder `name` of the run's plots."""
-        from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
-
-        folder = self._plots_dir / name
-        failures = write_plots(folder, self._data, details)
-        if self._tracker is not None and folder.exists():
-            try:
-                self._tracker.log_folder(folder, f"pictures/{name}")
-            except Exception as error:  # the run continues
-                failures.append(f"{folder}: {describe_disk_error(error, self._plots_dir.parent)}")
-        if failures and not self._has_warned:
-            self._has_warned = True
-            more = f", and {len(failures) - 1} more" if len(failures) > 1 else ""
-            _logger.warning(
-                f"plots could not be drawn ({failures[0]}{more}); training continues, "
-                "and this is not reported again"
-            )
 
 
 class Progress:
@@ -148,7 +113,8 @@ class RunObserver:
             files = trackers if trackers.keeps_files else None
             self._progress = Progress(first_step=state.step, total_steps=training.total_steps)
             if self._config.evaluation.pictures:
-                self._plots = PlotWriter(setup.val_data, setup.output_dir / "pictures", files)
+                self._plots = PlotWriter(setup.val_data, setup.output_dir / "pictures", trackers)
+                self._plots.write_batch(groups.first_samples, state.step, setup.train_data.class_names)
             self._saver = Saver(
                 setup.output_dir / "checkpoints",
                 keep_last=self._config.checkpoint.keep_last,
@@ -195,7 +161,9 @@ class RunObserver:
             scores = self._evaluator.evaluate(detector)
         self._is_best = state.evaluated({f"val_{name}": value for name, value in scores.metrics.items()})
         took_s = time.perf_counter() - began_at
-        self._trackers.log_metrics(state.metrics | {"val_seconds": took_s}, step=state.step)
+        self._trackers.log_evaluation(
+            state.metrics | {"val_seconds": took_s}, step=state.step, epoch=self._num_epochs(state)
+        )
         headlines = "  ".join(
             f"{name} {value:.4f}"
             for name, value in state.metrics.items()
@@ -207,6 +175,7 @@ class RunObserver:
         with self._host.failing_together():  # the others wait for the user's metrics
             if scores.details is not None:
                 self._callbacks.notify(self._evaluation_event(state, scores.details))
+                log_results(self._trackers, scores.details.data, state)
         self._paused_s += time.perf_counter() - began_at
 
     def _evaluation_event(self, state: TrainState, details: Details) -> EvaluationEvent:
@@ -217,7 +186,7 @@ class RunObserver:
                     f"the evaluation has {', '.join(sorted(taken))} already; choose another name"
                 )
             state.metrics |= own
-            self._trackers.log_metrics(own, step=state.step)
+            self._trackers.log_evaluation(own, step=state.step, epoch=self._num_epochs(state))
 
         return EvaluationEvent(state.step, self._epoch(state), dict(state.metrics), details, log)
 
@@ -246,7 +215,7 @@ class RunObserver:
         if self._was_evaluated and self._config.evaluation.pictures:
             with self._host.failing_together():
                 if self._plots is not None and details is not None:
-                    self._plots.write(details, f"epoch_{num_epochs}")
+                    self._plots.write(details, f"epoch_{num_epochs}", state.step)
         self._paused_s += time.perf_counter() - began_at
 
     def save_last(self, state: TrainState) -> None:

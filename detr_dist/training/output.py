@@ -6,17 +6,20 @@ import logging
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
 from detr_dist.config import describe_keys, load_config
+from detr_dist.data.coco import CocoData
 from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.errors import CheckpointError, UsageError
-from detr_dist.evaluation.coco_metrics import metric_names
+from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
@@ -42,6 +45,10 @@ _WRITTEN = {
 }
 """Patterns of the names that a run writes, by folder. Everything else in an output folder is the user's."""
 
+
+NOTED_METRICS = {"val_map", "val_map_50", "val_precision", "val_recall", "val_f1"}
+"""Metrics in the run's note and of registered versions, besides the AP of classes."""
+MAX_NOTED_CLASSES = 12
 
 _LATER_KEYS = {
     *("data.exif", "data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
@@ -251,6 +258,43 @@ def _log_where(setup: Setup, trackers: RunTrackers) -> None:
         _logger.info(line)
 
 
+def _facts_of_best(setup: Setup, state: TrainState) -> dict[str, Any]:
+    """Return what a registered version says about its model: epoch, step, classes and metrics."""
+    if state.best_step is None:
+        return {}
+    path, metrics = setup.output_dir / "model" / "MLmodel", dict[str, float]()
+    if path.exists():  # a resumed run may lack the best model of before
+        metrics = yaml.safe_load(path.read_text(encoding="utf-8"))["metadata"]["metrics"]
+    return {
+        "epoch": -(-state.best_step // setup.plan.steps_per_epoch),
+        "step": state.best_step,
+        "classes": ", ".join(setup.train_data.class_names),
+        **_headline_metrics(metrics),
+        "val_map": state.best_map,
+    }
+
+
+def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of all classes together, and the AP of the first classes."""
+    by_class = [name for name in metrics if name.endswith("_map") and name not in NOTED_METRICS]
+    names = [*(name for name in metrics if name in NOTED_METRICS), *by_class[:MAX_NOTED_CLASSES]]
+    return {name: metrics[name] for name in names}
+
+
+def log_results(trackers: RunTrackers, data: CocoData, state: TrainState) -> None:
+    """Log the metrics of each class of `data` as a table, and update the run's note. Main process only."""
+    names = data.class_names
+    num_boxes = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes).tolist()
+    rows = [
+        [name, boxes, *(state.metrics.get(f"val_{key}_{metric}") for metric in METRICS_OF_CLASS)]
+        for name, boxes, key in zip(names, num_boxes, metric_names(names), strict=True)
+    ]
+    trackers.log_table("per_class", ["class", "boxes", *METRICS_OF_CLASS], rows, state.step)
+    if trackers.mlflow is not None:
+        best = f"Best so far: `val_map` **{state.best_map:.4f}** at step {state.best_step}."
+        trackers.mlflow.write_note(best, _headline_metrics(state.metrics))
+
+
 def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
     """Log the last evaluation and the best model, write `results.json`, and register the model.
 
@@ -268,5 +312,5 @@ def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> Non
     write_text(setup.output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     if mlflow is not None:
         if settings.register_model_as is not None:
-            mlflow.register_model(settings.register_model_as)
+            mlflow.register_model(settings.register_model_as, **_facts_of_best(setup, state))
         _log_where(setup, trackers)

@@ -20,6 +20,7 @@ from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.storage import locked, remove_folder
 from detr_dist.text import one_line
 from detr_dist.tracking.artifacts import delete_artifacts, fetch
+from detr_dist.tracking.logged_models import LoggedModels
 from detr_dist.tracking.outbox import OutboxReader, outdated
 from detr_dist.tracking.store import open_client, patience
 from detr_dist.tracking.uris import is_run_id
@@ -153,8 +154,16 @@ def _in_runs(runs: Sequence[Run], tracking_uri: str, keep_last: int) -> Iterator
                 yield _Find(
                     f"runs:/{run_id}/{artifact_path}",
                     _num_bytes(client, run_id, artifact_path),
-                    partial(delete_artifacts, client, run_id, artifact_path),
+                    partial(_delete, client, run_id, artifact_path),
                 )
+
+
+def _delete(client: MlflowClient, run_id: str, artifact_path: str) -> None:
+    """Delete an artifact folder, and the LoggedModels of epochs whose model is no longer there."""
+    delete_artifacts(client, run_id, artifact_path)
+    if artifact_path.startswith("models/"):
+        left = {item.path for item in client.list_artifacts(run_id, "models")}
+        LoggedModels(client, run_id).delete_missing(left)
 
 
 class _Saved(NamedTuple):

@@ -73,6 +73,8 @@ class ModelPacker:
         if self._tracker is None:
             return
         self._tracker.log_folder(folder, of_epoch)
+        if card.metrics:
+            self._tracker.complete_model(card.epoch, card.step)
         if self._config.checkpoint.keep_last is not None:
             self._tracker.keep_newest("models", card.epoch, self._config.checkpoint.keep_last)
         if card.is_best:

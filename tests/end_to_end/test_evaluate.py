@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +158,26 @@ def test_a_setting_that_conflicts_with_the_defaults_can_be_overridden(trained, e
     )
     assert report["config"]["data"]["shortest_edge"] == 64
     assert report["config"]["data"]["longest_edge"] == 90
+
+
+def test_log_adds_test_metrics_and_plots_to_the_run_of_the_model(trained, easy_data: Path) -> None:
+    run_id = trained.results()["run_id"]
+    client = MlflowClient(f"sqlite:///{trained.folder / 'mlflow.db'}")
+    for model, has_run in (("models:/detector@best", True), ("out/model", False)):
+        finished = trained.run("evaluate", "--model", model, "--data-dir", easy_data / "val", "--log")
+        assert finished.returncode == 0, finished.stderr
+        (line,) = [line for line in finished.stdout.splitlines() if line.startswith("MLflow run")]
+        assert (line.split()[2] == run_id) is has_run
+        run = client.get_run(line.split()[2])
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["test_map"] == trained.results()["metrics"]["val_map"]
+        contexts = [tag.value for each in run.inputs.dataset_inputs for tag in each.tags]
+        assert "test" in contexts
+        names = {
+            Path(each.path).name.split("+")[0] for each in client.list_artifacts(run.info.run_id, "images")
+        }
+        assert "test_confusion_matrix" in names
+    (history,) = client.get_metric_history(run_id, "test_map")
+    assert history.step == 120
+    models = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert "test_map" in {metric.key for each in models for metric in each.metrics}

@@ -104,7 +104,35 @@ def check_that_all_is_there(workplace, server, run_id: str, *, keep_last: int = 
     models = {each.path for each in server.client.list_artifacts(run_id, "models")}
     assert models == {f"models/epoch_{STEPS // 10 - age}" for age in range(keep_last)}
     assert "config.yaml" in {each.path for each in server.client.list_artifacts(run_id)}
+    check_what_belongs_to_evaluations(server, run_id, keep_last=keep_last)
     assert not list((out / "outbox" / run_id / "files").iterdir())
+
+
+def check_what_belongs_to_evaluations(server, run_id: str, *, keep_last: int) -> None:
+    """Check for one LoggedModel for each epoch that is kept, one image for each step, table and note."""
+    run, num_epochs = server.client.get_run(run_id), STEPS // 10
+    epochs = range(num_epochs, num_epochs - keep_last, -1)
+    models = server.client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'"
+    )
+    assert sorted(each.name for each in models) == sorted(f"epoch_{epoch}" for epoch in epochs)
+    assert {str(each.status) for each in models} == {"READY"}
+    for each in models:
+        scores = [metric.step for metric in each.metrics if metric.key == "val_map"]
+        assert scores == [10 * int(each.params["epoch"])], each.name
+    outputs = [each.model_id for each in run.outputs.model_outputs]
+    assert len(outputs) == len(set(outputs))
+    names = [Path(each.path).name for each in server.client.list_artifacts(run_id, "images")]
+    shown = [tuple(name.split("+")[:3:2]) for name in names if "+compressed" not in name]
+    steps = [str(10 * epoch) for epoch in range(1, num_epochs + 1)]
+    for key in ("val_confusion_matrix", "val_worst_images"):
+        assert sorted(step for name, step in shown if name == key) == sorted(steps), key
+    assert len(names) == 2 * len(shown)
+    assert "train_batch" in {name for name, _ in shown}
+    assert (
+        server.client.load_table(run.info.experiment_id, "per_class.json", [run_id])["step"].unique() == STEPS
+    )
+    assert "at step" in run.data.tags["mlflow.note.content"]
 
 
 @pytest.mark.slow

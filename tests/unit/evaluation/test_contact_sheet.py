@@ -5,12 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.data.dataset import Sample
 from detr_dist.evaluation import contact_sheet as module
-from detr_dist.evaluation.contact_sheet import contact_sheet, describe_errors, image_errors, worst_first
+from detr_dist.evaluation.contact_sheet import (
+    GAP,
+    TILE_WIDTH,
+    contact_sheet,
+    describe_errors,
+    image_errors,
+    sample_sheet,
+    worst_first,
+)
 from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.drawing import class_colour
 from detr_dist.evaluation.thresholds import operating_points
 
 Scene = tuple[CocoData, DetectionRecords]
@@ -140,3 +151,18 @@ def test_tiles_have_the_shape_of_the_images(new_scene) -> None:
         contact_sheet(each, operating_points(each, records, 0.5).matches) for each in (data, wide)
     )
     assert square.height - flat.height == 480 - 270
+
+
+def test_training_images_are_drawn_with_their_boxes() -> None:
+    black = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    box = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    no_labels, no_boxes = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4)
+    samples = [
+        Sample(black, torch.tensor([1]), box, 1, (100, 200)),
+        Sample(black, no_labels, no_boxes, 2, (100, 200)),
+    ]
+    sheet = np.asarray(sample_sheet(samples, ["player", "ball"]))
+    first, second = sheet[GAP : GAP + 100, GAP : GAP + 200], sheet[GAP : GAP + 100, 2 * GAP + TILE_WIDTH :]
+    assert (first == class_colour(1)).all(axis=-1).any()
+    assert (second[:, :200] == 0).all()
+    assert not samples[0].image.any(), "the sample itself was changed"

@@ -1,93 +1,24 @@
 """The records of an outbox reach a real MLflow store once, whatever happens in between."""
 
 import itertools
-import logging
 import math
 import os
-import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import pytest
+from harness.outbox import Sender
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import PERMISSION_DENIED
 
 from detr_dist.tracking import delivery as delivery_module
-from detr_dist.tracking.delivery import Delivery, DeliveryThread
-from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.delivery import DeliveryThread
+from detr_dist.tracking.outbox import Outbox, OutboxReader
 from detr_dist.tracking.store import patience
-
-
-@dataclass
-class Sender:
-    """Outbox, and the MLflow run that it belongs to."""
-
-    outbox: Outbox
-    client: MlflowClient
-    run_id: str
-    messages: list[str] = field(default_factory=list)
-    clock: Iterator[int] = field(default_factory=lambda: itertools.count(1_700_000_000_000))
-
-    def log(self, step: int, **values: float) -> None:
-        """Record metrics with their own timestamp, as a run does."""
-        self.outbox.append("metrics", step=step, at_ms=next(self.clock), values=values)
-
-    def delivery(self, client: MlflowClient | None = None) -> Delivery:
-        """Return a delivery like that of a new process."""
-        return Delivery(OutboxReader(self.outbox.folder), client or self.client)
-
-    def deliver(self, client: MlflowClient | None = None) -> None:
-        delivery = self.delivery(client)
-        for _ in range(100):
-            if not delivery.work():
-                break
-        assert delivery.num_left == 0
-
-    def history(self, metric: str) -> list[tuple[int, float]]:
-        return sorted(
-            (entry.step, entry.value) for entry in self.client.get_metric_history(self.run_id, metric)
-        )
-
-    @property
-    def run(self) -> Any:
-        return self.client.get_run(self.run_id)
-
-    @property
-    def artifacts_dir(self) -> Path:
-        return Path(urlparse(self.run.info.artifact_uri).path)
-
-    @property
-    def cursors_path(self) -> Path:
-        return self.outbox.folder / "delivered.json"
-
-
-@pytest.fixture(params=["database", "files"])
-def sender(
-    request: pytest.FixtureRequest, tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Sender]:
-    """Use both kinds of local store: a database ignores an entry that it already has, files do not."""
-    if request.param == "database":
-        shutil.copy(empty_store, tmp_path / "mlflow.db")
-        uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    else:
-        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        uri = (tmp_path / "mlruns").as_uri()
-    client = MlflowClient(uri)
-    experiment_id = client.create_experiment("test", artifact_location=(tmp_path / "artifacts").as_uri())
-    run_id = client.create_run(experiment_id).info.run_id
-    outbox = Outbox(tmp_path / "outbox", Address(uri, run_id))
-    sender = Sender(outbox, client, run_id)
-    listener = logging.Handler()
-    listener.emit = lambda record: sender.messages.append(record.getMessage())  # type: ignore[method-assign]
-    monkeypatch.setattr(logging.getLogger("detr_dist.tracking"), "handlers", [listener])
-    yield sender
-    outbox.close()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detr_dist.errors import StopRequested, TrainingError, UsageError
@@ -77,6 +78,22 @@ def test_logged_values_reach_every_tracker(trackers: Trackers, notebook: Noteboo
     assert not trackers.keeps_files
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train_loss")] == [(3, 0.5)]
+
+
+def test_images_and_tables_are_in_tensorboard(trackers: Trackers, tmp_path: Path) -> None:
+    trackers.add(TensorBoard(tmp_path / "tensorboard"))
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "plot.png")
+    with tracked(trackers):
+        trackers.log_image(tmp_path / "plot.png", "val_plot", 4)
+        trackers.log_table("per_class", ["class", "map"], [["a|b", 0.5], ["ball", None]], 4)
+        trackers.log_evaluation({"val_map": 0.5}, 4, epoch=1)
+        trackers.complete_model(1, 4)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    (image,) = events.Images("val_plot")
+    assert (image.step, image.width, image.height) == (4, 20, 10)
+    (text,) = events.Tensors("per_class/text_summary")
+    assert text.tensor_proto.string_val[0].decode().splitlines()[2:] == ["| a\\|b | 0.5000 |", "| ball |  |"]
+    assert [event.value for event in events.Scalars("val_map")] == [0.5]
 
 
 def test_a_resumed_run_hides_later_steps_in_tensorboard(tmp_path: Path) -> None:

@@ -277,9 +277,12 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     trackers.mlflow = SimpleNamespace(
         run_id="abc",
         uri=address,
-        register_model=lambda name: print(f"as {name}"),
+        register_model=lambda name, **facts: print(f"as {name}, {facts}"),
         ways_to_see=lambda: ways_to_see(address, "1", "abc", "a_view"),
     )
+    (tmp_path / "model").mkdir()
+    metadata = {"metrics": {"val_map": 0.5, "val_seconds": 9.0, "val_ball_map": 0.25}}
+    (tmp_path / "model" / "MLmodel").write_text(json.dumps({"metadata": metadata}))
     state = TrainState(step=9, best_map=0.5, best_step=4, metrics={"val_map": 0.123456})
     leave_results(setup, state, trackers)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -291,7 +294,8 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     assert shown.splitlines()[:3] == [
         f"{'val_map':<24} 0.1235",
         f"best model: {tmp_path / 'model'}, val_map 0.5000 at step 4",
-        "as detector",
+        "as detector, "
+        "{'epoch': 1, 'step': 4, 'classes': 'player, ball', 'val_map': 0.5, 'val_ball_map': 0.25}",
     ]
     assert "http://server/#/experiments/1/runs?viewStateShareKey=a_view&" in shown
     assert "secret" not in shown + uri
