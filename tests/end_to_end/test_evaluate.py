@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -163,8 +164,9 @@ def test_a_setting_that_conflicts_with_the_defaults_can_be_overridden(trained, e
 def test_log_adds_test_metrics_and_plots_to_the_run_of_the_model(trained, easy_data: Path) -> None:
     run_id = trained.results()["run_id"]
     client = MlflowClient(f"sqlite:///{trained.folder / 'mlflow.db'}")
+    test_data = shutil.copytree(easy_data / "val", trained.folder / "test")
     for model, has_run in (("models:/detector@best", True), ("out/model", False)):
-        finished = trained.run("evaluate", "--model", model, "--data-dir", easy_data / "val", "--log")
+        finished = trained.run("evaluate", "--model", model, "--data-dir", test_data, "--log")
         assert finished.returncode == 0, finished.stderr
         (line,) = [line for line in finished.stdout.splitlines() if line.startswith("MLflow run")]
         assert (line.split()[2] == run_id) is has_run

@@ -25,7 +25,8 @@ from detr_dist.evaluation.plots import (
     write_plots,
 )
 from detr_dist.evaluation.thresholds import operating_points, pooled
-from detr_dist.training.observer import PlotWriter
+from detr_dist.tracking.tracker import Trackers
+from detr_dist.training.plot_writer import PlotWriter
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]
@@ -148,9 +149,9 @@ def test_a_drawing_failure_ends_no_run_and_is_reported_once(
 
     monkeypatch.setattr("detr_dist.evaluation.plots._save", fail)
     data, records = classes_scene(new_scene, ["ball"])
-    writer = PlotWriter(data, tmp_path, None)
+    writer = PlotWriter(data, tmp_path, Trackers())
     for epoch in (1, 2):
-        writer.write(details(data, records), f"epoch_{epoch}")
+        writer.write(details(data, records), f"epoch_{epoch}", 10 * epoch)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: ")
     assert "of a library" in line
