@@ -40,9 +40,10 @@ def run_note(
 ### Load the best model
 
 ```python
-import mlflow
+import mlflow.pyfunc
 
-model = mlflow.pytorch.load_model("runs:/{run_id}/model")
+detector = mlflow.pyfunc.load_model("runs:/{run_id}/model")
+found = detector.predict({{"image": ["match.jpg"]}})
 ```
 
 ### Serve it
