@@ -98,7 +98,7 @@ def test_a_model_of_a_run_is_exported_registered_and_loads_everywhere(trained, r
     network = AutoModelForObjectDetection.from_pretrained(folder, use_safetensors=True)
     expected = predict(network)
     for uri in (str(folder), "models:/detector/1", "models:/detector@production"):
-        assert mlflow.models.get_model_info(uri).flavors.keys() == {"pytorch"}
+        assert mlflow.models.get_model_info(uri).flavors.keys() == {"python_function", "pytorch"}
         logits, boxes = predict(mlflow.pytorch.load_model(uri))
         assert logits.equal(expected[0])
         assert boxes.equal(expected[1])

@@ -100,6 +100,7 @@ def followed(
     (place.folder / "configs" / "training.yaml").write_text(yaml.safe_dump(settings))
     shutil.copytree(tiny_data / "train", place.folder / "datasets" / "train")
     shutil.copytree(tiny_data / "val", place.folder / "datasets" / "val")
+    shutil.copytree(tiny_data / "val", place.folder / "datasets" / "test")
     absolute = {"sqlite": f"sqlite:///{place.folder}/mlflow.db", "file": f"file://{place.folder}/mlruns"}
     followed = Followed(place, absolute.get(request.param, uri), "")
     train, *_ = commands()
