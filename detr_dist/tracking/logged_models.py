@@ -16,6 +16,7 @@ from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import MlflowException
 
 from detr_dist.tracking.store import is_away, unless_busy
+from detr_dist.tracking.uris import local_path
 
 URI_TAG = "model_uri"
 """Tag of a LoggedModel with the URI of its files."""
@@ -80,14 +81,17 @@ class LoggedModels:
         if mlmodel not in there:  # deleted meanwhile
             return
         model_id = self.find_or_create(epoch, step)
+        run = self._client.get_run(self._run_id)
+        store = local_path(run.info.artifact_uri)
         with tempfile.TemporaryDirectory() as scratch:
-            facts = Path(self._client.download_artifacts(self._run_id, mlmodel, scratch))
+            # MLflow's download would leave a thread behind.
+            facts = store / mlmodel if store is not None else self._download(mlmodel, scratch)
             folder = Path(scratch, "redirected")
             ids = {"run_id": self._run_id, "model_id": model_id}
             _write_redirected(facts, folder, f"runs:/{self._run_id}/{artifact_path}", ids)
             self._client.log_model_artifacts(model_id, str(folder))
-        outputs = self._client.get_run(self._run_id).outputs
-        if model_id not in [each.model_id for each in (outputs.model_outputs if outputs else ())]:
+        outputs = run.outputs.model_outputs if run.outputs else ()
+        if model_id not in [each.model_id for each in outputs]:
             self._client.log_outputs(self._run_id, [LoggedModelOutput(model_id, step)])
         self._client.finalize_logged_model(model_id, "READY")
 
@@ -105,6 +109,9 @@ class LoggedModels:
         except (MlflowException, NotImplementedError) as error:
             if isinstance(error, MlflowException) and is_away(error):
                 raise
+
+    def _download(self, artifact_path: str, folder: str) -> Path:
+        return Path(self._client.download_artifacts(self._run_id, artifact_path, folder))
 
     def _experiment_id(self) -> str:
         return str(self._client.get_run(self._run_id).info.experiment_id)

@@ -57,7 +57,7 @@ def wait_for_step(workplace, process, step: int) -> None:
 
 
 def wait_until(condition: Callable[[], bool], process, workplace) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, workplace.log
         assert time.monotonic() < deadline, workplace.log

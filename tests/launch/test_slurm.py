@@ -204,6 +204,7 @@ export ACCELERATE_CONFIG_FILE=mine.yaml
 THREE_STARTS = """#!/usr/bin/env bash
 echo "arguments: $*"
 [[ "$SLURM_NODEID" == 1 || "$DETR_DIST_START" == 3 ]] && exit
+sleep 3 # until the other node has started too: the failure of this one ends it
 [[ "$DETR_DIST_START" == 2 ]] && echo '  "step": 5,' >out/checkpoints/last/state.json
 echo "stopped" >"$DETR_DIST_STOPPED_FILE"
 exit 1
