@@ -29,7 +29,8 @@ def register_best(client: MlflowClient, name: str, run_id: str, facts: Mapping[s
         facts: Tags of the version, such as `step`, `val_map` and `validation_data`.
     """
     known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-    versions = [each for each in known if each.source.rstrip("/").endswith(f"/{MODEL}")]  # not of an epoch
+    # Not those of epochs, which a person may have registered.
+    versions = [each for each in known if each.source and each.source.rstrip("/").endswith(f"/{MODEL}")]
     if versions:  # delivered before a crash, but not noted, or the run was resumed
         version = versions[0]
     else:
