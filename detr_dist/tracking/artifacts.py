@@ -16,6 +16,7 @@ from mlflow.utils.uri import append_to_uri_path
 from detr_dist.errors import UsageError
 from detr_dist.redaction import redact_value
 from detr_dist.text import one_line
+from detr_dist.tracking.logged_models import URI_TAG
 from detr_dist.tracking.store import (
     find_or_make_experiment,
     locked_store,
@@ -123,7 +124,7 @@ def _location_of(reference: str, client: MlflowClient) -> str:
     unchanged.
     """
     if (model := _logged_model(reference, client)) is not None:
-        return str(model.tags.get("model_uri", reference))
+        return str(model.tags.get(URI_TAG, reference))
     version = _version_of(reference, client)
     return client.get_model_version_download_uri(*version) if version is not None else reference
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import counted
+from detr_dist.tracking.store import acceptable
 from detr_dist.tracking.uris import local_location
 
 
@@ -21,7 +22,7 @@ def describe_dataset(data: CocoData) -> dict[str, Any]:
         for name, (num_boxes, num_images) in counts.items()
     ]
     return {
-        "name": data.annotations_path.parent.name,
+        "name": acceptable(data.annotations_path.parent.name),
         "digest": data.fingerprint()[:8],
         "source": local_location(data.annotations_path),
         "profile": {

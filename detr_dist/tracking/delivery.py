@@ -4,8 +4,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from detr_dist.errors import DetrDistError, UsageError
 from detr_dist.storage import locked
-from detr_dist.text import one_line, shorten
+from detr_dist.text import one_line, shorten, value_of
 from detr_dist.tracking.outbox import OutboxReader, Record
 from detr_dist.tracking.run_actions import RunActions
 from detr_dist.tracking.store import (
@@ -65,6 +66,7 @@ class Delivery:
         self._refused: set[str] = set()
         self._can_link_data_sets: bool | None = None  # None: ask the server
         self._lacks_models = False  # because the server is too old, or does not permit them
+        self._refused_kinds: set[str] = set()
         self._actions = RunActions(client, self._run_id)
 
     @property
@@ -140,6 +142,7 @@ class Delivery:
             if isinstance(error, MlflowException) and is_away(error):
                 raise
             self._lacks_models = True
+            self._refused_kinds.add("model")
             _logger.warning(
                 f"MLflow refuses the models of epochs as LoggedModels ({one_line(error)}); they are "
                 "artifacts of the run"
@@ -188,12 +191,7 @@ class Delivery:
         for kind, content, end in self._reader.records(_FOLDERS, limit=self._reader.position(_VALUES)):
             if kind in _MAX_VALUES:
                 continue
-            try:
-                self._act(kind, content)
-            except (MlflowException, NotImplementedError) as error:
-                if kind not in _DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
-                    raise
-                _logger.warning(f"MLflow refuses {kind} {content} ({one_line(error)})")
+            self._act(kind, content)
             self._reader.advance(_FOLDERS, end)
             return True
         self._reader.advance(_FOLDERS, self._reader.position(_VALUES))
@@ -201,11 +199,22 @@ class Delivery:
 
     def _act(self, kind: str, content: dict[str, Any]) -> None:
         if kind not in self._actions.of_files:
-            self._actions.others[kind](**content)
+            self._unless_refused(kind, content, partial(self._actions.others[kind], **content))
             return
         with self._reader.uploading(content.pop("name")) as folder:
             if folder is not None:
-                self._actions.of_files[kind](folder, **content)
+                self._unless_refused(kind, content, partial(self._actions.of_files[kind], folder, **content))
+
+    def _unless_refused(self, kind: str, content: dict[str, Any], act: Callable[[], None]) -> None:
+        """Call `act`; if the server permanently refuses what is dispensable, warn, once for each kind."""
+        try:
+            act()
+        except (MlflowException, NotImplementedError) as error:
+            if kind not in _DISPENSABLE or (isinstance(error, MlflowException) and is_away(error)):
+                raise
+            if kind not in self._refused_kinds:
+                self._refused_kinds.add(kind)
+                _logger.warning(f"MLflow refuses {kind} {value_of(content, 200)} ({one_line(error)})")
 
 
 class DeliveryThread:

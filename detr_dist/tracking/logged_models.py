@@ -47,8 +47,13 @@ class LoggedModels:
         self._ids = None
 
     def find(self, epoch: int) -> str | None:
-        """Return the id of an epoch's model, if there is one."""
-        return self._known().get(f"epoch_{epoch}")
+        """Return the id of an epoch's model, if there is one and the server has LoggedModels at all."""
+        try:
+            return self._known().get(f"epoch_{epoch}")
+        except (MlflowException, NotImplementedError) as error:
+            if isinstance(error, MlflowException) and is_away(error):
+                raise
+            return None
 
     def _known(self) -> dict[str, str]:
         if self._ids is None:
@@ -57,10 +62,9 @@ class LoggedModels:
 
     def find_or_create(self, epoch: int, step: int) -> str:
         """Return the id of an epoch's model."""
-        found = self.find(epoch)
-        if found is not None:
-            return found
         name = f"epoch_{epoch}"
+        if name in self._known():
+            return self._known()[name]
         created = unless_busy(
             lambda: self._client.create_logged_model(
                 self._experiment_id(),

@@ -121,7 +121,8 @@ def _write_code(folder: Path) -> str:
 
 def _write_environment(folder: Path) -> dict[str, str]:
     """Write what MLflow needs to create an environment for the model, and return the names of its files."""
-    requirements = [f"{package}=={version(package)}" for package in REQUIRED_PACKAGES]
+    # Without the local label of builds such as 2.9.0+cpu, which the package index does not have.
+    requirements = [f"{package}=={version(package).partition('+')[0]}" for package in REQUIRED_PACKAGES]
     (folder / "requirements.txt").write_text("\n".join(requirements), encoding="utf-8")
     python = platform.python_version()
     environments = {

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 import zlib
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlencode
 
@@ -38,11 +39,9 @@ def view_tag(metrics: Sequence[str]) -> tuple[str, str]:
     name depends on the metrics alone. Metrics that do not fit into the tag are left out.
     """
     digest = hashlib.sha256(json.dumps(metrics).encode()).hexdigest()
-    for num_columns in range(len(metrics), 0, -1):
-        value = _view(metrics[:num_columns])
-        if len(value) <= _MAX_TAG_LENGTH:
-            break
-    return f"{_VIEW_TAG}{_OWN_KEY}{digest[:8]}", value
+    counts = range(2, len(metrics) + 1)
+    num_fitting = 1 + bisect_right(counts, _MAX_TAG_LENGTH, key=lambda count: len(_view(metrics[:count])))
+    return f"{_VIEW_TAG}{_OWN_KEY}{digest[:8]}", _view(metrics[:num_fitting])
 
 
 def _view(metrics: Sequence[str]) -> str:

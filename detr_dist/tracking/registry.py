@@ -13,6 +13,8 @@ from detr_dist.tracking.artifacts import register_artifact
 from detr_dist.tracking.store import acceptable, is_away, locked_store, unless_busy
 
 ALIAS = "best"
+MODEL = "model"
+"""Path of a run's best model among its artifacts."""
 
 _logger = logging.getLogger(__name__)
 
@@ -26,11 +28,13 @@ def register_best(client: MlflowClient, name: str, run_id: str, facts: Mapping[s
         run_id: The run.
         facts: Tags of the version, such as `step`, `val_map` and `validation_data`.
     """
-    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    # Not those of epochs, which a person may have registered.
+    versions = [each for each in known if each.source and each.source.rstrip("/").endswith(f"/{MODEL}")]
     if versions:  # delivered before a crash, but not noted, or the run was resumed
         version = versions[0]
     else:
-        version = register_artifact(client, name, run_id, "model")
+        version = register_artifact(client, name, run_id, MODEL)
     tags = {key: acceptable(str(value)) for key, value in facts.items() if value is not None}
     for key, value in tags.items():
         unless_busy(partial(client.set_model_version_tag, name, version.version, key, value))

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
+from detr_dist.redaction import redact
 from detr_dist.text import shorten
 from detr_dist.tracking.store import MAX_TAG_LENGTH, acceptable
 
@@ -58,7 +59,7 @@ mlflow models serve -m runs:/{run_id}/model --env-manager local
 {shorten(command, _MAX_COMMAND)}
 ```
 """
-    body = acceptable(text, MAX_TAG_LENGTH - 100)
+    body = acceptable(redact(text), MAX_TAG_LENGTH - 100)  # a later change would look like that of a person
     return f"{body}\n<!-- written by detr-dist {_digest(body)} -->"
 
 

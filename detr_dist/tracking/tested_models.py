@@ -73,7 +73,11 @@ def log_test(
                 else:
                     return parent
             run_id = _new_run(client, model, parent, experiment)
-            _log(client, run_id, model, metrics, data, plots)
+            try:
+                _log(client, run_id, model, metrics, data, plots)
+            except BaseException:
+                client.set_terminated(run_id, "FAILED")
+                raise
             client.set_terminated(run_id)
             return run_id
     except UsageError:

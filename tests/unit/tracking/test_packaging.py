@@ -7,14 +7,15 @@ import pytest
 import torch
 import yaml
 from harness.data import TINY_CONFIG
-from transformers import AutoConfig, AutoModelForObjectDetection
+from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedModel
 
 from detr_dist.config import Config
+from detr_dist.tracking import packaging
 from detr_dist.tracking.packaging import write_model
 
 
-@pytest.mark.parametrize("name", ["run #3", "what?", "50%41", "a ü;b"])
-def test_a_model_is_packed_into_a_folder_of_any_name(tmp_path: Path, name: str) -> None:
+@pytest.fixture(scope="module")
+def network() -> PreTrainedModel:
     config = AutoConfig.for_model(
         "detr",
         backbone_config=TINY_CONFIG["model"]["backbone"],
@@ -23,7 +24,13 @@ def test_a_model_is_packed_into_a_folder_of_any_name(tmp_path: Path, name: str) 
         decoder_layers=1,
         num_queries=3,
     )
-    network = AutoModelForObjectDetection.from_config(config).eval()
+    return AutoModelForObjectDetection.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["run #3", "what?", "50%41", "a ü;b"])
+def test_a_model_is_packed_into_a_folder_of_any_name(
+    network: PreTrainedModel, tmp_path: Path, name: str
+) -> None:
     write_model(network, tmp_path / name, config=Config(), metadata={"classes": ["Torwart ü"]})
     packed = yaml.safe_load((tmp_path / name / "MLmodel").read_text(encoding="utf-8"))
     assert packed["flavors"].keys() == {"python_function", "pytorch"}
@@ -33,3 +40,13 @@ def test_a_model_is_packed_into_a_folder_of_any_name(tmp_path: Path, name: str) 
     image = torch.zeros(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(mlflow.pytorch.load_model(str(plain))(image).logits, network(image).logits)
+
+
+def test_requirements_name_versions_that_the_package_index_has(
+    network: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packaging, "version", lambda package: "2.9.0+cpu")
+    write_model(network, tmp_path / "model", config=Config(), metadata={})
+    requirements = (tmp_path / "model" / "requirements.txt").read_text().splitlines()
+    assert "torch==2.9.0" in requirements
+    assert not any("+" in line for line in requirements)

@@ -10,10 +10,10 @@ import yaml
 from harness.outbox import Sender
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND
+from mlflow.protos.databricks_pb2 import ENDPOINT_NOT_FOUND, PERMISSION_DENIED
 from PIL import Image
 
-from detr_dist.tracking.artifacts import fetch, run_of
+from detr_dist.tracking.artifacts import fetch, register_artifact, run_of
 from detr_dist.tracking.run_note import run_note
 
 VALIDATION = ["val", "0123abcd"]
@@ -124,12 +124,32 @@ def test_a_server_without_logged_models_gets_all_else_after_one_warning(
 ) -> None:
     for epoch in (1, 2):
         evaluate(sender, epoch, epoch / 10)
+        save_model(sender, epoch, tmp_path)
+    facts = {"epoch": 2, "step": 20, "val_map": 0.2, "validation_data": "val 1234"}
+    sender.outbox.append("registration", name="players", **facts)
     sender.outbox.append("status", status="FINISHED")
     sender.deliver(WithoutLoggedModels(sender.outbox_uri))
     assert sender.history("val_map") == [(10, 0.1), (20, 0.2)]
+    assert sender.client.get_model_version_by_alias("players", "best").tags["step"] == "20"
     assert sender.run.info.status == "FINISHED"
     (message,) = sender.messages
     assert "LoggedModels" in message
+
+
+class WithoutTags(MlflowClient):
+    """User who may upload, but not set tags."""
+
+    def set_tag(self, *_: Any, **__: Any) -> Any:
+        raise MlflowException("no right to tag", error_code=PERMISSION_DENIED)
+
+
+def test_refused_images_are_one_warning_and_leave_no_files(sender: Sender, tmp_path: Path) -> None:
+    for step in (1, 2):
+        sender.outbox.append_image(draw(tmp_path / "plot.png", "red"), "val_plot", step, 1000 * step)
+    sender.deliver(WithoutTags(sender.outbox_uri))
+    (message,) = sender.messages
+    assert message.startswith("MLflow refuses image {")
+    assert not list((sender.outbox.folder / "files").iterdir())
 
 
 def draw(path: Path, colour: str) -> Path:
@@ -191,10 +211,34 @@ def test_the_note_is_updated_until_a_person_edits_it(sender: Sender) -> None:
     assert sender.run.data.tags["mlflow.note.content"] == edited
 
 
+def test_the_note_stays_ours_although_the_outbox_removes_credentials(sender: Sender) -> None:
+    for best in ("first", "second"):
+        command = "detr-dist train 'password: hunter2'"
+        text = run_note("0" * 32, command=command, data=[], best=best, metrics={})
+        assert "hunter2" not in text
+        sender.outbox.append("note", text=text)
+        sender.deliver()
+        assert best in sender.run.data.tags["mlflow.note.content"]
+
+
 def test_the_note_fits_into_a_tag() -> None:
     metrics = {f"val_{number}_map": 0.5 for number in range(500)}
     text = run_note("0" * 32, command="x" * 9000, data=["a"], best="b", metrics=metrics)
     assert len(text) <= 5000
+
+
+def test_a_registered_epoch_of_the_run_is_not_taken_for_its_best_model(sender: Sender) -> None:
+    epoch = register_artifact(sender.client, "players", sender.run_id, "models/epoch_1")
+    facts = {"epoch": 2, "step": 20, "val_map": 0.2, "validation_data": "val 1234"}
+    sender.outbox.append("registration", name="players", **facts)
+    deliver_twice(sender)
+    best = sender.client.get_model_version_by_alias("players", "best")
+    assert best.source.endswith("/model")
+    assert [each.version for each in sender.client.search_model_versions("name = 'players'")] == [
+        best.version,
+        epoch.version,
+    ]
+    assert not sender.client.get_model_version("players", epoch.version).tags
 
 
 def test_the_alias_best_moves_only_to_a_better_model_on_the_same_data(sender: Sender, tmp_path: Path) -> None:
