@@ -95,7 +95,7 @@ class ServedModel:
 def _flat(cells: Iterable[object]) -> Iterator[object]:
     """Yield the images of all rows: MLflow puts a dictionary's list of strings into a single row."""
     for cell in cells:
-        if isinstance(cell, list) and cell and all(isinstance(each, str) for each in cell):
+        if isinstance(cell, list) and all(isinstance(each, str) for each in cell):
             yield from cell
         else:
             yield cell
