@@ -98,10 +98,15 @@ def pixels_of(image: object, exif: ExifRule) -> Tensor | None:
         exif: Whether a Pillow image is rotated by its EXIF data.
 
     Raises:
-        UnreadableImageError: a Pillow image has no defined white; or OSError, its file is damaged.
+        UnreadableImageError: a Pillow image has no pixels or no defined white, or its file is damaged.
     """
     if isinstance(image, Image.Image):
-        return turned(rgb_of(image), turn_of(image, exif))
+        try:
+            return turned(rgb_of(image), turn_of(image, exif))
+        except UnreadableImageError:
+            raise
+        except Exception as error:  # Pillow reads the file only now, and may find it damaged or closed
+            raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
     if not isinstance(image, np.ndarray | Tensor) or 0 in image.shape:
         return None
     shape = tuple(image.shape)
@@ -120,8 +125,10 @@ def rgb_of(image: Image.Image) -> Tensor:
     """Return the pixels of a Pillow image, of any mode, as uint8 [3, H, W]; transparency is dropped.
 
     Raises:
-        UnreadableImageError: naming the mode, if its values have no defined white.
+        UnreadableImageError: it has no pixels, or a mode whose values have no defined white.
     """
+    if 0 in image.size:
+        raise UnreadableImageError(f"{image.width} x {image.height} pixels")
     if image.mode[0] in "IF":
         return torch.from_numpy(_grey_levels(image)).repeat(3, 1, 1)
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
