@@ -21,8 +21,10 @@ from .settings import ExifRule
 MAX_PIXELS = 2**30
 """Largest image in pixels: 3 GiB as RGB. A file of a few kilobytes may claim more than any memory holds."""
 
-_DECODED_BY_TORCHVISION = {"JPEG", "MPO", "PNG", "WEBP"}
-"""Formats that torchvision decodes to the same pixels as Pillow, but faster, and PNG with all 16 bits."""
+_DECODED_BY_TORCHVISION = {"JPEG", "MPO", "WEBP"}
+"""Formats that torchvision decodes to the same pixels as Pillow, but faster."""
+
+_PNG_BIT_DEPTH = 24  # its offset
 
 _WHITE_IN_16_BITS = 65535
 
@@ -82,7 +84,7 @@ def decode_content(
     """Return the image in the content of a file, like `decode_rgb`; errors contain `name`."""
     with open_image(name, io.BytesIO(encoded.tobytes())) as image:
         turn = turn_of(image, exif, annotated_hw)
-        if image.format in _DECODED_BY_TORCHVISION:
+        if image.format in _DECODED_BY_TORCHVISION or _is_intact_png_of_16_bits(image, encoded):
             try:
                 return turned(_decode_with_torchvision(encoded), turn)
             except RuntimeError:  # a damaged file, or a kind that torchvision does not know
@@ -134,6 +136,22 @@ def rgb_of(image: Image.Image) -> Tensor:
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _is_intact_png_of_16_bits(image: Image.Image, encoded: NDArray[np.uint8]) -> bool:
+    """Return whether torchvision, and not Pillow, must decode a PNG: only torchvision reads all 16 bits.
+
+    Pillow reads it first, as torchvision 0.29 ends the process with a segmentation fault if it is damaged.
+
+    Raises:
+        Exception: of many types, if it is damaged.
+    """
+    if image.format != "PNG" or encoded[_PNG_BIT_DEPTH] != 16:
+        return False
+    image.load()
+    with Image.open(io.BytesIO(encoded.tobytes())) as unread:
+        unread.verify()  # the checksums, which `load` ignores
+    return True
 
 
 def _decode_with_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
