@@ -57,7 +57,7 @@ def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor, exif: ExifRule) 
     """Convert an image to uint8 [3, H, W] on the CPU; transparency is dropped."""
     try:
         pixels = pixels_of(image, exif)
-    except (UnreadableImageError, OSError) as error:
+    except UnreadableImageError as error:
         raise DataError(f"a Pillow image cannot be read: {one_line(error)}") from error
     if pixels is not None:
         return pixels

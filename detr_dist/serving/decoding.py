@@ -21,8 +21,10 @@ from .settings import ExifRule
 MAX_PIXELS = 2**30
 """Largest image in pixels: 3 GiB as RGB. A file of a few kilobytes may claim more than any memory holds."""
 
-_DECODED_BY_TORCHVISION = {"JPEG", "MPO", "PNG", "WEBP"}
-"""Formats that torchvision decodes to the same pixels as Pillow, but faster, and PNG with all 16 bits."""
+_DECODED_BY_TORCHVISION = {"JPEG", "MPO", "WEBP"}
+"""Formats that torchvision decodes to the same pixels as Pillow, but faster."""
+
+_PNG_BIT_DEPTH = 24  # its offset
 
 _WHITE_IN_16_BITS = 65535
 
@@ -82,7 +84,7 @@ def decode_content(
     """Return the image in the content of a file, like `decode_rgb`; errors contain `name`."""
     with open_image(name, io.BytesIO(encoded.tobytes())) as image:
         turn = turn_of(image, exif, annotated_hw)
-        if image.format in _DECODED_BY_TORCHVISION:
+        if image.format in _DECODED_BY_TORCHVISION or _is_intact_png_of_16_bits(image, encoded):
             try:
                 return turned(_decode_with_torchvision(encoded), turn)
             except RuntimeError:  # a damaged file, or a kind that torchvision does not know
@@ -98,10 +100,15 @@ def pixels_of(image: object, exif: ExifRule) -> Tensor | None:
         exif: Whether a Pillow image is rotated by its EXIF data.
 
     Raises:
-        UnreadableImageError: a Pillow image has no defined white; or OSError, its file is damaged.
+        UnreadableImageError: a Pillow image has no pixels or no defined white, or its file is damaged.
     """
     if isinstance(image, Image.Image):
-        return turned(rgb_of(image), turn_of(image, exif))
+        try:
+            return turned(rgb_of(image), turn_of(image, exif))
+        except UnreadableImageError:
+            raise
+        except Exception as error:  # Pillow reads the file only now, and may find it damaged or closed
+            raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
     if not isinstance(image, np.ndarray | Tensor) or 0 in image.shape:
         return None
     shape = tuple(image.shape)
@@ -120,13 +127,31 @@ def rgb_of(image: Image.Image) -> Tensor:
     """Return the pixels of a Pillow image, of any mode, as uint8 [3, H, W]; transparency is dropped.
 
     Raises:
-        UnreadableImageError: naming the mode, if its values have no defined white.
+        UnreadableImageError: it has no pixels, or a mode whose values have no defined white.
     """
+    if 0 in image.size:
+        raise UnreadableImageError(f"{image.width} x {image.height} pixels")
     if image.mode[0] in "IF":
         return torch.from_numpy(_grey_levels(image)).repeat(3, 1, 1)
     if image.mode == "La":  # premultiplied; Pillow converts it to LA only
         image = image.convert("LA")
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def _is_intact_png_of_16_bits(image: Image.Image, encoded: NDArray[np.uint8]) -> bool:
+    """Return whether torchvision, and not Pillow, must decode a PNG: only torchvision reads all 16 bits.
+
+    Pillow reads it first, as torchvision 0.29 ends the process with a segmentation fault if it is damaged.
+
+    Raises:
+        Exception: of many types, if it is damaged.
+    """
+    if image.format != "PNG" or encoded[_PNG_BIT_DEPTH] != 16:
+        return False
+    image.load()
+    with Image.open(io.BytesIO(encoded.tobytes())) as unread:
+        unread.verify()  # the checksums, which `load` ignores
+    return True
 
 
 def _decode_with_torchvision(encoded: NDArray[np.uint8]) -> Tensor:

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -92,13 +92,10 @@ class ServedModel:
         ]
 
 
-def _flat(cells: Iterable[object]) -> Iterator[object]:
-    """Yield the images of all rows: MLflow puts a dictionary's list of strings into a single row."""
-    for cell in cells:
-        if isinstance(cell, list) and all(isinstance(each, str) for each in cell):
-            yield from cell
-        else:
-            yield cell
+def _flat(cells: pd.Series) -> Iterable[object]:
+    """Return the images of all rows: MLflow puts a dictionary's list of strings into a single row."""
+    only = cells.iloc[0] if len(cells) == 1 else None
+    return only if isinstance(only, list) and all(isinstance(each, str) for each in only) else cells
 
 
 def _pixels(value: object, name: str, exif: ExifRule) -> Tensor:
@@ -119,7 +116,7 @@ def _pixels(value: object, name: str, exif: ExifRule) -> Tensor:
         value = _array(value)
     try:
         pixels = pixels_of(value, exif)
-    except (UnreadableImageError, OSError) as error:
+    except UnreadableImageError as error:
         raise UnreadableImageError(f"{name}: {error}") from error
     if pixels is None:
         kind = type(value).__name__

@@ -309,3 +309,27 @@ def test_only_intact_colour_jpegs_of_annotated_size_are_decoded_reduced(tmp_path
     assert decode_reduced(tmp_path / "whole.jpg", (400, 600), (100, 150)) is not None
     for other_hw in ((600, 400), (399, 600), (401, 600)):
         assert decode_reduced(tmp_path / "whole.jpg", other_hw, (50, 50)) is None
+
+
+@pytest.mark.parametrize("colour_type", [0, 2, 4, 6])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_damaged_png_is_an_error_and_does_not_end_the_process(
+    colour_type: int, bits: int, tmp_path: Path
+) -> None:
+    """torchvision 0.29 ends the process with a segmentation fault, here in a pixel, or in the checksum."""
+    path = tmp_path / "a.png"
+    if bits == 16:
+        num_channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
+        noise = np.random.default_rng(0).integers(0, 65536, (20, 30, num_channels), dtype=np.uint16)
+        write_png(path, noise, colour_type)
+    else:
+        Image.effect_noise((30, 20), 50).convert({0: "L", 2: "RGB", 4: "LA", 6: "RGBA"}[colour_type]).save(
+            path
+        )
+    content = path.read_bytes()
+    assert decode_rgb(path).shape == (3, 20, 30)
+    checksum = content.index(b"IEND") - 8
+    for place in (checksum, len(content) // 2) if bits == 16 else (len(content) // 2,):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(UnreadableImageError, match=r"a\.png"):
+            decode_rgb(path)

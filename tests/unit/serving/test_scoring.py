@@ -29,6 +29,7 @@ from mlflow.types.schema import (
 from PIL import Image
 
 from detr_dist.config import Config, override_config
+from detr_dist.errors import DataError
 from detr_dist.evaluation.detections import Detections
 from detr_dist.extensions import FAMILIES
 from detr_dist.inference.model import load_model
@@ -224,6 +225,23 @@ def test_unusable_images_are_named_by_their_index(served, images: list[np.ndarra
         (9, "mode F"),
     ):
         assert reason in parts[index - 1]
+
+
+def test_pillow_images_that_cannot_be_read_are_named(served, folder: Path, images: list[np.ndarray]) -> None:
+    closed = Image.open(io.BytesIO(png(images[0])))
+    closed.close()
+    for image, reason in ((Image.new("RGB", (0, 5)), "0 x 5 pixels"), (closed, "ValueError")):
+        with pytest.raises(MlflowException, match=f"image 1: {reason}") as caught:
+            served.predict(pd.DataFrame({"image": [images[0], image]}))
+        assert caught.value.get_http_status_code() == 400
+        with pytest.raises(DataError, match=f"cannot be read: {reason}"):
+            load_model(folder).predict(image)
+
+
+def test_a_row_without_an_image_is_not_left_out(served, images: list[np.ndarray]) -> None:
+    request = {"dataframe_records": [{"image": []}, {"image": text(images[0])}]}
+    with pytest.raises(MlflowException, match="image 0: list is no image"):
+        served_like_a_request(served, request)
 
 
 def test_a_scoring_server_opens_no_files(
