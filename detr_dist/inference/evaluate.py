@@ -192,6 +192,7 @@ def evaluate_to_files(
     Raises:
         DetrDistError: with one clear line, on every process.
     """
+    tracking_uri = tracking_uri_for(tracking_uri, overrides)
     with group_of_processes() as processes:
         host = HostGroup(processes)
         with host.failing_together():

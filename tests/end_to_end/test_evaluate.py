@@ -161,12 +161,19 @@ def test_a_setting_that_conflicts_with_the_defaults_can_be_overridden(trained, e
     assert report["config"]["data"]["longest_edge"] == 90
 
 
-def test_log_adds_test_metrics_and_plots_to_the_run_of_the_model(trained, easy_data: Path) -> None:
+def test_log_adds_test_metrics_and_plots_to_the_run_of_the_model(
+    trained, easy_data: Path, empty_store: Path
+) -> None:
     run_id = trained.results()["run_id"]
-    client = MlflowClient(f"sqlite:///{trained.folder / 'mlflow.db'}")
+    shutil.copy(empty_store, trained.folder / "other.db")
     test_data = shutil.copytree(easy_data / "val", trained.folder / "test")
-    for model, has_run in (("models:/detector@best", True), ("out/model", False)):
-        finished = trained.run("evaluate", "--model", model, "--data-dir", test_data, "--log")
+    for model, store, has_run in (
+        ("out/model", "other.db", False),
+        ("models:/detector@best", "mlflow.db", True),
+    ):
+        client = MlflowClient(f"sqlite:///{trained.folder / store}")
+        override = f"logging.mlflow_tracking_uri=sqlite:///{store}"
+        finished = trained.run("evaluate", "--model", model, "--data-dir", test_data, "--log", override)
         assert finished.returncode == 0, finished.stderr
         (line,) = [line for line in finished.stdout.splitlines() if line.startswith("MLflow run")]
         assert (line.split()[2] == run_id) is has_run
