@@ -210,8 +210,9 @@ def test_a_resume_from_a_copy_delivers_the_queue_of_the_killed_run(
     process = start_and_cut_off(workplace, server, tiny_data)
     run_id, num_before = tracked_run(workplace), len(noted_losses(workplace))
     copy = workplace.folder / "copy"
-    wait_until(lambda: len(noted_losses(workplace)) >= num_before + 15, process, workplace)
     wait_until((workplace.folder / "out" / "model").exists, process, workplace)
+    num_later = max(num_before + 15, len(noted_losses(workplace)) + 3)  # not while the model is being queued
+    wait_until(lambda: len(noted_losses(workplace)) >= num_later, process, workplace)
     process.send_signal(signal.SIGKILL)
     process.wait(60)
     for name in ("checkpoints", "model"):
