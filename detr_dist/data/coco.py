@@ -90,6 +90,11 @@ class CocoData:
         """Return where the boxes of an image are in the columns of boxes, crowds included."""
         return slice(int(self.box_offsets[row]), int(self.box_offsets[row + 1]))
 
+    @property
+    def boxes_per_class(self) -> NDArray[np.int64]:
+        """Number of boxes of each class, [C], without crowds."""
+        return np.bincount(self.box_classes[~self.iscrowd], minlength=self.num_classes)
+
     def training_targets(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Return boxes in xywh pixels and classes of one image, without its crowd boxes."""
         rows = self.box_rows(row)

@@ -180,7 +180,7 @@ def operating_points(data: CocoData, records: DetectionRecords, thresholds: Thre
     detections = best_of_each_image(data, records)
     boxes = match_detections(data, detections, by_class=True)
     in_crowd = _in_crowd(data, boxes)
-    num_truth = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes)
+    num_truth = data.boxes_per_class
     classes: list[ClassPoint | None] = [None] * data.num_classes
     for label in np.flatnonzero(num_truth).tolist():
         own = (detections.labels == label) & ~in_crowd

@@ -48,8 +48,7 @@ def _counts(data: CocoData) -> dict[str, tuple[int, int]]:
     """Return the number of boxes, without crowds, and of images with any, by class."""
     own = ~data.iscrowd
     classes, rows = data.box_classes[own], data.image_rows[own]
-    boxes = np.bincount(classes, minlength=data.num_classes)
     pairs = np.unique(classes * len(data) + rows)
     images = np.bincount(pairs // max(len(data), 1), minlength=data.num_classes)
-    each = zip(data.class_names, boxes.tolist(), images.tolist(), strict=True)
+    each = zip(data.class_names, data.boxes_per_class.tolist(), images.tolist(), strict=True)
     return {name: (num_boxes, num_images) for name, num_boxes, num_images in each}

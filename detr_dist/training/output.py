@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import yaml
 
 from detr_dist.config import describe_keys, load_config
@@ -284,10 +283,9 @@ def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
 def log_results(trackers: RunTrackers, data: CocoData, state: TrainState) -> None:
     """Log the metrics of each class of `data` as a table, and update the run's note. Main process only."""
     names = data.class_names
-    num_boxes = np.bincount(data.box_classes[~data.iscrowd], minlength=data.num_classes).tolist()
     rows = [
         [name, boxes, *(state.metrics.get(f"val_{key}_{metric}") for metric in METRICS_OF_CLASS)]
-        for name, boxes, key in zip(names, num_boxes, metric_names(names), strict=True)
+        for name, boxes, key in zip(names, data.boxes_per_class.tolist(), metric_names(names), strict=True)
     ]
     trackers.log_table("per_class", ["class", "boxes", *METRICS_OF_CLASS], rows, state.step)
     if trackers.mlflow is not None:
