@@ -14,9 +14,9 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelOutput
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from detr_dist.tracking.store import is_away, unless_busy
-from detr_dist.tracking.uris import local_path
 
 URI_TAG = "model_uri"
 """Tag of a LoggedModel with the URI of its files."""
@@ -86,10 +86,10 @@ class LoggedModels:
             return
         model_id = self.find_or_create(epoch, step)
         run = self._client.get_run(self._run_id)
-        store = local_path(run.info.artifact_uri)
         with tempfile.TemporaryDirectory() as scratch:
-            # MLflow's download would leave a thread behind.
-            facts = store / mlmodel if store is not None else self._download(mlmodel, scratch)
+            store = get_artifact_repository(run.info.artifact_uri, tracking_uri=self._client.tracking_uri)
+            facts = Path(store.download_artifacts(mlmodel, scratch))
+            store.thread_pool.shutdown()  # the client's own download leaves its thread behind
             folder = Path(scratch, "redirected")
             ids = {"run_id": self._run_id, "model_id": model_id}
             _write_redirected(facts, folder, f"runs:/{self._run_id}/{artifact_path}", ids)
@@ -113,9 +113,6 @@ class LoggedModels:
         except (MlflowException, NotImplementedError) as error:
             if isinstance(error, MlflowException) and is_away(error):
                 raise
-
-    def _download(self, artifact_path: str, folder: str) -> Path:
-        return Path(self._client.download_artifacts(self._run_id, artifact_path, folder))
 
     def _experiment_id(self) -> str:
         return str(self._client.get_run(self._run_id).info.experiment_id)
