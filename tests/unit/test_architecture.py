@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 BASE = {
     "boxes",
     "config",
+    "config_tiles",
     "config_types",
     "errors",
     "extensions",
@@ -25,6 +26,7 @@ BASE = {
     "resize",
     "storage",
     "text",
+    "tiling",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
@@ -62,8 +64,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "numerics": {"config", "distributed", "environment"},
     "environment": {"errors"},
     "rendezvous": {"environment", "errors"},
-    "config": {"config_text", "config_training", "config_types", "errors", "redaction"},
+    "config": {"config_text", "config_tiles", "config_training", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
+    "config_tiles": {"config_text", "config_types"},
     "config_training": {"config_types"},
     "config_types": {"errors", "extensions", "redaction"},
     "boxes": set(),
@@ -75,6 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resize": {"config", "config_types"},
     "storage": {"errors", "text"},
     "text": {"redaction"},
+    "tiling": {"config_tiles"},
 }
 
 # Libraries that only these rooms may know.
