@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
@@ -165,7 +163,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         if self._windows is None:
             return self.transform.plan(size_hw, rng)
         of_window = random_numbers(Purpose.WINDOW, self.seed, epoch, index)
-        shown = self._windows.draw(size_hw, *self._corners(row), of_window)
+        shown = self._windows.draw(size_hw, *self.data.training_targets(row), of_window)
         return self.transform.plan(size_hw if shown is None else shown.size_hw, rng)._replace(shown=shown)
 
     def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, int, Example]:
@@ -200,18 +198,23 @@ class CocoDetectionDataset(Dataset[Sample]):
         exif = self.data.exif
         image = decode_reduced(path, size_hw, plan.size_hw, exif) if may_be_reduced else None
         if image is None:
-            image = decode_rgb(path, exif, size_hw)
-            _check_size(path, tuple(image.shape[-2:]), size_hw, exif)
+            image = self._decoded(row)
         return image if plan.shown is None else F.crop(image, *plan.shown)
 
-    def _corners(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return boxes in xyxy pixels and classes of an image, without its crowd boxes."""
-        boxes_xywh, classes = self.data.training_targets(row)
-        return np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]]), classes
+    def _decoded(self, row: int) -> Tensor:
+        """Return all pixels of an image.
+
+        Raises:
+            UnreadableImageError: with the reason.
+        """
+        path, size_hw, exif = self.data.image_path(row), self.data.size_hw(row), self.data.exif
+        image = decode_rgb(path, exif, size_hw)
+        _check_size(path, tuple(image.shape[-2:]), size_hw, exif)
+        return image
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
         """Return the image and boxes of a row, or of the part that the plan shows, with the plan applied."""
-        boxes_xyxy, classes = self._corners(row)
+        boxes_xyxy, classes = self.data.training_targets(row)
         size_hw = self.data.size_hw(row)
         if self._windows is not None and plan.shown is not None:
             size_hw = plan.shown.size_hw

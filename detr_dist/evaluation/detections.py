@@ -1,31 +1,16 @@
 """Detections: of one image, of many images as columns, and the pass of images through a detector."""
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
-from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
-from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample
 from detr_dist.data.exif import turn_to_upright
-from detr_dist.data.loading import BatchLoader, shared_memory_need
-from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
-from detr_dist.data.transforms import build_transform
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
-from detr_dist.models.detector import Detector
-from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.models.postprocess import postprocess
-from detr_dist.numerics import autocast
-from detr_dist.progress_bar import ProgressBar
-from detr_dist.resize import Resize
 
 
 @dataclass(frozen=True, eq=False)

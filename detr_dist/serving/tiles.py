@@ -95,7 +95,7 @@ def merge_windows(
     cut = _are_cut(boxes_xyxy_px, windows, window_rows)
     worth = np.where(cut, np.float32(WORTH_OF_CUT) * scores, scores)
     order = np.argsort(-worth, kind="stable")[:MERGED_FROM]
-    boxes, labels, rows, cut = (each[order] for each in (boxes_xyxy_px, labels, window_rows, cut))
+    boxes, labels, rows, cut = boxes_xyxy_px[order], labels[order], window_rows[order], cut[order]
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     remaining, chosen = np.ones(len(order), dtype=np.bool_), list[int]()
     for index in range(len(order)):
