@@ -91,12 +91,15 @@ class CocoData:
         return slice(int(self.box_offsets[row]), int(self.box_offsets[row + 1]))
 
     def training_targets(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Return boxes in xyxy pixels and classes of one image, without its crowd boxes."""
+        """Return boxes in xywh pixels and classes of one image, without its crowd boxes."""
         rows = self.box_rows(row)
         single = ~self.iscrowd[rows]
-        boxes = self.boxes_xywh_px[rows][single]
-        boxes[:, 2:] += boxes[:, :2]
-        return boxes, self.box_classes[rows][single]
+        return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
+
+    def training_corners(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return `training_targets` with boxes in xyxy pixels."""
+        boxes, classes = self.training_targets(row)
+        return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), classes
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that training uses except pixels: images, boxes and classes, in order."""

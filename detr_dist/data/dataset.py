@@ -163,7 +163,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         if self._windows is None:
             return self.transform.plan(size_hw, rng)
         of_window = random_numbers(Purpose.WINDOW, self.seed, epoch, index)
-        shown = self._windows.draw(size_hw, *self.data.training_targets(row), of_window)
+        shown = self._windows.draw(size_hw, *self.data.training_corners(row), of_window)
         return self.transform.plan(size_hw if shown is None else shown.size_hw, rng)._replace(shown=shown)
 
     def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, int, Example]:
@@ -214,7 +214,7 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
         """Return the image and boxes of a row, or of the part that the plan shows, with the plan applied."""
-        boxes_xyxy, classes = self.data.training_targets(row)
+        boxes_xyxy, classes = self.data.training_corners(row)
         size_hw = self.data.size_hw(row)
         if self._windows is not None and plan.shown is not None:
             size_hw = plan.shown.size_hw

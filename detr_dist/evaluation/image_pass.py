@@ -182,7 +182,7 @@ class ImagePass:
             return data.box_classes[~data.iscrowd], data.num_boxes
         labels = [np.zeros(0, dtype=np.int64)]
         for view, row in enumerate(self.views.rows.tolist()):
-            visible = inside(self.views.window(view), *data.training_targets(row), tiles.min_visible)[1]
+            visible = inside(self.views.window(view), *data.training_corners(row), tiles.min_visible)[1]
             labels.append(visible[visible >= 0])
         return np.concatenate(labels), np.array([len(each) for each in labels[1:]], dtype=np.int64)
 
