@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from torch import Tensor, cat, maximum, minimum
 
+from detr_dist.serving.postprocess import cxcywh_to_xyxy as cxcywh_to_xyxy
+
 # Below this area a union or hull counts as a point. In normalised units it is the square of a millionth of
 # the image, far under a pixel, so boxes with any real extent are not touched.
 _MIN_AREA = 1e-12
@@ -23,13 +25,6 @@ class IgnoredRegions(NamedTuple):
     """float32 [I, 4], what is visible of them."""
     num_boxes: list[int]
     """Number of regions of each image."""
-
-
-def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes [..., 4] from centre and size to corners; a negative size counts as 0."""
-    center, size = boxes[..., :2], boxes[..., 2:]
-    half = 0.5 * size.clamp(min=0)
-    return cat((center - half, center + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

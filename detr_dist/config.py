@@ -189,7 +189,8 @@ class LoggingConfig(Section):
     """Experiment that the run belongs to, created if it does not exist; unset: MLFLOW_EXPERIMENT_NAME, if
     there is one."""
     mlflow_run_name: str | None = Field(default_factory=EnvironmentDefault("MLFLOW_RUN_NAME", None))
-    """Name of the run; unset: MLFLOW_RUN_NAME, or else a name that MLflow generates."""
+    """Name of the run; unset: MLFLOW_RUN_NAME, or else architecture, backbone, data set and output folder,
+    e.g. rt_detr_v2-resnet50-bccd-first."""
     tensorboard: bool = True
     """Write TensorBoard event files to OUTPUT_DIR/tensorboard as well."""
     log_every_steps: Count = 10

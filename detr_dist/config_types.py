@@ -23,6 +23,8 @@ from pydantic_core import PydanticCustomError
 from detr_dist.errors import UsageError
 from detr_dist.extensions import FAMILIES, LOSSES, RECIPES, TRANSFORMS, Registry
 from detr_dist.redaction import redact_value
+from detr_dist.serving.settings import ExifRule as ExifRule
+from detr_dist.serving.settings import ResizeMode as ResizeMode
 
 
 def _wanted(what: str, accepts: Callable[[Any], bool]) -> BeforeValidator:
@@ -115,8 +117,6 @@ Share = Annotated[float, _NO_BOOL, Field(ge=0, le=1)]
 Factor = Annotated[float, _NO_BOOL, Field(gt=0, le=1)]
 Seed = Annotated[int, _NO_BOOL, Field(ge=0, lt=2**32)]
 Edge = Annotated[int, _NO_BOOL, Field(ge=32)]
-ResizeMode = Literal["shortest_edge", "square", "rectangle"]
-ExifRule = Literal["auto", "ignore", "apply"]
 CountOrAuto = Annotated[
     Literal["auto"] | int,
     _wanted(

@@ -34,8 +34,8 @@ _USER_INFO = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-# ODBC's connection string is encoded, including its password.
-_PARAMETER = rf"[^=&\s]*(?:{_SECRET}|key|sig|signature|pass|odbc_connect)=[^&\s]*"
+# ODBC's connection string is encoded, including its password. MLflow's links name a view of a table by a key.
+_PARAMETER = rf"(?!viewStateShareKey=)[^=&\s]*(?:{_SECRET}|key|sig|signature|pass|odbc_connect)=[^&\s]*"
 _PARAMETERS = re.compile(rf"([?&])(?:{_PARAMETER}&)*{_PARAMETER}(&?)", re.IGNORECASE)
 
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"

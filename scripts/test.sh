@@ -12,5 +12,6 @@ ruff format --check
 ruff check
 python scripts/check_english.py
 mypy
-# Two at a time: the tests wait for processes more than they compute. Tests of one file share its set-up.
-pytest --numprocesses 2 --dist loadfile "$@"
+# Three at a time on two cores: the tests wait for processes as much as they compute. Tests of one file share its set-up.
+# In the order of the folders, so that the long files (dist, end_to_end, launch) begin first and the short ones fill up.
+pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"

@@ -23,12 +23,13 @@ from detr_dist.data.batch import Unreadable
 from detr_dist.data.batch import collate as collate
 from detr_dist.data.coco import CocoData
 from detr_dist.data.example import Example, example_of
-from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb
+from detr_dist.data.images import decode_reduced
 from detr_dist.data.sampling import EpochSamples, Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
 from detr_dist.data.windows import WindowRule, inside
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
 from detr_dist.resize import Resize
+from detr_dist.serving.decoding import UnreadableImageError, decode_rgb
 
 MAX_UNREADABLE_IN_A_ROW = 10
 """More than this in a row mean that a disk is gone or a folder is empty."""

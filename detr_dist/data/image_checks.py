@@ -18,11 +18,12 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, Level, found
-from detr_dist.data.exif import turn_of, turn_to_upright
-from detr_dist.data.images import UnreadableImageError, decode_rgb, decoded_name, open_image
+from detr_dist.data.images import decoded_name
 from detr_dist.data.records import RULES
 from detr_dist.errors import DataError
 from detr_dist.progress_bar import ProgressBar
+from detr_dist.serving.decoding import UnreadableImageError, decode_rgb, open_image
+from detr_dist.serving.exif import turn_of, turn_to_upright
 
 IMAGES_AT_A_TIME = 256
 """Images passed to the threads at once, so that no queue holds a million images."""

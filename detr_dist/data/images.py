@@ -1,51 +1,32 @@
 """Image files: where they are, their names, their headers, and their pixels as uint8 RGB tensors."""
 
-import io
 import os
 import posixpath
 import unicodedata
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from posixpath import join
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.JpegImagePlugin import get_sampling
-from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION, TiffImageFile
 from torch import Tensor
-from torchvision.io import decode_image
 
 from detr_dist.config_types import ExifRule
-from detr_dist.data.exif import turn_of, turned, turned_size
 from detr_dist.errors import DataError
-
-MAX_PIXELS = 2**30
-"""Largest image in pixels: 3 GiB as RGB. A file of a few kilobytes may claim more than any memory holds."""
+from detr_dist.serving.decoding import UnreadableImageError, open_image
+from detr_dist.serving.exif import turn_of, turned, turned_size
 
 _ONLY_IDENTIFIED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 """Formats whose names Pillow knows, but which it cannot decode by itself."""
 
-_DECODED_BY_TORCHVISION = {"JPEG", "MPO", "PNG", "WEBP"}
-"""Formats that torchvision decodes to the same pixels as Pillow, but faster, and PNG with all 16 bits."""
-
-_WHITE_IN_16_BITS = 65535
-
-_INTEGERS_OF_16_BITS = {"PNG", "PPM"}
-"""Formats whose values in Pillow's mode I range from 0 to 65535, whatever the file declares as white."""
-
 _EVENLY_SAMPLED = (0, 2)
 """Pillow's numbers of the colour resolutions 4:4:4 and 4:2:0. At a reduced scale 4:2:2 would be blurred, by
 three levels on average."""
-
-
-class UnreadableImageError(Exception):
-    """The file does not exist or holds no image that can be decoded."""
 
 
 @cache
@@ -54,27 +35,6 @@ def image_suffixes() -> frozenset[str]:
     formats = Image.registered_extensions()  # loads all plug-ins: a fifth of a second
     decoded = {*Image.OPEN, "MPO"} - _ONLY_IDENTIFIED  # MPO is opened as JPEG
     return frozenset(suffix for suffix, name in formats.items() if name in decoded)
-
-
-@contextmanager
-def open_image(path: Path, content: IO[bytes] | None = None) -> Iterator[Image.Image]:
-    """Open an image file, or its `content`, and read its header; pixels are decoded on demand.
-
-    Raises:
-        UnreadableImageError: naming the file and the reason, on entry or in the body of the `with`.
-    """
-    # Pillow refuses images above twice its limit, by default 179 megapixels; torchvision has no limit.
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(content or path) as image:
-            yield image
-    except UnreadableImageError as error:  # of the body
-        raise UnreadableImageError(f"{path}: {error}") from None
-    except UnidentifiedImageError:
-        raise UnreadableImageError(f"{path}: not an image in a known format") from None
-    except Exception as error:  # Pillow's plug-ins raise many kinds of errors for damaged files
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise UnreadableImageError(f"{path}: {' '.join(reason.split())}") from None
 
 
 def read_size_hw(path: Path, exif: ExifRule = "auto") -> tuple[int, int]:
@@ -87,31 +47,6 @@ def read_size_hw(path: Path, exif: ExifRule = "auto") -> tuple[int, int]:
     """
     with open_image(path) as image:
         return turned_size((image.height, image.width), turn_of(image, exif))
-
-
-def decode_rgb(path: Path, exif: ExifRule = "ignore", annotated_hw: tuple[int, int] | None = None) -> Tensor:
-    """Return an image as uint8 [3, H, W], rotated by its EXIF data if the rule `exif` says so.
-
-    Without an annotated size the rule `auto` rotates every image. Pillow always rotates TIFF files; `auto`
-    undoes this if the annotated size fits only then. Transparency is dropped, and an animation gives its
-    first frame. With 16 bits per colour 65535 is white, as in PNG. The tensor may be a view of interleaved
-    colours.
-
-    Raises:
-        UnreadableImageError: with the reason.
-    """
-    try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UnreadableImageError(f"{path}: {error.strerror}") from None
-    with open_image(path, io.BytesIO(encoded.tobytes())) as image:
-        turn = turn_of(image, exif, annotated_hw)
-        if image.format in _DECODED_BY_TORCHVISION:
-            try:
-                return turned(_decode_with_torchvision(encoded), turn)
-            except RuntimeError:  # a damaged file, or a kind that torchvision does not know
-                pass
-        return turned(rgb_of(image), turn)
 
 
 def decode_reduced(
@@ -138,51 +73,6 @@ def decode_reduced(
             return turned(torch.from_numpy(np.array(image)).permute(2, 0, 1), turn)
     except UnreadableImageError:
         return None
-
-
-def rgb_of(image: Image.Image) -> Tensor:
-    """Return the pixels of a Pillow image, of any mode, as uint8 [3, H, W]; transparency is dropped.
-
-    Raises:
-        UnreadableImageError: naming the mode, if its values have no defined white.
-    """
-    if image.mode[0] in "IF":
-        return torch.from_numpy(_grey_levels(image)).repeat(3, 1, 1)
-    if image.mode == "La":  # premultiplied; Pillow converts it to LA only
-        image = image.convert("LA")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-
-
-def _decode_with_torchvision(encoded: NDArray[np.uint8]) -> Tensor:
-    # torchvision 0.29 deprecates its decoders; torchcodec, the suggested replacement, always applies the EXIF
-    # rotation.
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
-        image: Tensor = decode_image(torch.from_numpy(encoded), mode="RGB")
-    return image if image.dtype == torch.uint8 else torch.from_numpy(_eight_bits(image.numpy()))
-
-
-def _grey_levels(image: Image.Image) -> NDArray[np.uint8]:
-    """Scale an image in a mode with more than 8 bits to uint8 [H, W]; Pillow would clip it at 255."""
-    values, white = np.asarray(image), _WHITE_IN_16_BITS
-    if image.mode == "F" or (image.mode == "I" and image.format not in _INTEGERS_OF_16_BITS):
-        lowest, highest = values.min().item(), values.max().item()
-        # If only 8 bits are in use, white may be 255 or 65535.
-        if image.mode == "F" or lowest < 0 or not 255 < highest <= white:
-            raise UnreadableImageError(
-                f"values from {lowest:g} to {highest:g} in Pillow's mode {image.mode}, which defines no "
-                "white; save the image with 8 or 16 bits per colour"
-            )
-    if isinstance(image, TiffImageFile):
-        if image.tag_v2.get(BITSPERSAMPLE) == (12,):
-            white = 4095
-        if image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white; Pillow inverts 8 bits only
-            values = white - values
-    return _eight_bits(values, white)
-
-
-def _eight_bits(values: NDArray[Any], white: int = _WHITE_IN_16_BITS) -> NDArray[np.uint8]:
-    """Scale values, with `white` as the largest, to 0 to 255, rounded to the nearest level."""
-    return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
 
 
 class FoundImages(NamedTuple):

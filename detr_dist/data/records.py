@@ -15,14 +15,8 @@ from numpy.typing import NDArray
 from detr_dist.config_types import ExifRule
 from detr_dist.data.columns import Faults, Finding, Floats, Integers, Mask, Section, found
 from detr_dist.data.formats.annotations import Annotations
-from detr_dist.data.images import (
-    UnreadableImageError,
-    difference_in_name,
-    encoded_name,
-    missing_images,
-    path_of,
-    read_size_hw,
-)
+from detr_dist.data.images import difference_in_name, encoded_name, missing_images, path_of, read_size_hw
+from detr_dist.serving.decoding import UnreadableImageError
 
 MIN_BOX_EXTENT_PX = 1e-3
 """Boxes this narrow or flat have no extent: far below a pixel, still above float32's rounding at 4000 px."""

@@ -8,7 +8,8 @@ import numpy as np
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
-from detr_dist.data.images import UnreadableImageError, read_size_hw
+from detr_dist.data.images import read_size_hw
+from detr_dist.serving.decoding import UnreadableImageError
 
 
 def read_unannotated(

@@ -5,9 +5,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.images import UnreadableImageError, decode_rgb
 from detr_dist.evaluation.drawing import Colour, Mark, class_label, draw_marks, drawable, font
 from detr_dist.evaluation.thresholds import Matches
+from detr_dist.serving.decoding import UnreadableImageError, decode_rgb
 
 NUM_TILES, NUM_COLUMNS = 12, 4
 TILE_WIDTH, GAP, FONT_PX = 480, 12, 15

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.exif import turn_to_upright
 from detr_dist.evaluation.drawing import Mark, class_colour, draw_marks
+from detr_dist.serving.exif import turn_to_upright
 
 
 @dataclass(frozen=True, eq=False)

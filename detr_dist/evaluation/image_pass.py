@@ -26,10 +26,10 @@ from detr_dist.data.windows import Window, WindowRule, inside
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.models.detector import Detector
 from detr_dist.models.device_memory import DeviceMemory
-from detr_dist.models.postprocess import MAX_DETECTIONS, RankedDetections, postprocess
-from detr_dist.numerics import autocast
 from detr_dist.progress_bar import ProgressBar
 from detr_dist.resize import Resize
+from detr_dist.serving.postprocess import MAX_DETECTIONS, RankedDetections, postprocess
+from detr_dist.serving.precision import autocast
 from detr_dist.serving.tiles import Grid, merge_windows
 
 _BATCHES_AHEAD = 16

@@ -31,8 +31,9 @@ from detr_dist.inference.overrides import (
     tracking_uri_for,
     warn_of_no_effect,
 )
-from detr_dist.numerics import resolve_precision, temporary_numerics
+from detr_dist.numerics import resolve_precision
 from detr_dist.redaction import redact
+from detr_dist.serving.precision import temporary_numerics
 from detr_dist.storage import check_new, check_writable, write_text
 from detr_dist.text import list_names, printable
 

@@ -89,7 +89,7 @@ def _write(model: TrainedModel, output_dir: Path, *, tracking_uri: str, onnx: bo
                 set_environment(stacks_dir=None)  # transformers may import DeepSpeed, which warns without it
             restoring.enter_context(quiet_transformers(only_errors=True))
             partial = restoring.enter_context(new_folder(folder))
-            write_model(model.network, partial, data=model.config.data, metadata=metadata)
+            write_model(model.network, partial, config=model.config, metadata=metadata)
             if onnx:
                 difference = write_onnx(model.network, partial / "model.onnx")
                 lines.append(f"{output_dir / 'model.onnx'}: largest difference to torch {difference:.1e}")

@@ -5,17 +5,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
-from detr_dist.data.exif import turn_of, turned
-from detr_dist.data.images import UnreadableImageError, read_size_hw, rgb_of
+from detr_dist.data.images import read_size_hw
 from detr_dist.data.unannotated import unannotated
 from detr_dist.errors import DataError, UsageError
+from detr_dist.serving.decoding import UnreadableImageError, pixels_of
 from detr_dist.text import one_line
 
 OneImage = str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Tensor
@@ -56,22 +55,13 @@ def as_data_set(
 
 def _pixels_of(image: Image.Image | NDArray[np.uint8] | Tensor, exif: ExifRule) -> Tensor:
     """Convert an image to uint8 [3, H, W] on the CPU; transparency is dropped."""
-    if isinstance(image, Image.Image):
-        try:
-            pixels = rgb_of(image)
-            return turned(pixels, turn_of(image, exif))
-        except (UnreadableImageError, OSError) as error:
-            raise DataError(f"a Pillow image cannot be read: {one_line(error)}") from error
-    if not isinstance(image, np.ndarray | Tensor):
-        raise UsageError(f"{type(image).__name__} is no image; give {_FORMS}")
-    shape = tuple(image.shape)
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and 0 not in shape:
-        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
-        if len(shape) == 2:
-            return pixels.repeat(3, 1, 1)
-        if len(shape) == 3 and shape[2] in (3, 4):
-            return pixels[..., :3].permute(2, 0, 1)
-    if isinstance(image, Tensor) and image.dtype == torch.uint8 and shape[:-2] == (3,) and 0 not in shape:
-        return image.cpu()
-    kind = f"{type(image).__name__} {image.dtype} {list(shape)}"
+    try:
+        pixels = pixels_of(image, exif)
+    except (UnreadableImageError, OSError) as error:
+        raise DataError(f"a Pillow image cannot be read: {one_line(error)}") from error
+    if pixels is not None:
+        return pixels
+    kind = type(image).__name__
+    if isinstance(image, np.ndarray | Tensor):
+        kind = f"{kind} {image.dtype} {list(image.shape)}"
     raise UsageError(f"{kind} is no image; give {_FORMS}")

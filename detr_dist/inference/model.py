@@ -44,14 +44,13 @@ from detr_dist.models.detector import (
 )
 from detr_dist.models.families import family_of
 from detr_dist.models.image_sizes import check_image_sizes
-from detr_dist.numerics import resolve_precision, temporary_numerics
+from detr_dist.numerics import resolve_precision
 from detr_dist.resize import settings_of
+from detr_dist.serving.precision import temporary_numerics
+from detr_dist.serving.settings import DEFAULT_THRESHOLD, thresholds_of
 from detr_dist.text import list_names, one_line
 from detr_dist.training.checkpoint import STATE, Checkpoint
 from detr_dist.training.sources import FoundModel, find_model
-
-DEFAULT_THRESHOLD = 0.5
-"""Threshold of a class for which none is saved with the model."""
 
 _logger = logging.getLogger(__name__)
 
@@ -183,8 +182,7 @@ class TrainedModel:
         known = self.metadata.get("thresholds") or {}
         unknown = [name for name in self.class_names if known.get(name) is None]
         line = f"the model brings no threshold for {list_names(unknown)}: {DEFAULT_THRESHOLD} is used"
-        values = [DEFAULT_THRESHOLD if name in unknown else known[name] for name in self.class_names]
-        return values, [line] if unknown else []
+        return list(thresholds_of(self.class_names, known)), [line] if unknown else []
 
     def settings(self, overrides: Sequence[str]) -> Config:
         """Return the training configuration, adapted to this host, with `section.key=value` overrides.

@@ -15,7 +15,7 @@ from PIL import Image
 
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import CocoData
-from detr_dist.data.images import decode_rgb, decoded_name, find_images, folded
+from detr_dist.data.images import decoded_name, find_images, folded
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.environment import check_environment, check_single_process
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
@@ -23,6 +23,7 @@ from detr_dist.evaluation.detections import DetectionRecords, Detections, coco_r
 from detr_dist.evaluation.image_pass import Predicted
 from detr_dist.inference.model import open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
+from detr_dist.serving.decoding import decode_rgb
 from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 

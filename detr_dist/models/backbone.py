@@ -8,35 +8,18 @@ published weights would be useless. In these networks timm's own batch norm is r
 import pickle
 import re
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
+from detr_dist.serving.network import TIMM_NORMS_KEY, backbone_body, original_norms, unwrapped_body
 from detr_dist.text import one_line
 
 _LIBRARYS_EPS = 1e-5
-_KEY = "timm_batch_norm"
-"""Key of a mark in a network's configuration, which is saved with it. Networks that were trained without
-their activations have no such mark and stay unchanged."""
 WAY_OUT = "give a timm state dict (.safetensors or .pth), or set model.pretrained_backbone=false"
-
-
-def backbone_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone, including the library's wrapper around timm's."""
-    model = network.model
-    encoder = model.backbone if hasattr(model, "backbone") else model.conv_encoder
-    encoder = getattr(encoder, "conv_encoder", encoder)
-    return cast(nn.Module, encoder.model if hasattr(encoder, "model") else encoder.backbone)
-
-
-def unwrapped_body(network: PreTrainedModel) -> nn.Module:
-    """Return the backbone without the library's wrapper around timm's."""
-    body = backbone_body(network)
-    return cast(nn.Module, getattr(body, "_backbone", body))
 
 
 def check_backbone(network_config: PreTrainedConfig) -> None:
@@ -63,57 +46,11 @@ def is_stem(name: str) -> bool:
     return re.match(f"{timm}|{transformers}", name) is not None
 
 
-def is_frozen_norm(module: nn.Module) -> bool:
-    """Return whether this is frozen batch norm; each architecture and timm have their own class."""
-    return type(module).__name__.endswith(("FrozenBatchNorm2d", "FrozenBatchNormAct2d"))
-
-
-def keeps_timm_norms(network: PreTrainedModel) -> bool:
-    """Return whether the network has timm's batch norm, which the library would replace."""
-    return bool(getattr(network.config, _KEY, False))
-
-
 def mark_timm_norms(network: PreTrainedModel) -> None:
     """Mark a new network if the library's batch norm would compute something else than its backbone's."""
-    norms = _original_norms(network).values()
+    norms = original_norms(network).values()
     if any(type(norm) is not nn.BatchNorm2d or norm.eps != _LIBRARYS_EPS for norm in norms):
-        setattr(network.config, _KEY, True)
-
-
-def restore_timm_norms(network: PreTrainedModel) -> None:
-    """Put timm's frozen batch norm, with the same weights, into the backbone of a marked network."""
-    if not keeps_timm_norms(network):
-        return
-    from timm.layers.norm_act import freeze_batch_norm_2d  # timm is loaded already in this case
-
-    body = unwrapped_body(network)
-    for name, norm in _original_norms(network).items():
-        norm.to_empty(device="cpu").load_state_dict(body.get_submodule(name).state_dict(), strict=False)
-        body.set_submodule(name, freeze_batch_norm_2d(norm))
-
-
-def _original_norms(network: PreTrainedModel) -> dict[str, nn.BatchNorm2d]:
-    """Return the backbone's batch norm modules as timm makes them, by name, without allocating memory."""
-    config = network.config.backbone_config
-    if config.model_type != "timm_backbone":
-        return {}
-    with torch.device("meta"):
-        original = AutoBackbone.from_config(config)._backbone
-    return {name: each for name, each in original.named_modules() if isinstance(each, nn.BatchNorm2d)}
-
-
-def thaw_batch_norm(network: PreTrainedModel) -> None:
-    """Replace frozen by trainable batch norm, with the same weights and statistics."""
-    body = backbone_body(network)
-    if keeps_timm_norms(network):
-        from timm.layers.norm_act import unfreeze_batch_norm_2d
-
-        unfreeze_batch_norm_2d(body)
-    for name, module in list(body.named_modules()):
-        if is_frozen_norm(module):
-            trainable = nn.BatchNorm2d(len(cast(Tensor, module.weight)))
-            trainable.load_state_dict(module.state_dict(), strict=False)
-            body.set_submodule(name, trainable)
+        setattr(network.config, TIMM_NORMS_KEY, True)
 
 
 def freeze_unused_parts(network: PreTrainedModel) -> None:

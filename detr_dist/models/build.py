@@ -14,15 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import CheckpointError, UsageError
-from detr_dist.models.backbone import (
-    backbone_body,
-    check_backbone,
-    is_stem,
-    load_pretrained_weights,
-    mark_timm_norms,
-    restore_timm_norms,
-    thaw_batch_norm,
-)
+from detr_dist.models.backbone import check_backbone, is_stem, load_pretrained_weights, mark_timm_norms
 from detr_dist.models.detector import (
     UNNORMALIZED,
     Detector,
@@ -33,6 +25,7 @@ from detr_dist.models.detector import (
 from detr_dist.models.families import Family, family_of, find_family
 from detr_dist.models.families.family import SHAPE_OPTIONS, keep_family
 from detr_dist.models.optimizations import freeze_batch_norm
+from detr_dist.serving.network import backbone_body, restore_timm_norms, thaw_batch_norm
 from detr_dist.text import one_line
 
 
@@ -93,7 +86,7 @@ def build_detector(
             load_pretrained_weights(config, network)
     keep_family(network.config, family)
     restore_timm_norms(network)
-    if not _freezes_batch_norm(config):
+    if not freezes_batch_norm(config):
         thaw_batch_norm(network)
     elif config.freeze_batch_norm is True:
         freeze_batch_norm(network)
@@ -110,7 +103,7 @@ def trained_detector(network: PreTrainedModel, config: ModelConfig, *, channels_
     With the `config` of its training, results equal those in training to the last bit; the two kinds of batch
     norm round differently.
     """
-    if not _freezes_batch_norm(config):
+    if not freezes_batch_norm(config):
         thaw_batch_norm(network)
     family, class_loss = family_of(network.config), config.class_loss
     return Detector(network, family, class_loss=class_loss, channels_last=channels_last).eval()
@@ -160,7 +153,8 @@ def _has_pretrained_backbone(config: ModelConfig) -> bool:
     return config.pretrained is not None or config.pretrained_backbone is not False
 
 
-def _freezes_batch_norm(config: ModelConfig) -> bool:
+def freezes_batch_norm(config: ModelConfig) -> bool:
+    """Return whether the backbone's batch norm keeps its weights and statistics."""
     if config.freeze_batch_norm == "auto":
         return _has_pretrained_backbone(config)
     return config.freeze_batch_norm

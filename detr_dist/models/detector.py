@@ -19,14 +19,16 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from detr_dist.config_types import ClassLoss
 from detr_dist.errors import UsageError
-from detr_dist.models.backbone import backbone_body, restore_timm_norms
 from detr_dist.models.denoising import Denoising
 from detr_dist.models.families import Family
-from detr_dist.models.optimizations import (
-    PaddingMasks,
+from detr_dist.models.optimizations import PaddingMasks, spare_finite_checks
+from detr_dist.serving.network import (
+    backbone_body,
     keep_in_float32,
     keep_type_in_frozen_norms,
-    spare_finite_checks,
+    on_pixels,
+    restore_timm_norms,
+    return_float32,
 )
 
 
@@ -106,6 +108,7 @@ class Detector(nn.Module):
         network.loss_function = _instead_of_loss(family.rows)
         spare_finite_checks(network)
         keep_in_float32(network, family.float32_modules)
+        return_float32(network, family.float32_outputs)
         keep_type_in_frozen_norms(backbone_body(network))
         self.network = network
         self._masks = PaddingMasks(network) if family.masks_attention else None
@@ -116,8 +119,8 @@ class Detector(nn.Module):
         if channels_last:
             nn.Module.to(network, memory_format=torch.channels_last)
         normalization = normalization_of(network.config)
-        self.mean = nn.Buffer(torch.tensor(normalization.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.std = nn.Buffer(torch.tensor(normalization.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.mean = nn.Buffer(on_pixels(normalization.mean), persistent=False)
+        self.std = nn.Buffer(on_pixels(normalization.std), persistent=False)
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import isfinite
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detr_dist.boxes import cxcywh_to_xyxy, giou
+from detr_dist.serving.settings import ClassKind as ClassKind
 
-ClassKind = Literal["softmax", "sigmoid"]
 """Meaning of class logits: softmax with "no object" as the last column, or a sigmoid for each class."""
 
 # The published matcher has these constants in its code, whatever the loss uses.

@@ -5,13 +5,10 @@ without queued work, and ends a compiled region. One is left: Deformable DETR co
 maps to the device.
 """
 
-import functools
 import os
-import re
 import shutil
 import socket
 import sys
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -22,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from detr_dist.errors import UsageError
-from detr_dist.models.backbone import backbone_body, is_frozen_norm, unwrapped_body
+from detr_dist.serving.network import backbone_body, unwrapped_body
 
 # Compilations of one function before torch gives up on it: the library's layers share their code, and each is
 # compiled with and without padding, for one size and for any.
@@ -142,31 +139,6 @@ class PaddingMasks:
         return torch.zeros_like(is_image, dtype=torch.float32).masked_fill_(~is_image, float("-inf"))
 
 
-def keep_in_float32(network: PreTrainedModel, names: tuple[str, ...]) -> None:
-    """Make the modules of these names, which are prediction heads, compute in float32 whatever the autocast.
-
-    In bf16 a coordinate would be rounded to a grid of up to 1/256, which is 5.2 pixels of 1333; a later
-    conversion cannot restore it. The operations after a head (sigmoid, refinement) use its type.
-    """
-    for name, module in network.named_modules():
-        own_name = re.sub(r"\.\d+$", "", name).rpartition(".")[2]  # lists have a head for each layer
-        if own_name in names and not isinstance(module, nn.ModuleList):
-            # On the instance, because a wrapper around the module would rename its weights. A copy of the
-            # network gets its own function: bound methods and partials are copied with their modules.
-            setattr(module, "forward", functools.partial(_in_float32, module.forward))  # noqa: B010
-
-
-def keep_type_in_frozen_norms(backbone: nn.Module) -> None:
-    """Make frozen batch norm return the type of its input.
-
-    The library multiplies by float32 buffers, so that half precision would end at the first norm, and the
-    activations kept for the backward pass would take more memory than in float32, not less.
-    """
-    for module in backbone.modules():
-        if is_frozen_norm(module):
-            module.register_forward_hook(_to_input_type)
-
-
 def freeze_batch_norm(network: PreTrainedModel) -> None:
     """Keep weights and statistics of all batch norm, so that no image depends on others of its micro-batch.
 
@@ -181,15 +153,6 @@ def freeze_batch_norm(network: PreTrainedModel) -> None:
 class _InEvaluation(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
-
-
-def _in_float32(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    with torch.autocast(inputs[0].device.type, enabled=False):
-        return forward(*(each.float() for each in inputs))
-
-
-def _to_input_type(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.to(args[0].dtype)
 
 
 def compile_regions(network: PreTrainedModel, backend: Any = "inductor") -> None:

@@ -17,6 +17,7 @@ from detr_dist.redaction import redact, redact_value
 from detr_dist.text import one_line
 from detr_dist.tracking.delivery import Delivery, DeliveryThread
 from detr_dist.tracking.outbox import Address, Outbox, OutboxReader
+from detr_dist.tracking.pages import prepare_experiment, ways_to_see
 from detr_dist.tracking.store import (
     acceptable,
     close_connections,
@@ -33,6 +34,9 @@ from detr_dist.tracking.uris import absolute_uri, local_location
 # Seconds that a request without an upload may take before it counts as failed.
 _TIMEOUT_S = 20
 
+# Characters of a run's name in MLflow's databases.
+_MAX_NAME_LENGTH = 250
+
 _logger = logging.getLogger(__name__)
 
 
@@ -47,19 +51,38 @@ class MLflowTracker(OwnTracker):
     """
 
     def __init__(
-        self, config: LoggingConfig, *, run_id: str | None = None, known_uri: str | None = None
+        self,
+        config: LoggingConfig,
+        *,
+        run_id: str | None = None,
+        known_uri: str | None = None,
+        default_name: str | None = None,
+        table_metrics: Sequence[str] = ("val_map",),
     ) -> None:
-        """Start a run, or resume `run_id`."""
+        """Start a run, or resume `run_id`.
+
+        Args:
+            config: Store, experiment and name of the run.
+            run_id: The run to resume.
+            known_uri: The store that it was tracked in.
+            default_name: Name of a new run if `config` has none.
+            table_metrics: Columns of the view of the run table, the one to sort by first.
+        """
         self.uri = config.mlflow_tracking_uri
         self.client = open_client(self.uri)
         self._thread: DeliveryThread | None = None
+        self._experiment_id: str | None
+        self._view: str | None = None
         try:
             with patience(_TIMEOUT_S):
                 if run_id is None:
-                    self.run_id = self._start(config)
+                    self.run_id, self._experiment_id = self._start(config, default_name)
                 else:
                     self.run_id = run_id
-                    self._find(is_known=known_uri is not None and redact(known_uri) == redact(self.uri))
+                    is_known = known_uri is not None and redact(known_uri) == redact(self.uri)
+                    self._experiment_id = self._find(is_known=is_known)
+                if self._experiment_id is not None:
+                    self._view = prepare_experiment(self.client, self._experiment_id, table_metrics)
         except UsageError:
             raise
         except Exception as error:  # each kind of store raises its own types
@@ -68,16 +91,16 @@ class MLflowTracker(OwnTracker):
                 "correct it, or set logging.mlflow=false"
             ) from error
 
-    def _start(self, config: LoggingConfig) -> str:
+    def _start(self, config: LoggingConfig, default_name: str | None) -> tuple[str, str]:
+        """Return the ids of a new run and of its experiment."""
         experiment_id = find_or_make_experiment(self.client, config.mlflow_experiment_name)
         tags = {name: acceptable(value) for name, value in _source_tags().items()}
-        run = unless_busy(
-            lambda: self.client.create_run(experiment_id, run_name=config.mlflow_run_name, tags=tags)
-        )
-        return str(run.info.run_id)
+        run_name = config.mlflow_run_name or (default_name and acceptable(default_name, _MAX_NAME_LENGTH))
+        run = unless_busy(lambda: self.client.create_run(experiment_id, run_name=run_name, tags=tags))
+        return str(run.info.run_id), experiment_id
 
-    def _find(self, *, is_known: bool) -> None:
-        """Check that the run can be resumed."""
+    def _find(self, *, is_known: bool) -> str | None:
+        """Check that the run can be resumed; return its experiment, or None while the server is away."""
         try:
             run = unless_busy(lambda: self.client.get_run(self.run_id))
         except Exception as error:  # each kind of store raises its own types
@@ -86,7 +109,7 @@ class MLflowTracker(OwnTracker):
                     f"MLflow at {self.uri} cannot be reached ({one_line(error)}); run {self.run_id} "
                     "continues all the same, and everything logged is delivered later"
                 )
-                return
+                return None
             raise UsageError(
                 f"logging.mlflow_tracking_uri {self.uri}: MLflow run {self.run_id}, to which the checkpoint "
                 f"belongs, is not available there ({one_line(error)}); start its server, give the URI it was "
@@ -98,6 +121,11 @@ class MLflowTracker(OwnTracker):
                 f"MLflow run {self.run_id}, to which the checkpoint belongs, was deleted; restore it with "
                 f"`mlflow runs restore --run-id {self.run_id}`, or set logging.mlflow=false"
             )
+        return str(run.info.experiment_id)
+
+    def ways_to_see(self) -> list[str]:
+        """Return lines with the address or command of MLflow's UI, and links to the run and to all runs."""
+        return ways_to_see(self.uri, self._experiment_id, self.run_id, self._view)
 
     def open(self, folder: Path) -> None:
         """Start to deliver from the outbox in `folder`, first the records of earlier processes."""

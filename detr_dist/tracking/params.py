@@ -2,11 +2,14 @@
 
 import json
 import platform
+import re
+from pathlib import Path
 from typing import Any
 
 from detr_dist.config import Config
 from detr_dist.data.coco import CocoData
 from detr_dist.data.concatenation import parts_of
+from detr_dist.data.formats.annotations import SPLIT_OF_NAME
 from detr_dist.data.loading import num_loader_processes
 from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.data.sampling import EpochSamples, StepPlan
@@ -15,6 +18,9 @@ from detr_dist.redaction import redact_value
 
 _UNPREFIXED = {"data", "model", "training"}
 """Sections whose keys are params without a prefix. Keys of other sections are prefixed by the section."""
+
+_WITHIN_DATA_SETS = {*SPLIT_OF_NAME, "annotations", "images", "imagesets", "labels"}
+"""Folders that data sets of all kinds have, in lower case."""
 
 
 def config_params(config: Config) -> dict[str, Any]:
@@ -42,13 +48,9 @@ def run_params(
     samples: EpochSamples | None,
 ) -> dict[str, Any]:
     """Return the params of a run, without unset keys."""
-    backbone = config.model.backbone
-    if backbone is None:
-        own = detector.network.config.backbone_config
-        backbone = getattr(own, "backbone", None) or own.model_type
     shape = detector.family.shape_of(detector.network.config) | {"num_queries": detector.num_queries}
     params = config_params(config) | {
-        "backbone": backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"),
+        "backbone": _backbone_of(config, detector),
         "num_classes": len(train.class_names),
         "class_names": ", ".join(train.class_names),
         **shape,
@@ -63,6 +65,40 @@ def run_params(
         "python_version": platform.python_version(),
     }
     return {name: redact_value(value) for name, value in params.items() if value is not None}
+
+
+def run_name(config: Config, detector: Detector, train: CocoData, output_dir: Path) -> str:
+    """Return a name for a run: architecture, backbone, data set and output folder, without repetitions.
+
+    Charts of several runs have only names in their legends, and the output folder is what runs do not share.
+    """
+    data = dict.fromkeys(name for name in map(_data_set_of, parts_of(train)) if name is not None)
+    names = (
+        config.model.model_architecture,
+        _backbone_of(config, detector),
+        *data,
+        output_dir.absolute().name,
+    )
+    return "-".join(name for name in dict.fromkeys(names) if name)
+
+
+def _data_set_of(data: CocoData) -> str | None:
+    """Return the name of the folder of a data set, above those for its splits, images and annotations."""
+    path = data.annotations_path.absolute()
+    for folder in (path, *path.parents) if path.is_dir() else path.parents:
+        if re.fullmatch(r"[0-9a-f]{32}", folder.name):  # an unpacked .zip
+            return None
+        if folder.name and folder.name.lower() not in _WITHIN_DATA_SETS:
+            return folder.name
+    return None
+
+
+def _backbone_of(config: Config, detector: Detector) -> str:
+    backbone = config.model.backbone
+    if backbone is None:
+        own = detector.network.config.backbone_config
+        backbone = getattr(own, "backbone", None) or own.model_type
+    return str(backbone if isinstance(backbone, str) else backbone.get("model_type", "custom"))
 
 
 def _sources(train: CocoData, samples: EpochSamples | None) -> str | None:

@@ -36,6 +36,9 @@ _LONGEST_PAUSE_S = 2.0
 
 _TIMEOUT_S = 20
 
+EXPERIMENT_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""The tag by which MLflow's UI takes an experiment for one of training, not of agents."""
+
 MAX_TAG_LENGTH = 5000
 """Maximum length of a tag's value in MLflow's API."""
 
@@ -175,7 +178,7 @@ def find_or_make_experiment(client: MlflowClient, name: str) -> str:
     if experiment is None:
         location = artifact_location(client.tracking_uri)
         with locked_store(client.tracking_uri):
-            unless_exists(lambda: client.create_experiment(name, location))
+            unless_exists(lambda: client.create_experiment(name, location, EXPERIMENT_KIND))
         experiment = unless_busy(lambda: client.get_experiment_by_name(name))
         assert experiment is not None
     refuse_deleted(experiment)

@@ -1,5 +1,6 @@
-"""Memory use of a run's processes, hosts and GPUs, and GPU utilization."""
+"""Memory use of a run's processes, hosts and GPUs, and what MLflow's own system metrics measure."""
 
+import os
 import re
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import torch
 from detr_dist.distributed import HostGroup
 
 GIB = 2**30
+MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class GpuName:
     uuid: str = ""
     trouble: str = ""
 
-    def among(self, names: Sequence["GpuName"]) -> str:
-        """Return `<host>/<index>`, with the start of the UUID if several GPUs of the run have that index.
+    def index_among(self, names: Sequence["GpuName"]) -> str:
+        """Return the index, with the start of the UUID if several GPUs of the host have that index.
 
         Slurm may show each process only its own GPU, which then has index 0.
         """
@@ -34,7 +36,7 @@ class GpuName:
             (name.machine, name.index) == (self.machine, self.index) and name.uuid != self.uuid
             for name in names
         )
-        return f"{self.machine}/{self.index}" + (f"-{self.uuid[:8]}" if is_ambiguous else "")
+        return self.index + (f"-{self.uuid[:8]}" if is_ambiguous else "")
 
 
 class DeviceMonitor:
@@ -51,7 +53,9 @@ class DeviceMonitor:
         self._gpu: Any = None  # NVML's handle
         own = self._open_driver()
         names = host.all_gather_objects(own)
-        self._gpu_name = own.among(names)
+        self._gpu_index = own.index_among(names)
+        self._traffic = _network_bytes()
+        psutil.cpu_percent()  # the first call has nothing to compare with
         self.notice = _notice(names)
         """One line on metrics that are not available; empty if all are."""
 
@@ -62,6 +66,9 @@ class DeviceMonitor:
         use on a host by all its processes. For GPUs `memory_gpu_gb` and `memory_gpu_reserved_gb`: the peak
         that torch allocated and reserved since the last call; and the driver's values for the complete GPU,
         each with `/<host>/<index>`: `memory_gpu_used_gb` and `utilization_gpu_percent`.
+
+        `system/<host>/...` are the metrics of MLflow's own monitor, with its names and units, which the UI
+        shows on its page of system metrics; GPUs are those that the run uses.
 
         No name may be the folder of another: MLflow's file store keeps each metric in a file.
         """
@@ -100,15 +107,47 @@ class DeviceMonitor:
             metrics["memory_gpu_gb"] = torch.cuda.max_memory_allocated(self._device) / GIB
             metrics["memory_gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self._device) / GIB
             torch.cuda.reset_peak_memory_stats(self._device)
-        if self._gpu is not None:  # leaves out values that the driver cannot report
-            with suppress(pynvml.NVMLError):
-                # Version 2 excludes the driver's own memory, as nvidia-smi does.
-                memory = pynvml.nvmlDeviceGetMemoryInfo(self._gpu, version=pynvml.nvmlMemory_v2)
-                metrics[f"memory_gpu_used_gb/{self._gpu_name}"] = memory.used / GIB
-            with suppress(pynvml.NVMLError):
-                rates = pynvml.nvmlDeviceGetUtilizationRates(self._gpu)
-                metrics[f"utilization_gpu_percent/{self._gpu_name}"] = float(rates.gpu)
+        if self._gpu is not None:
+            metrics |= self._read_gpu()
+        return metrics | self._read_host()
+
+    def _read_gpu(self) -> dict[str, float]:
+        """Return the driver's values for the complete GPU, without those that it cannot report."""
+        name = f"{self._machine}/{self._gpu_index}"
+        in_mlflow = f"system/{self._machine}/gpu_{self._gpu_index}"
+        metrics = {}
+        with suppress(pynvml.NVMLError):
+            # Version 2 excludes the driver's own memory, as nvidia-smi does.
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self._gpu, version=pynvml.nvmlMemory_v2)
+            metrics[f"memory_gpu_used_gb/{name}"] = memory.used / GIB
+            metrics[f"{in_mlflow}_memory_usage_megabytes"] = memory.used / MEGABYTE
+            metrics[f"{in_mlflow}_memory_usage_percentage"] = 100 * memory.used / memory.total
+        with suppress(pynvml.NVMLError):
+            busy = float(pynvml.nvmlDeviceGetUtilizationRates(self._gpu).gpu)
+            metrics[f"utilization_gpu_percent/{name}"] = busy
+            metrics[f"{in_mlflow}_utilization_percentage"] = busy
+        with suppress(pynvml.NVMLError):
+            watts = pynvml.nvmlDeviceGetPowerUsage(self._gpu) / 1000
+            metrics[f"{in_mlflow}_power_usage_watts"] = watts
+            limit = pynvml.nvmlDeviceGetEnforcedPowerLimit(self._gpu) / 1000
+            metrics[f"{in_mlflow}_power_usage_percentage"] = 100 * watts / limit
         return metrics
+
+    def _read_host(self) -> dict[str, float]:
+        """Return what MLflow measures on a host; network traffic counts from the start of this process."""
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage(os.sep)
+        received, sent = (now - before for now, before in zip(_network_bytes(), self._traffic, strict=True))
+        metrics = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),
+            "system_memory_usage_megabytes": memory.used / MEGABYTE,
+            "system_memory_usage_percentage": 100 * memory.used / memory.total,
+            "disk_usage_percentage": disk.percent,
+            "disk_usage_megabytes": disk.used / MEGABYTE,
+            "disk_available_megabytes": disk.free / MEGABYTE,
+            "network_receive_megabytes": received / MEGABYTE,
+            "network_transmit_megabytes": sent / MEGABYTE,
+        }
+        return {f"system/{self._machine}/{name}": value for name, value in metrics.items()}
 
 
 def _release_driver() -> None:
@@ -148,3 +187,11 @@ def _resident_bytes() -> int:
         except psutil.Error:
             continue  # a worker that has just ended
     return total
+
+
+def _network_bytes() -> tuple[int, int]:
+    """Return the bytes that the host has received and sent, 0 where they are not counted."""
+    counters = None
+    with suppress(OSError):
+        counters = psutil.net_io_counters()
+    return (counters.bytes_recv, counters.bytes_sent) if counters is not None else (0, 0)

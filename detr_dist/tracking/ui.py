@@ -21,6 +21,9 @@ from detr_dist.tracking.uris import client_uri, is_file_store, store_path
 
 _NUM_PORTS_TO_TRY = 100
 
+# Seconds that a server may take to answer.
+_TIMEOUT_S = 5
+
 
 def main() -> None:
     """Find the store, then replace this process by `mlflow ui`."""
@@ -45,7 +48,8 @@ def main() -> None:
     try:
         uri = find_tracking_uri(known.uri, known.config)
         if uri.startswith(("http://", "https://")):
-            print(f"{server_address(uri)} is a server with pages of its own: open it in a browser")
+            address = newest_page(uri, server_address(uri))
+            print(f"{redact(uri)} is a server with pages of its own: open {address} in a browser")
         else:
             serve(uri, known.host, known.port, others)
     except DetrDistError as error:
@@ -117,6 +121,22 @@ def server_address(uri: str) -> str:
     return address
 
 
+def newest_page(uri: str, address: str) -> str:
+    """Return the link to the runs of the experiment that trained last, or `address` if none is found."""
+    from detr_dist.tracking.pages import newest_view, run_table_link  # imports MLflow, which is slow
+    from detr_dist.tracking.store import open_client, patience
+
+    try:
+        with patience(_TIMEOUT_S):
+            client = open_client(uri)
+            ids = [each.experiment_id for each in client.search_experiments()]
+            newest = client.search_runs(ids, order_by=["attributes.start_time DESC"], max_results=1)
+            experiment = client.get_experiment(newest[0].info.experiment_id)
+            return run_table_link(address, experiment.experiment_id, newest_view(experiment.tags))
+    except Exception:  # an empty store, or one that MLflow's own pages explain better
+        return address
+
+
 def serve(uri: str, host: str, port: int, options: list[str]) -> None:
     """Replace this process by `mlflow ui`, at the first free port from `port` on.
 
@@ -126,15 +146,16 @@ def serve(uri: str, host: str, port: int, options: list[str]) -> None:
     if free_port != port != 0:
         print(f"port {port} is busy, taking {free_port}")
     shown = store_path(uri) or "the database"
-    print(f"MLflow's pages of {shown}: open http://{host}:{free_port} (Ctrl-C ends them)", flush=True)
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"  # MLflow 3.13 and later refuse folders without it
+    address = newest_page(uri, f"http://{host}:{free_port}")
+    print(f"MLflow's pages of {shown}: open {address} (Ctrl-C ends them)", flush=True)
     # Jobs are for evaluating language models; without them it starts faster. One person needs one worker.
     os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-    address = ("--host", host, "--port", str(free_port))
+    where = ("--host", host, "--port", str(free_port))
     os.environ["MLFLOW_BACKEND_STORE_URI"] = client_uri(
         uri
     )  # not an argument, which all users of the host can see
-    command = (sys.executable, "-m", "mlflow", "ui", *address, "--workers", "1")
+    command = (sys.executable, "-m", "mlflow", "ui", *where, "--workers", "1")
     os.execv(sys.executable, (*command, *options))
 
 

@@ -16,12 +16,12 @@ from detr_dist.config import describe_keys, load_config
 from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.errors import CheckpointError, UsageError
+from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
-from detr_dist.tracking.params import run_params
+from detr_dist.tracking.params import run_name, run_params
 from detr_dist.tracking.tracker import TensorBoard, Trackers
-from detr_dist.tracking.uris import way_to_see
 from detr_dist.training.checkpoint import Checkpoint, claimed_age, is_checkpoint, open_checkpoint
 from detr_dist.training.loop import TrainState
 from detr_dist.training.setup import Setup
@@ -173,6 +173,11 @@ def open_run(setup: Setup, trackers: RunTrackers) -> None:
         setup.config.logging,
         run_id=saved.mlflow_run_id if saved is not None else None,
         known_uri=saved.config.logging.mlflow_tracking_uri if saved is not None else None,
+        default_name=run_name(setup.config, setup.detector, setup.train_data, setup.output_dir),
+        table_metrics=[
+            "val_map",
+            *(f"val_{name}_map" for name in metric_names(setup.train_data.class_names)),
+        ],
     )
     trackers.add(trackers.mlflow)
 
@@ -201,6 +206,7 @@ def open_output(setup: Setup, trackers: RunTrackers) -> None:
     trackers.log_params(
         run_params(config, setup.detector, setup.train_data, setup.val_data, setup.plan, setup.samples)
     )
+    _log_where(setup, trackers)
 
 
 def _log_path(output_dir: Path, resumed: Checkpoint | None) -> Path:
@@ -235,6 +241,16 @@ def _epoch(setup: Setup) -> dict[str, Any]:
     return {"steps": setup.plan.steps_per_epoch, "samples": setup.plan.num_samples, "sources": sources}
 
 
+def _log_where(setup: Setup, trackers: RunTrackers) -> None:
+    """Log where the run is in MLflow, and how to open it."""
+    if (mlflow := trackers.mlflow) is None:
+        return
+    experiment = setup.config.logging.mlflow_experiment_name
+    _logger.info(f"MLflow run {mlflow.run_id} in experiment {experiment} ({redact(mlflow.uri)})")
+    for line in mlflow.ways_to_see():
+        _logger.info(line)
+
+
 def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
     """Log the last evaluation and the best model, write `results.json`, and register the model.
 
@@ -253,6 +269,4 @@ def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> Non
     if mlflow is not None:
         if settings.register_model_as is not None:
             mlflow.register_model(settings.register_model_as)
-        experiment, uri = settings.mlflow_experiment_name, redact(mlflow.uri)
-        _logger.info(f"MLflow run {mlflow.run_id} in experiment {experiment} ({uri})")
-        _logger.info(f"see it {way_to_see(mlflow.uri)}")
+        _log_where(setup, trackers)

@@ -13,8 +13,8 @@ from detr_dist.data.checks import check_boxes
 from detr_dist.data.columns import counted
 from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import describe_samples
-from detr_dist.models.backbone import keeps_timm_norms
 from detr_dist.resize import Resize
+from detr_dist.serving.network import keeps_timm_norms
 from detr_dist.training.loop import Training, TrainState
 from detr_dist.training.setup import Setup
 

@@ -69,7 +69,7 @@ class ModelPacker:
             "config": self._config.model_dump(mode="json"),
         }
         with new_folder(folder) as partial:
-            write_model(self._network, partial, data=self._config.data, metadata=metadata)
+            write_model(self._network, partial, config=self._config, metadata=metadata)
         if self._tracker is None:
             return
         self._tracker.log_folder(folder, of_epoch)

@@ -21,7 +21,8 @@ from detr_dist.extensions import import_extensions, instantiate
 from detr_dist.models.build import quiet_transformers
 from detr_dist.models.device_memory import DeviceMemory
 from detr_dist.models.families import finest_stride_of, num_queries_of
-from detr_dist.numerics import resolve_precision, temporary_numerics
+from detr_dist.numerics import resolve_precision
+from detr_dist.serving.precision import temporary_numerics
 from detr_dist.storage import check_writable, locked
 from detr_dist.text import value_of
 from detr_dist.tracking.tracker import Tracker, tracked

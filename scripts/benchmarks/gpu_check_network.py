@@ -30,7 +30,7 @@ from detr_dist.config import Config, load_config
 from detr_dist.data.coco import load_data
 from detr_dist.data.synthetic import make_data
 from detr_dist.distributed import group_of_processes
-from detr_dist.numerics import autocast, set_numerics
+from detr_dist.serving.precision import autocast, set_numerics
 
 TF32, FLOAT32 = (
     ["training.mixed_precision=no", "training.tf32=true"],

@@ -36,9 +36,10 @@ from transformers import DetrImageProcessor
 
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate
-from detr_dist.data.images import decode_reduced, decode_rgb
+from detr_dist.data.images import decode_reduced
 from detr_dist.data.transforms import build_transform
 from detr_dist.resize import Resize
+from detr_dist.serving.decoding import decode_rgb
 
 NUM_IMAGES, BATCH_SIZE = 32, 4
 PILLOW, OURS, EXAMPLE = "Pillow, decode, new memory", "ours, all", "transformers' example, all"

@@ -28,7 +28,8 @@ from detr_dist.distributed import HostGroup, build_accelerator, group_of_process
 from detr_dist.models.average import WeightAverage
 from detr_dist.models.build import build_detector
 from detr_dist.models.criterion import SetCriterion
-from detr_dist.numerics import resolve_precision, set_numerics
+from detr_dist.numerics import resolve_precision
+from detr_dist.serving.precision import set_numerics
 from detr_dist.training.loop import Training, train_step
 from detr_dist.training.optim import build_optimizer, build_scheduler
 from detr_dist.training.signals import StopSignals

@@ -63,7 +63,8 @@ from detr_dist.distributed import HostGroup, build_accelerator, group_of_process
 from detr_dist.errors import DetrDistError, report_error
 from detr_dist.models.criterion import StepCounts
 from detr_dist.models.detector import IMAGENET
-from detr_dist.numerics import autocast, resolve_precision, set_numerics
+from detr_dist.numerics import resolve_precision
+from detr_dist.serving.precision import autocast, set_numerics
 from detr_dist.tracking.tracker import tracked
 from detr_dist.training.callback import Callbacks
 from detr_dist.training.loop import StepDone, Training, TrainState, train_step

@@ -194,16 +194,15 @@ def test_a_resumed_run_may_change_num_processes_and_zero_stage(
 def test_without_ema_stage_3_evaluates_and_saves_the_trained_weights(
     runs, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Use bfloat16, trained batch norm and a family whose layers share weights."""
-    finished = runs.train(
-        tiny_data,
+    """Use bfloat16, trained batch norm, a family whose layers share weights, and the launcher itself."""
+    finished = runs.launch(
+        *("-m", "detr_dist", *runs._training(tiny_data, "bf16")),
         "model.model_architecture=deformable_detr",
         "model.config_overrides.num_feature_levels=1",
         "model.config_overrides.with_box_refine=true",
         "training.mixed_precision=bf16",
         "training.max_steps=3",
         "evaluation.every_epochs=1",
-        output="bf16",
         num_processes=2,
         launch_config="deepspeed_zero3",
     )

@@ -179,6 +179,12 @@ def chromium():
         browser.close()
 
 
+def links(before: str, path: Path, address: str) -> set[str]:
+    """Return the links in a file that follow `before`, on the pages at `address`."""
+    found = re.findall(rf"{before} http://127\.0\.0\.1:\d+(/#/\S+)", path.read_text())
+    return {address + page for page in found}
+
+
 def take_screenshot(page, name: str) -> None:
     OUTPUT.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(500)  # animations of menus and of the tree
@@ -198,17 +204,12 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     val_map = {name: two_runs.history("val_map", name)[-1][1] for name in LEARNING_RATES}
     assert len({0.0, *val_map.values()}) == 3, "values that cannot be told apart show nothing"
 
-    (experiment_id,) = (e["experiment_id"] for e in experiments(ui) if e["name"] == "detr_training")
-    runs_page = f"{ui}/#/experiments/{experiment_id}/runs"
+    (runs_page,) = links("open", two_runs.folder / "ui.log", ui)
+    assert links("all runs, best first:", two_runs.folder / "fast" / "logs" / "train.log", ui) == {runs_page}
     page.goto(runs_page)
-    for name in val_map:  # before they are loaded, an opened menu closes again
-        page.get_by_role("link", name=name, exact=True).wait_for()
     # The assistant takes a quarter of the page.
     page.get_by_role("button", name="Close", exact=True).click()
-    page.get_by_role("button", name="Columns", exact=True).click()
-    page.get_by_placeholder("Search columns").fill("val_map")
-    page.get_by_role("dialog").get_by_text("val_map", exact=True).first.click()  # before val_map_50
-    page.keyboard.press("Escape")
+    page.locator("[role=gridcell][col-id='metrics.`val_player_map`']").nth(1).wait_for()
     cells = page.locator("[role=gridcell][col-id='metrics.`val_map`']")
     cells.nth(1).wait_for()
     names = (
@@ -217,6 +218,7 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
     # Rows come in one order in all parts of the table; MLflow may round what it shows.
     shown = dict(zip(names, map(float, cells.all_inner_texts()), strict=True))
     assert shown == pytest.approx(val_map, abs=0.001)
+    assert [*shown.values()] == sorted(shown.values(), reverse=True)
     take_screenshot(page, "runs")
 
     page.get_by_role("checkbox", name="Select all runs").click()
@@ -238,8 +240,11 @@ def test_the_ui_compares_val_map_of_two_runs_and_lists_their_artifacts(two_runs,
         same_values = page.get_by_text(f"{value:.3g}", exact=True).all()
         assert any(abs(middle_of(each) - middle_of(row)) < 22 for each in same_values), "a row has 45 pixels"
 
-    page.goto(runs_page)
-    page.get_by_role("link", name="fast", exact=True).click()
+    (run_page,) = links("this run:", two_runs.folder / "fast" / "logs" / "train.log", ui)
+    page.goto(run_page)
+    page.get_by_role("tab", name="System metrics").click()
+    page.get_by_text("cpu_utilization_percentage", exact=True).first.wait_for()
+    take_screenshot(page, "system_metrics")
     page.get_by_role("tab", name="Artifacts").click()
     for folder, content in (("checkpoints", ("best", "last")), ("model", ("MLmodel", "model.safetensors"))):
         page.get_by_label(folder, exact=True).click()
@@ -262,7 +267,7 @@ def test_a_folder_is_served_and_termination_leaves_no_process(tmp_path: Path) ->
 def test_the_command_printed_after_training_opens_a_folder(workplace, tiny_data: Path) -> None:
     trained = workplace.train(tiny_data, "training.max_steps=1", "logging.mlflow_tracking_uri=file:./mlruns")
     assert trained.returncode == 0, trained.stderr
-    (command,) = re.findall("^see it with: (.*)", trained.stdout, re.MULTILINE)
+    (command,) = set(re.findall("^see it with: (.*)", trained.stdout, re.MULTILINE))  # at the start and end
     log = workplace.folder / "ui.log"
     with log.open("w") as file:
         pages = subprocess.Popen(

@@ -5,14 +5,36 @@ one request per line as JSON: either what to start, answered with its process id
 for, answered with its exit code (negative for a signal).
 """
 
+import atexit
+import gc
+import importlib
 import json
+import logging
 import os
 import sys
 from typing import Any
 
-import detr_dist.tracking.mlflow  # noqa: F401  imports that are worth sharing
-import detr_dist.training.trainer  # noqa: F401
 from detr_dist.cli import main as run_command
+from detr_dist.extensions import FAMILIES
+
+IMPORTS = (
+    "detr_dist.inference.evaluate",
+    "detr_dist.inference.export",
+    "detr_dist.inference.predict",
+    "detr_dist.tracking.mlflow",
+    "detr_dist.training.trainer",
+    # What libraries import only when it is used.
+    "alembic.command",
+    "deepspeed",
+    "mlflow.pytorch",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "sqlalchemy.dialects.sqlite",
+    "torch.utils.tensorboard",
+    "transformers.models.resnet.modeling_resnet",
+    *(f"transformers.models.{family}.modeling_{family}" for family in FAMILIES.built_in),
+)
+"""Imports that are worth sharing."""
 
 
 def start(request: dict[str, Any]) -> int:
@@ -28,7 +50,39 @@ def start(request: dict[str, Any]) -> int:
     return child
 
 
+def run(arguments: list[str], codes: list[int]) -> None:
+    """Run a command and add its exit code to `codes`."""
+    sys.argv = ["detr-dist", *arguments]
+    try:
+        run_command(arguments)
+        codes.append(0)
+    except SystemExit as error:
+        if isinstance(error.code, int):
+            codes.append(error.code)
+        raise
+
+
+def leave(codes: list[int]) -> None:
+    """Exit with the code of the command that has ended, if any, without freeing the memory.
+
+    After a fork that would first copy it, which takes a second.
+    """
+    if codes:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
+
+
 def main() -> None:
+    codes: list[int] = []
+    atexit.register(leave, codes)  # the first one registered is the last one called: all threads have ended
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed prints while it is imported
+    for name in IMPORTS:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a child would copy the memory of all objects
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if isinstance(request, int):
@@ -36,10 +90,9 @@ def main() -> None:
         else:
             answer = start(request)
             if answer == 0:
-                sys.argv = ["detr-dist", *request["arguments"]]
-                run_command(request["arguments"])
+                run(request["arguments"], codes)
                 return
-        print(answer, flush=True)
+        print(answer, file=answers, flush=True)
 
 
 if __name__ == "__main__":

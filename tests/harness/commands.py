@@ -39,7 +39,6 @@ def rank_environment(rank: int, num_processes: int, port: int) -> dict[str, str]
     return {name: str(value) for name, value in ranks.items()} | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "ACCELERATE_USE_CPU": "true",
     }
 
 
@@ -115,6 +114,9 @@ class ForkedCommand:
         os.kill(self.pid, number)
 
 
+_launcher_environments: dict[tuple[str, int], dict[str, str]] = {}
+
+
 @dataclass
 class Workplace:
     """Folder to run commands in, with its own configuration and MLflow database."""
@@ -135,13 +137,14 @@ class Workplace:
     ) -> subprocess.CompletedProcess[str]:
         """Run one of our commands in one process or in several on the CPU.
 
-        Several processes are started without a launcher, which saves the time of importing; `environment` is
-        added to theirs. Only with another accelerate configuration than `multi_cpu` does `accelerate launch`
-        start them.
+        The processes are started without a launcher, which saves the time of importing, but with the
+        variables that `accelerate launch` sets by the file `launch_config`; `environment` is added to them.
         """
+        launched: dict[str, str] = {}
         if launch_config != "multi_cpu":
-            module = ("-m", "detr_dist", *arguments)
-            return self.launch(*module, num_processes=num_processes, launch_config=launch_config)
+            launched = self.launcher_environment(launch_config, num_processes)
+        elif num_processes > 1:
+            launched = {"ACCELERATE_USE_CPU": "true"}
         port = free_port()
         paths = [
             (self.folder / f"stdout_{rank}", self.folder / f"stderr_{rank}") for rank in range(num_processes)
@@ -151,7 +154,11 @@ class Workplace:
                 arguments,
                 self.folder,
                 *paths[rank],
-                environment={**rank_environment(rank, num_processes, port), **(environment or {})},
+                environment={
+                    **rank_environment(rank, num_processes, port),
+                    **launched,
+                    **(environment or {}),
+                },
             )
             for rank in range(num_processes)
         ]
@@ -165,6 +172,19 @@ class Workplace:
             path.unlink()
         code = next(filter(None, codes), 0)
         return subprocess.CompletedProcess([*map(str, arguments)], code, stdout, stderr)
+
+    def launcher_environment(self, launch_config: str, num_processes: int) -> dict[str, str]:
+        """Return the variables that the real `accelerate launch` sets for its processes."""
+        key = (launch_config, num_processes)
+        if key not in _launcher_environments:
+            shell = ("--no_python", "sh", "-c", "env | grep ^ACCELERATE_")
+            finished = self.launch(*shell, num_processes=num_processes, launch_config=launch_config)
+            assert finished.returncode == 0, finished.stderr
+            lines = [line for line in finished.stdout.splitlines() if line.startswith("ACCELERATE_")]
+            environment = dict(line.split("=", 1) for line in lines)
+            assert sorted(lines) == sorted(num_processes * [f"{k}={v}" for k, v in environment.items()])
+            _launcher_environments[key] = environment
+        return _launcher_environments[key]
 
     def launch(
         self, *arguments: str | Path, num_processes: int, launch_config: str = "multi_cpu"

@@ -187,14 +187,14 @@ class SlurmCluster:
         return dict(re.findall(r"(\S+?)=(\S*)", self.run("scontrol", "-o", "show", "job", job_id)))
 
     def wait_for_end(self, job_id: str, timeout_s: float) -> dict[str, str]:
-        self.wait_until(lambda: self.job(job_id)["JobState"] in ENDED, timeout_s)
+        self.wait_until(lambda: self.job(job_id)["JobState"] in ENDED, timeout_s, every_s=0.25)
         return self.job(job_id)
 
-    def wait_until(self, condition: Callable[[], object], timeout_s: float) -> None:
+    def wait_until(self, condition: Callable[[], object], timeout_s: float, *, every_s: float = 0.05) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, self.logs()
-            time.sleep(0.05)
+            time.sleep(every_s)
 
     def logs(self) -> str:
         """Return the last lines of the daemons' logs."""

@@ -71,16 +71,23 @@ class Job:
         with sqlite3.connect(f"file:{self.folder / 'mlflow.db'}?mode=ro", uri=True) as database:
             return database.execute(query).fetchall()
 
-    def wait_until(self, condition: Callable[[], object]) -> None:
-        def is_met() -> bool:
-            self.note_status()
-            assert self.state in ("PENDING", "RUNNING", "COMPLETING") or condition(), self.everything
-            return bool(condition())
+    def wait_until(self, condition: Callable[[], object], *, every_s: float = 0.05) -> None:
+        asked_at = time.monotonic()
 
-        self.slurm.wait_until(is_met, 300)
+        def is_met() -> bool:
+            nonlocal asked_at
+            self.note_status()
+            if condition():
+                return True
+            if time.monotonic() - asked_at > 1:  # Slurm's answer takes a process
+                assert self.state in ("PENDING", "RUNNING", "COMPLETING") or condition(), self.everything
+                asked_at = time.monotonic()
+            return False
+
+        self.slurm.wait_until(is_met, 300, every_s=every_s)
 
     def wait_for_end(self) -> None:
-        self.wait_until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED"))
+        self.wait_until(lambda: self.state in ("COMPLETED", "FAILED", "CANCELLED"), every_s=0.25)
         self.note_status()
 
 

@@ -24,6 +24,7 @@ BASE = {
     "progress_bar",
     "redaction",
     "resize",
+    "serving",
     "storage",
     "text",
     "tiling",
@@ -62,20 +63,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": BASE,
     "distributed": {"config", "environment", "errors", "rendezvous", "text"},
     "numerics": {"config", "distributed", "environment"},
+    "serving": set(),
     "environment": {"errors"},
     "rendezvous": {"environment", "errors"},
     "config": {"config_text", "config_tiles", "config_training", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
     "config_tiles": {"config_text", "config_types"},
     "config_training": {"config_types"},
-    "config_types": {"errors", "extensions", "redaction"},
-    "boxes": set(),
+    "config_types": {"errors", "extensions", "redaction", "serving"},
+    "boxes": {"serving"},
     "console": {"errors", "progress_bar", "redaction"},
     "progress_bar": set(),
     "errors": {"redaction", "text"},
     "extensions": {"errors"},
     "redaction": set(),
-    "resize": {"config", "config_types"},
+    "resize": {"config", "serving"},
     "storage": {"errors", "text"},
     "text": {"redaction"},
     "tiling": {"config_tiles"},
@@ -83,7 +85,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Libraries that only these rooms may know.
 CONFINED_LIBRARIES = {"accelerate", "mlflow", "pycocotools"}
-ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "tracking", "training"}
+ROOMS_OF_THE_CONFINED = {"distributed", "evaluation", "serving", "tracking", "training"}
 
 # Slow to import: none of them may be loaded for a help page or for reading a configuration.
 SLOW_LIBRARIES = {"accelerate", "mlflow", "numpy", "scipy", "timm", "torch", "torchvision", "transformers"}
@@ -134,6 +136,16 @@ def modules_loaded_by(*arguments: str) -> set[str]:
 
 def test_imports_follow_the_layers() -> None:
     assert violations(PACKAGE) == []
+
+
+def test_the_modules_copied_into_models_import_each_other_relatively() -> None:
+    for path in sorted((PACKAGE / "serving").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names, level = [node.module or ""], node.level
+                assert level <= 1, f"{path.name} imports from outside its folder"
+            assert not any(name.startswith("detr_dist") for name in names), path.name
 
 
 def test_every_folder_has_an_import_rule() -> None:

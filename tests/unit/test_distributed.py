@@ -17,7 +17,8 @@ from detr_dist.distributed import (
     is_group_open,
 )
 from detr_dist.errors import UsageError
-from detr_dist.numerics import resolve_precision, set_numerics
+from detr_dist.numerics import resolve_precision
+from detr_dist.serving.precision import set_numerics
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from detr_dist.config_types import ExifRule
-from detr_dist.data.images import UnreadableImageError, read_size_hw
+from detr_dist.data.images import read_size_hw
 from detr_dist.errors import DataError
+from detr_dist.serving.decoding import UnreadableImageError
 
 _NUM_THREADS = 8  # the headers come from a disk, or from another host
 

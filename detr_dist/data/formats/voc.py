@@ -14,8 +14,9 @@ from detr_dist.data.columns import Faults
 from detr_dist.data.formats.annotations import SPLIT_OF_NAME, Annotations, Splits
 from detr_dist.data.formats.folders import names_in, read_lines, read_sizes_hw
 from detr_dist.data.formats.xml_elements import Element, read_elements
-from detr_dist.data.images import UnreadableImageError, image_suffixes
+from detr_dist.data.images import image_suffixes
 from detr_dist.data.records import RULES as RECORD_RULES
+from detr_dist.serving.decoding import UnreadableImageError
 
 ROOT_TAG = "annotation"
 

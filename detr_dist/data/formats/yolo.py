@@ -17,9 +17,10 @@ from detr_dist.data.formats.folders import names_in, read_lines, read_sizes_hw
 from detr_dist.data.formats.yolo_labels import RULES as LABEL_RULES
 from detr_dist.data.formats.yolo_labels import LabelReader, Labels
 from detr_dist.data.formats.yolo_yaml import YoloYaml, find_yaml, read_yaml
-from detr_dist.data.images import UnreadableImageError, find_images
+from detr_dist.data.images import find_images
 from detr_dist.data.records import RULES as RECORD_RULES
 from detr_dist.errors import DataError
+from detr_dist.serving.decoding import UnreadableImageError
 
 _RULES = LABEL_RULES | {
     "unreadable_image": RECORD_RULES["unreadable_image"],

@@ -5,7 +5,7 @@ Source: Zhu et al., "Deformable DETR", 2021, and its code; appendix A.4 on two s
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.models.families.family import LAST_STRIDE, Family, register_family, stride_of_last_map
@@ -38,10 +38,8 @@ def begin(network: PreTrainedModel) -> None:
 
 
 def prepare(network: PreTrainedModel) -> None:
-    """Compute positions in float32; with two stages, return the proposals of every position as well."""
-    keep_features_in_float32(network)
+    """With two stages, return the proposals of every position as well."""
     if network.config.two_stage:
-        network.model.pos_trans_norm.register_forward_hook(_to_float32)
         network.register_forward_hook(_return_proposals)
 
 
@@ -51,19 +49,6 @@ def _return_proposals(network: nn.Module, args: tuple[Any, ...], output: Any) ->
     output.loss_dict["proposal_boxes"] = output.enc_outputs_coord_logits.sigmoid()[None]
 
 
-def keep_features_in_float32(network: PreTrainedModel) -> None:
-    """Convert the feature maps to float32, because the network creates its reference points in their type.
-
-    On a GPU they are float32 already: autocast computes group normalization in float32 there.
-    """
-    for projection in network.model.input_proj:
-        projection.register_forward_hook(_to_float32)
-
-
-def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.float()
-
-
 FAMILY = Family(
     name="deformable_detr",
     model_type="deformable_detr",
@@ -71,6 +56,8 @@ FAMILY = Family(
     weights={"ce": 2.0},
     config_defaults={"class_cost": 2},
     image_processor="DeformableDetrImageProcessor",
+    # The feature maps are float32 already on a GPU, where autocast computes group normalization in float32.
+    float32_outputs=("input_proj", "pos_trans_norm"),
     masks_attention=False,  # it samples points; padding is zero
     derived=derived,
     finest_stride=finest_stride,

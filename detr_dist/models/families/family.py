@@ -106,6 +106,9 @@ class Family:
     float32_modules: tuple[str, ...] = FLOAT32_MODULES
     """Names of the modules that compute in float32 whatever the autocast: the heads that predict classes,
     boxes and reference points."""
+    float32_outputs: tuple[str, ...] = ()
+    """Names of modules whose outputs are converted to float32, the type in which the network then makes
+    positions from them."""
     masks_attention: bool = True
     """Whether attention uses a mask [B, 1, 1, S] of the positions that are not padding, which is then made
     without waiting for the device; otherwise the network makes what it needs."""

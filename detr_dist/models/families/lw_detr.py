@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.errors import UsageError
-from detr_dist.models.backbone import backbone_body
 from detr_dist.models.families.family import (
     FLOAT32_MODULES,
     LOSS_OPTIONS,
@@ -22,6 +21,7 @@ from detr_dist.models.families.family import (
     Family,
     register_family,
 )
+from detr_dist.serving.network import backbone_body
 
 
 def group_rows(
@@ -62,11 +62,11 @@ def begin(network: PreTrainedModel) -> None:
 
 
 def prepare(network: PreTrainedModel) -> None:
-    """Freeze what no prediction depends on, and compute positions in float32."""
+    """Freeze what no prediction depends on, and refuse images with too few positions."""
     for parameter in _unused_parameters(network):
         parameter.requires_grad_(False)
-    finish = functools.partial(_finish_features, network.config.num_queries)
-    network.model.backbone.projector.register_forward_hook(finish)
+    check = functools.partial(_check_num_positions, network.config.num_queries)
+    network.model.backbone.projector.register_forward_hook(check)
 
 
 def _unused_parameters(network: PreTrainedModel) -> list[nn.Parameter]:
@@ -81,12 +81,10 @@ def _unused_parameters(network: PreTrainedModel) -> list[nn.Parameter]:
     return unused if mask_token is None else [*unused, mask_token]
 
 
-def _finish_features(
+def _check_num_positions(
     num_queries: int, projector: nn.Module, args: tuple[Any, ...], output: Tensor | list[Tensor]
-) -> Tensor | list[Tensor]:
-    """Convert the feature maps to float32, because the network makes its proposals in their type.
-
-    On a GPU they are float32 already: autocast computes layer normalization in float32 there.
+) -> None:
+    """Check that the feature maps have a position for each query.
 
     Raises:
         UsageError: there are fewer positions, each a proposal, than queries.
@@ -98,7 +96,6 @@ def _finish_features(
             f"images of this size have {num_positions} positions, fewer than the {num_queries} queries of "
             "the network; take larger images, or a smaller model.num_queries"
         )
-    return output.float() if isinstance(output, Tensor) else [each.float() for each in output]
 
 
 def size_multiple(network_config: PreTrainedConfig) -> int:
@@ -135,6 +132,8 @@ LW_DETR = Family(
     float32_modules=(*FLOAT32_MODULES, "enc_out_class_embed", "enc_out_bbox_embed"),
     default_backbone=None,
     backbone_type="lw_detr_vit",
+    # It is float32 already on a GPU, where autocast computes layer normalization in float32.
+    float32_outputs=("projector",),
     masks_attention=False,
     size_multiple=size_multiple,
     finest_stride=finest_stride,

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from detr_dist.errors import UsageError
-from detr_dist.models.backbone import backbone_body, freeze_unused_parts
+from detr_dist.models.backbone import freeze_unused_parts
 from detr_dist.models.denoising import INVERSE_SIGMOID_EPS, take_prepared_queries
 from detr_dist.models.families.family import FLOAT32_MODULES, LOSS_OPTIONS, Family, register_family
 from detr_dist.models.optimizations import keep_sizes_on_host
+from detr_dist.serving.network import backbone_body
 
 
 def derived(options: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def begin(network: PreTrainedModel) -> None:
 def prepare(network: PreTrainedModel) -> None:
     """Prepare the network for training.
 
-    It takes prepared denoising queries, and anchors, which have the type of the features, stay in float32.
+    It takes prepared denoising queries.
 
     Raises:
         UsageError: the network should learn its queries, which the library cannot run.
@@ -67,15 +68,9 @@ def prepare(network: PreTrainedModel) -> None:
     freeze_unused_parts(network)
     take_prepared_queries(network)
     keep_sizes_on_host(network)
-    for projection in network.model.decoder_input_proj:
-        projection.register_forward_hook(_to_float32)
     for name, module in network.model.named_modules():
         if name.rpartition(".")[0].endswith("_input_proj"):
             module.register_forward_hook(_with_contiguous_gradient)
-
-
-def _to_float32(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    return output.float()
 
 
 def _with_contiguous_gradient(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -163,6 +158,7 @@ FAMILY = Family(
     },
     class_heads=("class_embed", "enc_score_head", "denoising_class_embed"),
     float32_modules=(*FLOAT32_MODULES, "enc_score_head", "enc_bbox_head"),
+    float32_outputs=("decoder_input_proj",),  # anchors have the type of the features
     masks_attention=False,
     uses_mask=False,
     size_multiple=coarsest_stride,

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 
 from detr_dist.data.coco import load_data
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, Sample, collate
-from detr_dist.data.images import decode_rgb
 from detr_dist.data.transforms import Augmentation, build_transform
 from detr_dist.errors import DataError
 from detr_dist.resize import Resize
+from detr_dist.serving.decoding import decode_rgb
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]

@@ -13,10 +13,11 @@ from PIL import Image, ImageOps
 from detr_dist.config_types import ExifRule
 from detr_dist.data.coco import load_data
 from detr_dist.data.dataset import CocoDetectionDataset, Sample
-from detr_dist.data.images import decode_reduced, decode_rgb, read_size_hw
+from detr_dist.data.images import decode_reduced, read_size_hw
 from detr_dist.data.transforms import build_transform
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.resize import Resize
+from detr_dist.serving.decoding import decode_rgb
 
 Document = dict[str, Any]
 WriteCoco = Callable[..., Path]

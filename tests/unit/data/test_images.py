@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.data.images import UnreadableImageError, decode_reduced, decode_rgb, rgb_of
+from detr_dist.data.images import decode_reduced
+from detr_dist.serving.decoding import UnreadableImageError, decode_rgb, rgb_of
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
 
@@ -205,7 +206,7 @@ def test_the_pixel_limit_of_pillow_does_not_apply(tmp_path: Path, monkeypatch: p
 def test_more_pixels_than_the_limit_are_unreadable_in_every_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("detr_dist.data.images.MAX_PIXELS", 20 * 30 - 2)
+    monkeypatch.setattr("detr_dist.serving.decoding.MAX_PIXELS", 20 * 30 - 2)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # restored after the test
     for name in ("a.png", "a.tif", "a.jpg"):
         Image.fromarray(COLOURS).save(tmp_path / name)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from detr_dist.data.images import UnreadableImageError, find_images, image_suffixes, read_size_hw
+from detr_dist.data.images import find_images, image_suffixes, read_size_hw
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.errors import DataError
+from detr_dist.serving.decoding import UnreadableImageError
 
 
 def touch(folder: Path, *names: str) -> None:

@@ -13,15 +13,15 @@ from torchvision.transforms.v2 import functional as F
 from detr_dist.config import Config
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData, load_data
-from detr_dist.data.images import decode_rgb
 from detr_dist.distributed import HostGroup
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.evaluation.image_pass import ImagePass, Views
 from detr_dist.models.build import build_detector
 from detr_dist.models.detector import Detector
-from detr_dist.models.postprocess import postprocess
 from detr_dist.resize import Resize
+from detr_dist.serving.decoding import decode_rgb
+from detr_dist.serving.postprocess import postprocess
 from detr_dist.serving.tiles import Grid, merge_windows
 
 TILES = {"size": 40, "overlap": 0.25}
@@ -54,7 +54,9 @@ def config(batch_size: int, tiles: dict[str, object] | None = TILES) -> Config:
 def detector(data: CocoData) -> Detector:
     torch.manual_seed(0)
     detector = build_detector(config(1).model, data.class_names).eval()
-    with torch.no_grad():  # untrained queries would be nearly the same, and rounding would decide which is best
+    with (
+        torch.no_grad()
+    ):  # untrained queries would be nearly the same, and rounding would decide which is best
         for parameter in detector.network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return detector

@@ -31,9 +31,7 @@ def saved(tiny_detector: Callable, tmp_path: Path) -> Callable[..., Path]:
     def write(config: dict | None = None) -> Path:
         settings = Config.model_validate(SETTINGS)
         metadata = {"config": SETTINGS | (config or {}), "thresholds": {"player": 0.2, "ball": 0.3}}
-        write_model(
-            plain_network(tiny_detector("detr")), tmp_path / "m", data=settings.data, metadata=metadata
-        )
+        write_model(plain_network(tiny_detector("detr")), tmp_path / "m", config=settings, metadata=metadata)
         return tmp_path / "m"
 
     return write

@@ -27,7 +27,7 @@ def saved(tiny_detector: Callable[..., Detector], tmp_path: Path) -> Callable[..
         write_model(
             plain_network(detector),
             tmp_path / "model",
-            data=Config.model_validate(settings).data,
+            config=Config.model_validate(settings),
             metadata={"config": settings},
         )
         return tmp_path / "model"

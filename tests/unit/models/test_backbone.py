@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from detr_dist.config import ModelConfig
 from detr_dist.errors import UsageError
-from detr_dist.models.backbone import unwrapped_body
 from detr_dist.models.build import build_detector, load_network, trained_detector
 from detr_dist.models.detector import Detector, plain_network
+from detr_dist.serving.network import unwrapped_body
 
 Weights = dict[str, Tensor]
 BUILD = {"hidden_dim": 32, "num_encoder_layers": 1, "num_decoder_layers": 2, "num_queries": 6}

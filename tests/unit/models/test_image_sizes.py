@@ -118,7 +118,7 @@ def test_a_network_can_expect_values_from_0_to_1_and_its_own_image_processor(
     assert detector.mean.unique().tolist() == [0]
     assert detector.std.unique().tolist() == [255]
     settings = Config.model_validate({"data": {"resize": "square", "shortest_edge": 64}})
-    write_model(plain_network(detector), tmp_path / "model", data=settings.data, metadata={})
+    write_model(plain_network(detector), tmp_path / "model", config=settings, metadata={})
     written = json.loads((tmp_path / "model" / "preprocessor_config.json").read_text())
     assert written["image_processor_type"] == "RTDetrImageProcessor"
     assert written["do_normalize"] is False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from detr_dist.config import DataConfig, ModelConfig
+from detr_dist.config import Config, DataConfig, ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.inference.onnx import write_onnx
 from detr_dist.models.build import build_detector, load_network, trained_detector
@@ -452,8 +452,8 @@ def test_onnxruntime_equals_torch_at_any_size_that_the_family_takes(
 
 def test_its_mlflow_model_predicts_the_same(detector: Detector, tmp_path: Path) -> None:
     network = plain_network(detector)
-    data = DataConfig(resize="square", shortest_edge=64)
-    write_model(network, tmp_path / "model", data=data, metadata={})
+    config = Config(data=DataConfig(resize="square", shortest_edge=64))
+    write_model(network, tmp_path / "model", config=config, metadata={})
     loaded = mlflow.pytorch.load_model(str(tmp_path / "model"))
     pixels = torch.rand(1, 3, 64, 64)
     assert torch.equal(loaded(pixel_values=pixels).pred_boxes, network(pixel_values=pixels).pred_boxes)

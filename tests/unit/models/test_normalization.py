@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DetrImageProcessor
 
-from detr_dist.config import DataConfig, ModelConfig
+from detr_dist.config import Config, ModelConfig
 from detr_dist.errors import UsageError
 from detr_dist.inference.model import load_model
 from detr_dist.models.build import build_detector
@@ -47,7 +47,7 @@ def test_fine_tuning_keeps_the_normalization_of_the_first_weights(published: Pat
     assert constants(again) == expected
 
     model = tmp_path / "model"
-    write_model(plain, model, data=DataConfig(), metadata={})
+    write_model(plain, model, config=Config(), metadata={})
     written = json.loads((model / "preprocessor_config.json").read_text())
     assert {name: written[name] for name in HALVES} == HALVES
     opened = load_model(model)

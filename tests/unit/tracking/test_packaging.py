@@ -9,7 +9,7 @@ import yaml
 from harness.data import TINY_CONFIG
 from transformers import AutoConfig, AutoModelForObjectDetection
 
-from detr_dist.config import DataConfig
+from detr_dist.config import Config
 from detr_dist.tracking.packaging import write_model
 
 
@@ -24,9 +24,9 @@ def test_a_model_is_packed_into_a_folder_of_any_name(tmp_path: Path, name: str) 
         num_queries=3,
     )
     network = AutoModelForObjectDetection.from_config(config).eval()
-    write_model(network, tmp_path / name, data=DataConfig(), metadata={"classes": ["Torwart ü"]})
+    write_model(network, tmp_path / name, config=Config(), metadata={"classes": ["Torwart ü"]})
     packed = yaml.safe_load((tmp_path / name / "MLmodel").read_text(encoding="utf-8"))
-    assert packed["flavors"].keys() == {"pytorch"}
+    assert packed["flavors"].keys() == {"python_function", "pytorch"}
     assert packed["metadata"] == {"classes": ["Torwart ü"]}
     assert {path.name for path in tmp_path.iterdir()} == {name}
     plain = (tmp_path / name).rename(tmp_path / "plain")  # MLflow itself takes paths for URIs

@@ -1,7 +1,14 @@
 """Every setting is among the params of a run, under its documented name."""
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
 from detr_dist.config import Config, LoggingConfig
-from detr_dist.tracking.params import config_params
+from detr_dist.data.concatenation import Concatenation
+from detr_dist.tracking.params import config_params, run_name
 
 OPTIONAL = {
     ("model", "backbone"): "resnet18",
@@ -56,3 +63,38 @@ def test_mappings_are_logged_as_one_text_without_credentials() -> None:
     params = config_params(config)
     assert params["config_overrides"] == '{"encoder_ffn_dim": 32, "hf_token": "***"}'
     assert params["logging_mlflow_tracking_uri"] == "http://host:5000"
+
+
+def data_in(folder: Path, annotations: str) -> Any:
+    path = folder / annotations
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(annotations_path=path)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "named"),
+    [
+        ("bccd/train/_annotations.coco.json", "bccd-"),
+        ("bccd/annotations/instances_train.json", "bccd-"),
+        ("BCCD.v3-raw/train/labels/data.yaml", "BCCD.v3-raw-"),
+        (f"archives/{'0a' * 16}/train/_annotations.coco.json", ""),
+        ("first/train/_annotations.coco.json", ""),
+    ],
+    ids=["split", "COCO", "YOLO", "unpacked archive", "same as the output folder"],
+)
+def test_a_run_is_named_after_network_data_set_and_output_folder(
+    tmp_path: Path, annotations: str, named: str
+) -> None:
+    config = Config(model={"model_architecture": "rt_detr_v2", "backbone": "resnet50"})
+    detector: Any = None  # not asked for a backbone that the configuration names
+    name = run_name(config, detector, data_in(tmp_path, annotations), Path("models/first"))
+    assert name.removesuffix("first") == f"rt_detr_v2-resnet50-{named}"
+
+
+def test_the_name_of_a_run_lists_all_its_data_sets(tmp_path: Path) -> None:
+    parts = tuple(data_in(tmp_path, f"{name}/train/a.json") for name in ("cups", "leagues", "cups"))
+    data = Concatenation.__new__(Concatenation)
+    object.__setattr__(data, "parts", parts)
+    config = Config(model={"backbone": {"model_type": "resnet"}})
+    detector: Any = None
+    assert run_name(config, detector, data, Path("out")) == "detr-resnet-cups-leagues-out"

@@ -44,6 +44,8 @@ def test_four_runs_that_start_together_can_use_a_new_store(
         client = MlflowClient(uri)
         assert sorted(each.name for each in client.search_experiments()) == ["Default", "sweep"]
         runs = client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+        tags = client.get_experiment_by_name("sweep").tags
+        assert len([name for name in tags if name.startswith("mlflow.sharedViewState.")]) == 1
         versions = client.search_model_versions("name = 'players'")
         assert sorted(int(each.version) for each in versions) == [1, 2, 3, 4]
         assert sorted(each.run_id for each in versions) == sorted(run.info.run_id for run in runs)

@@ -15,10 +15,18 @@ import pynvml
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
 
 from detr_dist.tracking.system_metrics import GIB, DeviceMonitor
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+HOST_METRICS = {
+    *("cpu_utilization_percentage", "system_memory_usage_megabytes", "system_memory_usage_percentage"),
+    *("disk_usage_percentage", "disk_usage_megabytes", "disk_available_megabytes"),
+    *("network_receive_megabytes", "network_transmit_megabytes"),
+}
 UUIDS = [f"{i}{i}{i}{i}0000-1111-2222-3333-444444444444" for i in range(8)]
 
 
@@ -74,13 +82,23 @@ class Driver:
     def nvmlDeviceGetMemoryInfo(self, handle: Gpu, version: int | None = None) -> SimpleNamespace:
         self._check(handle)
         reserved = 0 if version == pynvml.nvmlMemory_v2 else GIB // 2  # the driver's own
-        return SimpleNamespace(used=int(handle.used_gib * GIB) + reserved)
+        return SimpleNamespace(used=int(handle.used_gib * GIB) + reserved, total=80 * GIB)
 
     def nvmlDeviceGetUtilizationRates(self, handle: Gpu) -> SimpleNamespace:
         self._check(handle)
         if handle.busy is None:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
         return SimpleNamespace(gpu=handle.busy, memory=0)
+
+    def nvmlDeviceGetPowerUsage(self, handle: Gpu) -> int:
+        self._check(handle)
+        if handle.busy is None:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return 7000 * handle.busy
+
+    def nvmlDeviceGetEnforcedPowerLimit(self, handle: Gpu) -> int:
+        self._check(handle)
+        return 700_000
 
     def cuda_uuid(self, device: torch.device) -> str:
         """Return the bare UUID of a torch device, as CUDA chooses it."""
@@ -155,7 +173,14 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 def of_driver(read: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in read.items() if "gpu" in name and "/" in name}
+    """Return the driver's metrics without those for MLflow's page of system metrics."""
+    own = {name: value for name, value in read.items() if not name.startswith("system/")}
+    return {name: value for name, value in own.items() if "gpu" in name and "/" in name}
+
+
+def of_system(read: dict[str, float], host: str) -> dict[str, float]:
+    prefix = f"system/{host}/"
+    return {name.removeprefix(prefix): value for name, value in read.items() if name.startswith(prefix)}
 
 
 def test_a_gpu_is_numbered_by_the_driver_not_by_cuda_visible_devices(start: Start) -> None:
@@ -187,6 +212,33 @@ def test_all_gpus_of_all_nodes_are_reported_with_the_process_maximum(start: Star
     assert {name for name in read if "machine" in name} == {
         "memory_machine_gb/node1", "memory_machine_gb/node2"
     }  # fmt: skip
+
+
+def test_mlflows_page_shows_every_host_and_the_gpus_that_the_run_uses(start: Start) -> None:
+    driver = Driver(*(Gpu(UUIDS[i], used_gib=8 * i, busy=50 * i) for i in range(4)))
+    other = start(driver, host="node2", visible="2")
+    read = start(driver, other, visible="1").read
+    for host, index, used, watts in (("node1", 1, 8, 350), ("node2", 2, 16, 700)):
+        shown = of_system(read, host)
+        assert {name: value for name, value in shown.items() if name.startswith("gpu")} == {
+            f"gpu_{index}_memory_usage_megabytes": used * GIB / 1e6,
+            f"gpu_{index}_memory_usage_percentage": 10.0 * index,
+            f"gpu_{index}_utilization_percentage": 50.0 * index,
+            f"gpu_{index}_power_usage_watts": watts,
+            f"gpu_{index}_power_usage_percentage": watts / 7,
+        }
+        assert shown.keys() > HOST_METRICS
+
+
+def test_metrics_of_the_host_have_the_names_and_units_of_mlflows_own_monitor(start: Start) -> None:
+    theirs: dict[str, float] = {}
+    for monitor in (CPUMonitor(), DiskMonitor(), NetworkMonitor()):
+        monitor.collect_metrics()
+        theirs |= monitor.aggregate_metrics()
+    ours = of_system(start(Driver(Gpu(UUIDS[0])), host="node1").read, "node1")
+    assert theirs.keys() == HOST_METRICS
+    for name in HOST_METRICS - {name for name in theirs if name.startswith(("cpu", "network"))}:
+        assert ours[name] == pytest.approx(theirs[name], rel=0.2)  # other processes use memory and disk
 
 
 def test_two_processes_on_one_gpu_log_one_metric(start: Start) -> None:
@@ -268,7 +320,8 @@ def test_on_the_cpu_the_driver_is_not_used(monkeypatch: pytest.MonkeyPatch) -> N
     read = monitor.read()
     monitor.close()
     assert driver.num_users == 0
-    assert read.keys() == {"memory_ram_gb", "memory_machine_gb/node1"}
+    system = {f"system/node1/{name}" for name in HOST_METRICS}
+    assert read.keys() == {"memory_ram_gb", "memory_machine_gb/node1", *system}
     assert 0 < read["memory_machine_gb/node1"] < psutil.virtual_memory().total / GIB
     assert "no CUDA device" in monitor.notice
 
@@ -292,7 +345,7 @@ def test_an_mlflow_file_store_accepts_every_metric_for_any_host_name(
 ) -> None:
     """Use the strictest store: a metric is a file there, so no name may be another's folder."""
     read = start(Driver(Gpu(UUIDS[0], used_gib=1)), host="Jörg's/pc:1").read
-    assert len(read) == 6
+    assert len(read) == 6 + 5 + len(HOST_METRICS)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = MlflowClient(tmp_path.as_uri())
     run_id = client.create_run(client.create_experiment("test")).info.run_id

@@ -1,13 +1,16 @@
 """The store that the pages are opened on, and their port."""
 
+import shutil
 import socket
 import threading
 from pathlib import Path
 
 import pytest
 
+from detr_dist.config import LoggingConfig
 from detr_dist.errors import UsageError
-from detr_dist.tracking.ui import find_free_port, find_tracking_uri, server_address
+from detr_dist.tracking.mlflow import MLflowTracker
+from detr_dist.tracking.ui import find_free_port, find_tracking_uri, newest_page, server_address
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +91,17 @@ def test_a_server_that_answers_is_named_without_its_password() -> None:
         thread.start()
         assert server_address(f"http://me:secret@127.0.0.1:{port}") == f"http://127.0.0.1:{port}"
         thread.join()
+
+
+def test_the_link_opens_the_experiment_that_trained_last(here: Path, empty_store: Path) -> None:
+    uri = f"sqlite:///{shutil.copy(empty_store, here / 'mlflow.db')}"
+    assert newest_page(uri, "http://host") == "http://host", "there is no run yet"
+    for name in ("first", "second"):
+        tracker = MLflowTracker(LoggingConfig(mlflow_tracking_uri=uri, mlflow_experiment_name=name))
+    experiment = tracker.client.get_experiment_by_name("second")
+    (key,) = (tag for tag in experiment.tags if tag.startswith("mlflow.sharedViewState."))
+    link = newest_page(uri, "http://host")
+    assert link.startswith(f"http://host/#/experiments/{experiment.experiment_id}/runs?")
+    assert f"={key.removeprefix('mlflow.sharedViewState.')}&" in link
+    assert link in tracker.ways_to_see()[-1].replace("http://127.0.0.1:5000", "http://host")
+    assert newest_page("http://127.0.0.1:9", "http://host") == "http://host"

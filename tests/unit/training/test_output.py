@@ -16,6 +16,7 @@ from detr_dist.data.coco import load_data
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.storage import check_writable
+from detr_dist.tracking.pages import ways_to_see
 from detr_dist.training.checkpoint import (
     NETWORK,
     Snapshot,
@@ -272,8 +273,12 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
         plan=StepPlan(len(data), batch_size=2, num_processes=1, accumulation=1),
     )
     trackers = RunTrackers()
+    address = "http://user:secret@server"
     trackers.mlflow = SimpleNamespace(
-        run_id="abc", uri="http://user:secret@server", register_model=lambda name: print(f"as {name}")
+        run_id="abc",
+        uri=address,
+        register_model=lambda name: print(f"as {name}"),
+        ways_to_see=lambda: ways_to_see(address, "1", "abc", "a_view"),
     )
     state = TrainState(step=9, best_map=0.5, best_step=4, metrics={"val_map": 0.123456})
     leave_results(setup, state, trackers)
@@ -288,6 +293,7 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
         f"best model: {tmp_path / 'model'}, val_map 0.5000 at step 4",
         "as detector",
     ]
+    assert "http://server/#/experiments/1/runs?viewStateShareKey=a_view&" in shown
     assert "secret" not in shown + uri
 
 

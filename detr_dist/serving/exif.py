@@ -9,7 +9,7 @@ from PIL.Image import Transpose
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from detr_dist.config_types import ExifRule
+from .settings import ExifRule
 
 _TURNS: dict[Any, Transpose] = {  # by the value of the EXIF orientation; 1 is upright
     2: Transpose.FLIP_LEFT_RIGHT,

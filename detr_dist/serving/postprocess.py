@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from detr_dist.boxes import cxcywh_to_xyxy
-from detr_dist.models.matcher import ClassKind
+from .settings import ClassKind
 
 MAX_DETECTIONS = 300
 """Maximum detections per image with sigmoid classes, where one query may count for several classes."""
@@ -43,6 +42,13 @@ def postprocess(outputs: dict[str, Tensor], original_sizes_hw: Tensor, kind: Cla
         size_wh = original_sizes_hw.to(boxes).flip(-1)
         limits = torch.cat((size_wh, size_wh), dim=-1)[:, None]
         return RankedDetections((ranked * limits).clamp(min=0).minimum(limits), scores, labels)
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Convert boxes [..., 4] from centre and size to corners; a negative size counts as 0."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    half = 0.5 * size.clamp(min=0)
+    return torch.cat((center - half, center + half), dim=-1)
 
 
 def _rank_softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from detr_dist.models.matcher import ClassKind
-from detr_dist.models.postprocess import MAX_DETECTIONS, postprocess
+from detr_dist.serving.postprocess import MAX_DETECTIONS, postprocess
 
 KINDS: list[ClassKind] = ["softmax", "sigmoid"]
 
