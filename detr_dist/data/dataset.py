@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from detr_dist.boxes import xyxy_to_cxcywh
-from detr_dist.config import Config
+from detr_dist.config import Config, specific_tiles
 from detr_dist.config_types import ExifRule
 from detr_dist.data.batch import Batch as Batch
 from detr_dist.data.batch import Sample as Sample
@@ -254,9 +254,7 @@ def training_dataset(
         UsageError: `data.augmentation` names a transform that cannot be used.
     """
     transform = build_transform(config.data.augmentation, Resize.of(config.data), train=True)
-    tiles = config.data.tiles
-    if tiles == "auto":
-        raise ValueError("data.tiles=auto must be resolved first")
+    tiles = specific_tiles(config)
     return CocoDetectionDataset(
         data,
         transform,

@@ -54,9 +54,7 @@ def config(batch_size: int, tiles: dict[str, object] | None = TILES) -> Config:
 def detector(data: CocoData) -> Detector:
     torch.manual_seed(0)
     detector = build_detector(config(1).model, data.class_names).eval()
-    with (
-        torch.no_grad()
-    ):  # untrained queries would be nearly the same, and rounding would decide which is best
+    with torch.no_grad():  # untrained queries would be nearly the same, rounding would choose
         for parameter in detector.network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
     return detector
