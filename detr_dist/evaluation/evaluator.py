@@ -190,7 +190,12 @@ class Evaluator:
                     _logger.warning(f"{printable(reason)}; it counts as an image without detections")
                 batch = predicted.batch
                 losses = criterion(
-                    predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
+                    predicted.outputs,
+                    batch.labels,
+                    batch.boxes_cxcywh,
+                    batch.num_boxes,
+                    counts,
+                    ignored=batch.ignored,
                 )
                 finite = finite and losses.finite
                 for name, loss in losses.logged.items():
