@@ -5,6 +5,8 @@ A box is the last dimension of a float tensor: `cxcywh` is (centre x, centre y, 
 same unit.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, cat, maximum, minimum
 
 from detr_dist.serving.postprocess import cxcywh_to_xyxy as cxcywh_to_xyxy
@@ -12,6 +14,17 @@ from detr_dist.serving.postprocess import cxcywh_to_xyxy as cxcywh_to_xyxy
 # Below this area a union or hull counts as a point. In normalised units it is the square of a millionth of
 # the image, far under a pixel, so boxes with any real extent are not touched.
 _MIN_AREA = 1e-12
+
+
+class IgnoredRegions(NamedTuple):
+    """Parts of images that count neither as objects nor as background, I of all images in image order."""
+
+    labels: Tensor
+    """int64 [I], classes of the objects that are visible in part."""
+    boxes_cxcywh: Tensor
+    """float32 [I, 4], what is visible of them."""
+    num_boxes: list[int]
+    """Number of regions of each image."""
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from detr_dist.config_text import describe_problem, parse_value, read_yaml, set_key, split_override
+from detr_dist.config_tiles import TILES_MEANING, Tiles, TilesOrAuto
 from detr_dist.config_training import TrainingConfig as TrainingConfig
 from detr_dist.config_types import (
     Augmentation,
@@ -64,6 +65,7 @@ class DataConfig(Section):
     multi_scale: Edges = Field([])
     """Values of `shortest_edge` for training, e.g. [480, 512, 544]: every optimizer step draws one, and
     scales `longest_edge` with it. Repeat a value to draw it more often. Empty: always `shortest_edge`."""
+    tiles: TilesOrAuto = Field(None, description=TILES_MEANING)
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
     multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
@@ -247,6 +249,14 @@ class Config(Section):
     def to_yaml(self) -> str:
         """Return the resolved configuration without credentials, as YAML that `load` reads."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def specific_tiles(config: Config) -> Tiles | None:
+    """Return `data.tiles` of a configuration in which `auto` has been resolved."""
+    tiles = config.data.tiles
+    if tiles == "auto":
+        raise ValueError("data.tiles=auto must be resolved first")
+    return tiles
 
 
 _SECTIONS: dict[str, type[Section]] = {

@@ -117,6 +117,8 @@ def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
         keys: All keys by section.
     """
     location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "of_parts":
+        return str(problem["msg"])
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(location, keys)
     key = ".".join(location[:2])

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.columns import Finding, found
 from detr_dist.resize import Resize
@@ -41,6 +42,14 @@ class CheckSettings:
     resize: Resize
     num_queries: int | None = None  # of the model; None if it is unknown
     finest_stride: int | None = None  # of the model's feature maps, in pixels; None if it is unknown
+    tiles: Tiles | None = None  # which the model sees instead of images, or beside them
+
+    @property
+    def resized_to(self) -> str:
+        """What becomes of images: the size after the resize, and of which windows."""
+        if self.tiles is None:
+            return str(self.resize)
+        return f"{self.resize} of windows of {'x'.join(map(str, self.tiles.size_hw))}"
 
     def as_document(self) -> dict[str, Any]:
         """Return the settings as a JSON object, by their configuration keys."""
@@ -50,6 +59,7 @@ class CheckSettings:
             **edges,
             "num_queries": self.num_queries,
             "finest_stride": self.finest_stride,
+            "tiles": None if self.tiles is None else self.tiles.model_dump(mode="json"),
         }
 
 
@@ -98,10 +108,19 @@ def statistics_of(data: CocoData, settings: CheckSettings) -> Statistics:
 def resized_sides(data: CocoData, settings: CheckSettings) -> NDArray[np.float64]:
     """Return the square root of each box's area in pixels after the resize, shape [M].
 
-    The resized image is not rounded to whole pixels.
+    With windows, it is that of a window. The resized image is not rounded to whole pixels.
     """
-    scales = settings.resize.scales(data.sizes_hw)
-    return scales[data.image_rows] * np.sqrt(data.boxes_xywh_px[:, 2] * data.boxes_xywh_px[:, 3])
+    sizes_hw = data.sizes_hw
+    if settings.tiles is not None:
+        sizes_hw = sizes_hw.clip(max=settings.tiles.size_hw)
+    scales = settings.resize.scales(sizes_hw)
+    return scales[data.image_rows] * sides_px(data)
+
+
+def sides_px(data: CocoData) -> NDArray[np.float64]:
+    """Return the square root of each box's area in pixels of the image, shape [M]."""
+    sides: NDArray[np.float64] = np.sqrt(data.boxes_xywh_px[:, 2] * data.boxes_xywh_px[:, 3])
+    return sides
 
 
 def tiny_boxes(data: CocoData, settings: CheckSettings) -> list[Finding]:
@@ -113,7 +132,7 @@ def tiny_boxes(data: CocoData, settings: CheckSettings) -> list[Finding]:
     )
     what = (
         "too small to be found after the resize; raise data.shortest_edge (under "
-        f"{TINY_SIDE_PX} pixels a side at {settings.resize}: {of_classes})"
+        f"{TINY_SIDE_PX} pixels a side at {settings.resized_to}: {of_classes})"
     )
     return found("tiny_box", "box", what, (), count=int(is_tiny.sum()), level="warning")
 
@@ -132,11 +151,13 @@ def small_classes(data: CocoData, settings: CheckSettings) -> list[Finding]:
         f"{counts[index]} of {totals[index]} {printable(data.class_names[index])}"
         for index in np.flatnonzero(counts > TOO_SMALL_FRACTION * totals)
     ]
-    finer = f", or choose a model with a finer one, such as d_fine with {FINE_STRIDE}"
+    ways = [f"{'set' if settings.tiles is None else 'make smaller'} data.tiles", "raise data.shortest_edge"]
+    if stride > FINE_STRIDE:
+        ways.append(f"choose a model with a finer one, such as d_fine with {FINE_STRIDE}")
     what = (
         f"too small for the model: its finest feature map has a stride of {stride} pixels, and most boxes "
-        f"are under {limit:g} pixels a side after the resize to {settings.resize}; raise "
-        f"data.shortest_edge{finer if stride > FINE_STRIDE else ''}"
+        f"are under {limit:g} pixels a side after the resize to {settings.resized_to}; "
+        f"{', '.join(ways[:-1])} or {ways[-1]}"
     )
     return found("class_too_small", "class", what, examples, level="warning")
 
@@ -149,7 +170,7 @@ def describe(split: str, statistics: Statistics, settings: CheckSettings) -> Ite
         f"{printable(split)}: {statistics.num_images} images, {empty_fraction:.1%} of them empty; "
         f"{statistics.num_boxes} boxes, at most {statistics.most_boxes} in an image{queries}"
     )
-    yield f"  boxes by pixels a side after the resize to {settings.resize}:"
+    yield f"  boxes by pixels a side after the resize to {settings.resized_to}:"
     table = [["", "all", *BAND_NAMES]]
     table += [
         [printable(name), str(sum(bands)), *map(str, bands)]

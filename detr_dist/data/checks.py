@@ -5,7 +5,7 @@ Also their statistics by class and size.
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from posixpath import normpath
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detr_dist.config import Config, ModelConfig, load_config
+from detr_dist.config import Config, ModelConfig, load_config, specific_tiles
+from detr_dist.data.automatic_tiles import resolve_tiles
 from detr_dist.data.box_sizes import (
     CheckSettings,
     Statistics,
@@ -173,7 +174,9 @@ def check_splits(
         findings = found("unlisted_picture", "image", not_used, unlisted, level="warning") + records.findings
         if len(records.image_ids) and classes_of(records.categories):
             data = to_columns(records, annotations, exif=config.data.exif)
-            reference = reference or (name, data.class_names)
+            if reference is None:
+                reference = name, data.class_names
+                settings = _with_tiles(settings, config, data)
             own = classes_of(records.categories, reference[1])
             wanted = [each for each in reference[1] if annotations.lists_classes or each in own]
             findings += differing_classes(wanted, own, reference[0], f"in {name}")
@@ -193,7 +196,15 @@ def check_splits(
     for name, findings in report.findings.items():
         every = findings + clips.get(name, [])
         report.findings[name] = sorted(every, key=lambda finding: finding.level != "error")
-    return report
+    return replace(report, settings=settings)
+
+
+def _with_tiles(settings: CheckSettings, config: Config, data: CocoData) -> CheckSettings:
+    """Return the settings with the windows of the configuration; without those of `auto` if unknown."""
+    if config.data.tiles == "auto" and settings.finest_stride is None:
+        return settings
+    resolved, _ = resolve_tiles(config, data, settings.finest_stride)
+    return replace(settings, tiles=specific_tiles(resolved))
 
 
 def _as_corners(finding: Finding, num_boxes: int) -> Finding:

@@ -101,6 +101,11 @@ class CocoData:
         single = ~self.iscrowd[rows]
         return self.boxes_xywh_px[rows][single], self.box_classes[rows][single]
 
+    def training_corners(self, row: int) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Return `training_targets` with boxes in xyxy pixels."""
+        boxes, classes = self.training_targets(row)
+        return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]]), classes
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of all that training uses except pixels: images, boxes and classes, in order."""
         boxes = self.box_offsets, self.boxes_xywh_px, self.box_classes, self.iscrowd

@@ -1,28 +1,32 @@
-"""From a sample's key to the sample, and from samples to the batch that crosses to the device."""
+"""From a sample's key to the sample."""
 
 import copy
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
 
 from detr_dist.boxes import xyxy_to_cxcywh
-from detr_dist.config import Config
+from detr_dist.config import Config, specific_tiles
 from detr_dist.config_types import ExifRule
+from detr_dist.data.batch import Batch as Batch
+from detr_dist.data.batch import Sample as Sample
+from detr_dist.data.batch import Unreadable
+from detr_dist.data.batch import collate as collate
 from detr_dist.data.coco import CocoData
 from detr_dist.data.example import Example, example_of
 from detr_dist.data.images import decode_reduced
 from detr_dist.data.sampling import EpochSamples, Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
+from detr_dist.data.windows import WindowRule, inside
 from detr_dist.errors import DataError, LoaderError, UsageError, as_one_line
 from detr_dist.resize import Resize
 from detr_dist.serving.decoding import UnreadableImageError, decode_rgb
@@ -36,99 +40,6 @@ _SIDES_SWAPPED: dict[ExifRule, str] = {
     "ignore": " (data.exif=ignore; auto applies the EXIF rotation of such an image, if it has one)",
 }
 """Addition to the report of an image whose height and width are those of its annotation, swapped."""
-
-Unreadable = tuple[int, str]
-"""Row of an image that could not be read, and the text "path: reason"."""
-
-
-class Sample(NamedTuple):
-    """One image as the network will see it, and its targets."""
-
-    image: Tensor  # uint8 [3, H, W]
-    labels: Tensor  # int64 [T]
-    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by H and W
-    image_id: int
-    original_size_hw: tuple[int, int]  # before the resize
-    unreadable: tuple[Unreadable, ...] = ()  # for this sample
-
-
-@dataclass(slots=True)
-class Batch:
-    """B images in one tensor and their T targets in one list, in the order of the images."""
-
-    images: Tensor  # uint8 [B, 3, H, W], channels-last, zero to the right of and below each image
-    sizes_hw: Tensor  # int64 [B, 2], of each image inside the canvas H, W
-    labels: Tensor  # int64 [T]
-    boxes_cxcywh: Tensor  # float32 [T, 4], normalised by the image's own size, not by the canvas
-    num_boxes: list[int]  # per image
-    image_ids: list[int]
-    original_sizes_hw: list[tuple[int, int]]  # before the resize
-    unreadable: list[Unreadable]  # each is replaced by another image or a black one
-    is_padded: bool  # whether any image is smaller than the canvas, known without asking the device
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in pinned memory; the loader calls this by name, in its own thread."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
-        """Return the batch on `device`; the copy overlaps with computation only from pinned memory."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def share_memory(self) -> "Batch":
-        """Move all tensors but the images, which are there already, to memory that processes can share."""
-        return self._with_tensors(Tensor.share_memory_)
-
-    def pad_to(self, height: int, width: int) -> "Batch":
-        """Return the same images on a canvas of this size, which must not be smaller."""
-        below, right = height - self.images.shape[2], width - self.images.shape[3]
-        if below < 0 or right < 0:
-            raise ValueError(f"{tuple(self.images.shape[2:])} does not fit into {(height, width)}")
-        if not below and not right:
-            return self
-        return replace(self, images=pad(self.images, (0, right, 0, below)), is_padded=True)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
-            self,
-            images=change(self.images),
-            sizes_hw=change(self.sizes_hw),
-            labels=change(self.labels),
-            boxes_cxcywh=change(self.boxes_cxcywh),
-        )
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Put samples on one canvas, just large enough for the highest and the widest.
-
-    Its memory is channels-last, as decoders write images: separating the colours costs as much as the resize
-    here, and next to nothing on an accelerator.
-    """
-    sizes_hw = [tuple(sample.image.shape[-2:]) for sample in samples]
-    height, width = (max(sides) for sides in zip(*sizes_hw, strict=True))
-    images = _black((len(samples), height, width, 3)).permute(0, 3, 1, 2)
-    for canvas, sample, (own_height, own_width) in zip(images, samples, sizes_hw, strict=True):
-        canvas[:, :own_height, :own_width] = sample.image
-    return Batch(
-        images=images,
-        sizes_hw=torch.tensor(sizes_hw),
-        labels=torch.cat([sample.labels for sample in samples]),
-        boxes_cxcywh=torch.cat([sample.boxes_cxcywh for sample in samples]),
-        num_boxes=[len(sample.labels) for sample in samples],
-        image_ids=[sample.image_id for sample in samples],
-        original_sizes_hw=[sample.original_size_hw for sample in samples],
-        unreadable=[image for sample in samples for image in sample.unreadable],
-        is_padded=len(set(sizes_hw)) > 1,
-    )
-
-
-def _black(shape: tuple[int, ...]) -> Tensor:
-    """Return a black canvas; in a loader process in memory shared with the parent, which saves a copy."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(
-        math.prod(shape)
-    )  # new memory from the system is zero
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class _NoneReadableError(DataError):
@@ -169,11 +80,13 @@ class CocoDetectionDataset(Dataset[Sample]):
         train: bool,
         recipe_only_from: float = math.inf,
         samples: EpochSamples | None = None,
+        windows: WindowRule | None = None,
     ) -> None:
         """Take a `transform` from `build_transform` with the same `train`.
 
         With `samples`, an index is a place in an epoch, otherwise the row of an image. From epoch
-        `recipe_only_from` on, counted from 0, the transform applies its recipe alone.
+        `recipe_only_from` on, counted from 0, the transform applies its recipe alone. With `windows`, a
+        sample is a part of an image, drawn from the annotations alone.
         """
         self.data = data
         self.transform = transform
@@ -181,6 +94,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         self.train = train
         self._recipe_only_from = recipe_only_from
         self._samples = samples
+        self._windows = windows
         for each in transform.beside:
             if each.num_partners >= len(self):
                 raise UsageError(
@@ -218,13 +132,18 @@ class CocoDetectionDataset(Dataset[Sample]):
         image, boxes, labels = example
         height, width = image.shape[-2:]
         corners = boxes.as_subclass(Tensor) / torch.tensor([width, height, width, height])
+        boxes_cxcywh, ignored, is_ignored = xyxy_to_cxcywh(corners.clamp(0, 1)), None, labels < 0
+        if is_ignored.any():
+            ignored = -1 - labels[is_ignored], boxes_cxcywh[is_ignored]
+            labels, boxes_cxcywh = labels[~is_ignored], boxes_cxcywh[~is_ignored]
         return Sample(
             image=image.as_subclass(Tensor),
             labels=labels,
-            boxes_cxcywh=xyxy_to_cxcywh(corners.clamp(0, 1)),
+            boxes_cxcywh=boxes_cxcywh,
             image_id=int(self.data.image_ids[row]),
             original_size_hw=self.data.size_hw(row),
             unreadable=tuple(unreadable),
+            ignored=ignored,
         )
 
     def size_hw(self, key: SampleKey) -> tuple[int, int]:
@@ -241,7 +160,12 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     def _plan(self, epoch: int, index: int, row: int) -> Plan:
         rng = random_numbers(Purpose.AUGMENT, self.seed, epoch, index)
-        return self.transform.plan(self.data.size_hw(row), rng)
+        size_hw = self.data.size_hw(row)
+        if self._windows is None:
+            return self.transform.plan(size_hw, rng)
+        of_window = random_numbers(Purpose.WINDOW, self.seed, epoch, index)
+        shown = self._windows.draw(size_hw, *self.data.training_corners(row), of_window)
+        return self.transform.plan(size_hw if shown is None else shown.size_hw, rng)._replace(shown=shown)
 
     def _example(self, epoch: int, index: int, unreadable: list[Unreadable]) -> tuple[int, int, Example]:
         """Return index, row and the prepared example of an image; in training, of the first readable one.
@@ -266,25 +190,38 @@ class CocoDetectionDataset(Dataset[Sample]):
         )
 
     def _read_image(self, row: int, plan: Plan) -> Tensor:
-        """Read an image; in training at a reduced scale if that is enough for the plan.
+        """Read the part of an image that the plan shows; in training at a reduced scale if that is enough.
 
         With a window the full scale is read, because windows are in the pixels of the file.
         """
         path, size_hw = self.data.image_path(row), self.data.size_hw(row)
-        may_be_reduced = self.train and plan.window is None
+        may_be_reduced = self.train and plan.window is None and plan.shown is None
         exif = self.data.exif
         image = decode_reduced(path, size_hw, plan.size_hw, exif) if may_be_reduced else None
         if image is None:
-            image = decode_rgb(path, exif, size_hw)
-            _check_size(path, tuple(image.shape[-2:]), size_hw, exif)
+            image = self._decoded(row)
+        return image if plan.shown is None else F.crop(image, *plan.shown)
+
+    def _decoded(self, row: int) -> Tensor:
+        """Return all pixels of an image.
+
+        Raises:
+            UnreadableImageError: with the reason.
+        """
+        path, size_hw, exif = self.data.image_path(row), self.data.size_hw(row), self.data.exif
+        image = decode_rgb(path, exif, size_hw)
+        _check_size(path, tuple(image.shape[-2:]), size_hw, exif)
         return image
 
     def _prepared(self, row: int, plan: Plan, image: Tensor) -> Example:
-        """Return the image and boxes of a row with the plan applied."""
-        boxes_xywh, classes = self.data.training_targets(row)
-        boxes_xyxy = np.hstack([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]])
+        """Return the image and boxes of a row, or of the part that the plan shows, with the plan applied."""
+        boxes_xyxy, classes = self.data.training_corners(row)
+        size_hw = self.data.size_hw(row)
+        if self._windows is not None and plan.shown is not None:
+            size_hw = plan.shown.size_hw
+            boxes_xyxy, classes = inside(plan.shown, boxes_xyxy, classes, self._windows.tiles.min_visible)
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
-        return apply(plan, example_of(image, boxes, labels, self.data.size_hw(row)))
+        return apply(plan, example_of(image, boxes, labels, size_hw))
 
     def _transformed(self, place: int, example: Example, epoch: int, index: int, row: int) -> Example:
         """Apply the transform at this place of the list to the example of a sample, with its partners.
@@ -299,7 +236,8 @@ class CocoDetectionDataset(Dataset[Sample]):
         partners = _ReadOnAccess(others, lambda other: self._example(epoch, other, [])[2])
         rng = random_numbers(Purpose.TRANSFORM, *position)
         try:
-            return transform(example, rng, partners, self.data.num_classes)
+            may_ignore = self._windows is not None
+            return transform(example, rng, partners, self.data.num_classes, may_ignore=may_ignore)
         except _NoneReadableError:
             raise
         except Exception as error:  # users' code may raise anything
@@ -316,6 +254,7 @@ def training_dataset(
         UsageError: `data.augmentation` names a transform that cannot be used.
     """
     transform = build_transform(config.data.augmentation, Resize.of(config.data), train=True)
+    tiles = specific_tiles(config)
     return CocoDetectionDataset(
         data,
         transform,
@@ -323,6 +262,7 @@ def training_dataset(
         train=True,
         recipe_only_from=config.training.num_epochs - config.data.augmentation_off_epochs,
         samples=samples,
+        windows=None if tiles is None else WindowRule.of(tiles, data),
     )
 
 

@@ -18,7 +18,7 @@ class Example(NamedTuple):
 
     image: Tensor  # uint8 [3, H, W]
     boxes: Tensor  # float32 [T, 4], xyxy in pixels
-    labels: Tensor  # int64 [T], class indices
+    labels: Tensor  # int64 [T], class indices; -1 - class of an ignored region, see `data.tiles`
 
 
 def example_of(image: Tensor, boxes: Tensor, labels: Tensor, size_hw: tuple[int, int]) -> Example:

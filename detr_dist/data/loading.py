@@ -15,9 +15,10 @@ from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from detr_dist.config import Config, DataConfig
+from detr_dist.config import Config, DataConfig, specific_tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import Batch, CocoDetectionDataset, collate, failure
 from detr_dist.data.sampling import SampleKey
@@ -61,7 +62,10 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
     batch_size = min(config.training.batch_size, len(data))
     augmentation = config.data.augmentation if train else "none"
     resizes = training_resizes(config.data) if train else [Resize.of(config.data)]
-    areas = areas_after_resize(data.sizes_hw, augmentation, resizes)
+    sizes_hw = data.sizes_hw
+    if train and (tiles := specific_tiles(config)) is not None:
+        sizes_hw = np.concatenate((sizes_hw, sizes_hw.clip(max=tiles.size_hw)))
+    areas = areas_after_resize(sizes_hw, augmentation, resizes)
     num_epochs = config.training.num_epochs if train else 1
     num_batches = min(
         num_workers * config.data.prefetch_factor, math.ceil(num_epochs * len(data) / batch_size)

@@ -21,6 +21,7 @@ from torchvision.transforms.v2 import functional as F
 import detr_dist.data.augmentations  # noqa: F401, registers the transforms of the package
 from detr_dist.config_types import Augmentation
 from detr_dist.data.example import Example, clipped, crop, example_of
+from detr_dist.data.windows import Window
 from detr_dist.errors import DataError, UsageError, as_one_line
 from detr_dist.extensions import RECIPES, TRANSFORMS
 from detr_dist.resize import Resize
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     window: tuple[int, int, int, int] | None  # top, left, height, width of the crop, in pixels of the file
     size_hw: tuple[int, int]  # after the resize
     colours: Colours | None
+    shown: Window | None = None  # the part of the file's image that all this is done to; None: all of it
 
 
 class NamedTransform(NamedTuple):
@@ -98,9 +100,15 @@ class NamedTransform(NamedTuple):
         return getattr(self.function, "not_after", ())
 
     def __call__(
-        self, example: Example, rng: np.random.Generator, partners: Sequence[Example], num_classes: int
+        self,
+        example: Example,
+        rng: np.random.Generator,
+        partners: Sequence[Example],
+        num_classes: int,
+        *,
+        may_ignore: bool = False,
     ) -> Example:
-        """Return the transformed example.
+        """Return the transformed example, which may have ignored regions if `may_ignore` says so.
 
         Raises:
             DataError: the transform returned something invalid. Its own exceptions are passed on.
@@ -109,7 +117,7 @@ class NamedTransform(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.spawn(1)[0].integers(2**63)))
             result = self.function(example, rng, *([partners] if self.num_partners else []))
-        return _checked(result, (height, width), num_classes)
+        return _checked(result, (height, width), range(-num_classes if may_ignore else 0, num_classes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +194,7 @@ def _find_transform(name: str) -> NamedTransform:
     return NamedTransform(name, function)
 
 
-def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Example:
+def _checked(result: object, size_hw: tuple[int, int], valid_labels: range) -> Example:
     """Check that a transform returned a valid example, and return it with boxes clipped to the image."""
     if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(r, Tensor) for r in result)):
         raise DataError(f"it returned a {type(result).__name__} in place of an Example of three tensors")
@@ -203,8 +211,9 @@ def _checked(result: object, size_hw: tuple[int, int], num_classes: int) -> Exam
     is_wrong = ~(boxes.isfinite().all(dim=1) & (boxes[:, :2] <= boxes[:, 2:]).all(dim=1))
     if is_wrong.any():
         raise DataError(f"it returned the box {boxes[is_wrong][0].tolist()}; boxes are [x1, y1, x2, y2]")
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise DataError(f"it returned the labels {labels.tolist()}; they are from 0 to {num_classes - 1}")
+    if not set(labels.tolist()) <= set(valid_labels):
+        ends = f"from {valid_labels[0]} to {valid_labels[-1]}"
+        raise DataError(f"it returned the labels {labels.tolist()}; they are {ends}")
     return clipped(example_of(image, boxes, labels, size_hw))
 
 

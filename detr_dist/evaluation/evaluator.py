@@ -18,7 +18,8 @@ from detr_dist.data.coco import CocoData
 from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
-from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass
+from detr_dist.evaluation.detections import DetectionRecords, Detections
+from detr_dist.evaluation.image_pass import ImagePass
 from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.class_weights import class_weight_of_boxes, class_weights_of
 from detr_dist.models.criterion import SetCriterion, StepCounts
@@ -189,7 +190,12 @@ class Evaluator:
                     _logger.warning(f"{printable(reason)}; it counts as an image without detections")
                 batch = predicted.batch
                 losses = criterion(
-                    predicted.outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts
+                    predicted.outputs,
+                    batch.labels,
+                    batch.boxes_cxcywh,
+                    batch.num_boxes,
+                    counts,
+                    ignored=batch.ignored,
                 )
                 finite = finite and losses.finite
                 for name, loss in losses.logged.items():
@@ -199,15 +205,14 @@ class Evaluator:
         return _Part(DetectionRecords.concatenate(parts), sums, finite)
 
     def _counts(self, num_queries: int, class_weights: Sequence[float] | None) -> StepCounts:
-        """Return the denominators of the losses on the data set.
+        """Return the denominators of the losses on all images, or all their windows.
 
-        An image with more boxes than queries counts as many boxes as queries.
+        A view with more boxes than queries counts as many boxes as queries.
         """
-        data = self.data
-        num_boxes, class_weight = data.num_boxes, None
+        labels, num_boxes = self._images.targets()
+        class_weight = None
         if class_weights is not None:
-            labels = data.box_classes[~data.iscrowd]
             class_weight = class_weight_of_boxes(
                 labels, num_boxes, num_queries=num_queries, class_weights=class_weights
             )
-        return StepCounts(float(num_boxes.clip(max=num_queries).sum()), len(data), class_weight)
+        return StepCounts(float(num_boxes.clip(max=num_queries).sum()), len(num_boxes), class_weight)

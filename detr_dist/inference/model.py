@@ -28,7 +28,8 @@ from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, check_launch_settings, is_group_open
 from detr_dist.environment import find_device_problem, restored_environment, set_environment, uses_cpu
 from detr_dist.errors import DataError, UsageError
-from detr_dist.evaluation.detections import DetectionRecords, Detections, ImagePass, Predicted
+from detr_dist.evaluation.detections import DetectionRecords, Detections
+from detr_dist.evaluation.image_pass import ImagePass, Predicted
 from detr_dist.evaluation.thresholds import known_thresholds
 from detr_dist.extensions import FAMILIES
 from detr_dist.inference.images import ONE_IMAGE, OneImage, as_data_set

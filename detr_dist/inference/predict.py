@@ -19,7 +19,8 @@ from detr_dist.data.images import decoded_name, find_images, folded
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.environment import check_environment, check_single_process
 from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
-from detr_dist.evaluation.detections import DetectionRecords, Detections, Predicted, coco_results
+from detr_dist.evaluation.detections import DetectionRecords, Detections, coco_results
+from detr_dist.evaluation.image_pass import Predicted
 from detr_dist.inference.model import open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.serving.decoding import decode_rgb

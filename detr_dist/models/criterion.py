@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from detr_dist.boxes import IgnoredRegions
 from detr_dist.errors import DetrDistError, UsageError, as_one_line
 from detr_dist.extensions import LOSSES
 from detr_dist.models.denoising import Denoising
@@ -101,6 +102,7 @@ class SetCriterion:
         num_boxes: list[int],
         counts: StepCounts,
         denoising: Denoising | None = None,
+        ignored: IgnoredRegions | None = None,
     ) -> Losses:
         """Return the losses of one micro-batch's predictions against its targets.
 
@@ -111,6 +113,8 @@ class SetCriterion:
         denoising queries as `denoising_edge_logits` and `denoising_reference_boxes`.
         `labels` [T] and `boxes_cxcywh` [T, 4] are in image order, `num_boxes[b]` of them for image b. Of an
         image with more than Q the most expensive targets stay unmatched, and `counts` holds only Q of it.
+        In each row, each of the `ignored` regions has one of the queries that are left, by the same costs:
+        these queries count nothing in any term, and have no gradient.
 
         Raises:
             ValueError: the shapes disagree with the settings or with each other.
@@ -121,7 +125,9 @@ class SetCriterion:
         weights, terms = self.settings.weights, self._terms
         with torch.autocast(labels.device.type, enabled=False):
             boxes_cxcywh = boxes_cxcywh.float()
-            finite, (main, *further) = self._match(outputs, labels, boxes_cxcywh, num_boxes, counts)
+            finite, (main, *further) = self._match(
+                outputs, labels, boxes_cxcywh, num_boxes, counts, ignored=ignored
+            )
             if denoising is not None and "denoising_logits" in outputs:
                 further.append(self._denoised(outputs, labels, boxes_cxcywh, denoising, main))
             rows = {name: _computed(name, term, main) for name, term in terms.items()}
@@ -150,14 +156,19 @@ class SetCriterion:
         boxes_cxcywh: Tensor,
         num_boxes: list[int],
         counts: StepCounts,
+        *,
+        ignored: IgnoredRegions | None,
     ) -> tuple[bool, list[Matched]]:
         """Return whether all predictions are finite, and the matched rows first, then proposals if any."""
-        blocks = [Block(outputs["pred_logits"].float(), outputs["pred_boxes"].float(), labels)]
+        every_label = (labels,) if ignored is None else (labels, ignored.labels)
+        blocks = [Block(outputs["pred_logits"].float(), outputs["pred_boxes"].float(), *every_label)]
         if "proposal_logits" in outputs:
             proposals = outputs["proposal_logits"].float(), outputs["proposal_boxes"].float()
-            blocks.append(Block(*proposals, torch.zeros_like(labels)))
+            blocks.append(Block(*proposals, *map(torch.zeros_like, every_label)))
         weights, class_weight = self.settings, self._class_weight(labels)
-        found = match_blocks(blocks, boxes_cxcywh, num_boxes, weights=weights, with_union=weights.union)
+        found = match_blocks(
+            blocks, boxes_cxcywh, num_boxes, weights=weights, with_union=weights.union, ignored=ignored
+        )
         main, *further = (
             self._matched(block, each, boxes_cxcywh, counts, class_weight)
             for block, each in zip(blocks, found, strict=True)
@@ -201,6 +212,7 @@ class SetCriterion:
             target_boxes_cxcywh=boxes_cxcywh[found.target],
             counts=counts,
             settings=self.settings,
+            query_weight=None if found.ignored is None else _zero_at(found.ignored, block.logits),
             class_weight=None if class_weight is None else class_weight[found.target],
             box_pairs=pooled,
         )
@@ -277,6 +289,13 @@ def _edges(outputs: Mapping[str, Tensor], prefix: str, share: Tensor | None = No
     """Return the distributions of the main or, with their prefix, the denoising queries."""
     logits, boxes = outputs[f"{prefix}edge_logits"], outputs[f"{prefix}reference_boxes"]
     return Edges(logits.float(), boxes.float().detach(), share)
+
+
+def _zero_at(positions: Tensor, logits: Tensor) -> Tensor:
+    """Return the weights [L, B, Q] of all queries of logits [L, B, Q, C]: 0 at these positions, else 1."""
+    weights = logits.new_ones(logits.shape[:3])
+    weights.view(-1).index_fill_(0, positions.flatten(), 0.0)
+    return weights
 
 
 def _gathered(boxes: Tensor, position: Tensor) -> Tensor:

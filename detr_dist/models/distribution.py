@@ -77,8 +77,8 @@ def _query_weights(matched: Matched) -> Tensor:
     num_matched, num_others = (number.clamp(min=1) for number in _num_queries(matched))
     is_matched = _is_matched(matched)
     weight = torch.where(is_matched, (share / num_matched)[..., None], ((1 - share) / num_others)[..., None])
-    if matched.query_weight is not None:
-        weight = weight * (matched.query_weight > 0)
+    if (does_count := _does_count(matched)) is not None:
+        weight = weight * does_count
     score = matched.logits[-1].sigmoid().amax(-1).expand(weight.shape)
     iou = matched.boxes.iou[-len(weight) :]
     return weight * score.flatten().index_put((_own_positions(matched),), iou).view(weight.shape)
@@ -88,9 +88,18 @@ def _num_queries(matched: Matched) -> tuple[Tensor, Tensor]:
     """Return the numbers [D, B] of matched and of other queries of each row and image."""
     is_matched = _is_matched(matched)
     num_matched = is_matched.sum(-1)
-    if matched.query_weight is None:
+    if (does_count := _does_count(matched)) is None:
         return num_matched, is_matched.shape[-1] - num_matched
-    return num_matched, (matched.query_weight > 0).sum(-1) - num_matched
+    return num_matched, does_count.sum(-1) - num_matched
+
+
+def _does_count(matched: Matched) -> Tensor | None:
+    """Return whether each query counts at all, bool [B, Q] or [D, B, Q]; None if all do."""
+    assert matched.edges is not None
+    weight = matched.query_weight
+    if weight is None:
+        return None
+    return (weight if weight.ndim == 2 else weight[-len(matched.edges.logits) :]) > 0
 
 
 def _is_matched(matched: Matched) -> Tensor:
@@ -98,7 +107,10 @@ def _is_matched(matched: Matched) -> Tensor:
     assert matched.edges is not None
     shape = matched.edges.logits.shape[:3]
     found = torch.zeros(shape.numel(), dtype=torch.bool, device=matched.logits.device)
-    return found.index_fill_(0, _own_positions(matched).flatten(), True).view(shape)
+    found = found.index_fill_(0, _own_positions(matched).flatten(), True).view(shape)
+    if matched.query_weight is None or matched.query_weight.ndim == 2:
+        return found
+    return found & (matched.query_weight[-len(found) :] > 0)  # without queries of ignored regions
 
 
 def _own_positions(matched: Matched) -> Tensor:

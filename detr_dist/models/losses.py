@@ -52,6 +52,8 @@ class StepCounts:
     num_images: float
     class_weight: float | None = None
     """Sum of the weights of these boxes' classes; None without `loss.class_weights`."""
+    num_ignored: float = 0.0
+    """Queries that are assigned to ignored regions: of each image at most as many as the boxes leave."""
 
     @property
     def num_boxes_or_one(self) -> float:
@@ -127,7 +129,8 @@ class Matched:
     """Boxes and images of the complete optimizer step, over all micro-batches and processes."""
     settings: LossSettings
     query_weight: Tensor | None = None
-    """[B, Q], by which each query counts in a sum over all queries; None: 1."""
+    """[B, Q] or [L, B, Q], by which each query counts in a sum over all queries; None: 1. It is 0 for queries
+    that are assigned to ignored regions (`data.tiles`)."""
     class_weight: Tensor | None = None
     """[L, M], by which the class loss of each matched query counts; None: 1."""
     box_pairs: Pairs | None = None
@@ -182,15 +185,19 @@ def class_loss(matched: Matched) -> Tensor:
     """Return the mean classification loss [L] of all queries over the optimizer step.
 
     Softmax: cross entropy with "no object" last; the denominator is the sum of the weights of all queries (1
-    for matched ones, or their weight in `loss.class_weights`, else eos_coef). Sigmoid: focal loss, for every
-    class independently; the denominator is the number of boxes, weighted likewise.
+    for matched ones, or their weight in `loss.class_weights`, 0 for those of ignored regions, else eos_coef).
+    Sigmoid: focal loss, for every class independently; the denominator is the number of boxes, weighted
+    likewise.
     """
     settings, counts = matched.settings, matched.counts
     if settings.kind == "sigmoid":
         return matched.per_box(focal_loss(matched.logits, matched.pair, matched.labels, settings.focal_alpha))
     losses = cross_entropy(matched.logits, matched.pair, matched.labels, settings.eos_coef)
+    if matched.query_weight is not None:
+        losses = losses * matched.query_weight
     num_queries, eos_coef = matched.logits.shape[2], settings.eos_coef
     denominator = eos_coef * num_queries * counts.num_images + (1 - eos_coef) * counts.num_boxes
+    denominator -= eos_coef * counts.num_ignored
     if counts.class_weight is not None:
         denominator += counts.class_weight - counts.num_boxes
     return matched.by_class(losses).flatten(1).sum(1) / denominator

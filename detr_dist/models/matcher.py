@@ -1,7 +1,7 @@
 """Matching of queries and targets: the best assignment for each decoder layer and image.
 
-Shapes: L decoder layers, B images, Q queries, C class columns, T targets of all images, M matched pairs per
-layer.
+Shapes: L decoder layers, B images, Q queries, C class columns, T targets and I ignored regions of all images,
+M matched pairs and K queries of ignored regions per layer.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from detr_dist.boxes import cxcywh_to_xyxy, giou
+from detr_dist.boxes import IgnoredRegions, cxcywh_to_xyxy, giou
 from detr_dist.serving.settings import ClassKind as ClassKind
-
-"""Meaning of class logits: softmax with "no object" as the last column, or a sigmoid for each class."""
 
 # The published matcher has these constants in its code, whatever the loss uses.
 _FOCAL_COST_ALPHA = 0.25
@@ -52,7 +50,8 @@ class UnionPairs(NamedTuple):
     target: Tensor
     """int64 [M], as in `Matches`."""
     weight: Tensor
-    """float32 [M]: with these weights, an image's pairs count as much as its pairs in one row."""
+    """float32 [M]: with these weights, an image's pairs count as much as its pairs in one row. With ignored
+    regions [L, M]: a query that is assigned to one in a row has weight 0 in that row."""
 
 
 class Matches(NamedTuple):
@@ -70,6 +69,9 @@ class Matches(NamedTuple):
     """Whether every logit and every box coordinate of the predictions was finite."""
     union: UnionPairs | None
     """The pairs of all layers together, if they were wanted."""
+    ignored: Tensor | None = None
+    """int64 [L, K], positions in the flattened [L, B, Q] of the queries that are assigned to ignored regions;
+    None without such regions."""
 
 
 class Block(NamedTuple):
@@ -81,6 +83,8 @@ class Block(NamedTuple):
     """[L, B, Q, 4]."""
     labels: Tensor
     """int64 [T], of the targets of all images in image order."""
+    ignored_labels: Tensor | None = None
+    """int64 [I], the same of ignored regions, if there are any."""
 
 
 @torch.no_grad()
@@ -91,12 +95,14 @@ def match_blocks(
     *,
     weights: CostWeights,
     with_union: bool = False,
+    ignored: IgnoredRegions | None = None,
 ) -> list[Matches]:
     """Find the assignment of minimum cost between queries and targets, for each block, layer and image.
 
     `boxes_cxcywh` [T, 4] holds the targets of all images in image order, `num_boxes[b]` of them for image b.
     Costs that are not finite count as the largest float, so such pairs are chosen only if nothing else is
-    left. In an image with more targets than queries the most expensive targets stay unmatched.
+    left. In an image with more targets than queries the most expensive targets stay unmatched. The remaining
+    queries are then assigned to the `ignored` regions in the same way.
 
     Makes one copy from the device (waits for the forward pass) and small ones to it.
 
@@ -104,25 +110,42 @@ def match_blocks(
     classes Zhu et al., "Deformable DETR", 2021, appendix A.4 and its code.
     """
     device = boxes_cxcywh.device
-    image = _to_device(torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes)), device)
-    costs = [
-        _pair_costs(block.logits, block.boxes_cxcywh, Targets(block.labels, boxes_cxcywh, image), weights)
-        for block in blocks
-    ]
+    image = _image_of_each(num_boxes, device)
+    costs = [_pair_costs(block, Targets(block.labels, boxes_cxcywh, image), weights) for block in blocks]
+    if ignored is not None:
+        image = _image_of_each(ignored.num_boxes, device)
+        costs += [
+            _pair_costs(block, Targets(block.ignored_labels, ignored.boxes_cxcywh, image), weights)
+            for block in blocks
+            if block.ignored_labels is not None
+        ]
     # aminmax propagates NaN: four numbers of each block in the same copy show whether all were finite.
     extremes = [extreme for block in blocks for values in block[:2] for extreme in values.aminmax()]
     flat = torch.cat((torch.stack(extremes), *(cost.flatten() for cost in costs)))
     on_host = _to_host(flat)
     finite = all(isfinite(value) for value in on_host[: len(extremes)])
     ends = [*accumulate((cost.numel() for cost in costs), initial=len(extremes))]
+    of_blocks = [
+        on_host[start:stop].reshape(cost.shape)
+        for cost, (start, stop) in zip(costs, pairwise(ends), strict=True)
+    ]
     found: list[Matches] = []
-    for cost, (start, stop) in zip(costs, pairwise(ends), strict=True):
-        pairs = _assign(on_host[start:stop].reshape(cost.shape), num_boxes)
+    for index, cost in enumerate(of_blocks[: len(blocks)]):
+        pairs = _assign(cost, num_boxes)
         layer, image_of_pair, query, target = _to_device(torch.from_numpy(pairs), device)
+        left = None
+        if ignored is not None:
+            left = _assign_left(of_blocks[len(blocks) + index], pairs, ignored.num_boxes)
         shape = {"num_images": len(num_boxes), "num_queries": cost.shape[2]}
-        union = _union(pairs, **shape, device=device) if with_union else None
-        found.append(Matches(layer, image_of_pair, query, target, finite, union))
+        union = _union(pairs, **shape, device=device, ignored=left) if with_union else None
+        of_ignored = None if left is None else _to_device(torch.from_numpy(left), device)
+        found.append(Matches(layer, image_of_pair, query, target, finite, union, of_ignored))
     return found
+
+
+def _image_of_each(num_boxes: list[int], device: torch.device) -> Tensor:
+    """Return the image of each box, for boxes in image order."""
+    return _to_device(torch.from_numpy(np.repeat(np.arange(len(num_boxes)), num_boxes)), device)
 
 
 def _to_host(values: Tensor) -> NDArray[np.float32]:
@@ -138,8 +161,9 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def _pair_costs(pred_logits: Tensor, pred_boxes: Tensor, targets: Targets, weights: CostWeights) -> Tensor:
+def _pair_costs(block: Block, targets: Targets, weights: CostWeights) -> Tensor:
     """Return finite costs [L, T, Q] of every target with the queries of its own image."""
+    pred_logits, pred_boxes = block.logits, block.boxes_cxcywh
     # Queries last and coordinates separate, [L, T, 4, Q]: all operations run over contiguous memory.
     boxes = pred_boxes.transpose(2, 3).index_select(1, targets.image)
     distance = (boxes - targets.boxes_cxcywh[:, :, None]).abs_().sum(2)
@@ -180,12 +204,38 @@ def _assign(cost: NDArray[np.float32], num_boxes: list[int]) -> NDArray[np.int64
     return pairs
 
 
+def _assign_left(
+    cost: NDArray[np.float32], pairs: NDArray[np.int64], num_ignored: list[int]
+) -> NDArray[np.int64]:
+    """Return the queries [L, K] of the ignored regions, from costs [L, I, Q], without those in `pairs`.
+
+    They are positions in the flattened [L, B, Q].
+    """
+    num_layers, _, num_queries = cost.shape
+    is_left = np.ones((num_layers, len(num_ignored), num_queries), dtype=bool)
+    is_left[tuple(pairs[:3])] = False
+    spans = [*enumerate(pairwise(accumulate(num_ignored, initial=0)))]
+    found = []
+    for layer in range(num_layers):
+        for image, (start, stop) in spans:
+            queries = np.flatnonzero(is_left[layer, image])
+            _, chosen = linear_sum_assignment(cost[layer, start:stop][:, queries])
+            found.append((layer * len(num_ignored) + image) * num_queries + queries[chosen])
+    return np.concatenate(found).reshape(num_layers, -1)
+
+
 def _union(
-    pairs: NDArray[np.int64], *, num_images: int, num_queries: int, device: torch.device
+    pairs: NDArray[np.int64],
+    *,
+    num_images: int,
+    num_queries: int,
+    device: torch.device,
+    ignored: NDArray[np.int64] | None = None,
 ) -> UnionPairs:
     """Return the pairs of all layers of `pairs` [4, L, M]: each query with its most frequent target.
 
-    Of equally frequent targets a query has the first.
+    Of equally frequent targets a query has the first. `ignored` [L, K] are positions of queries that count
+    nothing in their layer.
 
     Source: Peng et al., "D-FINE", ICLR 2025 (GO-LSD), and its code. Departures: ties are defined, and means
     over pairs are those of one image instead of the batch, because their number depends on predictions.
@@ -199,5 +249,12 @@ def _union(
     place, target = place[order[first]], target[order[first]]
     image = place // num_queries
     num_in_row, num_in_union = (np.bincount(each, minlength=num_images) for each in (pairs[1, 0], image))
-    weight = (num_in_row / num_in_union.clip(1)).astype(np.float32)[image]
+    if ignored is None:
+        weight = (num_in_row / num_in_union.clip(1)).astype(np.float32)[image]
+    else:
+        counts = np.ones((pairs.shape[1], num_images * num_queries), dtype=np.float32)
+        counts.flat[ignored.ravel()] = 0
+        counts = counts[:, place]
+        num_counting = np.stack([np.bincount(image, each, minlength=num_images) for each in counts])
+        weight = counts * (num_in_row / num_counting.clip(1)).astype(np.float32)[:, image]
     return UnionPairs(*(_to_device(torch.from_numpy(each), device) for each in (place, target, weight)))

@@ -152,7 +152,7 @@ def train_step(training: Training, step: int, agreed: Agreed) -> StepDone:
             denoising = _denoising(training, micro_batch, step, index * training.plan.batch_size)
             outputs = training.model(batch.images, batch.sizes_hw, batch.is_padded, denoising)
             targets = (batch.labels, batch.boxes_cxcywh, batch.num_boxes)
-            losses = training.criterion(outputs, *targets, agreed.counts, denoising)
+            losses = training.criterion(outputs, *targets, agreed.counts, denoising, batch.ignored)
             training.step_sync.report(finite=losses.finite, broken_terms=losses.broken_terms)
             # The losses are parts of a sum, but DDP and accumulation will average their gradients.
             accelerator.backward(losses.total * (accelerator.num_processes * len(agreed.group)))

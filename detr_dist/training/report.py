@@ -7,7 +7,7 @@ from itertools import groupby
 import torch.distributed as dist
 from torch import Tensor
 
-from detr_dist.config import FROM_ENVIRONMENT, Config
+from detr_dist.config import FROM_ENVIRONMENT, Config, specific_tiles
 from detr_dist.data.box_sizes import CheckSettings
 from detr_dist.data.checks import check_boxes
 from detr_dist.data.columns import counted
@@ -78,7 +78,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
     train_data, val_data = setup.train_data, setup.val_data
     detector = setup.detector
     finest_stride = detector.family.finest_stride(detector.network.config)
-    settings = CheckSettings(Resize.of(setup.config.data), detector.num_queries, finest_stride)
+    tiles = specific_tiles(setup.config)
+    settings = CheckSettings(Resize.of(setup.config.data), detector.num_queries, finest_stride, tiles)
     sources = parts_of(train_data)
     if val_data.annotations_path.resolve() in {each.annotations_path.resolve() for each in sources}:
         yield (
@@ -94,6 +95,8 @@ def _describe_data(setup: Setup) -> Iterator[str]:
         f"{', '.join(train_data.class_names)}"
     )
     yield from describe_samples(train_data, setup.config, setup.samples)
+    if setup.windows is not None:
+        yield setup.windows
 
 
 def _describe_processes(setup: Setup) -> Iterator[str]:

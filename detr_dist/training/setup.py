@@ -12,7 +12,8 @@ import torch
 from accelerate import Accelerator
 
 from detr_dist import __version__
-from detr_dist.config import Config, TrainingConfig
+from detr_dist.config import Config, ModelConfig, TrainingConfig
+from detr_dist.data.automatic_tiles import resolve_tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.concatenation import weights_of
 from detr_dist.data.dataset import CocoDetectionDataset, training_dataset
@@ -25,6 +26,7 @@ from detr_dist.models.build import build_detector
 from detr_dist.models.class_weights import class_weights_of
 from detr_dist.models.criterion import SetCriterion
 from detr_dist.models.detector import Detector
+from detr_dist.models.families import finest_stride_of
 from detr_dist.models.image_sizes import check_image_sizes
 from detr_dist.models.optimizations import check_compiler, compile_regions, recompute_activations
 from detr_dist.redaction import redact
@@ -70,6 +72,8 @@ class Setup:
     facts: RunFacts
     changes: list[str]
     """A line for each setting that differs from the resumed run's."""
+    windows: str | None
+    """A line on what `data.tiles=auto` stands for, if it was set."""
     detector: Detector
     criterion: SetCriterion
     places: list[Place]
@@ -123,6 +127,9 @@ def set_up(
     host, strategy = HostGroup(accelerator), strategy_for(accelerator)
     sources = Sources(host, output_dir, config.logging.mlflow_tracking_uri, may_clear_up=may_clear_up)
     config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
+    model = _first_model(config.model, sources, init_from, resumed)
+    structure = model if resumed is None else model.model_copy(update={"pretrained": str(resumed.folder)})
+    config, windows = resolve_tiles(config, train_data, finest_stride_of(structure))
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     _check_paths(config, host)
     samples, plan = _plan_of(config, train_data, host.num_processes)
@@ -131,7 +138,7 @@ def set_up(
     if resumed is not None and has_other_validation(resumed.facts, facts):
         resumed = replace(resumed, state=resumed.state.without_best())
     class_weights = class_weights_of(config.loss.class_weights, train_data.class_names)
-    detector = _build_network(facts, train_data, sources, resumed)
+    detector = _build_network(model, facts, train_data, resumed)
     if host.is_main_process:
         warn_of_too_many_boxes(dataset, detector.num_queries)
     return Setup(
@@ -148,6 +155,7 @@ def set_up(
         resumed=resumed,
         facts=facts,
         changes=changes,
+        windows=windows,
         detector=detector,
         criterion=SetCriterion(detector.loss_settings, config.loss.weights, class_weights),
         places=host.all_gather_objects(_place(accelerator.device)),
@@ -250,14 +258,22 @@ def _versions() -> dict[str, str]:
     return {"detr_dist": __version__, "python": platform.python_version(), **libraries}
 
 
+def _first_model(
+    model: ModelConfig, sources: Sources, init_from: str | None, resumed: Checkpoint | None
+) -> ModelConfig:
+    """Return the settings of the network, with the source of its first weights."""
+    if resumed is not None:
+        init_from = source = resumed.facts.init_from
+    elif init_from is not None:
+        source = sources.weights(init_from)
+    return model if init_from is None else model.model_copy(update={"pretrained": source})
+
+
 def _build_network(
-    facts: RunFacts, train_data: CocoData, sources: Sources, resumed: Checkpoint | None
+    model: ModelConfig, facts: RunFacts, train_data: CocoData, resumed: Checkpoint | None
 ) -> Detector:
     """Build the network with its first weights, or those of the checkpoint."""
-    settings, model = facts.config.training, facts.config.model
-    if facts.init_from is not None:
-        source = facts.init_from if resumed is not None else sources.weights(facts.init_from)
-        model = model.model_copy(update={"pretrained": source})
+    settings = facts.config.training
     torch.manual_seed(settings.seed)
     try:
         detector = build_detector(

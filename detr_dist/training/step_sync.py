@@ -104,12 +104,13 @@ class StepSync:
         self._host.rendezvous.note(step=step, image_ids=image_ids)
         sizes_hw = [size for batch in group for size in batch.sizes_hw.tolist()] or [[0, 0]]
         heights, widths = zip(*sizes_hw, strict=True)
-        stops, boxes, images, weights, lows, highs, narrows, wides = self._exchange(
+        stops, boxes, images, weights, ignored, lows, highs, narrows, wides = self._exchange(
             step,
             float(self._signals.is_requested),
             sum(min(boxes, self._num_queries) for batch in group for boxes in batch.num_boxes),
             sum(len(batch.image_ids) for batch in group),
             sum(map(self._class_weight, group)),
+            sum(map(self._num_ignored, group)),
             *(min(heights), max(heights), min(widths), max(widths)),
         )
         if any(stops):
@@ -120,7 +121,15 @@ class StepSync:
         least_hw, most_hw = (int(min(lows)), int(min(narrows))), (int(max(highs)), int(max(wides)))
         canvas_hw = self._canvas.canvas_hw(least_hw, most_hw)
         class_weight = None if self._class_weights is None else sum(weights)
-        return Agreed(group, StepCounts(sum(boxes), sum(images), class_weight), canvas_hw)
+        counts = StepCounts(sum(boxes), sum(images), class_weight, num_ignored=sum(ignored))
+        return Agreed(group, counts, canvas_hw)
+
+    def _num_ignored(self, batch: Batch) -> int:
+        """Return the number of queries of a micro-batch that its ignored regions get."""
+        if batch.ignored is None:
+            return 0
+        num_left = [self._num_queries - min(boxes, self._num_queries) for boxes in batch.num_boxes]
+        return sum(map(min, batch.ignored.num_boxes, num_left))
 
     def _class_weight(self, batch: Batch) -> float:
         """Return the weights of the classes of a micro-batch's boxes in all; 0 without class weights."""

@@ -1,4 +1,4 @@
-"""Sources with weights, repeated images and class weights: the same training for every split, and resumed."""
+"""Sources with weights, repeated images, windows of images and class weights: the same training for every split, and resumed."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 OVERRIDES = (
     "data.repeat_rare=0.9",
     "data.augmentation=[detr, mosaic]",
+    "data.tiles={size: 48, min_visible: 0.8}",
     "loss.class_weights={ball: 4}",
     "training.batch_size=2",
     "training.num_epochs=3",

@@ -121,12 +121,13 @@ def test_rt_detr_trains_the_same_in_micro_batches_of_the_same_size(workplace, ti
 
 
 @pytest.mark.dist
-def test_every_split_trains_on_the_same_scales(workplace, tiny_data: Path) -> None:
+def test_every_split_trains_on_the_same_scales_and_windows(workplace, tiny_data: Path) -> None:
     for name in ("accumulated", "two_processes"):
         num_processes, batch_size, accumulation = SPLITS[name]
         finished = workplace.train(
             tiny_data,
             *("data.resize=square", "data.multi_scale=[32, 64, 96]", "data.augmentation=detr"),
+            "data.tiles={size: 40, rare_share: 1, min_visible: 1}",
             f"training.batch_size={batch_size}",
             f"training.gradient_accumulation_steps={accumulation}",
             *("training.max_steps=4", "model.dropout=0", "model.freeze_batch_norm=true"),

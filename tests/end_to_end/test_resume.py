@@ -36,6 +36,7 @@ RANDOM_AND_STATEFUL = (
     "training.layer_decay=0.8",
     "model.dropout=0.1",
     "data.augmentation=detr",
+    "data.tiles={size: 40, min_visible: 0.8}",
     "data.num_workers=2",
     "evaluation.every_epochs=2",
     "checkpoint.every_steps=3",

@@ -17,6 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 BASE = {
     "boxes",
     "config",
+    "config_tiles",
     "config_types",
     "errors",
     "extensions",
@@ -26,6 +27,7 @@ BASE = {
     "serving",
     "storage",
     "text",
+    "tiling",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
@@ -64,8 +66,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serving": set(),
     "environment": {"errors"},
     "rendezvous": {"environment", "errors"},
-    "config": {"config_text", "config_training", "config_types", "errors", "redaction"},
+    "config": {"config_text", "config_tiles", "config_training", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
+    "config_tiles": {"config_text", "config_types"},
     "config_training": {"config_types"},
     "config_types": {"errors", "extensions", "redaction", "serving"},
     "boxes": {"serving"},
@@ -77,6 +80,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resize": {"config", "serving"},
     "storage": {"errors", "text"},
     "text": {"redaction"},
+    "tiling": {"config_tiles"},
 }
 
 # Libraries that only these rooms may know.

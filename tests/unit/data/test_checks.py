@@ -246,8 +246,8 @@ def test_a_class_mostly_smaller_than_a_quarter_of_the_stride_is_named(
     if found:
         assert str(found[0]) == (
             "1 class too small for the model: its finest feature map has a stride of 32 pixels, and most "
-            "boxes are under 8 pixels a side after the resize to 40x60; raise data.shortest_edge, or choose "
-            "a model with a finer one, such as d_fine with 8: 3 of 4 ball"
+            "boxes are under 8 pixels a side after the resize to 40x60; set data.tiles, raise "
+            "data.shortest_edge or choose a model with a finer one, such as d_fine with 8: 3 of 4 ball"
         )
         assert report.verdict == (
             "0 errors, 1 warning: ready to train, but not every class is large enough for the model"

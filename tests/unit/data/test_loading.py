@@ -17,7 +17,7 @@ import torch
 from torch.utils.data._utils import signal_handling
 
 from detr_dist.config import Config, load_config
-from detr_dist.data import dataset, loading
+from detr_dist.data import batch, loading
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset
 from detr_dist.data.loading import BatchLoader, _Batches, num_loader_processes, shared_memory_need
@@ -180,7 +180,7 @@ def test_a_hanging_loader_does_not_prevent_the_run_from_ending(loader) -> None:
 
 
 def test_exhausted_shared_memory_is_an_error_with_size_and_remedy(loader, monkeypatch) -> None:
-    monkeypatch.setattr(dataset, "_black", raising_always)
+    monkeypatch.setattr(batch, "_black", raising_always)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 * MIB, 64 * MIB, 0))
     message = str(failure_of(loader(lambda: None, 1)))
     for word in ("/dev/shm has 64 MiB", "0 MiB of them free", "--shm-size=", "data.num_workers=0"):

@@ -10,6 +10,7 @@ from harness.data import RESNET_FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from detr_dist.boxes import IgnoredRegions
 from detr_dist.extensions import FAMILIES
 from detr_dist.models import matcher
 from detr_dist.models.criterion import SetCriterion, StepCounts
@@ -58,26 +59,28 @@ def no_draws_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "rand", lambda *size, **how: 1.0 if size == ([],) else rand(*size, **how))
 
 
-@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize(("is_padded", "ignores"), [(True, False), (False, True)])
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_step_reads_nothing_from_the_device(
-    tiny_detector, images_for, denoising_of, architecture: str, is_padded: bool
+    tiny_detector, images_for, denoising_of, architecture: str, is_padded: bool, ignores: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
     denoising = denoising_of(detector)
     criterion = SetCriterion(detector.loss_settings)
     images, sizes_hw = images_for(detector)
     labels, boxes_cxcywh = torch.tensor([0, 1, 1]), torch.rand(3, 4) / 4 + 0.3
+    ignored = IgnoredRegions(labels[:1], boxes_cxcywh[:1] / 2, [1, 0]) if ignores else None
     with Questions() as questions:
         outputs = detector(images, sizes_hw, is_padded, denoising)
-        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2), denoising).total.backward()
+        targets = labels, boxes_cxcywh, [1, 2]
+        criterion(outputs, *targets, StepCounts(3, 2), denoising, ignored).total.backward()
     assert questions.asked == []
 
 
-@pytest.mark.parametrize("is_padded", [True, False])
+@pytest.mark.parametrize(("is_padded", "ignores"), [(True, False), (False, True)])
 @pytest.mark.parametrize("architecture", FAMILIES.built_in)
 def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
-    tiny_detector, denoising_of, on_fake_gpu, monkeypatch, architecture: str, is_padded: bool
+    tiny_detector, denoising_of, on_fake_gpu, monkeypatch, architecture: str, is_padded: bool, ignores: bool
 ) -> None:
     detector = tiny_detector(architecture).train()
     denoising = denoising_of(detector)
@@ -102,8 +105,9 @@ def test_a_micro_batch_on_a_gpu_copies_to_the_host_once(
         )
         if denoising is not None:
             denoising = Denoising(*(to_device(each, torch.device("cuda")) for each in denoising))
+        ignored = IgnoredRegions(labels[:1], boxes_cxcywh[:1], [1, 0]) if ignores else None
         outputs = detector(images, sizes_hw, is_padded, denoising)
-        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2), denoising)
+        criterion(outputs, labels, boxes_cxcywh, [1, 2], StepCounts(3, 2), denoising, ignored)
     assert len(copies) == 1
     # These copy the sizes of their feature maps to the device.
     copies_sizes = architecture in ("deformable_detr", "lw_detr", "rf_detr")

@@ -37,6 +37,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "data.exif",
     "data.resize",
     "data.multi_scale",
+    "data.tiles",
     "data.augmentation",
     "data.augmentation_off_epochs",
     "data.group_by_shape",

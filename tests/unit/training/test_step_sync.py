@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from detr_dist.boxes import IgnoredRegions
 from detr_dist.data.dataset import Batch
 from detr_dist.data.sampling import CanvasRule
 from detr_dist.distributed import HostGroup
@@ -59,6 +60,14 @@ def test_boxes_beyond_the_queries_do_not_count() -> None:
     step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), num_queries=4)
     group = [batch(40, 60, [7, 2], [1, 2]), batch(40, 60, [5], [3])]
     assert step_sync.next_step(0, iter([group])).counts.num_boxes == 4 + 2 + 4
+
+
+def test_queries_of_ignored_regions_are_counted_as_far_as_boxes_leave_some() -> None:
+    step_sync = StepSync(HostGroup(Accelerator(cpu=True)), StopSignals(), num_queries=4)
+    group = [batch(40, 60, [1, 3, 7], [1, 2, 3]), batch(40, 60, [0], [4])]
+    group[0].ignored = IgnoredRegions(torch.zeros(5, dtype=torch.int64), torch.zeros(5, 4), [2, 2, 1])
+    counts = step_sync.next_step(0, iter([group])).counts
+    assert (counts.num_boxes, counts.num_images, counts.num_ignored) == (1 + 3 + 4, 4, 2 + 1)
 
 
 def test_class_weights_are_summed_over_all_micro_batches() -> None:

@@ -132,13 +132,16 @@ def test_the_documentation_names_the_remedies_in_the_same_order() -> None:
     assert places == sorted(places)
 
 
-@pytest.mark.parametrize("group_by_shape", [True, False])
-def test_the_largest_canvas_is_the_largest_of_all_steps(tiny_data: Path, group_by_shape: bool) -> None:
+@pytest.mark.parametrize(("group_by_shape", "tiles"), [(True, "null"), (False, "null"), (True, "{size: 70}")])
+def test_the_largest_canvas_is_the_largest_of_all_steps(
+    tiny_data: Path, group_by_shape: bool, tiles: str
+) -> None:
     config = load_config(
         None,
         [
             *("data.num_workers=0", "data.shortest_edge=64", "data.longest_edge=96", "training.batch_size=2"),
             *("training.gradient_accumulation_steps=2", f"data.group_by_shape={str(group_by_shape).lower()}"),
+            f"data.tiles={tiles}",
         ],
     )
     data = load_data(tiny_data / "train")
