@@ -13,6 +13,10 @@ from detr_dist.data.records import MIN_BOX_EXTENT_PX
 from detr_dist.tiling import num_windows, window_hw
 
 
+_ROUNDING = 1e-9
+"""More than the rounding of a visible fraction: with `min_visible` 1 a complete box is not ignored."""
+
+
 class Window(NamedTuple):
     """A part of an image, in whole pixels."""
 
@@ -90,6 +94,6 @@ def inside(
     origin = np.array([window.left, window.top] * 2)
     clipped = (boxes_xyxy - origin).clip(0, [window.width, window.height] * 2)
     extents, full = clipped[:, 2:] - clipped[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    visible = extents.prod(axis=1) / full.prod(axis=1)
+    visible = extents.prod(axis=1) / full.prod(axis=1) + _ROUNDING
     is_there = (extents > MIN_BOX_EXTENT_PX).all(axis=1)
     return clipped[is_there], np.where(visible < min_visible, -1 - labels, labels)[is_there]
