@@ -12,7 +12,6 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
 from detr_dist.tiling import num_windows, window_hw
 
-
 _ROUNDING = 1e-9
 """More than the rounding of a visible fraction: with `min_visible` 1 a complete box is not ignored."""
 
