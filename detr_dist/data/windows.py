@@ -1,5 +1,6 @@
 """The part of an image that a training sample shows (`data.tiles`), and what becomes of the boxes there."""
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -10,6 +11,9 @@ from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
 from detr_dist.tiling import num_windows, window_hw
+
+_ROUNDING = 1e-9
+"""More than the rounding of a visible fraction: with `min_visible` 1 a complete box is not ignored."""
 
 
 class Window(NamedTuple):
@@ -56,31 +60,26 @@ class WindowRule:
             return None
         if self.tiles.full_image and rng.random() * (1 + num_windows(self.tiles, size_hw)) < 1:
             return None
-        last = np.subtract(size_hw, (height, width))
-        starts = np.stack((np.zeros_like(last), last))
+        tops, lefts = (0, size_hw[0] - height), (0, size_hw[1] - width)
         if len(classes) and rng.random() < self.tiles.rare_share:
-            weights = self._box_weights(classes)
-            starts = _starts_around(boxes_xyxy[rng.choice(len(classes), p=weights)], (height, width), last)
-        top, left = rng.integers(starts[0], starts[1], endpoint=True).tolist()
+            x1, y1, x2, y2 = boxes_xyxy[self._chosen(classes, rng)].tolist()
+            tops, lefts = _starts_around(y1, y2, height, tops[1]), _starts_around(x1, x2, width, lefts[1])
+        top, left = (int(rng.integers(first, last + 1)) for first, last in (tops, lefts))
         return Window(top, left, height, width)
 
-    def _box_weights(self, classes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Return the probability of each box: that of its class, divided among the class's boxes."""
-        weights = self.class_weights[classes] / np.bincount(classes)[classes]
-        probabilities: NDArray[np.float64] = weights / weights.sum()
-        return probabilities
+    def _chosen(self, classes: NDArray[np.int64], rng: np.random.Generator) -> int:
+        """Draw one of the boxes of these classes: first the class, then a box of it."""
+        until = np.cumsum(self.class_weights[classes] / np.bincount(classes)[classes])
+        return min(int(np.searchsorted(until, rng.random() * until[-1], side="right")), len(classes) - 1)
 
 
-def _starts_around(
-    box_xyxy: NDArray[np.float64], window_hw: tuple[int, int], last: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    """Return the first and last top and left, [2, 2], of the windows that hold a box.
+def _starts_around(start: float, end: float, window: int, last: int) -> tuple[int, int]:
+    """Return where the first and last of the windows begin that hold a box from `start` to `end`.
 
-    Of a box that is larger than the window: of those that it fills.
+    Of a box that is larger than a window: of those that it fills. Windows begin at 0 to `last`.
     """
-    left_top, right_bottom = box_xyxy[1::-1], box_xyxy[:1:-1]
-    ends = np.stack((np.ceil(right_bottom - window_hw), np.floor(left_top))).astype(np.int64)
-    return np.sort(ends, axis=0).clip(0, last)
+    first, final = sorted((math.ceil(end - window), math.floor(start)))
+    return min(max(first, 0), last), min(max(final, 0), last)
 
 
 def inside(
@@ -94,6 +93,6 @@ def inside(
     origin = np.array([window.left, window.top] * 2)
     clipped = (boxes_xyxy - origin).clip(0, [window.width, window.height] * 2)
     extents, full = clipped[:, 2:] - clipped[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]
-    visible = extents.prod(axis=1) / full.prod(axis=1)
+    visible = extents.prod(axis=1) / full.prod(axis=1) + _ROUNDING
     is_there = (extents > MIN_BOX_EXTENT_PX).all(axis=1)
     return clipped[is_there], np.where(visible < min_visible, -1 - labels, labels)[is_there]

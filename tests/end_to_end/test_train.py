@@ -11,6 +11,10 @@ import pytest
 import torch
 from transformers import pipeline
 
+from detr_dist.config import load_config
+from detr_dist.config_tiles import Tiles
+from detr_dist.inference.model import load_model
+
 GUIDE_PARAMS = {
     "batch_size",
     "learning_rate",
@@ -257,3 +261,32 @@ def test_the_documented_file_store_works_and_prints_the_needed_variable(workplac
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("MLFLOW_ALLOW_FILE_STORE=true, set for this run") == 1
     assert list((workplace.folder / "mlruns").rglob("train_loss"))
+
+
+def test_automatic_windows_are_resolved_reported_saved_and_kept_by_a_resume(
+    workplace, tiny_data: Path
+) -> None:
+    overrides = ("data.tiles=auto", "data.shortest_edge=32", "training.num_epochs=2")
+    dry = workplace.train(tiny_data, *overrides, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    printed = dry.stdout + dry.stderr
+    assert "data.tiles auto: windows of " in printed
+    assert re.search(r"by pixels a side after the resize to 32/96 of windows of (\d+)x\1:", printed)
+    for max_steps in (2, 3):
+        finished = workplace.train(
+            tiny_data, *overrides, f"training.max_steps={max_steps}", "--resume", "auto"
+        )
+        assert finished.returncode == 0, finished.stderr
+    assert "at step 2" in finished.stdout + finished.stderr
+    config = load_config(workplace.folder / "out" / "config.yaml")
+    tiles = config.data.tiles
+    assert isinstance(tiles, Tiles)
+    assert f"windows of {tiles.size}x{tiles.size} pixels" in printed
+    run = mlflow.MlflowClient(f"sqlite:///{workplace.folder / 'mlflow.db'}").get_run(
+        str(workplace.results()["run_id"])
+    )
+    assert json.loads(run.data.params["tiles"]) == tiles.model_dump()
+    assert load_model(workplace.folder / "out" / "model").config.data.tiles == tiles
+    changed = workplace.train(tiny_data, *overrides, "data.tiles.size=50", "--resume", "auto")
+    assert changed.returncode == 2
+    assert "data.tiles size=" in changed.stderr

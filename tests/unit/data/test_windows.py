@@ -139,6 +139,13 @@ def test_boxes_are_clipped_ignored_or_left_out_by_their_visible_area() -> None:
     assert (inside(window, boxes, np.arange(7), 1)[1] >= 0).tolist() == [True, False, False, False, False]
 
 
+def test_a_complete_box_is_never_ignored() -> None:
+    rng = np.random.default_rng(0)
+    first = np.array([10, 20]) + 30 * rng.random((2000, 2))
+    boxes = np.hstack([first, first + 0.1 + 20 * rng.random((2000, 2))])
+    assert (inside(Window(20, 10, 60, 60), boxes, np.zeros(2000, np.int64), 1)[1] == 0).all()
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> CocoData:
     folder = tmp_path_factory.mktemp("data") / "train"
