@@ -66,10 +66,12 @@ class DataConfig(Section):
     scales `longest_edge` with it. Repeat a value to draw it more often. Empty: always `shortest_edge`."""
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
-    second image is made of four), `mixup` (every second is blended with another), `photometric` (brightness,
-    contrast, saturation, hue), `zoom_out` (every second is shrunk on a black canvas), `iou_crop` (a random
-    window around a box is enlarged), and transforms of your own by registered name, `package.module.Name` or
+    multi-scale resize; `footage`: those, and after all else `scale_out` (shrunk by up to 1.5), `motion_blur`,
+    `sensor_noise`, `gamma` and `jpeg` (quality 40 to 95), each of every fifth image. Or a list, applied in
+    this order: one of these recipes, then any of `mosaic` (every second image is made of four), `mixup`
+    (every second is blended with another), `photometric` (brightness, contrast, saturation, hue), `zoom_out`
+    (every second is shrunk on a black canvas), `iou_crop` (a random window around a box is enlarged), parts
+    of `footage` by their names, and transforms of your own by registered name, `package.module.Name` or
     `file.py:Name`."""
     augmentation_off_epochs: CountOrZero = 0
     """In the last N of `training.num_epochs`, apply only the recipe of `augmentation`: images are then like

@@ -19,10 +19,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 import detr_dist.data.augmentations  # noqa: F401, registers the transforms of the package
+import detr_dist.data.footage  # noqa: F401, likewise
 from detr_dist.config_types import Augmentation
 from detr_dist.data.example import Example, clipped, crop, example_of
 from detr_dist.errors import DataError, UsageError, as_one_line
-from detr_dist.extensions import RECIPES, TRANSFORMS
+from detr_dist.extensions import FOOTAGE, RECIPES, TRANSFORMS
 from detr_dist.resize import Resize
 
 # The published recipe in its own pixels: the shorter side of a full image has 800.
@@ -165,12 +166,14 @@ def build_transform(augmentation: Augmentation, resize: Resize, train: bool) -> 
 
 
 def recipe_of(augmentation: Augmentation) -> str:
-    """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`."""
+    """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`, also for `footage`."""
     return next((name for name in _names(augmentation) if name in RECIPES), "none")
 
 
 def _names(augmentation: Augmentation) -> list[str]:
-    return [augmentation] if isinstance(augmentation, str) else augmentation
+    """Return the recipe and the transforms, with what `footage` stands for: its effects come last."""
+    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    return ["detr", *names[1:], *FOOTAGE] if names[:1] == ["footage"] else names
 
 
 def _find_transform(name: str) -> NamedTransform:
