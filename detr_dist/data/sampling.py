@@ -36,6 +36,7 @@ class Purpose(IntEnum):
     DENOISE = 6
     SCALE = 7
     REPEAT = 8
+    COPY_PASTE = 10
 
 
 def random_numbers(

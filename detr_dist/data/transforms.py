@@ -81,6 +81,11 @@ class Plan(NamedTuple):
     size_hw: tuple[int, int]  # after the resize
     colours: Colours | None
 
+    def scale_yx(self, size_hw: tuple[int, int]) -> tuple[float, float]:
+        """Return by how much objects in an image of this size are scaled."""
+        height, width = self.window[2:] if self.window is not None else size_hw
+        return self.size_hw[0] / height, self.size_hw[1] / width
+
 
 class NamedTransform(NamedTuple):
     """A transform that `data.augmentation` names in addition to the recipe."""
