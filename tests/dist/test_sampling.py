@@ -1,4 +1,6 @@
-"""Sources with weights, repeated images and class weights: the same training for every split, and resumed."""
+"""Sources with weights, repeated images, class weights, footage and copy-paste: the same training for every
+split, and resumed.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +11,8 @@ from safetensors.torch import load_file
 
 OVERRIDES = (
     "data.repeat_rare=0.9",
-    "data.augmentation=[detr, mosaic]",
+    "data.augmentation=[footage, mosaic]",
+    "data.copy_paste={classes: [player, ball], most: 2}",
     "loss.class_weights={ball: 4}",
     "training.batch_size=2",
     "training.num_epochs=3",
