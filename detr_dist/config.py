@@ -15,6 +15,7 @@ from detr_dist.config_types import (
     Augmentation,
     ClassLoss,
     ClassWeights,
+    CopyPasteOrNone,
     Count,
     CountOrAuto,
     CountOrZero,
@@ -32,6 +33,7 @@ from detr_dist.config_types import (
     ShareOrAuto,
     SwitchOrPath,
     Weights,
+    keys_by_section,
     takes_text,
 )
 from detr_dist.errors import UsageError
@@ -68,14 +70,20 @@ class DataConfig(Section):
     tiles: TilesOrAuto = Field(None, description=TILES_MEANING)
     augmentation: Augmentation = "detr"
     """`none`; `light`: flip and mild colour changes; `detr`: those, random crops and the published
-    multi-scale resize. Or a list, applied in this order: one of these recipes, then any of `mosaic` (every
-    second image is made of four), `mixup` (every second is blended with another), `photometric` (brightness,
-    contrast, saturation, hue), `zoom_out` (every second is shrunk on a black canvas), `iou_crop` (a random
-    window around a box is enlarged), and transforms of your own by registered name, `package.module.Name` or
+    multi-scale resize; `footage`: those, and after all else `scale_out` (shrunk by up to 1.5), `motion_blur`,
+    `sensor_noise`, `gamma` and `jpeg` (quality 40 to 95), each of every fifth image. Or a list, applied in
+    this order: one of these recipes, then any of `mosaic` (every second image is made of four), `mixup`
+    (every second is blended with another), `photometric` (brightness, contrast, saturation, hue), `zoom_out`
+    (every second is shrunk on a black canvas), `iou_crop` (a random window around a box is enlarged), parts
+    of `footage` by their names, and transforms of your own by registered name, `package.module.Name` or
     `file.py:Name`."""
+    copy_paste: CopyPasteOrNone = None
+    """Paste small objects of other images, as {classes: [ball], most: 3}: into each image between 0 and
+    `most` objects of these classes, from one other image of the epoch, where they cover no other small
+    object and little of a larger one. Unset: nothing is pasted."""
     augmentation_off_epochs: CountOrZero = 0
-    """In the last N of `training.num_epochs`, apply only the recipe of `augmentation`: images are then like
-    those of validation."""
+    """In the last N of `training.num_epochs`, apply only the recipe of `augmentation` and paste nothing:
+    images are then like those of validation."""
     repeat_rare: Factor | None = None
     """Repeat images with rare classes within every epoch (repeat-factor sampling, as for LVIS): a class in a
     fraction f of all images, with f below this threshold, makes its images count sqrt(threshold / f) times,
@@ -326,7 +334,7 @@ def _resolve(
             only_known_names = False
         return Config.model_validate(tree, context={"only_known_names": only_known_names})
     except ValidationError as error:
-        known = {name: list(section.model_fields) for name, section in _SECTIONS.items()}
+        known = dict(keys_by_section(_SECTIONS))
         lines = [describe_problem(problem, known) for problem in error.errors()]
         lines = [line if line.startswith(overridden) else source + line for line in lines]
         raise UsageError("\n".join(lines)) from None

@@ -114,14 +114,14 @@ def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
 
     Args:
         problem: One of pydantic's `errors()`.
-        keys: All keys by section.
+        keys: All keys by section, and those of a mapping in one, such as data.copy_paste.
     """
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "of_parts":
         return str(problem["msg"])
     if problem["type"] == "extra_forbidden":
         return _describe_unknown(location, keys)
-    key = ".".join(location[:2])
+    key = ".".join(location[: 3 if ".".join(location[:2]) in keys else 2])
     message = problem["msg"].removeprefix("Value error, ")
     value = problem["input"]
     is_named = problem["type"] == "unknown_name"  # by its message
@@ -132,7 +132,7 @@ def describe_problem(problem: Any, keys: Mapping[str, Sequence[str]]) -> str:
 
 def _describe_unknown(location: list[str], keys: Mapping[str, Sequence[str]]) -> str:
     *section, key = location
-    known = list(keys[section[0]] if section else keys)
+    known = list(keys[".".join(section)]) if section else [name for name in keys if "." not in name]
     elsewhere = [f"{name}.{key}" for name, fields in keys.items() if key in fields]
     close = [".".join([*section, name]) for name in difflib.get_close_matches(key, known, n=1, cutoff=0.4)]
     nearest = elsewhere or close

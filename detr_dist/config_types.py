@@ -2,7 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -182,6 +182,34 @@ class Section(BaseModel):
         """Redact credentials in JSON, because JSON is what gets written to files."""
         values = handler(self)
         return redact_value(values) if info.mode == "json" else values
+
+
+class CopyPasteConfig(Section):
+    """Objects that are pasted into other images."""
+
+    classes: Annotated[Names, Field(min_length=1)]
+    """Names of their classes."""
+    most: Count = 3
+    """Largest number in one image; every number from 0 on is equally likely."""
+
+
+CopyPasteOrNone = Annotated[
+    CopyPasteConfig | None,
+    _wanted(
+        "a mapping as {classes: [ball], most: 3}",
+        lambda value: value is None or isinstance(value, dict | CopyPasteConfig),
+    ),
+]
+
+
+def keys_by_section(sections: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the name and the keys of each section, and of each mapping with fixed keys in one."""
+    for name, section in sections.items():
+        yield name, list(section.model_fields)
+        for key, field in section.model_fields.items():
+            for kind in (field.annotation, *get_args(field.annotation)):
+                if isinstance(kind, type) and issubclass(kind, Section):
+                    yield f"{name}.{key}", list(kind.model_fields)
 
 
 def takes_text(annotation: Any) -> bool:

@@ -18,12 +18,25 @@ def make_data(
     num_train: Annotated[int, typer.Option(help="Scenes to train on.")] = 512,
     num_val: Annotated[int, typer.Option(help="Scenes to validate on.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same files.")] = 0,
+    size: Annotated[
+        str, typer.Option(metavar="WIDTHxHEIGHT", help="Pixels of the images, e.g. 1280x720.")
+    ] = "192x160",
+    ball_px: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="MIN MAX",
+            help="Diameters in pixels of a far and of a near ball, e.g. 6 10: scenes as in footage, with "
+            "players of natural size, motion blur, and things that look like a ball. Default: a ball "
+            "larger than life.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Generate match scenes with players and a ball, as images and COCO JSON."""
+    from detr_dist.data.synthetic import View
     from detr_dist.data.synthetic import make_data as generate
 
-    generate(output_dir, num_train=num_train, num_val=num_val, seed=seed)
+    generate(output_dir, num_train=num_train, num_val=num_val, seed=seed, view=View.of(size, ball_px))
     print(f"{num_train} scenes in {output_dir / 'train'}, {num_val} in {output_dir / 'val'}")
 
 

@@ -164,12 +164,16 @@ def _import(name: str) -> ModuleType:
     return module
 
 
-RECIPES = ("none", "light", "detr")
+RECIPES = ("none", "light", "detr", "footage")
 """Augmentations that decide the size of an image before it is decoded; one at most."""
+
+FOOTAGE = ("scale_out", "motion_blur", "sensor_noise", "gamma", "jpeg")
+"""The transforms that the recipe `footage` adds to `detr`, in the order in which they happen: the view, the
+lens, the sensor, the camera, the codec."""
 
 TRANSFORMS: Registry[Any] = Registry(
     "augmentation",
-    built_in=(*RECIPES, "mosaic", "mixup", "photometric", "zoom_out", "iou_crop"),
+    built_in=(*RECIPES, "mosaic", "mixup", "photometric", "zoom_out", "iou_crop", *FOOTAGE),
     takes_paths=True,
 )
 LOSSES: Registry[Any] = Registry(

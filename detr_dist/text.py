@@ -1,6 +1,7 @@
 """Text that fits into a message of one line."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detr_dist.redaction import redact
@@ -35,3 +36,12 @@ def list_names(names: Iterable[object], *, in_ascii: bool = False) -> str:
 def printable(name: str) -> str:
     """Return the name; in quotes and escaped if a terminal could not show it."""
     return name if name.isprintable() else repr(name)
+
+
+def hint_of_class(name: str, class_names: Sequence[str]) -> str:
+    """Return the class whose name is nearest to an unknown one, as a question; if none is near, the first."""
+    folded = {each.casefold(): each for each in reversed(class_names)}
+    nearest = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
+    if nearest:
+        return f"did you mean {printable(folded[nearest[0]])}?"
+    return f"the classes of the data are {list_names(class_names)}"

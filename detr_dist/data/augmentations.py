@@ -30,8 +30,6 @@ HUE_TURNS = (-0.05, 0.05)  # of the colour circle
 LUMINANCE_RGB = np.array([0.299, 0.587, 0.114])
 TURN_AROUND_GREY = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # by a right angle
 
-LARGEST_ZOOM_OUT = 4.0
-
 IOU_CROP_PROBABILITY = 0.8
 CROP_SCALES = (0.3, 1.0)
 MOST_CROP_ELONGATION = 2.0
@@ -134,13 +132,15 @@ class ZoomOut:
     """
 
     not_after: ClassVar = ("mosaic",)
+    probability: ClassVar = 0.5
+    most: ClassVar = 4.0
 
     def __call__(self, example: Example, rng: np.random.Generator) -> Example:
         """Return the example itself, or the shrunk one."""
-        if rng.random() < 0.5:
+        if rng.random() < 1 - self.probability:
             return example
         image, boxes, labels = example
-        ratio = rng.uniform(1, LARGEST_ZOOM_OUT)
+        ratio = rng.uniform(1, self.most)
         size = [max(1, round(side / ratio)) for side in image.shape[-2:]]
         top, left = (
             int(rng.integers(side - part + 1)) for side, part in zip(image.shape[-2:], size, strict=True)

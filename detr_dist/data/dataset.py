@@ -3,11 +3,9 @@
 import copy
 import math
 import traceback
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,7 +20,8 @@ from detr_dist.data.batch import Sample as Sample
 from detr_dist.data.batch import Unreadable
 from detr_dist.data.batch import collate as collate
 from detr_dist.data.coco import CocoData
-from detr_dist.data.example import Example, example_of
+from detr_dist.data.copy_paste import CopyPaste
+from detr_dist.data.example import Example, ReadOnAccess, example_of
 from detr_dist.data.images import decode_reduced
 from detr_dist.data.sampling import EpochSamples, Purpose, SampleKey, random_numbers
 from detr_dist.data.transforms import DetectionTransform, Plan, apply, build_transform
@@ -46,21 +45,6 @@ class _NoneReadableError(DataError):
     """Too many images in a row cannot be read."""
 
 
-class _ReadOnAccess(Sequence[Example]):
-    """Examples of some samples, each of which is read once, when it is first asked for."""
-
-    def __init__(self, indices: list[int], read: Callable[[int], Example]) -> None:
-        self._indices = indices
-        self._read = cache(read)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, place: Any) -> Any:
-        found = self._indices[place]
-        return [self._read(index) for index in found] if isinstance(found, list) else self._read(found)
-
-
 class CocoDetectionDataset(Dataset[Sample]):
     """Images, boxes and labels, looked up by (epoch, index).
 
@@ -81,12 +65,13 @@ class CocoDetectionDataset(Dataset[Sample]):
         recipe_only_from: float = math.inf,
         samples: EpochSamples | None = None,
         windows: WindowRule | None = None,
+        copy_paste: CopyPaste | None = None,
     ) -> None:
         """Take a `transform` from `build_transform` with the same `train`.
 
         With `samples`, an index is a place in an epoch, otherwise the row of an image. From epoch
-        `recipe_only_from` on, counted from 0, the transform applies its recipe alone. With `windows`, a
-        sample is a part of an image, drawn from the annotations alone.
+        `recipe_only_from` on, counted from 0, the transform applies its recipe alone, and nothing is pasted.
+        With `windows`, a sample is a part of an image, drawn from the annotations alone.
         """
         self.data = data
         self.transform = transform
@@ -95,6 +80,7 @@ class CocoDetectionDataset(Dataset[Sample]):
         self._recipe_only_from = recipe_only_from
         self._samples = samples
         self._windows = windows
+        self.copy_paste = copy_paste
         for each in transform.beside:
             if each.num_partners >= len(self):
                 raise UsageError(
@@ -112,9 +98,10 @@ class CocoDetectionDataset(Dataset[Sample]):
 
     @property
     def most_boxes_per_image(self) -> int:
-        """Boxes of the image that has most, if its partners have as many."""
+        """Boxes of the image that has most, if its partners have as many, and with what is pasted."""
         num_images = 1 + sum(each.num_partners for each in self.transform.beside)
-        return self.data.max_boxes_per_image * num_images
+        num_pasted = self.copy_paste.most if self.copy_paste and self.copy_paste.num_objects else 0
+        return self.data.max_boxes_per_image * num_images + num_pasted
 
     def __getitem__(self, key: SampleKey) -> Sample:
         epoch, index, *edge = key
@@ -122,7 +109,10 @@ class CocoDetectionDataset(Dataset[Sample]):
             return self._resized_to(*edge)[epoch, index]
         unreadable: list[Unreadable] = []
         index, row, example = self._example(epoch, index, unreadable)
-        beside = self.transform.beside if epoch < self._recipe_only_from else ()
+        is_augmented = epoch < self._recipe_only_from
+        if self.copy_paste is not None and is_augmented:
+            example = self._with_pasted(self.copy_paste, example, epoch, index, row)
+        beside = self.transform.beside if is_augmented else ()
         changed_by: set[str] = set()
         for place, transform in enumerate(beside):
             if changed_by.isdisjoint(transform.not_after):
@@ -223,6 +213,17 @@ class CocoDetectionDataset(Dataset[Sample]):
         boxes, labels = torch.from_numpy(boxes_xyxy).float(), torch.from_numpy(classes)
         return apply(plan, example_of(image, boxes, labels, size_hw))
 
+    def _with_pasted(
+        self, copy_paste: CopyPaste, example: Example, epoch: int, index: int, row: int
+    ) -> Example:
+        def read(partner: int, least_hw: tuple[int, int]) -> Tensor:
+            return self._read_image(partner, Plan(False, None, least_hw, None))
+
+        plan = self._plan(epoch, index, row)
+        scale_yx = plan.scale_yx(self.data.size_hw(row) if plan.shown is None else plan.shown.size_hw)
+        rng = random_numbers(Purpose.COPY_PASTE, self.seed, epoch, index)
+        return copy_paste(example, rng, read, epoch=epoch, row=row, scale_yx=scale_yx)
+
     def _transformed(self, place: int, example: Example, epoch: int, index: int, row: int) -> Example:
         """Apply the transform at this place of the list to the example of a sample, with its partners.
 
@@ -233,7 +234,7 @@ class CocoDetectionDataset(Dataset[Sample]):
             len(self) - 1, transform.num_partners, replace=False
         )
         others = [(index + 1 + other) % len(self) for other in chosen.tolist()]
-        partners = _ReadOnAccess(others, lambda other: self._example(epoch, other, [])[2])
+        partners = ReadOnAccess(others, lambda other: self._example(epoch, other, [])[2])
         rng = random_numbers(Purpose.TRANSFORM, *position)
         try:
             may_ignore = self._windows is not None
@@ -251,9 +252,10 @@ def training_dataset(
     """Return the training data with its augmentation; `samples` are those of every epoch.
 
     Raises:
-        UsageError: `data.augmentation` names a transform that cannot be used.
+        UsageError: a transform in `data.augmentation` or a class in `data.copy_paste` cannot be used.
     """
-    transform = build_transform(config.data.augmentation, Resize.of(config.data), train=True)
+    resize, pasted = Resize.of(config.data), config.data.copy_paste
+    transform = build_transform(config.data.augmentation, resize, train=True)
     tiles = specific_tiles(config)
     return CocoDetectionDataset(
         data,
@@ -263,6 +265,7 @@ def training_dataset(
         recipe_only_from=config.training.num_epochs - config.data.augmentation_off_epochs,
         samples=samples,
         windows=None if tiles is None else WindowRule.of(tiles, data),
+        copy_paste=CopyPaste(data, resize, tiles, pasted, samples) if pasted is not None else None,
     )
 
 

@@ -1,6 +1,8 @@
 """One image with its boxes, as the data set and all augmentations handle it."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torchvision import tv_tensors
@@ -38,3 +40,18 @@ def clipped(example: Example) -> Example:
     boxes = F.clamp_bounding_boxes(example.boxes)
     kept = (boxes[:, 2:] - boxes[:, :2] > MIN_BOX_EXTENT_PX).all(dim=1)
     return Example(example.image, tv_tensors.wrap(boxes[kept], like=boxes), example.labels[kept])
+
+
+class ReadOnAccess(Sequence[Example]):
+    """Examples of some samples, each of which is read once, when it is first asked for."""
+
+    def __init__(self, indices: list[int], read: Callable[[int], Example]) -> None:
+        self._indices = indices
+        self._read = cache(read)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        found = self._indices[place]
+        return [self._read(index) for index in found] if isinstance(found, list) else self._read(found)

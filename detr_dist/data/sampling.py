@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     SCALE = 7
     REPEAT = 8
     WINDOW = 9
+    COPY_PASTE = 10
 
 
 def random_numbers(

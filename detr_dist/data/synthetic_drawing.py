@@ -16,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from detr_dist.data.motion_blur import blur_along_line
+
 WIDTH, HEIGHT = 192, 160
 SUPERSAMPLING = 4  # a power of two, so that box corners are exact binary fractions of a pixel
-FOCAL_PX = 230.0  # a horizontal field of view of 45 degrees
+FOCAL_WIDTHS = 230.0 / WIDTH  # in widths of the image: a horizontal field of view of 45 degrees
+OPAQUE = 128  # what has less is not part of the object, such as the ends of a blurred ball
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -47,6 +50,7 @@ class Camera:
     height_m: float
     target_m: Point
     heading: float
+    size_px: tuple[int, int] = (WIDTH, HEIGHT)  # of the image
 
     def px_per_m(self, row_px: Any) -> Any:
         """Return the scale of objects that stand on the ground at a row (a number or an array of them)."""
@@ -55,22 +59,28 @@ class Camera:
     @property
     def target_depth_m(self) -> float:
         """Return the distance along the ground to `target_m`, which is in the middle of the image."""
-        return FOCAL_PX / float(self.px_per_m(HEIGHT / 2))
+        return self.focal_px / float(self.px_per_m(self.size_px[1] / 2))
+
+    @property
+    def focal_px(self) -> float:
+        """Return the focal length."""
+        return FOCAL_WIDTHS * self.size_px[0]
 
     def to_image(self, points_m: Floats) -> Floats:
         """Return column and row [..., 2] of pitch points [..., 2]; NaN for what is too near to be visible."""
         dx, dy = points_m[..., 0] - self.target_m[0], points_m[..., 1] - self.target_m[1]
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         depth_m = self.target_depth_m - dx * sin + dy * cos
-        scale = FOCAL_PX / np.where(depth_m > 2, depth_m, np.nan)
-        column = WIDTH / 2 + (dx * cos + dy * sin) * scale
+        scale = self.focal_px / np.where(depth_m > 2, depth_m, np.nan)
+        column = self.size_px[0] / 2 + (dx * cos + dy * sin) * scale
         return np.stack([column, self.horizon_px + self.height_m * scale], axis=-1)
 
     def to_pitch(self) -> tuple[Floats, Floats]:
         """Return pitch coordinates x, y [H, W] of every pixel."""
-        scale = self.px_per_m(np.arange(HEIGHT)[:, None] + 0.5)
-        right_m = (np.arange(WIDTH) + 0.5 - WIDTH / 2) / scale
-        ahead_m = FOCAL_PX / scale - self.target_depth_m
+        width, height = self.size_px
+        scale = self.px_per_m(np.arange(height)[:, None] + 0.5)
+        right_m = (np.arange(width) + 0.5 - width / 2) / scale
+        ahead_m = self.focal_px / scale - self.target_depth_m
         cos, sin = math.cos(self.heading), math.sin(self.heading)
         x_m = self.target_m[0] + right_m * cos - ahead_m * sin
         return x_m, self.target_m[1] + right_m * sin + ahead_m * cos
@@ -88,11 +98,11 @@ def draw_grass(rng: np.random.Generator, camera: Camera) -> Image.Image:
     if rng.random() < 0.3:
         stripes = (stripes + np.clip(4 * np.sin(y_m * (math.pi / 4)), -1, 1)) / 2
     patches = Image.fromarray(rng.normal(0, 0.05, (10, 12)).astype(np.float32))
-    light = 1 + rng.uniform(0.03, 0.1) * stripes + 0.05 * _noise(rng)
-    light += np.asarray(patches.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+    light = 1 + rng.uniform(0.03, 0.1) * stripes + 0.05 * _noise(rng, camera.size_px)
+    light += np.asarray(patches.resize(camera.size_px, Image.Resampling.BICUBIC))
     green = np.array([rng.uniform(55, 100), rng.uniform(115, 150), rng.uniform(35, 65)])
     image = _to_image(light.astype(np.float32)[..., None] * green.astype(np.float32))
-    return image.resize((WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING), Image.Resampling.NEAREST)
+    return image.resize(_enlarged(camera.size_px), Image.Resampling.NEAREST)
 
 
 @cache
@@ -117,16 +127,17 @@ def _line_points_m() -> Floats:
 def draw_markings(rng: np.random.Generator, canvas: Image.Image, camera: Camera) -> None:
     """Draw pitch lines and spots, and flat objects of a ball's size that are not balls."""
     draw = ImageDraw.Draw(canvas)
-    ends_px = camera.to_image(_line_points_m())
-    inside = np.all((ends_px > -40) & (ends_px < (WIDTH + 40, HEIGHT + 40)), axis=(1, 2))
+    ends_px, (width, height) = camera.to_image(_line_points_m()), camera.size_px
+    beyond = 40 * height / HEIGHT
+    inside = np.all((ends_px > -beyond) & (ends_px < (width + beyond, height + beyond)), axis=(1, 2))
     ends_px = ends_px[inside]
     widths_px = camera.px_per_m(ends_px[..., 1].mean(axis=1)) * rng.uniform(0.12, 0.17)
-    for ends, width in zip(ends_px * SUPERSAMPLING, widths_px * SUPERSAMPLING, strict=True):
-        draw.line(ends.ravel().tolist(), fill=CHALK, width=max(2, round(width)))
+    for ends, wide in zip(ends_px * SUPERSAMPLING, widths_px * SUPERSAMPLING, strict=True):
+        draw.line(ends.ravel().tolist(), fill=CHALK, width=max(2, round(wide)))
     spots = [(*camera.to_image(np.array(spot_m)), CHALK) for spot_m in ((11.0, 34.0), (52.5, 34.0))]
     for _ in range(rng.integers(0, 4)):
         colour = CHALK if rng.random() < 0.6 else pick(rng, BRIGHT)
-        spots.append((rng.uniform(0, WIDTH), rng.uniform(40, HEIGHT), colour))
+        spots.append((rng.uniform(0, width), rng.uniform(beyond, height), colour))
     for column, row, colour in spots:
         if not math.isnan(column):
             wide = camera.px_per_m(row) * rng.uniform(0.12, 0.22) * SUPERSAMPLING
@@ -134,37 +145,49 @@ def draw_markings(rng: np.random.Generator, canvas: Image.Image, camera: Camera)
             draw.ellipse((x - wide, y - high, x + wide, y + high), fill=colour)
 
 
-def draw_stand(rng: np.random.Generator, canvas: Image.Image, rows_px: int) -> None:
-    """Draw spectators and advertising boards along the top of the image."""
-    people = rng.integers(25, 110, (rows_px // 2 + 1, WIDTH // 2, 3), dtype=np.uint8)
+def draw_stand(rng: np.random.Generator, canvas: Image.Image, rows_px: int, unit: float = 1.0) -> None:
+    """Draw spectators and advertising boards along the top, `rows_px` times `unit` high."""
+    wide = round(canvas.width / SUPERSAMPLING / unit)
+    people = rng.integers(25, 110, (rows_px // 2 + 1, wide // 2, 3), dtype=np.uint8)
     crowd = people.repeat(2, axis=0)[:rows_px]
     board_px = min(rows_px, int(rng.integers(5, 9)))
     column = 0
-    while column < WIDTH // 2:
+    while column < wide // 2:
         end = column + int(rng.integers(8, 30))
         crowd[-board_px:, column:end] = pick(rng, BRIGHT)
         crowd[-board_px + 1 : -1 : 2, column + 2 : end - 2 : 3] = pick(rng, BRIGHT)
         column = end
     crowd[-1] //= 3
-    size = (WIDTH * SUPERSAMPLING, rows_px * SUPERSAMPLING)
+    size = canvas.width, round(rows_px * unit) * SUPERSAMPLING
     canvas.paste(Image.fromarray(crowd).resize(size, Image.Resampling.NEAREST), (0, 0))
 
 
 def expose(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
     """Return the image at its stored size, lit unevenly, with the noise of a sensor."""
-    pixels = np.asarray(canvas.reduce(SUPERSAMPLING), dtype=np.float32)
-    x, y = np.linspace(-1, 1, WIDTH)[None, :], np.linspace(-1, 1, HEIGHT)[:, None]
+    stored = canvas.reduce(SUPERSAMPLING)
+    pixels = np.asarray(stored, dtype=np.float32)
+    x, y = np.linspace(-1, 1, stored.width)[None, :], np.linspace(-1, 1, stored.height)[:, None]
     light = rng.uniform(0.8, 1.15) + rng.uniform(-0.1, 0.1) * x + rng.uniform(-0.1, 0.1) * y
     light -= 0.06 * (x * x + y * y)
     if rng.random() < 0.25:  # the shadow of a stand
         slope, offset = rng.uniform(-1, 1), rng.uniform(-0.6, 0.6)
         light *= np.where(y < slope * x + offset, rng.uniform(0.55, 0.75), 1)
     pixels = pixels * light.astype(np.float32)[..., None] * rng.uniform(0.94, 1.06, 3).astype(np.float32)
-    return _to_image(pixels + np.float32(rng.uniform(1, 5)) * _noise(rng)[..., None])
+    return _to_image(pixels + np.float32(rng.uniform(1, 5)) * _noise(rng, stored.size)[..., None])
 
 
-def _noise(rng: np.random.Generator) -> Floats:
-    return rng.standard_normal((HEIGHT, WIDTH), dtype=np.float32)
+def pan(rng: np.random.Generator, canvas: Image.Image) -> Image.Image:
+    """Return the canvas blurred by up to 3.5 stored pixels, as by a camera that follows the play."""
+    length = 2 * int(rng.integers(1, 7 * SUPERSAMPLING // 4)) + 1
+    return Image.fromarray(blur_along_line(np.asarray(canvas), length, rng.normal(0, 0.2)))
+
+
+def _noise(rng: np.random.Generator, size_px: tuple[int, int]) -> Floats:
+    return rng.standard_normal(size_px[::-1], dtype=np.float32)
+
+
+def _enlarged(size_px: tuple[int, int]) -> tuple[int, int]:
+    return size_px[0] * SUPERSAMPLING, size_px[1] * SUPERSAMPLING
 
 
 def _to_image(pixels: Floats) -> Image.Image:
@@ -293,3 +316,26 @@ def draw_ball(rng: np.random.Generator, diameter: float) -> Image.Image:
     ball.paste((70, 85, 70), mask=shade)
     ball.putalpha(outline)
     return ball
+
+
+def blur_sprite(rng: np.random.Generator, sprite: Image.Image) -> Image.Image:
+    """Return an object that moves by up to 0.6 of its width while it is exposed; its ends are translucent."""
+    length = 2 * int(rng.integers(1, max(2, round(0.3 * sprite.width)))) + 1
+    still = np.pad(np.asarray(sprite), ((length, length), (length, length), (0, 0)))
+    still[..., :3] = still[..., :3] * (still[..., 3:] // 255)
+    moving = blur_along_line(still, length, rng.uniform(0, math.pi)).astype(np.float32)
+    moving[..., :3] *= 255 / np.maximum(moving[..., 3:], 1)
+    blurred = Image.fromarray(np.rint(moving).clip(0, 255).astype(np.uint8))
+    return blurred.crop(blurred.getchannel("A").getbbox())
+
+
+def draw_mistakable(rng: np.random.Generator, diameter: float) -> Image.Image:
+    """Draw what has the size of a ball and is none: a coloured disc, or a flat white one."""
+    is_white = rng.random() < 0.5
+    high = diameter * (rng.uniform(0.35, 0.6) if is_white else rng.uniform(0.7, 1.1))
+    colour = CHALK if is_white else pick(rng, BRIGHT[:2] + BRIGHT[3:])
+    size = max(2, round(diameter)), max(2, round(high))
+    disc, outline = Image.new("RGB", size, colour), Image.new("L", size)
+    ImageDraw.Draw(outline).ellipse((0, 0, size[0] - 1, size[1] - 1), fill=255)
+    disc.putalpha(outline)
+    return disc

@@ -19,11 +19,12 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 import detr_dist.data.augmentations  # noqa: F401, registers the transforms of the package
+import detr_dist.data.footage  # noqa: F401, likewise
 from detr_dist.config_types import Augmentation
 from detr_dist.data.example import Example, clipped, crop, example_of
 from detr_dist.data.windows import Window
 from detr_dist.errors import DataError, UsageError, as_one_line
-from detr_dist.extensions import RECIPES, TRANSFORMS
+from detr_dist.extensions import FOOTAGE, RECIPES, TRANSFORMS
 from detr_dist.resize import Resize
 
 # The published recipe in its own pixels: the shorter side of a full image has 800.
@@ -82,6 +83,11 @@ class Plan(NamedTuple):
     colours: Colours | None
     shown: Window | None = None  # the part of the file's image that all this is done to; None: all of it
 
+    def scale_yx(self, size_hw: tuple[int, int]) -> tuple[float, float]:
+        """Return by how much objects in an image of this size are scaled."""
+        height, width = self.window[2:] if self.window is not None else size_hw
+        return self.size_hw[0] / height, self.size_hw[1] / width
+
 
 class NamedTransform(NamedTuple):
     """A transform that `data.augmentation` names in addition to the recipe."""
@@ -117,6 +123,8 @@ class NamedTransform(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.spawn(1)[0].integers(2**63)))
             result = self.function(example, rng, *([partners] if self.num_partners else []))
+        if result is example and self.name in TRANSFORMS.built_in:  # the check takes half a millisecond
+            return example
         return _checked(result, (height, width), range(-num_classes if may_ignore else 0, num_classes))
 
 
@@ -173,12 +181,14 @@ def build_transform(augmentation: Augmentation, resize: Resize, train: bool) -> 
 
 
 def recipe_of(augmentation: Augmentation) -> str:
-    """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`."""
+    """Return the built-in recipe of `data.augmentation`: `none`, `light` or `detr`, also for `footage`."""
     return next((name for name in _names(augmentation) if name in RECIPES), "none")
 
 
 def _names(augmentation: Augmentation) -> list[str]:
-    return [augmentation] if isinstance(augmentation, str) else augmentation
+    """Return the recipe and the transforms, with what `footage` stands for: its effects come last."""
+    names = [augmentation] if isinstance(augmentation, str) else augmentation
+    return ["detr", *names[1:], *FOOTAGE] if names[:1] == ["footage"] else names
 
 
 def _find_transform(name: str) -> NamedTransform:

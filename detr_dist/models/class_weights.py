@@ -1,13 +1,12 @@
 """Weights of classes in the class loss (`loss.class_weights`), and their sums over boxes."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from detr_dist.errors import UsageError
-from detr_dist.text import list_names, printable
+from detr_dist.text import hint_of_class
 
 
 def class_weights_of(weights: Mapping[str, float], class_names: Sequence[str]) -> tuple[float, ...] | None:
@@ -18,16 +17,9 @@ def class_weights_of(weights: Mapping[str, float], class_names: Sequence[str]) -
     """
     for name in weights:
         if name not in class_names:
-            raise UsageError(f"loss.class_weights: there is no class {name!r}; {_hint(name, class_names)}")
+            hint = hint_of_class(name, class_names)
+            raise UsageError(f"loss.class_weights: there is no class {name!r}; {hint}")
     return tuple(weights.get(name, 1.0) for name in class_names) if weights else None
-
-
-def _hint(name: str, class_names: Sequence[str]) -> str:
-    folded = {each.casefold(): each for each in reversed(class_names)}
-    nearest = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.5)
-    if nearest:
-        return f"did you mean {printable(folded[nearest[0]])}?"
-    return f"the classes of the data are {list_names(class_names)}"
 
 
 def class_weight_of_boxes(

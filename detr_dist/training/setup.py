@@ -141,6 +141,8 @@ def set_up(
     detector = _build_network(model, facts, train_data, resumed)
     if host.is_main_process:
         warn_of_too_many_boxes(dataset, detector.num_queries)
+        if dataset.copy_paste is not None and not dataset.copy_paste.num_objects:
+            _logger.warning("data.copy_paste: nothing is pasted: no box of these classes is small enough")
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -187,11 +189,12 @@ def _find_resumed(
 
 
 def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> None:
-    """Warn if the partners of transforms can give an image more boxes than can be matched."""
+    """Warn if augmentation can give an image more boxes than can be matched."""
     if dataset.most_boxes_per_image > num_queries:
         _logger.warning(
-            f"data.augmentation: an image can get up to {dataset.most_boxes_per_image} boxes, but the model "
-            f"finds at most {num_queries} and learns nothing from the others; raise model.num_queries"
+            f"data.augmentation and data.copy_paste: an image can get up to {dataset.most_boxes_per_image} "
+            f"boxes, but the model finds at most {num_queries} and learns nothing from the others; raise "
+            "model.num_queries"
         )
 
 

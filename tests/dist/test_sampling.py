@@ -1,4 +1,6 @@
-"""Sources with weights, repeated images, windows of images and class weights: the same training for every split, and resumed."""
+"""Sources with weights, repeated images, windows of images, class weights, footage and copy-paste: the same
+training for every split, and resumed.
+"""
 
 import json
 from pathlib import Path
@@ -9,7 +11,8 @@ from safetensors.torch import load_file
 
 OVERRIDES = (
     "data.repeat_rare=0.9",
-    "data.augmentation=[detr, mosaic]",
+    "data.augmentation=[footage, mosaic]",
+    "data.copy_paste={classes: [player, ball], most: 2}",
     "data.tiles={size: 48, min_visible: 0.8}",
     "loss.class_weights={ball: 4}",
     "training.batch_size=2",

@@ -29,6 +29,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         (["make-data"], "see detr-dist make-data --help"),
         (["make-data", "x", "--num-train", "many"], "'--num-train'"),
         (["make-data", "x", "--num-train", "0"], "0"),
+        (["make-data", "x", "--size", "1280"], "--size is 1280: give WIDTHxHEIGHT"),
+        (["make-data", "x", "--ball-px", "6"], "'--ball-px' requires 2 arguments"),
     ],
 )
 def test_wrong_usage_prints_one_line_and_exits_with_2(capsys, arguments: list[str], hint: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from detr_dist.config import DataConfig, load_config
 from detr_dist.errors import UsageError
-from detr_dist.extensions import LOSSES, TRANSFORMS, Registry, import_extensions, load_object
+from detr_dist.extensions import FOOTAGE, LOSSES, TRANSFORMS, Registry, import_extensions, load_object
 
 
 @pytest.fixture
@@ -98,15 +98,20 @@ def test_several_augmentations_keep_their_order() -> None:
     assert config.data.augmentation == ["detr", "package.Blur", "mine.py:Noise"]
 
 
-@pytest.mark.parametrize("names", ["[light, detr]", "[package.Blur, detr]", "[none, none]"])
+@pytest.mark.parametrize(
+    "names", ["[light, detr]", "[package.Blur, detr]", "[none, none]", "[light, footage]"]
+)
 def test_at_most_one_recipe_is_allowed_and_comes_first(names: str) -> None:
-    with pytest.raises(UsageError, match=r"^data\.augmentation: of none, light, detr there is one at most"):
+    with pytest.raises(
+        UsageError, match=r"^data\.augmentation: of none, light, detr, footage there is one at most"
+    ):
         load_config(None, [f"data.augmentation={names}"])
 
 
 def test_the_registries_list_what_the_package_provides() -> None:
-    recipes, others = ["none", "light", "detr"], ["mosaic", "mixup", "photometric", "zoom_out", "iou_crop"]
-    assert TRANSFORMS.names[:8] == recipes + others
+    recipes = ["none", "light", "detr", "footage"]
+    others = ["mosaic", "mixup", "photometric", "zoom_out", "iou_crop", *FOOTAGE]
+    assert TRANSFORMS.names[:14] == recipes + others
     described = str(DataConfig.model_fields["augmentation"].description)
     assert [name for name in recipes + others if f"`{name}`" not in described] == []
     assert LOSSES.names[:3] == ["ce", "bbox", "giou"]

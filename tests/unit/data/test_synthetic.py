@@ -9,12 +9,13 @@ import pytest
 from PIL import Image
 
 from detr_dist.data import synthetic
-from detr_dist.data.synthetic import BALL_ID, PLAYER_ID, Scene, draw_scene, make_data
+from detr_dist.data.synthetic import BALL_ID, BALL_M, PLAYER_ID, PLAYER_M, Scene, View, draw_scene, make_data
 from detr_dist.data.synthetic_drawing import (
     HEIGHT,
     SUPERSAMPLING,
     WIDTH,
     Camera,
+    blur_sprite,
     choose_kits,
     draw_ball,
     draw_player,
@@ -106,6 +107,69 @@ def test_every_box_has_an_extent_and_lies_inside_its_image(scenes: list[Scene]) 
     # exact: corners are multiples of a quarter of a pixel, so their sums are not rounded
     assert (boxes[:, 0] + boxes[:, 2] <= WIDTH).all()
     assert (boxes[:, 1] + boxes[:, 3] <= HEIGHT).all()
+
+
+FOOTAGE = View((640, 360), (5, 9))
+
+
+def test_scenes_as_in_footage_have_balls_of_the_given_size_and_players_of_natural_size(
+    tmp_path: Path,
+) -> None:
+    make_data(tmp_path, num_train=24, num_val=1, view=FOOTAGE)
+    document = annotations(tmp_path / "train")
+    heights: dict[int, list[float]] = {PLAYER_ID: [], BALL_ID: []}
+    for item in document["annotations"]:
+        x, y, width, height = item["bbox"]
+        assert min(x, y) >= 0
+        assert x + width <= 640
+        assert y + height <= 360
+        heights[item["category_id"]].append(height)
+    for image in document["images"]:
+        with Image.open(tmp_path / "train" / image["file_name"]) as stored:
+            assert stored.size == (image["width"], image["height"]) == FOOTAGE.size_px
+    assert len(heights[BALL_ID]) > 10
+    # Sprites have whole pixels of the larger drawing, and a blur, at half its opacity, one more of these.
+    assert max(heights[BALL_ID]) <= 9.5
+    assert np.median(heights[BALL_ID]) >= 5
+    ratio = np.median(heights[PLAYER_ID]) / np.median(heights[BALL_ID])
+    assert ratio == pytest.approx(PLAYER_M / BALL_M, rel=0.3), "they run, kick and hide each other"
+    assert len(heights[PLAYER_ID]) / 24 > 7
+
+
+def test_the_size_alone_scales_a_scene() -> None:
+    small, large = (draw_scene(np.random.default_rng([3, 1]), View((192 * k, 160 * k))) for k in (1, 2))
+    assert large.image.size == (384, 320)
+    assert {*small.category_ids} <= {PLAYER_ID, BALL_ID}
+    sides = [np.median([box[3] for box in scene.boxes_xywh_px]) for scene in (small, large)]
+    assert sides[1] == pytest.approx(2 * sides[0], rel=0.5), "other people"
+
+
+def test_a_blurred_ball_keeps_its_size_where_it_is_half_opaque() -> None:
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        ball = draw_ball(rng, 36.0)
+        opacity = np.asarray(blur_sprite(rng, ball).getchannel("A"))
+        assert opacity.shape != (36, 36)
+        rows, columns = np.nonzero(opacity >= 128)
+        # A circle on a grid is 36 +- 1 wide in every direction.
+        assert abs(int(np.ptp(rows)) - 35) <= 2
+        assert abs(int(np.ptp(columns)) - 35) <= 2
+        assert 0 < opacity.min(initial=255, where=opacity > 0) < 128
+
+
+@pytest.mark.parametrize(
+    ("view", "message"),
+    [
+        (View((95, 160)), "--size is 95x160: give a width and a height of 96 to 8192 pixels"),
+        (View((640, 360), (9, 5)), "--ball-px is 9 5: give two diameters of 2 to 18 pixels"),
+        (View((640, 360), (1, 5)), "--ball-px is 1 5"),
+        (View((640, 360), (6, 30)), "--ball-px is 6 30"),
+    ],
+)
+def test_an_impossible_view_is_refused(tmp_path: Path, view: View, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_data(tmp_path / "out", view=view)
+    assert not (tmp_path / "out").exists()
 
 
 def test_some_scenes_lack_the_ball_or_the_players_or_both(scenes: list[Scene]) -> None:
@@ -210,7 +274,7 @@ def test_empty_folders_and_files_of_a_killed_run_are_replaced(data_dir: Path, tm
 
 
 def test_a_run_that_fails_leaves_no_split_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(rng: np.random.Generator) -> Scene:
+    def no_space(rng: np.random.Generator, view: View) -> Scene:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(synthetic, "draw_scene", no_space)

@@ -23,6 +23,7 @@ OPTIONAL = {
     ("training", "max_steps"): 7,
     ("data", "multi_scale"): [480, 512],
     ("data", "repeat_rare"): 0.01,
+    ("data", "copy_paste"): {"classes": ["ball"], "most": 2},
     ("training", "extensions"): ["ours.py", "football.losses"],
     ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,

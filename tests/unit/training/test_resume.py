@@ -32,6 +32,7 @@ DECIDE_WHAT_IS_LEARNED = {
     "loss.weights",
     "loss.class_weights",
     "data.repeat_rare",
+    "data.copy_paste",
     "data.shortest_edge",
     "data.longest_edge",
     "data.exif",
