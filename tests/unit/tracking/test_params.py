@@ -16,6 +16,7 @@ OPTIONAL = {
     ("training", "max_steps"): 7,
     ("data", "multi_scale"): [480, 512],
     ("data", "repeat_rare"): 0.01,
+    ("evaluation", "size_bands"): [8, 16],
     ("training", "extensions"): ["ours.py", "football.losses"],
     ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,
