@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -210,6 +210,35 @@ def predict(
         tracking_uri=tracking_uri,
         threshold=threshold,
         overrides=overrides or (),
+    )
+
+
+@app.command()
+def errors(
+    model: Model,
+    data_dir: Annotated[
+        Path, typer.Option(help=f"Images and their annotations: {FORMATS} Or a folder of images alone.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Folder to make; it must not exist, or be empty.")],
+    top: Annotated[int, typer.Option(min=1, help="Number of images to write.")] = 100,
+    form: Annotated[
+        Literal["coco", "cvat", "yolo"], typer.Option("--as", help="Format of the boxes to correct.")
+    ] = "coco",
+    tracking_uri: TrackingUri = DEFAULT_TRACKING_URI,
+    overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:
+    """Collect the images on which a model errs most, with boxes to correct and to train on.
+
+    The images come first in which objects of rare and small classes are not found. Of images without
+    annotations, those with the most uncertain detections come first. `data` is a data set to be corrected,
+    with the annotations and the detections that match none, or with the detections alone; `errors.csv` lists
+    why each image is there; `drawn` and `crops` show it. docs/evaluation.md explains them.
+    """
+    from detr_dist.inference.hard_images import write_hard_images
+
+    write_hard_images(
+        model, data_dir, output_dir, top=top, form=form, tracking_uri=tracking_uri, overrides=overrides or ()
     )
 
 

@@ -31,6 +31,7 @@ from detr_dist.config_types import (
     ResizeMode,
     Section,
     ShareOrAuto,
+    SizeBands,
     SwitchOrPath,
     Weights,
     keys_by_section,
@@ -163,6 +164,9 @@ class EvaluationConfig(Section):
     score_threshold: ShareOrAuto = "auto"
     """Minimum score, 0 to 1, of the detections that count for precision, recall and F1; `auto`: for each
     class the one with the best F1."""
+    size_bands: SizeBands = Field([])
+    """Sides in pixels of the original image, e.g. [8, 16, 32, 96], between bands of sizes for which the AP of
+    each class is logged as well, as `val_<class>_map_lt8`, `_8_16` and so on."""
     pictures: bool = True
     """Draw curves, the confusion matrix and the images with the worst errors at every evaluation, into
     OUTPUT_DIR/pictures and MLflow."""

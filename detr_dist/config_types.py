@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
@@ -66,6 +67,12 @@ def _as_short_as_possible(value: Any) -> Any:
     """Give lists that mean the same one form, so that a resumed run does not count as changed."""
     names = [value] if isinstance(value, str) else [name for name in value if name != "none"]
     return names if len(names) > 1 else (names or ["none"])[0]
+
+
+def _ascending(values: list[int]) -> list[int]:
+    if any(low >= high for low, high in pairwise(values)):
+        raise ValueError(f"ascending numbers are wanted, got {values}")
+    return values
 
 
 def _known(registry: Registry[Any]) -> Callable[[Any, ValidationInfo], Any]:
@@ -153,6 +160,11 @@ Names = Annotated[
 Edges = Annotated[
     list[Edge],
     BeforeValidator(lambda value: [] if value is None else value if isinstance(value, list) else [value]),
+]
+SizeBands = Annotated[
+    list[Count],
+    BeforeValidator(lambda value: [] if value is None else value),
+    AfterValidator(_ascending),
 ]
 Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
 ClassWeights = Annotated[dict[str, Positive], _EMPTY_MAPPING]

@@ -38,7 +38,7 @@ PHRASES = {
     r"(an?|the|its|their|what) share|shares? of": "fraction",
     r"remarks?|(an?|any|each|every|no|one|the|these) notices?": "warning",
     r"remembers?|(an?|the|its) optimizer's memory|memory of (an?|the|its) optimizer": "optimizer state",
-    r"missed": "false negative",
+    r"(?<![\"'`])missed(?![\"'`])": "false negative",
     r"invent(s|ed)?": "false positive (detections), generated (names)",
     r"confused|confusions": "misclassified, confusion matrix",
     r"call(s|ed|ing)? the roll|roll[- ]call": "rendezvous check",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.detections import DetectionRecords
@@ -31,7 +31,7 @@ AREAS = ((0.0, 1e10), (0.0, 32.0**2), (32.0**2, 96.0**2), (96.0**2, 1e10))
 """Smallest and largest area, for all sizes together and for each; a box at a limit belongs to both sides."""
 DETECTION_LIMITS = (1, 10, MAX_DETECTIONS)
 """Numbers of detections of an image and class for which recall is computed."""
-MAX_NAME_BYTES = 250 - len("val__precision")
+MAX_NAME_BYTES = 250 - len("val__error_classification_dap")
 """Largest class name in a metric's name: MLflow takes 250 characters, which its file store uses in paths."""
 
 
@@ -58,7 +58,7 @@ def compute_coco_metrics(data: CocoData, records: DetectionRecords) -> CocoMetri
     candidates = find_candidates(data, detections, by_class=True)
     ranks = rank_in_group(detections.image_rows * data.num_classes + detections.labels)
     (precision, recall), *of_sizes = [
-        _precision_and_recall(data, detections, ranks, candidates, area) for area in AREAS
+        _precision_and_recall(judge(data, detections, candidates, area=area), ranks) for area in AREAS
     ]
     values = {"map": precision, "map_50": precision[:, 0], "map_75": precision[:, 5]}
     values |= {f"map_{size}": each for size, (each, _) in zip(SIZES, of_sizes, strict=True)}
@@ -66,46 +66,85 @@ def compute_coco_metrics(data: CocoData, records: DetectionRecords) -> CocoMetri
     values |= {
         f"{name}_map": each for name, each in zip(metric_names(data.class_names), precision, strict=True)
     }
-    means = {name: _mean_of_known(each) for name, each in values.items()}
-    ap_by_size = [[_mean_of_known(each[label]) for each, _ in of_sizes] for label in range(data.num_classes)]
+    means = {name: mean_of_known(each) for name, each in values.items()}
+    ap_by_size = [[mean_of_known(each[label]) for each, _ in of_sizes] for label in range(data.num_classes)]
     return CocoMetrics(
         {name: mean for name, mean in means.items() if not np.isnan(mean)}, np.array(ap_by_size)
     )
 
 
-def _precision_and_recall(
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """D detections as true and false positives; those that are neither are ignored."""
+
+    labels: NDArray[np.int64]
+    """[D], class indices, by descending score."""
+    is_tp: NDArray[np.bool_]
+    """[T, D], at each of T minima of the IoU."""
+    is_fp: NDArray[np.bool_]
+    """[T, D]."""
+    num_truth: NDArray[np.int64]
+    """[C], boxes to find of each class."""
+
+
+def judge(
     data: CocoData,
     detections: DetectionRecords,
-    ranks: NDArray[np.int64],
     candidates: Candidates,
-    area: tuple[float, float],
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return precision [C, T, R] and recall [C, T, 3] on boxes of one range of areas.
+    *,
+    area: tuple[float, float] = AREAS[0],
+    least: ArrayLike = IOUS,
+) -> Judged:
+    """Match detections with boxes of one range of areas, at each minimum IoU.
 
-    Precision is at the T minimum `IOUS` and the R `RECALLS`, recall with the `DETECTION_LIMITS`; both are NaN
-    for classes without such boxes. `ranks` [D] is each detection's rank among those of its image and class.
+    A detection is ignored if it matches a crowd or a box of another area, or no box and has another area
+    itself.
     """
     low, high = area
     ignored = data.iscrowd | (data.areas < low) | (data.areas > high)
-    found = match_at_ious(candidates, data.iscrowd, ignored, IOUS)
+    found = match_at_ious(candidates, data.iscrowd, ignored, least)
     left, top, right, bottom = detections.boxes_xyxy_px.T.astype(np.float64)
     extents = (right - left) * (bottom - top)
-    # Neither true nor false positive: matched with an ignored box, or unmatched and of another size.
-    is_tp = np.zeros((len(IOUS), len(extents)), dtype=np.bool_)
+    is_tp = np.zeros((len(found), len(extents)), dtype=np.bool_)
     is_tp[:, candidates.rows] = (found >= 0) & ~ignored[found]
-    is_fp = np.tile((extents >= low) & (extents <= high), (len(IOUS), 1))
+    is_fp = np.tile((extents >= low) & (extents <= high), (len(found), 1))
     is_fp[:, candidates.rows] &= found < 0
     num_truth = np.bincount(data.box_classes[~ignored], minlength=data.num_classes)
-    precision = np.full((data.num_classes, len(IOUS), len(RECALLS)), np.nan)
-    recall = np.full((data.num_classes, len(IOUS), len(DETECTION_LIMITS)), np.nan)
-    for label in np.flatnonzero(num_truth).tolist():
-        own = np.flatnonzero(detections.labels == label)
-        for index in range(len(IOUS)):
-            tp, fp = is_tp[index, own], is_fp[index, own]
-            precision[label, index] = _precision_at_recalls(tp, fp, num_truth[label])
-            num_tp = [tp[ranks[own] < limit].sum() for limit in DETECTION_LIMITS]
-            recall[label, index] = np.array(num_tp) / num_truth[label]
-    return precision, recall
+    return Judged(detections.labels, is_tp, is_fp, num_truth)
+
+
+def precision_of_classes(judged: Judged) -> NDArray[np.float64]:
+    """Return the precision [C, T, R] at the R `RECALLS`; NaN for classes without boxes to find."""
+    num_minima = len(judged.is_tp)
+    precision = np.full((len(judged.num_truth), num_minima, len(RECALLS)), np.nan)
+    for label in np.flatnonzero(judged.num_truth).tolist():
+        own = np.flatnonzero(judged.labels == label)
+        for index in range(num_minima):
+            tp, fp = judged.is_tp[index, own], judged.is_fp[index, own]
+            precision[label, index] = _precision_at_recalls(tp, fp, judged.num_truth[label])
+    return precision
+
+
+def average_precision(judged: Judged) -> NDArray[np.float64]:
+    """Return the AP [C], the mean precision over `RECALLS` and minima; NaN without boxes to find."""
+    ap: NDArray[np.float64] = precision_of_classes(judged).mean(axis=(1, 2))
+    return ap
+
+
+def _precision_and_recall(
+    judged: Judged, ranks: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return precision [C, T, R] and recall [C, T, 3] with the `DETECTION_LIMITS`.
+
+    Both are NaN for classes without boxes to find. `ranks` [D] is each detection's rank among those of its
+    image and class.
+    """
+    recall = np.full((len(judged.num_truth), len(IOUS), len(DETECTION_LIMITS)), np.nan)
+    for label in np.flatnonzero(judged.num_truth).tolist():
+        own = np.flatnonzero(judged.labels == label)
+        num_tp = [judged.is_tp[:, own[ranks[own] < limit]].sum(axis=1) for limit in DETECTION_LIMITS]
+        recall[label] = np.stack(num_tp, axis=1) / judged.num_truth[label]
+    return precision_of_classes(judged), recall
 
 
 def _precision_at_recalls(
@@ -122,7 +161,7 @@ def _precision_at_recalls(
     return reached
 
 
-def _mean_of_known(values: NDArray[np.float64]) -> float:
+def mean_of_known(values: NDArray[np.float64]) -> float:
     """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan

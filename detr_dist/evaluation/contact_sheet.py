@@ -26,11 +26,12 @@ TILE_WIDTH, GAP, FONT_PX = 480, 12, 15
 LINE = FONT_PX + 6
 BACKGROUND = (224, 224, 224)
 FALSE_NEGATIVE, MISCLASSIFIED, FALSE_POSITIVE = (230, 20, 20), (170, 60, 255), (255, 150, 0)
-TRUE_POSITIVE, CROWD = (0, 180, 255), (150, 150, 150)
+DUPLICATE, TRUE_POSITIVE, CROWD = (255, 235, 0), (0, 180, 255), (150, 150, 150)
 _SAMPLE = (2.0, 2.0, LINE + LINE // 2 - 2.0, LINE - 2.0)
 LEGEND = (
     ("false negative", Mark(_SAMPLE, FALSE_NEGATIVE, dashed=True)),
     ("false positive", Mark(_SAMPLE, FALSE_POSITIVE)),
+    ("duplicate", Mark(_SAMPLE, DUPLICATE)),
     ("misclassified, truth → prediction", Mark(_SAMPLE, MISCLASSIFIED)),
     ("true positive", Mark(_SAMPLE, TRUE_POSITIVE, is_thin=True)),
     ("crowd, and what lies in it", Mark(_SAMPLE, CROWD, dashed=True, is_thin=True)),
@@ -39,13 +40,17 @@ LEGEND = (
 
 
 def image_errors(data: CocoData, matches: Matches) -> dict[str, NDArray[np.int64]]:
-    """Count each kind of error of the confusion matrix in each of N images: [N] by kind."""
+    """Count each kind of error of the confusion matrix in each of N images: [N] by kind.
+
+    Duplicates are apart from the other false positives.
+    """
     boxes, detections = matches.boxes, matches.detections
     is_wrong = np.append(data.box_classes, -1)[boxes] != detections.labels
     is_misclassified = is_wrong & (boxes >= 0) & ~matches.in_crowd
     image_rows = {
         "false negatives": data.image_rows[matches.false_negatives],
-        "false positives": detections.image_rows[boxes < 0],
+        "false positives": detections.image_rows[(boxes < 0) & ~matches.is_duplicate],
+        "duplicates": detections.image_rows[matches.is_duplicate],
         "misclassified": detections.image_rows[is_misclassified],
     }
     return {kind: np.bincount(rows, minlength=len(data)) for kind, rows in image_rows.items()}
@@ -146,13 +151,15 @@ def _tile(data: CocoData, matches: Matches, row: int, tile_height: int) -> Image
     scale = min(TILE_WIDTH / width, tile_height / height)
     size = max(1, round(scale * width)), max(1, round(scale * height))
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BILINEAR)
-    draw_marks(image, _marks(data, matches, row, (size[0] / width, size[1] / height)))
+    draw_marks(image, error_marks(data, matches, row, (size[0] / width, size[1] / height)))
     tile.paste(image, ((TILE_WIDTH - size[0]) // 2, (tile_height - size[1]) // 2))
     return tile
 
 
-def _marks(data: CocoData, matches: Matches, row: int, scale: tuple[float, float]) -> list[Mark]:
-    """Return the boxes and detections of one image, errors first."""
+def error_marks(
+    data: CocoData, matches: Matches, row: int, scale: tuple[float, float] = (1.0, 1.0)
+) -> list[Mark]:
+    """Return the boxes and detections of one image, scaled along x and y, errors first."""
     names = [class_label(index, name) for index, name in enumerate(data.class_names)]
     detections = matches.detections
 
@@ -172,7 +179,7 @@ def _marks(data: CocoData, matches: Matches, row: int, scale: tuple[float, float
         box = int(matches.boxes[each])
         caption = f"{names[detections.labels[each]]} {detections.scores[each]:.2f}"
         if box < 0:
-            wrong.append(found(each, FALSE_POSITIVE, caption))
+            wrong.append(found(each, DUPLICATE if matches.is_duplicate[each] else FALSE_POSITIVE, caption))
         elif data.iscrowd[box]:
             right.append(found(each, CROWD))
         elif data.box_classes[box] == detections.labels[each]:

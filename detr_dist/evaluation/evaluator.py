@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords, Detections
+from detr_dist.evaluation.error_analysis import ErrorAnalysis, analyse_errors
 from detr_dist.evaluation.image_pass import ImagePass
+from detr_dist.evaluation.small_objects import small_object_metrics
 from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.class_weights import class_weight_of_boxes, class_weights_of
 from detr_dist.models.criterion import SetCriterion, StepCounts
@@ -56,6 +59,11 @@ class Details:
     """All detections, without any threshold."""
     coco: CocoMetrics
     operating_points: OperatingPoints
+
+    @cached_property
+    def errors(self) -> ErrorAnalysis:
+        """The errors by kind, and the AP that each kind costs."""
+        return analyse_errors(self.data, self.records)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -115,6 +123,7 @@ class Evaluator:
         )
         self._stop_requested = stop_requested
         self._thresholds: Thresholds = config.evaluation.score_threshold if thresholds is None else thresholds
+        self._size_bands = config.evaluation.size_bands
         self._loss = config.loss
         self._host = host
 
@@ -170,9 +179,13 @@ class Evaluator:
             )
         coco = compute_coco_metrics(self.data, records)
         points = operating_points(self.data, records, self._thresholds)
-        metrics = coco.metrics | points.metrics(self.data.class_names)
+        details = Details(self.data, records, coco, points)
+        # Where classes are called `x` and `x_center`, the AP of the latter keeps the name that both have.
+        metrics = small_object_metrics(self.data, records, points.classes, self._size_bands)
+        metrics |= details.errors.metrics(self.data.class_names)
+        metrics |= coco.metrics | points.metrics(self.data.class_names)
         metrics |= losses
-        return Scores(metrics, Details(self.data, records, coco, points))
+        return Scores(metrics, details)
 
     @torch.no_grad()
     def _detect(self, detector: Detector) -> _Part:

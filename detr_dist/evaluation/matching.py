@@ -3,6 +3,7 @@
 docs/evaluation.md explains the rules.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,8 +17,16 @@ MAX_DETECTIONS = 100
 """Only this many detections of an image and class count, the best ones, as in COCO's own evaluation."""
 MIN_IOU = 0.5
 """The minimum IoU of a detection with the box that it matches."""
+MIN_RADIUS_PX = 5.0
+"""The minimum distance of centres, in pixels, within which a detection may match a box by its centre."""
+MIN_CLOSENESS_OF_CENTRES = float(np.finfo(np.float64).min)
+"""The minimum closeness of a detection with the box that it matches by its centre; others have -inf."""
 PAIRS_AT_ONCE = 2**18
 """Pairs of detection and box whose IoU is computed at once: some 50 MB of memory."""
+
+Columns = NDArray[np.float64]
+Closeness = Callable[[Columns, Columns, NDArray[np.bool_]], Columns]
+"""Function of boxes [4, P], other boxes [4, P], xywh, and whether those are crowds [P]: larger is closer."""
 
 
 def best_of_each_image(data: CocoData, records: DetectionRecords) -> DetectionRecords:
@@ -55,12 +64,51 @@ class Candidates:
     """[P], of the pair's detection in `rows`."""
     boxes: NDArray[np.int64]
     """[P], rows of boxes."""
-    ious: NDArray[np.float64]
-    """[P]."""
+    closeness: NDArray[np.float64]
+    """[P], the IoU, or another measure that is larger for a closer pair."""
 
 
-def find_candidates(data: CocoData, detections: DetectionRecords, *, by_class: bool) -> Candidates:
-    """Pair detections with boxes of their image that they overlap with an IoU of at least `MIN_IOU`.
+def iou_of_pairs(found_xywh: Columns, truth_xywh: Columns, iscrowd: NDArray[np.bool_]) -> Columns:
+    """Return the IoU of boxes [4, P] with boxes [4, P], pair by pair.
+
+    With a crowd, return the fraction of the first box that lies in it. Operations are in COCO's order, so
+    that rounding decides the same way for pairs at a limit.
+    """
+    left, top, width, height = found_xywh
+    truth_left, truth_top, truth_width, truth_height = truth_xywh
+    across = np.minimum(left + width, truth_left + truth_width) - np.maximum(left, truth_left)
+    down = np.minimum(top + height, truth_top + truth_height) - np.maximum(top, truth_top)
+    intersection = across.clip(min=0) * down.clip(min=0)
+    area = width * height
+    union = np.where(iscrowd, area, area + truth_width * truth_height - intersection)
+    iou: NDArray[np.float64] = np.divide(
+        intersection, union, out=np.zeros_like(union), where=intersection > 0
+    )
+    return iou
+
+
+def closeness_of_centres(found_xywh: Columns, truth_xywh: Columns, iscrowd: NDArray[np.bool_]) -> Columns:
+    """Return the negative distance in pixels between the centres of boxes [4, P] and [4, P], pair by pair.
+
+    It is -inf beyond half the side of the second box (the root of its area), or `MIN_RADIUS_PX` if that is
+    more. For a crowd it is -inf unless the centre of the first box lies in it.
+    """
+    found, truth = (xywh[:2] + xywh[2:] / 2 for xywh in (found_xywh, truth_xywh))
+    distance = np.hypot(*(found - truth))
+    radius = np.maximum(np.sqrt(truth_xywh[2] * truth_xywh[3]) / 2, MIN_RADIUS_PX)
+    is_in_crowd = (np.abs(found - truth) <= truth_xywh[2:] / 2).all(axis=0)
+    return np.where(np.where(iscrowd, is_in_crowd, distance <= radius), -distance, -np.inf)
+
+
+def find_candidates(
+    data: CocoData,
+    detections: DetectionRecords,
+    *,
+    by_class: bool,
+    closeness: Closeness = iou_of_pairs,
+    least: float = MIN_IOU,
+) -> Candidates:
+    """Pair detections with boxes of their image that are at least as close as `least`; by default, by IoU.
 
     Detections come by descending score. With `by_class` the classes must be equal too.
     """
@@ -81,43 +129,43 @@ def find_candidates(data: CocoData, detections: DetectionRecords, *, by_class: b
         ends = np.cumsum(num_boxes[rows])
         in_group = np.arange(len(pair)) - (ends - num_boxes[rows])[pair]
         box = boxes_of_groups[first[rows][pair] + in_group]
-        iou = _iou(found_xywh[:, pair], truth_xywh[:, box], data.iscrowd[box])
-        enough = iou >= MIN_IOU
-        parts.append((rows[pair[enough]], box[enough], iou[enough]))
-    detection, boxes, ious = (np.concatenate(column) for column in zip(*parts, strict=True))
+        close = closeness(found_xywh[:, pair], truth_xywh[:, box], data.iscrowd[box])
+        enough = close >= least
+        parts.append((rows[pair[enough]], box[enough], close[enough]))
+    detection, boxes, close = (np.concatenate(column) for column in zip(*parts, strict=True))
     rows, positions = np.unique(detection, return_inverse=True)
-    return Candidates(rows, rank_in_group(group[rows]), positions, boxes, ious)
+    return Candidates(rows, rank_in_group(group[rows]), positions, boxes, close)
 
 
 def match_at_ious(
     candidates: Candidates,
     iscrowd: NDArray[np.bool_],
     ignored: NDArray[np.bool_],
-    min_ious: ArrayLike,
+    least: ArrayLike,
 ) -> NDArray[np.int64]:
     """Return the row of the box that each candidate matches at each of T minimum IoUs, -1 for none: [T, K].
 
     Candidates choose in order of their score. Each takes the free box with the highest sufficient IoU, and an
     ignored box ([M], including crowds) only if there is no other. A crowd may match any number of detections.
-    Of equal IoUs the later box wins.
+    Of equal IoUs the later box wins. The same applies to another measure of closeness, with its minima.
 
     Source: COCOeval.evaluateImg of pycocotools. Instead of one image and detection at a time, the n-th
     detections of all images choose together.
     """
     turn = candidates.turns[candidates.positions]
     order = np.lexsort(
-        (-candidates.boxes, -candidates.ious, ignored[candidates.boxes], candidates.positions, turn)
+        (-candidates.boxes, -candidates.closeness, ignored[candidates.boxes], candidates.positions, turn)
     )
-    positions, boxes, ious = (
-        column[order] for column in (candidates.positions, candidates.boxes, candidates.ious)
+    positions, boxes, closeness = (
+        column[order] for column in (candidates.positions, candidates.boxes, candidates.closeness)
     )
-    limits = np.asarray(min_ious)[:, None]
+    limits = np.asarray(least)[:, None]
     found = np.full((len(limits), len(candidates.rows)), -1)
     is_free = np.ones((len(limits), len(iscrowd)), dtype=np.bool_)
     ends = np.cumsum(np.bincount(turn))
     for start, end in pairwise(np.append(0, ends)):
         chooser, choices = positions[start:end], boxes[start:end]
-        can = (ious[start:end] >= limits) & (is_free[:, choices] | iscrowd[choices])
+        can = (closeness[start:end] >= limits) & (is_free[:, choices] | iscrowd[choices])
         of_chooser = np.flatnonzero(np.diff(chooser, prepend=-1))
         none = end - start
         best = np.minimum.reduceat(np.where(can, np.arange(none), none), of_chooser, axis=1)
@@ -137,24 +185,3 @@ def match_detections(data: CocoData, detections: DetectionRecords, *, by_class: 
     found = np.full(len(detections.scores), -1)
     (found[candidates.rows],) = match_at_ious(candidates, data.iscrowd, data.iscrowd, [MIN_IOU])
     return found
-
-
-def _iou(
-    found_xywh: NDArray[np.float64], truth_xywh: NDArray[np.float64], iscrowd: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Return the IoU of boxes [4, P] with boxes [4, P], pair by pair.
-
-    With a crowd, return the fraction of the first box that lies in it. Operations are in COCO's order, so
-    that rounding decides the same way for pairs at a limit.
-    """
-    left, top, width, height = found_xywh
-    truth_left, truth_top, truth_width, truth_height = truth_xywh
-    across = np.minimum(left + width, truth_left + truth_width) - np.maximum(left, truth_left)
-    down = np.minimum(top + height, truth_top + truth_height) - np.maximum(top, truth_top)
-    intersection = across.clip(min=0) * down.clip(min=0)
-    area = width * height
-    union = np.where(iscrowd, area, area + truth_width * truth_height - intersection)
-    iou: NDArray[np.float64] = np.divide(
-        intersection, union, out=np.zeros_like(union), where=intersection > 0
-    )
-    return iou

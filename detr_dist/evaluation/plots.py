@@ -16,9 +16,11 @@ from PIL import Image
 
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import as_one_line
+from detr_dist.evaluation.calibration import EDGES, calibration_of
 from detr_dist.evaluation.coco_metrics import AREAS, SIZES, CocoMetrics
 from detr_dist.evaluation.contact_sheet import contact_sheet
 from detr_dist.evaluation.drawing import FONT, class_label, font
+from detr_dist.evaluation.error_analysis import KINDS, ErrorAnalysis
 from detr_dist.evaluation.evaluator import Details
 from detr_dist.evaluation.matching import MIN_IOU
 from detr_dist.evaluation.thresholds import ClassPoint, Counts, Curve, pooled
@@ -55,6 +57,8 @@ def write_plots(folder: Path, data: CocoData, details: Details) -> list[str]:
         "f1_threshold.png": lambda path: _save(f1_figure(names, points.classes), path),
         "confusion_matrix.png": lambda path: _save(confusion_figure(names, points.confusion), path),
         "ap_by_size.png": lambda path: _save(size_figure(data, details.coco), path),
+        "calibration.png": lambda path: _save(calibration_figure(names, points.classes), path),
+        "errors.png": lambda path: _save(error_figure(names, details.errors), path),
         "worst_images.jpg": lambda path: contact_sheet(data, points.matches).save(path, quality=88),
     }
     failures = []
@@ -117,6 +121,27 @@ def f1_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) 
     )
 
 
+def calibration_figure(class_names: Sequence[str], classes: Sequence[ClassPoint | None]) -> Figure:
+    """Plot precision over the score, for the same classes: on the diagonal a score is a precision."""
+    figure = _curves_figure(
+        (f"Calibration: precision at IoU {MIN_IOU:g} of detections with a score", "score", "precision"),
+        class_names,
+        classes,
+        line_of=lambda curve: (calibration_of(curve).scores, calibration_of(curve).precision),
+        caption_of=_calibration_caption,
+        heading="calibration error",
+        marker=".",
+    )
+    for axes in figure.axes:
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, zorder=0)
+    return figure
+
+
+def _calibration_caption(point: ClassPoint) -> str:
+    error = calibration_of(point.curve).error
+    return f"no detections from {EDGES[0]:g}" if error is None else f"{error:.2f}"
+
+
 def _f1_over_threshold(curve: Curve) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return thresholds from 1 down to 0, and F1 at each, as a step function.
 
@@ -133,9 +158,13 @@ def _curves_figure(
     classes: Sequence[ClassPoint | None],
     *,
     line_of: Callable[[Curve], tuple[NDArray[np.float64], NDArray[np.float64]]],
-    dot_of: Callable[[Counts, float], tuple[float, float]],
+    dot_of: Callable[[Counts, float], tuple[float, float]] | None = None,
+    caption_of: Callable[[ClassPoint], str] | None = None,
+    heading: str = "F1 and threshold",
+    marker: str = "",
 ) -> Figure:
     """Plot a line for each class and a dot at its threshold; `texts` are the title and the axis labels."""
+    caption_of = caption_of or _f1_caption
     title, x_label, y_label = texts
     known = [(label, point) for label, point in enumerate(classes) if point is not None]
     if not known:
@@ -148,14 +177,11 @@ def _curves_figure(
     legend: list[tuple[Line2D, str]] = []
 
     def plot(name: str, point: ClassPoint, color: str, linewidth: float = 1.4) -> None:
-        (line,) = axes.plot(*line_of(point.curve), color=color, linewidth=linewidth)
-        if point.threshold is None:
-            legend.append((line, f"{name}: no detections"))
-            return
-        counts = point.counts
-        dot = dot_of(counts, point.threshold)
-        axes.plot(*dot, "o", color=color, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
-        legend.append((line, f"{name}: {counts.f1:.2f} at {point.threshold:.2f}"))
+        (line,) = axes.plot(*line_of(point.curve), color=color, linewidth=linewidth, marker=marker)
+        legend.append((line, f"{name}: {caption_of(point)}"))
+        if dot_of is not None and point.threshold is not None:
+            dot = dot_of(point.counts, point.threshold)
+            axes.plot(*dot, "o", color=color, markeredgecolor="white", markersize=7, zorder=3, clip_on=False)
 
     known.sort(key=lambda pair: -pair[1].counts.f1)
     half = MAX_NAMED // 2
@@ -171,9 +197,12 @@ def _curves_figure(
         plot("all, at one threshold", together, "black", linewidth=2.2)
         legend.insert(0, legend.pop())
     lines, entries = zip(*legend, strict=True)
-    heading = "F1 and threshold"
     figure.legend(lines, entries, loc="outside right upper", frameon=False, title=heading, alignment="left")
     return figure
+
+
+def _f1_caption(point: ClassPoint) -> str:
+    return "no detections" if point.threshold is None else f"{point.counts.f1:.2f} at {point.threshold:.2f}"
 
 
 def _together(points: Sequence[ClassPoint]) -> ClassPoint:
@@ -226,25 +255,62 @@ def size_figure(data: CocoData, coco: CocoMetrics) -> Figure:
     if not known:
         return _empty_figure(title)
     labels = _heaviest(known, num_boxes.sum(axis=1))
-    names = [class_label(label, data.class_names[label]) for label in labels]
-    cell, font_size = (0.2, 7) if len(names) > 25 else (0.3, 9)  # inches, points
-    bars, table = 2.2, max(cell * len(names), 0.3)
     title += _few_of_many(labels, known, "those with most boxes")
-    figure = _new_figure(title, 6.5, bars + table + 1.3)
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[bars, table])
-    above.set(ylim=(0, 1.12), ylabel="AP of all classes", yticks=np.linspace(0, 1, 6))
-    for column, size in enumerate(SIZES):
-        ap, total = coco.metrics.get(f"map_{size}"), int(num_boxes[:, column].sum())
-        text = "no boxes" if ap is None else f"{ap:.2f}\n{total:,} boxes"
-        above.bar(column, ap or 0.0, color="C0", width=0.6)
-        above.text(column, ap or 0.0, text, ha="center", va="bottom")
-    ap_by_size = coco.ap_by_size[labels]
-    below.imshow(ap_by_size, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    _label_cells(below, names, SIZE_LABELS, font_size)
-    for row, column in np.argwhere(~np.isnan(ap_by_size)).tolist():
-        ap, number = float(ap_by_size[row, column]), int(num_boxes[labels[row], column])
-        _write_cell(below, row, column, f"{ap:.2f}  ({number:,})", ap, font_size)
+    of_all = [coco.metrics.get(f"map_{size}") for size in SIZES]
+    totals = [f"{total:,} boxes" for total in num_boxes.sum(axis=0).tolist()]
+    bars = [
+        (ap or 0.0, "no boxes" if ap is None else f"{ap:.2f}\n{total}")
+        for ap, total in zip(of_all, totals, strict=True)
+    ]
+    names = [class_label(label, data.class_names[label]) for label in labels]
+    figure = _bars_over_table(title, bars, names, SIZE_LABELS, coco.ap_by_size[labels], num_boxes[labels])
+    above, below = figure.axes
+    above.set_ylabel("AP of all classes")
     below.set_xlabel("AP of each class (boxes)")
+    return figure
+
+
+def error_figure(class_names: Sequence[str], errors: ErrorAnalysis) -> Figure:
+    """Plot the AP that each kind of error costs: bars for all classes, and a table of each class."""
+    known = np.flatnonzero(~np.isnan(errors.dap).any(axis=1)).tolist()
+    title = f"AP at IoU {MIN_IOU:g} gained by correcting one kind of error"
+    if not known:
+        return _empty_figure(title)
+    labels = _heaviest(known, errors.dap.sum(axis=1))
+    title += _few_of_many(labels, known, "those with most to gain")
+    totals = errors.counts.sum(axis=0).tolist()
+    means = errors.dap[known].mean(axis=0).tolist()
+    bars = [(dap, f"{dap:.2f}\n{total:,} errors") for dap, total in zip(means, totals, strict=True)]
+    names = [class_label(label, class_names[label]) for label in labels]
+    figure = _bars_over_table(title, bars, names, KINDS, errors.dap[labels], errors.counts[labels])
+    above, below = figure.axes
+    above.set_ylabel("mean over the classes")
+    below.set_xlabel("of each class (errors)")
+    return figure
+
+
+def _bars_over_table(
+    title: str,
+    bars: Sequence[tuple[float, str]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: NDArray[np.float64],
+    counts: NDArray[np.int64],
+) -> Figure:
+    """Plot a bar with its text for each column, and below a table of values and counts, [rows, columns]."""
+    cell, font_size = (0.2, 7) if len(rows) > 25 else (0.3, 9)  # inches, points
+    height, table = 2.2, max(cell * len(rows), 0.3)
+    figure = _new_figure(title, 2 + 1.5 * len(columns), height + table + 1.3)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[height, table])
+    above.set(ylim=(0, 1.12), yticks=np.linspace(0, 1, 6))
+    for column, (value, text) in enumerate(bars):
+        above.bar(column, value, color="C0", width=0.6)
+        above.text(column, value, text, ha="center", va="bottom")
+    below.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    _label_cells(below, rows, columns, font_size)
+    for row, column in np.argwhere(~np.isnan(values)).tolist():
+        value, number = float(values[row, column]), int(counts[row, column])
+        _write_cell(below, row, column, f"{value:.2f}  ({number:,})", value, font_size)
     return figure
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import DetectionRecords
-from detr_dist.evaluation.matching import best_of_each_image, match_detections
+from detr_dist.evaluation.matching import best_of_each_image, find_candidates, match_detections
 
 Thresholds = float | Literal["auto"] | Sequence[float | None]
 """The minimum score that counts: one for all classes, `auto` for the one with each class's best F1, or one
@@ -89,6 +89,17 @@ class Curve:
         """Return the highest threshold with the best F1; None without any detection."""
         return float(self.thresholds[self.f1.argmax()]) if len(self.thresholds) else None
 
+    def at_precision(self, precision: float) -> tuple[float, float | None]:
+        """Return the largest recall with at least this precision, and its threshold, the highest in a tie.
+
+        Recall 0 and None if no threshold has this precision.
+        """
+        recall = np.where(self.precision >= precision, self.recall, 0.0)
+        best = int(recall.argmax()) if len(recall) else 0
+        if not recall[best : best + 1].any():
+            return 0.0, None
+        return float(recall[best]), float(self.thresholds[best])
+
     def at(self, threshold: float | None) -> Counts:
         """Return the counts at a threshold; None excludes all detections."""
         num_points = 0 if threshold is None else int((self.thresholds >= threshold).sum())
@@ -132,6 +143,8 @@ class Matches:
     """[D], the row of the box or crowd; -1 for none."""
     in_crowd: NDArray[np.bool_]
     """[D], whether it matches a crowd, so that it is neither a true nor a false positive."""
+    is_duplicate: NDArray[np.bool_]
+    """[D], whether it matches none because another detection has taken its box of the same class."""
     false_negatives: NDArray[np.int64]
     """Rows of the boxes that no detection matches."""
 
@@ -206,7 +219,10 @@ def _match_over_thresholds(
     boxes = match_detections(data, counted, by_class=False)
     is_unmatched = ~data.iscrowd
     is_unmatched[boxes[boxes >= 0]] = False
-    return Matches(counted, boxes, _in_crowd(data, boxes), np.flatnonzero(is_unmatched))
+    is_duplicate = np.zeros(len(boxes), dtype=np.bool_)
+    is_duplicate[find_candidates(data, counted, by_class=True).rows] = True
+    is_duplicate &= boxes < 0  # it would match a crowd, or a box that is free
+    return Matches(counted, boxes, _in_crowd(data, boxes), is_duplicate, np.flatnonzero(is_unmatched))
 
 
 def _confusion(data: CocoData, matches: Matches) -> NDArray[np.int64]:

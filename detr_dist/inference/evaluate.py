@@ -22,7 +22,9 @@ from detr_dist.distributed import HostGroup, build_accelerator, group_of_process
 from detr_dist.errors import UsageError
 from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
 from detr_dist.evaluation.detections import coco_results
+from detr_dist.evaluation.error_analysis import KINDS
 from detr_dist.evaluation.evaluator import Details, Evaluator
+from detr_dist.evaluation.small_objects import bands
 from detr_dist.extensions import LOSSES
 from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import (
@@ -48,7 +50,7 @@ class EvaluationReport:
     metrics: dict[str, float]
     """Metrics by their names in a run: `val_map`, `val_<class>_map` and so on; docs/evaluation.md."""
     per_class: dict[str, dict[str, float]]
-    """`map`, `precision`, `recall`, `f1` and `threshold` by class name, if they are defined."""
+    """Metrics by class name and then by their names without `val_<class>_`, if they are defined."""
     class_names: tuple[str, ...]
     confusion: NDArray[np.int64]
     """[C + 1, C + 1], rows truth, columns predicted; the last row and column are the background."""
@@ -131,7 +133,7 @@ def _evaluate(
     confusion = None if details is None else details.operating_points.confusion
     return EvaluationReport(
         metrics=metrics,
-        per_class=_by_class(metrics, data.class_names),
+        per_class=_by_class(metrics, data.class_names, config.evaluation.size_bands),
         class_names=data.class_names,
         confusion=host.broadcast(confusion),
         facts={
@@ -164,13 +166,36 @@ def _without_unknown_losses(config: Config) -> tuple[Config, list[str]]:
     return config.model_copy(update={"loss": loss}), [line] if unknown else []
 
 
-def _by_class(metrics: dict[str, float], class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+def _by_class(
+    metrics: dict[str, float], class_names: Sequence[str], size_bands: Sequence[int]
+) -> dict[str, dict[str, float]]:
+    tables = _tables(size_bands).values()
     keys = zip(class_names, metric_names(class_names), strict=True)
-    return {name: _with_prefix(metrics, f"val_{key}_") for name, key in keys}
+    return {
+        name: {
+            metric: metrics[f"val_{key}_{metric}"]
+            for table in tables
+            for metric in table
+            if f"val_{key}_{metric}" in metrics
+        }
+        for name, key in keys
+    }
 
 
-def _with_prefix(metrics: dict[str, float], prefix: str) -> dict[str, float]:
-    return {name: metrics[prefix + name] for name in METRICS_OF_CLASS if prefix + name in metrics}
+def _tables(size_bands: Sequence[int]) -> dict[str, dict[str, str]]:
+    """Return the metrics of a class in tables, by title, with the headings of their columns."""
+    return {
+        "class": {"map": "AP", **{name: name for name in METRICS_OF_CLASS[1:]}},
+        "small objects": {
+            "map_25": "AP 0.25",
+            "center_map": "centre AP",
+            "recall_p95": "recall_p95",
+            "threshold_p95": "thr_p95",
+            "calibration_error": "calib.err.",
+        },
+        "AP by side, px": {f"map_{name}": name for name, _ in bands(size_bands)},
+        "AP 0.50 lost to": {f"error_{kind}_dap": kind for kind in KINDS},
+    }
 
 
 def evaluate_to_files(
@@ -256,9 +281,9 @@ def _write(
         print(f"{predictions}: {len(results)} detections as COCO results")
     if report is not None:
         document = {"metrics": found.metrics, "class_names": found.class_names}
-        document |= {"confusion": found.confusion.tolist(), **found.facts}
+        document |= {"confusion": found.confusion.tolist(), "errors": _error_counts(found), **found.facts}
         write_text(report, json.dumps(document, indent=2) + "\n")
-        print(f"{report}: the metrics, the confusion matrix, and how they were computed")
+        print(f"{report}: the metrics, the confusion matrix, the errors, and how they were computed")
     if pictures is not None:
         from detr_dist.evaluation.plots import write_plots  # imports matplotlib, which is slow
 
@@ -268,17 +293,31 @@ def _write(
             print(f"{pictures}: curves, confusion matrix and the images with most errors")
 
 
+def _error_counts(found: EvaluationReport) -> dict[str, dict[str, int]]:
+    """Return the number of errors of each kind, by class name."""
+    assert found.details is not None
+    counts = found.details.errors.counts.tolist()
+    return {
+        name: dict(zip(KINDS, own, strict=True)) for name, own in zip(found.class_names, counts, strict=True)
+    }
+
+
 def metrics_table(found: EvaluationReport) -> Iterator[str]:
-    """Yield the metrics for a terminal: a line for each class and one for all, then the rest."""
+    """Yield the metrics for a terminal: tables with a line for each class and one for all, then the rest."""
     num_boxes = found.confusion[:-1].sum(axis=1).tolist()  # each box is matched or a false negative
     names = (*found.class_names, "all classes")
     prefixes = (*(f"val_{key}_" for key in metric_names(found.class_names)), "val_")
-    width = max(map(len, names))
-    titles = ("AP", *METRICS_OF_CLASS[1:])
-    yield f"{'class':<{width}} {'boxes':>9}" + "".join(f"{title:>11}" for title in titles)
-    for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
-        own = _with_prefix(found.metrics, prefix)
-        cells = (f"{own[metric]:>11.4f}" if metric in own else f"{'-':>11}" for metric in METRICS_OF_CLASS)
-        yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
-    shown = {prefix + metric for prefix in prefixes for metric in METRICS_OF_CLASS}
+    tables = _tables(found.facts["config"]["evaluation"]["size_bands"])
+    width, shown = max(map(len, (*names, *tables))), set[str]()
+    for title, columns in tables.items():
+        if not columns:
+            continue
+        yield f"{title:<{width}} {'boxes':>9}" + "".join(f"{heading:>15}" for heading in columns.values())
+        for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
+            keys = [prefix + metric for metric in columns]
+            if prefix == "val_":
+                keys = ["val_map_center" if key == "val_center_map" else key for key in keys]
+            cells = (f"{found.metrics[k]:>15.4f}" if k in found.metrics else f"{'-':>15}" for k in keys)
+            yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
+            shown.update(keys)
     yield "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items() if name not in shown)

@@ -10,6 +10,7 @@ TRACKING_URI_KEY, EXTENSIONS_KEY = "logging.mlflow_tracking_uri", "training.exte
 KEYS_WITH_EFFECT = (
     "data.",
     "evaluation.score_threshold",
+    "evaluation.size_bands",
     TRACKING_URI_KEY,
     "training.batch_size",
     "training.channels_last",

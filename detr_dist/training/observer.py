@@ -167,7 +167,7 @@ class RunObserver:
         headlines = "  ".join(
             f"{name} {value:.4f}"
             for name, value in state.metrics.items()
-            if name in HEADLINES or name.endswith("_map")
+            if name in HEADLINES or (name.endswith("_map") and not name.endswith("_center_map"))
         )
         if self._host.is_main_process:
             _logger.info(f"evaluation after step {state.step} in {took_s:.1f} s: {headlines}")

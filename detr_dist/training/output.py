@@ -51,7 +51,7 @@ MAX_NOTED_CLASSES = 12
 
 _LATER_KEYS = {
     *("data.exif", "data.canvas_multiple", "data.resize", "data.multi_scale", "data.augmentation_off_epochs"),
-    *("data.repeat_rare", "data.tiles", "data.copy_paste", "loss.class_weights"),
+    *("data.repeat_rare", "data.tiles", "data.copy_paste", "loss.class_weights", "evaluation.size_bands"),
     *("loss.weights", "training.tf32", "training.deterministic", "model.class_loss"),
     *("training.try_largest_batch", "training.extensions", "training.callbacks", "logging.trackers"),
     *("training.layer_decay", "training.learning_rate_decoder_factor", "training.lr_flat_share"),

@@ -6,7 +6,8 @@
 Each measurement runs in its own process, forked from one that holds the data, so that its peak memory is
 its own growth. Ours is everything after the network: concatenating the records of all batches, COCO
 metrics, precision, recall, F1, thresholds and the confusion matrix. pycocotools reads its results,
-evaluates, accumulates and summarises.
+evaluates, accumulates and summarises. The CPU time of each part of ours, and of the metrics for small objects
+and the kinds of errors, is measured once more, in this process.
 """
 
 import contextlib
@@ -28,6 +29,8 @@ from timing import command_line, peak_memory_mib, publish, reset_peak_memory
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.coco_metrics import compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords, coco_results
+from detr_dist.evaluation.error_analysis import analyse_errors
+from detr_dist.evaluation.small_objects import small_object_metrics
 from detr_dist.evaluation.thresholds import operating_points
 
 BOXES_OF_IMAGE = 7
@@ -78,6 +81,24 @@ def ours(data: CocoData, batches: list[DetectionRecords]) -> float:
     points = operating_points(data, records, "auto")
     assert points.overall is not None
     return compute_coco_metrics(data, records).metrics["map"]
+
+
+def cpu_seconds_of_parts(data: CocoData, records: DetectionRecords) -> list[dict[str, Any]]:
+    """Return the CPU time of COCO's metrics and of each part that is computed on top."""
+    points = operating_points(data, records, 0.5).classes
+    parts: dict[str, Callable[[], object]] = {
+        "COCO metrics": lambda: compute_coco_metrics(data, records),
+        "precision, recall, F1": lambda: operating_points(data, records, "auto"),
+        "small objects": lambda: small_object_metrics(data, records, points, ()),
+        "small objects, five bands": lambda: small_object_metrics(data, records, points, (8, 16, 32, 96)),
+        "kinds of errors": lambda: analyse_errors(data, records),
+    }
+    rows = []
+    for name, compute in parts.items():
+        began_at = time.process_time()
+        compute()
+        rows.append({"of": name, "cpu_seconds": time.process_time() - began_at})
+    return rows
 
 
 def ground_truth(data: CocoData) -> dict[str, Any]:
@@ -145,6 +166,7 @@ def main() -> None:
         truth.createIndex()
     for result, category_id in zip(results, records.labels.tolist(), strict=True):
         result["category_id"] = category_id  # ids of the annotations
+    parts = cpu_seconds_of_parts(data, records)
     del records
     runs: dict[str, list[dict[str, float]]] = {"ours": [], "pycocotools": []}
     for _ in range(args.rounds):
@@ -158,6 +180,7 @@ def main() -> None:
     publish(
         rows,
         args.json,
+        more_rows={"parts": parts},
         columns_mib=columns_mib,
         objects_mib=objects_mib,
         share_of_time=mine["seconds"] / theirs["seconds"],

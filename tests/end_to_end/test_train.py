@@ -13,6 +13,7 @@ from transformers import pipeline
 
 from detr_dist.config import load_config
 from detr_dist.config_tiles import Tiles
+from detr_dist.evaluation.error_analysis import KINDS
 from detr_dist.inference.model import load_model
 
 GUIDE_PARAMS = {
@@ -193,8 +194,12 @@ def test_the_output_folder_has_the_documented_files(trained) -> None:
     results = json.loads((out / "results.json").read_text())
     of_coco = {"map_50", "map_75", "map_small", "mar_1", "mar_10", "mar_100"}  # no box is larger
     losses = {"loss", "loss_ce", "loss_bbox", "loss_giou"}
-    found = {name for name in results["metrics"] if not name.endswith("_threshold")}
-    assert found == GUIDE_VAL_METRICS | {f"val_{name}" for name in of_coco | losses}
+    small = {f"{of}{name}" for of in ("", "player_", "ball_") for name in ("map_25", "recall_p95")}
+    small |= {"map_center", "player_center_map", "ball_center_map"}
+    errors = {f"{of}error_{kind}_dap" for of in ("", "player_", "ball_") for kind in KINDS}
+    expected = GUIDE_VAL_METRICS | {f"val_{name}" for name in of_coco | losses | small | errors}
+    optional = re.compile(r".*_(threshold|threshold_p95|calibration_error)")  # without detections
+    assert {name for name in results["metrics"] if not optional.fullmatch(name)} == expected
     assert results["run_id"] in stdout
     assert "step 8/8" in stdout
     assert "data wait" in stdout

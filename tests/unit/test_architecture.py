@@ -192,6 +192,7 @@ def test_allowed_imports_are_not_reported(tmp_path: Path) -> None:
         ("-m", "detr_dist", "convert", "--help"),
         ("-m", "detr_dist", "evaluate", "--help"),
         ("-m", "detr_dist", "predict", "--help"),
+        ("-m", "detr_dist", "errors", "--help"),
         ("-m", "detr_dist", "export", "--help"),
     ],
     ids=" ".join,

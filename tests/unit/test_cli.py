@@ -45,6 +45,7 @@ COMMANDS = {
     "train": TRAIN | {"--config": "x", "--resume": "x", "--init-from": "x"},
     "evaluate": {"--model": "m", "--data-dir": "d", "--predictions": "p", "--report": "r", "--pictures": "q"},
     "predict": {"--model": "m", "--input": "i", "--output-dir": "o"},
+    "errors": {"--model": "m", "--data-dir": "d", "--output-dir": "o"},
     "export": {"--model": "m", "--output-dir": "o", "--register-as": "n", "--alias": "a"},
 }
 

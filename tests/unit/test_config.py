@@ -46,6 +46,10 @@ def test_an_override_changes_a_key_of_a_mapping_or_replaces_it() -> None:
         ("training.seed=true", "training.seed"),
         ("training.mixed_precision=fp8", "'bf16'"),
         ("evaluation.score_threshold=1.5", "a number from 0 to 1 or auto is wanted, got 1.5$"),
+        (
+            "evaluation.size_bands=[16, 8]",
+            r"evaluation\.size_bands.*ascending numbers are wanted, got \[16, 8\]",
+        ),
         ("evaluation.score_threshold=best", "a number from 0 to 1 or auto is wanted, got 'best'$"),
         ("evaluation.score_threshold=true", "a number from 0 to 1 or auto is wanted, got True$"),
         ("evaluation.score_threshold=.nan", "a number from 0 to 1 or auto is wanted, got nan$"),

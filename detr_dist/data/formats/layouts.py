@@ -24,11 +24,16 @@ KINDS_OF_SOURCE = (
 )
 
 
+class NoAnnotationsError(DataError):
+    """A folder has no annotations in any format."""
+
+
 def open_splits(source: Path) -> Splits:
     """Return the readers of the splits of a data set.
 
     Raises:
-        DataError: there is none, or it is not clear which format it has.
+        NoAnnotationsError: a folder has no annotations.
+        DataError: there is no data set, or it is not clear which format it has.
     """
     path = _without_archive(source)
     if path.is_dir():
@@ -69,7 +74,7 @@ def _splits_of_folder(folder: Path) -> Splits:
         return cvat_splits(folder / kinds["CVAT"])
     splits = yolo_folder(folder) or voc_folder(folder) or _splits_of_parts(folder)
     if not splits:
-        raise DataError(
+        raise NoAnnotationsError(
             f"{folder}: no JSON file (COCO), no data.yaml (YOLO), no XML file (Pascal VOC, CVAT), and no "
             f"sub-folder train or valid; name {KINDS_OF_SOURCE}"
         )

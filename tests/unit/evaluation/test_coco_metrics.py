@@ -13,7 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
-from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics, metric_names
+from detr_dist.evaluation.coco_metrics import MAX_NAME_BYTES, SIZES, compute_coco_metrics, metric_names
 from detr_dist.evaluation.detections import DetectionRecords, coco_results
 
 # In the order of COCOeval.stats, where the recall by size follows.
@@ -152,11 +152,11 @@ def test_class_names_become_distinct_metric_names() -> None:
 
 
 def test_metric_names_are_distinct_and_short_enough_for_mlflow() -> None:
-    longest = "x" * 236
+    longest = "x" * MAX_NAME_BYTES
     taken = metric_names(["x" * 240])[0]
     classes = [longest, "x" * 240, "X" * 240, "x" * 241, "é" * 120, "ball", taken, *map(str, range(3000))]
     for names in (metric_names(classes), metric_names(classes[::-1])[::-1]):
         assert len(set(names)) == len(classes)
-        assert all(len(f"val_{name}_precision".encode()) <= 250 for name in names)
+        assert all(len(f"val_{name}_error_classification_dap".encode()) <= 250 for name in names)
         assert (names[0], names[5]) == (longest, "ball")
     assert metric_names(["ball", "x" * 240])[1] == metric_names(["x" * 240, "ball"])[0]

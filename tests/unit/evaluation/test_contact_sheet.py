@@ -50,7 +50,9 @@ def test_error_counts_equal_those_of_the_confusion_matrix(scene: Scene) -> None:
     points = operating_points(data, records, "auto")
     errors, classes = image_errors(data, points.matches), points.confusion[:-1, :-1]
     assert errors["false negatives"].sum() == points.confusion[:-1, -1].sum()
-    assert errors["false positives"].sum() == points.confusion[-1, :-1].sum()
+    false_positives = errors["false positives"] + errors["duplicates"]
+    assert false_positives.sum() == points.confusion[-1, :-1].sum()
+    assert errors["duplicates"].sum() == points.matches.is_duplicate.sum() > 0
     assert errors["misclassified"].sum() == classes.sum() - classes.trace()
 
 
@@ -76,6 +78,7 @@ def colours_in(tile_image: Image.Image) -> set[tuple[int, int, int]]:
         module.FALSE_NEGATIVE,
         module.FALSE_POSITIVE,
         module.MISCLASSIFIED,
+        module.DUPLICATE,
         module.TRUE_POSITIVE,
         module.CROWD,
     )
@@ -104,12 +107,17 @@ def tiles(sheet: Image.Image) -> Image.Image:
             {module.TRUE_POSITIVE, module.FALSE_POSITIVE},
         ),
         (
+            [(0, 0, BOX, False)],
+            [(0, 0, 0.9, ON_BOX), (0, 0, 0.8, (80, 100, 220, 230))],
+            {module.TRUE_POSITIVE, module.DUPLICATE},
+        ),
+        (
             [(0, 0, (0, 0, 20, 20), False), (0, 0, BOX, True)],
             [(0, 0, 0.9, (0, 0, 20, 20)), (0, 0, 0.8, (110, 110, 140, 140))],
             {module.TRUE_POSITIVE, module.CROWD},
         ),
     ],
-    ids=["true positive", "false negative", "misclassified", "false positive", "crowd"],
+    ids=["true positive", "false negative", "misclassified", "false positive", "duplicate", "crowd"],
 )
 def test_each_kind_of_error_has_its_colour(boxes, detections, colours, new_scene, tmp_path: Path) -> None:
     data, records = new_scene(1, ["player", "ball"], boxes, detections)

@@ -13,11 +13,15 @@ from matplotlib.text import Text
 from PIL import Image
 
 from detr_dist.data.coco import CocoData
+from detr_dist.evaluation.calibration import calibration_of
 from detr_dist.evaluation.coco_metrics import SIZES, compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.error_analysis import KINDS, analyse_errors
 from detr_dist.evaluation.evaluator import Details
 from detr_dist.evaluation.plots import (
+    calibration_figure,
     confusion_figure,
+    error_figure,
     f1_figure,
     figure_style,
     precision_recall_figure,
@@ -30,7 +34,7 @@ from detr_dist.training.plot_writer import PlotWriter
 
 Scene = tuple[CocoData, DetectionRecords]
 FILES = ["precision_recall.png", "f1_threshold.png", "confusion_matrix.png", "ap_by_size.png"]
-FILES += ["worst_images.jpg"]
+FILES += ["calibration.png", "errors.png", "worst_images.jpg"]
 
 
 def details(data: CocoData, records: DetectionRecords) -> Details:
@@ -39,7 +43,7 @@ def details(data: CocoData, records: DetectionRecords) -> Details:
 
 
 def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
-    """Return the four plots; only after drawing are the positions of texts known."""
+    """Return the plots; only after drawing are the positions of texts known."""
     data, found = scene[0], details(*scene)
     points = found.operating_points
     with figure_style():
@@ -48,6 +52,8 @@ def figures(scene: Scene, *, drawn: bool = False) -> list[Figure]:
             f1_figure(data.class_names, points.classes),
             confusion_figure(data.class_names, points.confusion),
             size_figure(data, found.coco),
+            calibration_figure(data.class_names, points.classes),
+            error_figure(data.class_names, found.errors),
         ]
         for figure in made if drawn else []:
             FigureCanvasAgg(figure).draw()
@@ -90,7 +96,7 @@ def test_no_text_is_cut_off(num_classes: int, name: str, new_scene) -> None:
 @pytest.mark.parametrize("num_classes", [3, 80])
 def test_class_labels_do_not_overlap(num_classes: int, new_scene) -> None:
     names = [f"class number {index}" for index in range(num_classes)]
-    *_, confusion, sizes = figures(classes_scene(new_scene, names), drawn=True)
+    _, _, confusion, sizes, *_ = figures(classes_scene(new_scene, names), drawn=True)
     for labels in (
         confusion.axes[0].get_yticklabels(),
         confusion.axes[0].get_xticklabels(),
@@ -161,7 +167,7 @@ def test_unusual_class_names_are_drawn_unchanged_without_a_warning(new_scene) ->
     names = ["$x_1$", "_hidden", "サッカー", "50% {a} \\b", "\ud800\0\u202e", "crowd\nof people"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        curves, _, confusion, _ = figures(classes_scene(new_scene, names), drawn=True)
+        curves, _, confusion, *_ = figures(classes_scene(new_scene, names), drawn=True)
     shown = [label.get_text() for label in confusion.axes[0].get_yticklabels()]
     assert shown == ["$x_1$", "_hidden", "class 2", "50% {a} \\b", "class 4", "crowdof people", "background"]
     legend = [text.get_text() for text in curves.legends[0].get_texts()]
@@ -177,7 +183,7 @@ def test_plots_are_written_without_boxes_or_detections(boxes, detections, new_sc
         warnings.simplefilter("error")
         write_plots(tmp_path / "plots", scene[0], details(*scene))
     shown = [{text.get_text() for text in texts(figure)} for figure in figures(scene)]
-    assert [("no boxes to find" in each) for each in shown] == [not boxes] * 4
+    assert [("no boxes to find" in each) for each in shown] == [not boxes] * 6
     assert ("player: no detections" in shown[0]) == (bool(boxes) and not detections)
     assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == sorted(FILES)
 
@@ -267,3 +273,26 @@ def test_the_size_plot_shows_ap_and_number_of_boxes(scene: Scene) -> None:
         cells = [text.get_text() for text in table.texts if text.get_position()[0] == column]
         of_classes = zip(coco.ap_by_size[:3, column], counted, strict=True)
         assert cells == [f"{ap:.2f}  ({number})" for ap, number in of_classes if number]
+
+
+def test_the_calibration_plot_shows_precision_over_score(scene: Scene) -> None:
+    classes = operating_points(*scene, "auto").classes
+    figure = calibration_figure(scene[0].class_names, classes)
+    drawn = [line.get_xydata() for line in figure.axes[0].lines]
+    for point in classes[:3]:
+        found = calibration_of(point.curve)
+        expected = np.stack([found.scores, found.precision], axis=1)
+        assert any(np.array_equal(each, expected) for each in drawn)
+        captions = [text.get_text().split(": ")[1] for text in figure.legends[0].get_texts()]
+        assert f"{found.error:.2f}" in captions
+
+
+def test_the_error_plot_shows_the_cost_and_number_of_each_kind(scene: Scene) -> None:
+    errors = analyse_errors(*scene)
+    bars, table = error_figure(scene[0].class_names, errors).axes
+    for column in range(len(KINDS)):
+        mean, number = float(np.mean(errors.dap[:3, column])), int(errors.counts[:, column].sum())
+        assert bars.texts[column].get_text() == f"{mean:.2f}\n{number:,} errors"
+        cells = [text.get_text() for text in table.texts if text.get_position()[0] == column]
+        of_classes = zip(errors.dap[:3, column], errors.counts[:3, column], strict=True)
+        assert cells == [f"{dap:.2f}  ({count})" for dap, count in of_classes]

@@ -9,63 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness.data import ground_truth
+from harness.slow_matching import considered, iou_from, slow_match
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.detections import DetectionRecords
+from detr_dist.evaluation.error_analysis import analyse_errors
 from detr_dist.evaluation.matching import match_detections
+from detr_dist.evaluation.small_objects import small_object_metrics
 from detr_dist.evaluation.thresholds import operating_points
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "evaluation.md"
 Scene = tuple[CocoData, DetectionRecords]
-
-
-def slow_iou(detection: np.ndarray, truth_xywh: np.ndarray, crowd: bool) -> float:
-    left, top, right, bottom = (float(v) for v in detection)
-    x, y, w, h = (float(v) for v in truth_xywh)
-    width, height = min(right, x + w) - max(left, x), min(bottom, y + h) - max(top, y)
-    if width <= 0 or height <= 0:
-        return 0.0
-    area = (right - left) * (bottom - top)
-    return width * height / (area if crowd else area + w * h - width * height)
-
-
-def slow_match(
-    data: CocoData, records: DetectionRecords, rows: list[int], by_class: bool
-) -> dict[int, int | str | None]:
-    """Return for each detection of `rows` its box, None, or "crowd"."""
-    outcome: dict[int, int | str | None] = {}
-    for image in range(len(data)):
-        taken = set()
-        own = [row for row in rows if records.image_rows[row] == image]
-        for row in sorted(own, key=lambda row: -records.scores[row]):  # stable
-            best, best_iou, in_crowd = None, 0.5, False
-            for box in range(data.box_offsets[image], data.box_offsets[image + 1]):
-                if by_class and data.box_classes[box] != records.labels[row]:
-                    continue
-                crowd = bool(data.iscrowd[box])
-                iou = slow_iou(records.boxes_xyxy_px[row], data.boxes_xywh_px[box], crowd)
-                if crowd:
-                    in_crowd = in_crowd or iou >= 0.5
-                elif box not in taken and iou >= best_iou:
-                    best, best_iou = box, iou
-            if best is not None:
-                taken.add(best)
-                outcome[row] = best
-            else:
-                outcome[row] = "crowd" if in_crowd else None
-    return outcome
-
-
-def considered(records: DetectionRecords) -> list[int]:
-    """Return the hundred best detections of each image and class."""
-    rows = []
-    for image in set(records.image_rows.tolist()):
-        for label in set(records.labels.tolist()):
-            own = np.flatnonzero((records.image_rows == image) & (records.labels == label)).tolist()
-            rows += sorted(own, key=lambda row: -records.scores[row])[:100]
-    return rows
 
 
 def slow_counts(
@@ -73,7 +29,7 @@ def slow_counts(
 ) -> tuple[int, int, int]:
     rows = [row for row in considered(records) if records.labels[row] == label]
     rows = [row for row in rows if records.scores[row] >= threshold]
-    outcomes = list(slow_match(data, records, rows, by_class=True).values())
+    outcomes = list(slow_match(data, records, rows, True, iou_from(0.5)).values())
     tp, fp = sum(isinstance(each, int) for each in outcomes), outcomes.count(None)
     return tp, fp, int((~data.iscrowd & (data.box_classes == label)).sum()) - tp
 
@@ -81,7 +37,7 @@ def slow_counts(
 def slow_best_threshold(data: CocoData, records: DetectionRecords, label: int) -> float:
     """Try the score of each detection outside a crowd, with a new calculation each time."""
     rows = [row for row in considered(records) if records.labels[row] == label]
-    outcomes = slow_match(data, records, rows, by_class=True)
+    outcomes = slow_match(data, records, rows, True, iou_from(0.5))
     best, best_f1 = 0.0, -1.0
     for threshold in sorted({float(records.scores[row]) for row in rows if outcomes[row] != "crowd"}):
         tp, fp, fn = slow_counts(data, records, label, threshold)
@@ -99,7 +55,7 @@ def slow_confusion(data: CocoData, records: DetectionRecords, thresholds: dict[i
         if records.scores[row] >= thresholds.get(int(records.labels[row]), np.inf)
     ]
     rows.sort()
-    outcomes = slow_match(data, records, rows, by_class=False)
+    outcomes = slow_match(data, records, rows, False, iou_from(0.5))
     for row, box in outcomes.items():
         if box != "crowd":
             truth = data.num_classes if box is None else data.box_classes[box]
@@ -251,7 +207,8 @@ def test_the_documented_example_is_correct(new_scene) -> None:
         (int(image) - 1, names.index(name), float(score), tuple(map(float, xyxy.split())))
         for image, name, score, xyxy, _ in rows_under("Detections")
     ]
-    points = operating_points(*new_scene(2, names, boxes, detections), "auto")
+    scene = new_scene(2, names, boxes, detections)
+    points = operating_points(*scene, "auto")
     for name, point in zip(names, points.classes, strict=True):
         rows = [row for row in rows_under("Best thresholds") if row[0] == name]
         curve = point.curve
@@ -267,3 +224,13 @@ def test_the_documented_example_is_correct(new_scene) -> None:
         assert [float(value) for value in values] == [round(metrics[key], 2) for key in keys], name
     confusion = [[int(cell) for cell in cells] for _, *cells in rows_under("Confusion matrix")]
     assert points.confusion.tolist() == confusion
+    small = small_object_metrics(*scene, points.classes, ())
+    keys = ("map_25", "center_map", "recall_p95", "threshold_p95", "calibration_error")
+    for name, *values in rows_under("Small objects in the example"):
+        assert [float(value) for value in values] == [round(small[f"{name}_{key}"], 2) for key in keys], name
+    errors = analyse_errors(*scene)
+    for (_, *cells), counts, dap in zip(
+        rows_under("Errors in the example"), errors.counts, errors.dap, strict=True
+    ):
+        expected = [f"{number}, {cost:.2f}" for number, cost in zip(counts, dap, strict=True)]
+        assert cells == expected

@@ -24,6 +24,7 @@ OPTIONAL = {
     ("data", "multi_scale"): [480, 512],
     ("data", "repeat_rare"): 0.01,
     ("data", "copy_paste"): {"classes": ["ball"], "most": 2},
+    ("evaluation", "size_bands"): [8, 16],
     ("training", "extensions"): ["ours.py", "football.losses"],
     ("training", "callbacks"): ["ours.py:Alarm"],
     ("checkpoint", "every_steps"): 5,

@@ -1,0 +1,45 @@
+"""Writing some images of a data set and their boxes as "CVAT for images 1.1"."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from posixpath import dirname
+from xml.sax.saxutils import escape, quoteattr
+
+from detr_dist.data.coco import CocoData
+from detr_dist.data.coco_writing import target_names
+from detr_dist.data.images import path_of
+from detr_dist.storage import link_or_copy, write_text
+
+
+def write_cvat(data: CocoData, rows: Sequence[int], folder: Path) -> None:
+    """Write `annotations.xml` and `images` into `folder`, which must be empty or absent.
+
+    Images are hard links where the file system allows them, else copies, and keep their names and
+    sub-folders. Crowds are left out, because CVAT has none.
+    """
+    names, images = target_names(data), folder / "images"
+    for row in rows:
+        path_of(images, dirname(names[row])).mkdir(parents=True, exist_ok=True)
+        source = os.path.realpath(data.image_path(row))  # a link to a relative link would lead nowhere
+        link_or_copy(source, path_of(images, names[row]))
+    write_text(folder / "annotations.xml", "\n".join(_document(data, rows, names)) + "\n")
+
+
+def _document(data: CocoData, rows: Sequence[int], names: Sequence[str]) -> Iterator[str]:
+    yield '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>'
+    yield "  <meta>\n    <task>\n      <labels>"
+    for name in data.class_names:
+        yield f"        <label>\n          <name>{escape(name)}</name>\n        </label>"
+    yield "      </labels>\n    </task>\n  </meta>"
+    for number, row in enumerate(rows):
+        height, width = data.size_hw(row)
+        size = f'width="{width}" height="{height}"'
+        yield f'  <image id="{number}" name={quoteattr(names[row])} {size}>'
+        boxes, labels = data.training_targets(row)
+        for (x, y, w, h), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            corners = f'xtl="{x:.3f}" ytl="{y:.3f}" xbr="{x + w:.3f}" ybr="{y + h:.3f}"'
+            name = quoteattr(data.class_names[label])
+            yield f'    <box label={name} source="manual" occluded="0" {corners} z_order="0"></box>'
+        yield "  </image>"
+    yield "</annotations>"
