@@ -123,7 +123,8 @@ class NamedTransform(NamedTuple):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int(rng.spawn(1)[0].integers(2**63)))
             result = self.function(example, rng, *([partners] if self.num_partners else []))
-        if result is example and self.name in TRANSFORMS.built_in:  # the check takes half a millisecond
+        is_unchanged = result is example and self.name in TRANSFORMS.built_in
+        if is_unchanged:  # the check takes half a millisecond
             return example
         return _checked(result, (height, width), range(-num_classes if may_ignore else 0, num_classes))
 

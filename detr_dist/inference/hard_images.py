@@ -20,7 +20,7 @@ from detr_dist.data.columns import counted
 from detr_dist.data.cvat_writing import write_cvat
 from detr_dist.data.formats import split_of
 from detr_dist.data.formats.layouts import NoAnnotationsError
-from detr_dist.data.images import decode_rgb, find_images
+from detr_dist.data.images import find_images
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.data.yolo_writing import write_yolo
 from detr_dist.environment import check_environment, check_single_process
@@ -32,6 +32,7 @@ from detr_dist.evaluation.hard_images import HardImage, HardObject, rank_by_erro
 from detr_dist.evaluation.thresholds import operating_points
 from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
+from detr_dist.serving.decoding import decode_rgb
 from detr_dist.storage import check_new, check_writable, describe_disk_error, new_folder, write_text
 from detr_dist.text import printable
 
