@@ -15,9 +15,9 @@ from detr_dist.config import Config, load_config
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset, collate, training_dataset
-from detr_dist.data.images import decode_rgb
 from detr_dist.data.sampling import EpochSamples
 from detr_dist.data.windows import Window, WindowRule, inside
+from detr_dist.serving.decoding import decode_rgb
 from detr_dist.tiling import grid_starts, num_windows
 
 Document = dict[str, Any]
