@@ -94,6 +94,8 @@ class Report:
             yield ""
         if not self.opened_images:
             yield "images were not opened"
+        if self.settings.finest_stride is None:
+            yield "not checked: whether classes are too small for the model, whose finest stride is unknown"
         yield f"verdict: {self.verdict}"
 
     def as_document(self) -> dict[str, Any]:

@@ -67,9 +67,8 @@ def describe_samples(data: CocoData, config: Config, samples: EpochSamples | Non
         rare = np.flatnonzero(factors > 1)
         of_rare = ", ".join(f"{data.class_names[index]} x {factors[index]:.2f}" for index in rare)
         yield (
-            f"data.repeat_rare {config.data.repeat_rare:g}: images of {len(data.class_names)} classes by how "
-            f"often they appear, x 1 but for {of_rare or 'none'}; {len(data)} images are "
-            f"{counted(sum(counts), 'sample')} an epoch"
+            f"data.repeat_rare {config.data.repeat_rare:g}: {of_rare or 'no class is rarer than that'}; "
+            f"{counted(len(data), 'image')} are {counted(sum(counts), 'sample')} an epoch"
         )
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from detr_dist.data.formats import split_of
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, build_accelerator, group_of_processes
 from detr_dist.errors import UsageError
-from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
+from detr_dist.evaluation.coco_metrics import metric_names
 from detr_dist.evaluation.detections import coco_results
 from detr_dist.evaluation.error_analysis import KINDS
 from detr_dist.evaluation.evaluator import Details, Evaluator
-from detr_dist.evaluation.small_objects import bands
+from detr_dist.evaluation.metrics_table import class_tables, metrics_table
 from detr_dist.extensions import LOSSES
 from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import (
@@ -169,7 +169,7 @@ def _without_unknown_losses(config: Config) -> tuple[Config, list[str]]:
 def _by_class(
     metrics: dict[str, float], class_names: Sequence[str], size_bands: Sequence[int]
 ) -> dict[str, dict[str, float]]:
-    tables = _tables(size_bands).values()
+    tables = class_tables(size_bands).values()
     keys = zip(class_names, metric_names(class_names), strict=True)
     return {
         name: {
@@ -179,22 +179,6 @@ def _by_class(
             if f"val_{key}_{metric}" in metrics
         }
         for name, key in keys
-    }
-
-
-def _tables(size_bands: Sequence[int]) -> dict[str, dict[str, str]]:
-    """Return the metrics of a class in tables, by title, with the headings of their columns."""
-    return {
-        "class": {"map": "AP", **{name: name for name in METRICS_OF_CLASS[1:]}},
-        "small objects": {
-            "map_25": "AP 0.25",
-            "center_map": "centre AP",
-            "recall_p95": "recall_p95",
-            "threshold_p95": "thr_p95",
-            "calibration_error": "calib.err.",
-        },
-        "AP by side, px": {f"map_{name}": name for name, _ in bands(size_bands)},
-        "AP 0.50 lost to": {f"error_{kind}_dap": kind for kind in KINDS},
     }
 
 
@@ -272,7 +256,9 @@ def _write(
     """Print the table and write the requested files. Main process only."""
     assert found.details is not None  # on the main process
     data = found.details.data
-    print("\n".join(metrics_table(found)))
+    num_boxes = found.confusion[:-1].sum(axis=1).tolist()  # each box is matched or a false negative
+    size_bands = found.facts["config"]["evaluation"]["size_bands"]
+    print("\n".join(metrics_table(found.metrics, found.class_names, num_boxes, size_bands)))
     meaning = {"auto": "the best for these data", "model": "those saved with the model"}
     print(f"thresholds: {meaning.get(found.facts['thresholds'], found.facts['thresholds'])}", flush=True)
     if predictions is not None:
@@ -300,24 +286,3 @@ def _error_counts(found: EvaluationReport) -> dict[str, dict[str, int]]:
     return {
         name: dict(zip(KINDS, own, strict=True)) for name, own in zip(found.class_names, counts, strict=True)
     }
-
-
-def metrics_table(found: EvaluationReport) -> Iterator[str]:
-    """Yield the metrics for a terminal: tables with a line for each class and one for all, then the rest."""
-    num_boxes = found.confusion[:-1].sum(axis=1).tolist()  # each box is matched or a false negative
-    names = (*found.class_names, "all classes")
-    prefixes = (*(f"val_{key}_" for key in metric_names(found.class_names)), "val_")
-    tables = _tables(found.facts["config"]["evaluation"]["size_bands"])
-    width, shown = max(map(len, (*names, *tables))), set[str]()
-    for title, columns in tables.items():
-        if not columns:
-            continue
-        yield f"{title:<{width}} {'boxes':>9}" + "".join(f"{heading:>15}" for heading in columns.values())
-        for name, boxes, prefix in zip(names, (*num_boxes, sum(num_boxes)), prefixes, strict=True):
-            keys = [prefix + metric for metric in columns]
-            if prefix == "val_":
-                keys = ["val_map_center" if key == "val_center_map" else key for key in keys]
-            cells = (f"{found.metrics[k]:>15.4f}" if k in found.metrics else f"{'-':>15}" for k in keys)
-            yield f"{name:<{width}} {boxes:>9}{''.join(cells)}"
-            shown.update(keys)
-    yield "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items() if name not in shown)

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from detr_dist.data.concatenation import parts_of
 from detr_dist.data.repeat_factors import samples_of_parts
 from detr_dist.errors import CheckpointError, UsageError
 from detr_dist.evaluation.coco_metrics import METRICS_OF_CLASS, metric_names
+from detr_dist.evaluation.metrics_table import metrics_table
 from detr_dist.redaction import redact
 from detr_dist.storage import new_folder, write_text
 from detr_dist.text import list_names
@@ -268,15 +269,15 @@ def _facts_of_best(setup: Setup, state: TrainState) -> dict[str, Any]:
         "epoch": -(-state.best_step // setup.plan.steps_per_epoch),
         "step": state.best_step,
         "classes": ", ".join(setup.train_data.class_names),
-        **_headline_metrics(metrics),
+        **_headline_metrics(metrics, setup.train_data.class_names),
         "val_map": state.best_map,
     }
 
 
-def _headline_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def _headline_metrics(metrics: Mapping[str, float], class_names: Sequence[str]) -> dict[str, float]:
     """Return the metrics of all classes together, and the AP of the first classes."""
-    by_class = [name for name in metrics if name.endswith("_map") and name not in NOTED_METRICS]
-    names = [*(name for name in metrics if name in NOTED_METRICS), *by_class[:MAX_NOTED_CLASSES]]
+    of_classes = [f"val_{name}_map" for name in metric_names(class_names)[:MAX_NOTED_CLASSES]]
+    names = [*(name for name in metrics if name in NOTED_METRICS), *(n for n in of_classes if n in metrics)]
     return {name: metrics[name] for name in names}
 
 
@@ -290,7 +291,7 @@ def log_results(trackers: RunTrackers, data: CocoData, state: TrainState) -> Non
     trackers.log_table("per_class", ["class", "boxes", *METRICS_OF_CLASS], rows, state.step)
     if trackers.mlflow is not None:
         best = f"Best so far: `val_map` **{state.best_map:.4f}** at step {state.best_step}."
-        trackers.mlflow.write_note(best, _headline_metrics(state.metrics))
+        trackers.mlflow.write_note(best, _headline_metrics(state.metrics, names))
 
 
 def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> None:
@@ -298,9 +299,11 @@ def leave_results(setup: Setup, state: TrainState, trackers: RunTrackers) -> Non
 
     Main process only.
     """
-    metrics = state.metrics
-    for name, value in metrics.items():
-        _logger.info(f"{name:<24} {value:.4f}")
+    metrics, val_data = state.metrics, setup.val_data
+    if metrics:
+        bands, num_boxes = setup.config.evaluation.size_bands, val_data.boxes_per_class.tolist()
+        for line in metrics_table(metrics, val_data.class_names, num_boxes, bands):
+            _logger.info(line)
     if state.best_map is not None:
         model_dir = setup.output_dir / "model"
         _logger.info(f"best model: {model_dir}, val_map {state.best_map:.4f} at step {state.best_step}")

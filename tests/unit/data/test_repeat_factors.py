@@ -103,7 +103,9 @@ def test_an_epoch_has_all_repeats_in_complete_steps(write_data) -> None:
     assert in_steps is not None
     assert len(in_steps) == 20
     (line,) = describe_samples(data, settings, samples)
-    assert "x 1 but for ball x 2.00, referee x 2.00; 20 images are 23 samples an epoch" in line
+    assert line == "data.repeat_rare 0.4: ball x 2.00, referee x 2.00; 20 images are 23 samples an epoch"
+    (line,) = describe_samples(data, config("data.repeat_rare=0.01"), samples)
+    assert line.startswith("data.repeat_rare 0.01: no class is rarer than that; ")
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.repeat_rare=0.4",)])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness.commands import REPOSITORY
 
-from detr_dist.config import Config, LoggingConfig
+from detr_dist.config import Config, EvaluationConfig, LoggingConfig
 from detr_dist.data.coco import load_data
 from detr_dist.data.sampling import StepPlan
 from detr_dist.errors import CheckpointError, UsageError
@@ -267,8 +267,9 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
     settings, data = LoggingConfig(register_model_as="detector"), load_data(tiny_data / "train")
     setup = SimpleNamespace(
         output_dir=tmp_path,
-        config=SimpleNamespace(logging=settings),
+        config=SimpleNamespace(logging=settings, evaluation=EvaluationConfig()),
         train_data=data,
+        val_data=data,
         samples=None,
         plan=StepPlan(len(data), batch_size=2, num_processes=1, accumulation=1),
     )
@@ -281,18 +282,25 @@ def test_the_results_are_printed_and_saved_with_the_location_of_the_run(
         ways_to_see=lambda: ways_to_see(address, "1", "abc", "a_view"),
     )
     (tmp_path / "model").mkdir()
-    metadata = {"metrics": {"val_map": 0.5, "val_seconds": 9.0, "val_ball_map": 0.25}}
+    of_best = {"val_map": 0.5, "val_seconds": 9.0, "val_ball_map": 0.25, "val_ball_center_map": 0.75}
+    metadata = {"metrics": of_best}
     (tmp_path / "model" / "MLmodel").write_text(json.dumps({"metadata": metadata}))
-    state = TrainState(step=9, best_map=0.5, best_step=4, metrics={"val_map": 0.123456})
+    metrics = {"val_map": 0.123456, "val_ball_map": 0.25, "val_loss": 2.0}
+    state = TrainState(step=9, best_map=0.5, best_step=4, metrics=metrics)
     leave_results(setup, state, trackers)
     results = json.loads((tmp_path / "results.json").read_text())
     uri = results.pop("tracking_uri")
     source = {"annotations": str(data.annotations_path), "images": len(data), "samples": len(data)}
     epoch = {"steps": len(data) // 2, "samples": len(data), "sources": [source]}
-    assert results == {"metrics": {"val_map": 0.123456}, "run_id": "abc", "epoch": epoch}
+    assert results == {"metrics": metrics, "run_id": "abc", "epoch": epoch}
     shown = capsys.readouterr().out
-    assert shown.splitlines()[:3] == [
-        f"{'val_map':<24} 0.1235",
+    table = [line.split() for line in shown.splitlines()[:4]]
+    assert table[0] == ["class", "boxes", "AP", "precision", "recall", "f1", "threshold"]
+    assert table[2] == ["ball", str(data.boxes_per_class[1]), "0.2500", *"----"]
+    assert table[3] == ["all", "classes", str(data.boxes_per_class.sum()), "0.1235", *"----"]
+    after_table = shown[shown.index("val_loss") :].splitlines()
+    assert after_table[:3] == [
+        "val_loss 2.0000",
         f"best model: {tmp_path / 'model'}, val_map 0.5000 at step 4",
         "as detector, "
         "{'epoch': 1, 'step': 4, 'classes': 'player, ball', 'val_map': 0.5, 'val_ball_map': 0.25}",
