@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from detr_dist.config_text import describe_problem
 from detr_dist.config_types import Section, Share
+from detr_dist.serving.grid import Grid
 
 LEAST_WINDOW_PX = 32
 
@@ -39,6 +40,11 @@ class Tiles(Section):
     def size_hw(self) -> tuple[int, int]:
         """Height and width of a window in pixels, in an image that is as large."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def grid(self) -> Grid:
+        """The windows of an image in evaluation and prediction."""
+        return Grid(self.size_hw, self.overlap, self.full_image)
 
 
 def _one_problem(value: Any) -> Any:
