@@ -7,6 +7,7 @@ from pydantic_core import PydanticCustomError
 
 from detr_dist.config_text import describe_problem
 from detr_dist.config_types import Section, Share
+from detr_dist.serving.grid import Grid
 
 LEAST_WINDOW_PX = 32
 
@@ -40,6 +41,11 @@ class Tiles(Section):
         """Height and width of a window in pixels, in an image that is as large."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    @property
+    def grid(self) -> Grid:
+        """The windows of an image in evaluation and prediction."""
+        return Grid(self.size_hw, self.overlap, self.full_image)
+
 
 def _one_problem(value: Any) -> Any:
     """Report all that is wrong with a mapping in one problem, by its keys."""
@@ -59,13 +65,15 @@ def _one_problem(value: Any) -> Any:
 TilesOrAuto = Annotated[Tiles | Literal["auto"] | None, BeforeValidator(_one_problem)]
 
 TILES_MEANING = (
-    "Train on windows of images instead of images, so that small objects stay large enough after the resize: "
+    "Train on windows of images instead of images, and search images in windows, so that small objects stay "
+    "large enough after the resize: "
     "`auto`, or a mapping with "
     + "; ".join(
         f"`{name}` ({'required' if field.is_required() else field.default}): {field.description}"
         for name, field in Tiles.model_fields.items()
     ).replace("\n", " ")
-    + ". `auto` takes the largest windows in which most boxes of the smallest class are large enough for the "
-    "model's finest feature map, or none if the full image suffices. Unset: no windows."
+    + ". `auto` takes the largest windows in which half of the boxes of the smallest class have at least the "
+    "stride of the model's finest feature map a side, or none if they do in full images; windows are "
+    "enlarged at most twice. The model searches images in the same windows afterwards. Unset: no windows."
 )
 """The description of `data.tiles`, with that of its keys."""

@@ -7,18 +7,22 @@ from numpy.typing import NDArray
 
 from detr_dist.config import Config
 from detr_dist.config_tiles import LEAST_WINDOW_PX, Tiles
-from detr_dist.data.box_sizes import SMALLEST_FRACTION_OF_STRIDE, CheckSettings, resized_sides, sides_px
+from detr_dist.data.box_sizes import CheckSettings, resized_sides, sides_px
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError
 from detr_dist.resize import Resize
 from detr_dist.text import printable
 
+LARGEST_ENLARGEMENT = 2
+"""Windows are enlarged at most so much, because enlarging more adds windows but no detail."""
+
 
 def resolve_tiles(config: Config, data: CocoData, finest_stride: int | None) -> tuple[Config, str | None]:
     """Return the configuration with specific windows instead of `auto`, and a line that says why these.
 
-    They are the largest in which no class is too small for the model by the rule of `small_classes`. Other
-    configurations are returned as they are, without a line.
+    They are the largest in which half of the boxes of each class are at least as large as the stride of the
+    model's finest feature map, after an enlargement of at most `LARGEST_ENLARGEMENT`. Other configurations
+    are returned as they are, without a line.
 
     Raises:
         UsageError: the model's finest stride is unknown.
@@ -36,24 +40,30 @@ def resolve_tiles(config: Config, data: CocoData, finest_stride: int | None) -> 
 
 def _largest_tiles(data: CocoData, resize: Resize, finest_stride: int) -> tuple[Tiles | None, str]:
     """Return windows in the proportions of the network's input, None if images suffice, and the reason."""
-    limit = finest_stride * SMALLEST_FRACTION_OF_STRIDE
-    resized = _medians(data, resized_sides(data, CheckSettings(resize)))
-    if not resized:
+    of_resized = _medians(data, resized_sides(data, CheckSettings(resize)))
+    if not of_resized:
         return None, "no windows, because there are no boxes"
-    side, name = min((side, name) for name, side in resized.items())
-    if side >= limit:
+    side, name = min((side, name) for name, side in of_resized.items())
+    needed = f"the model needs {finest_stride}, the stride of its finest feature map"
+    if side >= finest_stride:
         return None, (
             f"no windows, because half of the boxes of {printable(name)}, the smallest class, have "
-            f"{side:.1f} pixels a side or more after the resize to {resize}; the model needs {limit:g}"
+            f"{side:.1f} pixels a side or more after the resize to {resize}; {needed}"
         )
     side, name = min((side, name) for name, side in _medians(data, sides_px(data)).items())
-    # A window of `unit` times some factor is enlarged by its inverse.
+    enlargement = min(finest_stride / side, LARGEST_ENLARGEMENT)
     unit = resize.size_hw(1, 2) if resize.mode == "rectangle" else (resize.shortest_edge,) * 2
-    height, width = (max(LEAST_WINDOW_PX, math.ceil(edge * side / limit) - 1) for edge in unit)
-    return Tiles(size=height if height == width else (height, width)), (
-        f"windows of {height}x{width} pixels: half of the boxes of {printable(name)}, the smallest class, "
-        f"have {side:.1f} pixels a side or more in the image, and the model needs {limit:g} after the resize "
-        f"to {resize}"
+    height, width = (max(LEAST_WINDOW_PX, math.floor(edge / enlargement)) for edge in unit)
+    tiles = Tiles(size=height if height == width else (height, width))
+    number, size_hw = max(
+        (tiles.grid.num_windows(*each), each) for each in map(tuple, data.sizes_hw.tolist())
+    )
+    if number == 1:
+        return None, f"no windows, because those of {height}x{width} pixels are as large as the images"
+    return tiles, (
+        f"windows of {height}x{width} pixels, {number} for an image of {size_hw[0]}x{size_hw[1]}: half of "
+        f"the boxes of {printable(name)}, the smallest class, have {side:.1f} pixels a side or more, and so "
+        f"they have {side * enlargement:.1f} after the resize to {resize}; {needed}"
     )
 
 

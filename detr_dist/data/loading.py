@@ -63,7 +63,7 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
     augmentation = config.data.augmentation if train else "none"
     resizes = training_resizes(config.data) if train else [Resize.of(config.data)]
     sizes_hw = data.sizes_hw
-    if train and (tiles := specific_tiles(config)) is not None:
+    if (tiles := specific_tiles(config)) is not None:
         sizes_hw = np.concatenate((sizes_hw, sizes_hw.clip(max=tiles.size_hw)))
     areas = areas_after_resize(sizes_hw, augmentation, resizes)
     num_epochs = config.training.num_epochs if train else 1

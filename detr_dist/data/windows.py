@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.records import MIN_BOX_EXTENT_PX
-from detr_dist.tiling import num_windows, window_hw
 
 _ROUNDING = 1e-9
 """More than the rounding of a visible fraction: with `min_visible` 1 a complete box is not ignored."""
@@ -55,10 +54,10 @@ class WindowRule:
         With `full_image` the full image is as probable as each of the windows that its grid has: so often it
         occurs in evaluation.
         """
-        height, width = window_hw(self.tiles, size_hw)
+        height, width = np.minimum(self.tiles.size_hw, size_hw).tolist()
         if (height, width) == size_hw:
             return None
-        if self.tiles.full_image and rng.random() * (1 + num_windows(self.tiles, size_hw)) < 1:
+        if self.tiles.full_image and rng.random() * self.tiles.grid.num_windows(*size_hw) < 1:
             return None
         tops, lefts = (0, size_hw[0] - height), (0, size_hw[1] - width)
         if len(classes) and rng.random() < self.tiles.rare_share:

@@ -7,6 +7,8 @@ size, nor on the number of processes, nor on the other images.
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detr_dist.config import Config
+from detr_dist.config import Config, specific_tiles
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.batch import Batch, Sample
 from detr_dist.data.coco import CocoData
@@ -30,11 +32,7 @@ from detr_dist.progress_bar import ProgressBar
 from detr_dist.resize import Resize
 from detr_dist.serving.postprocess import MAX_DETECTIONS, RankedDetections, postprocess
 from detr_dist.serving.precision import autocast
-from detr_dist.serving.tiles import Grid, merge_windows
-
-_BATCHES_AHEAD = 16
-"""Full batches that are formed of the windows of some images before those of the next images: few enough that
-their detections fit into memory, and enough that few batches are smaller than the others."""
+from detr_dist.serving.tiles import Found, found_in_image, rounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,18 +52,12 @@ class Views:
         if tiles is None:
             rows = np.arange(len(sizes_hw))
             return cls(rows, np.pad(sizes_hw[:, ::-1], ((0, 0), (2, 0))), np.arange(len(sizes_hw) + 1))
-        grid, found = (
-            Grid(tiles.size_hw, tiles.overlap, tiles.full_image),
-            dict[tuple[int, int], NDArray[np.int64]](),
-        )
-        windows = [np.zeros((0, 4), dtype=np.int64)]
-        for height, width in map(tuple, sizes_hw.tolist()):
-            if (height, width) not in found:
-                found[height, width] = grid.windows(height, width)
-            windows.append(found[height, width])
-        numbers = np.array([len(each) for each in windows[1:]], dtype=np.int64)
+        windows_of = cache(tiles.grid.windows)  # most images have one of a few sizes
+        windows = [windows_of(height, width) for height, width in sizes_hw.tolist()]
+        numbers = np.array([len(each) for each in windows], dtype=np.int64)
         rows = np.repeat(np.arange(len(sizes_hw)), numbers)
-        return cls(rows, np.concatenate(windows), np.append(0, np.cumsum(numbers)))
+        corners = np.array(list(chain.from_iterable(windows)), dtype=np.int64).reshape(-1, 4)
+        return cls(rows, corners, np.append(0, np.cumsum(numbers)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,6 +90,15 @@ class Predicted(NamedTuple):
     """The detections in these images, on the host."""
     unreadable: dict[int, str]
     """Row and reason of each image that cannot be read; a black one was evaluated, and has no detections."""
+
+
+class _Started(NamedTuple):
+    """A batch whose computation has been started, on the device."""
+
+    planned: EvaluationBatch
+    batch: Batch
+    outputs: dict[str, Tensor]
+    detections: RankedDetections
 
 
 class _Views(CocoDetectionDataset):
@@ -149,9 +150,7 @@ class ImagePass:
         pixels: Mapping[int, Tensor] | None = None,
     ) -> None:
         """Prepare the images; `pixels` holds those that are in no file, as uint8 [3, H, W] by row."""
-        tiles = config.data.tiles
-        if tiles == "auto":
-            raise ValueError("data.tiles=auto must be resolved first")
+        tiles = specific_tiles(config)
         self.views = Views.of(data.sizes_hw, tiles)
         self._data, self._tiles = data, tiles
         self._device = device
@@ -186,24 +185,38 @@ class ImagePass:
             labels.append(visible[visible >= 0])
         return np.concatenate(labels), np.array([len(each) for each in labels[1:]], dtype=np.int64)
 
-    @torch.no_grad()
     def run(self, detector: Detector) -> Generator[Predicted]:
-        """Yield the predictions of a detector in evaluation mode, batch by batch, with a progress bar."""
+        """Yield the predictions of a detector in evaluation mode, batch by batch, with a progress bar.
+
+        A GPU computes the next batch meanwhile.
+        """
         found = _OfViews(self.views)
-        with closing(iter(self._loader)) as batches, ExitStack() as held:
+        with ExitStack() as held:
             bar: ProgressBar | None = None
             if self._has_bar and len(self._batches) > 1:
                 bar = held.enter_context(closing(ProgressBar("batches of images", len(self._batches))))
-            for planned, batch in zip(self._batches, batches, strict=True):
-                on_device = batch.to(self._device)
-                outputs = self._forward(detector, on_device, planned)
-                sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._device)
-                detections = postprocess(outputs, sizes_hw, detector.loss_settings.kind)
-                found.add(planned.indices, detections, dict(batch.unreadable))
+            started = held.enter_context(closing(self._started(detector)))
+            before = next(started, None)
+            while before is not None:
+                following = next(started, None)
+                found.add(before.planned.indices, before.detections, dict(before.batch.unreadable))
                 rows, records, unreadable = found.take_complete()
-                yield Predicted(rows, on_device, outputs, records, unreadable)
+                yield Predicted(rows, before.batch, before.outputs, records, unreadable)
+                before = following
                 if bar is not None:
                     bar.advance()
+
+    @torch.no_grad()
+    def _started(self, detector: Detector) -> Generator["_Started"]:
+        """Yield each batch as soon as its computation has been started."""
+        with closing(iter(self._loader)) as batches:
+            for planned, on_host in zip(self._batches, batches, strict=True):
+                batch = on_host.to(self._device)
+                outputs = self._forward(detector, batch, planned)
+                sizes_hw = torch.tensor(batch.original_sizes_hw, device=self._device)
+                yield _Started(
+                    planned, batch, outputs, postprocess(outputs, sizes_hw, detector.loss_settings.kind)
+                )
 
     def _forward(self, detector: Detector, batch: Batch, planned: EvaluationBatch) -> dict[str, Tensor]:
         # The precision is not part of the detector. A network compiled for training would round differently
@@ -226,13 +239,8 @@ def _batches_of_windows(
     views: Views, sizes_hw: NDArray[np.int64], rows: range, batch_size: int
 ) -> Generator[EvaluationBatch]:
     """Yield batches of the windows of these images: of several images at a time, by size of the window."""
-    first = 0
-    while first < len(rows):
-        last, own = first, list[int]()
-        while last < len(rows) and len(own) < _BATCHES_AHEAD * batch_size:
-            own += views.of_image(rows[last])
-            last += 1
-        first = last
+    for images in rounds([len(views.of_image(row)) for row in rows], batch_size):
+        own = [view for image in images for view in views.of_image(rows[image])]
         for batch in evaluation_batches(sizes_hw[own], batch_size, num_processes=1, process_index=0):
             yield EvaluationBatch(batch.size_hw, [own[index] for index in batch.indices])
 
@@ -242,7 +250,7 @@ class _OfViews:
 
     def __init__(self, views: Views) -> None:
         self._views = views
-        self._found: dict[int, dict[int, _InView]] = {}
+        self._found: dict[int, dict[int, Found]] = {}
         self._unreadable: dict[int, str] = {}
         self._complete: list[int] = []
 
@@ -255,7 +263,7 @@ class _OfViews:
         for view, *found in zip(views, boxes, scores, labels, strict=True):
             row = int(self._views.rows[view])
             of_image = self._found.setdefault(row, {})
-            of_image[view] = _InView(*found)
+            of_image[view] = Found(*found)
             if len(of_image) == len(self._views.of_image(row)):
                 self._complete.append(row)
 
@@ -279,22 +287,9 @@ class _OfViews:
         )
         return rows, records, unreadable
 
-    def _merged(self, row: int, found: dict[int, "_InView"]) -> "_InView":
+    def _merged(self, row: int, found: dict[int, Found]) -> Found:
         """Return the detections in an image, by descending score."""
         views = self._views.of_image(row)
-        if len(views) == 1:
-            return found[views[0]]
-        windows, in_order = self._views.windows[views], [found[view] for view in views]
-        window_rows = np.repeat(np.arange(len(views)), [len(each.scores) for each in in_order])
-        boxes, scores, labels = (np.concatenate(each) for each in zip(*in_order, strict=True))
-        boxes = boxes + np.tile(windows[window_rows, :2], 2).astype(np.float32)
-        kept = merge_windows(boxes, scores, labels, window_rows, windows, most=MAX_DETECTIONS)
-        return _InView(boxes[kept], scores[kept], labels[kept])
-
-
-class _InView(NamedTuple):
-    """D detections in one view or image, by descending score."""
-
-    boxes_xyxy_px: NDArray[np.float32]  # [D, 4]
-    scores: NDArray[np.float32]  # [D]
-    labels: NDArray[np.int64]  # [D]
+        return found_in_image(
+            [found[view] for view in views], self._views.windows[views], most=MAX_DETECTIONS
+        )

@@ -195,6 +195,11 @@ class TrainedModel:
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
             overrides = ["training.mixed_precision=no", *overrides]
         config = override_config(self.config, overrides, only_known_names=False)
+        if config.data.tiles == "auto":
+            raise UsageError(
+                "data.tiles=auto: only a training chooses windows, by its boxes; give "
+                "data.tiles={size: 640}, or null for full images"
+            )
         check_image_sizes(config.data, family_of(self.network.config), self.network.config, train=False)
         return config
 

@@ -4,9 +4,11 @@ import copy
 import os
 import threading
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
@@ -21,10 +23,11 @@ from .network import (
     return_float32,
     thaw_batch_norm,
 )
-from .postprocess import RankedDetections, postprocess
+from .postprocess import MAX_DETECTIONS, postprocess
 from .precision import autocast, precision_on, temporary_numerics
 from .resize import Resize
 from .settings import ServingSettings
+from .tiles import Found, found_in_image, rounds
 
 DEVICE_VARIABLE = "MLFLOW_DEFAULT_PREDICTION_DEVICE"
 """MLflow's environment variable for the device, such as `cpu` or `cuda:1`.
@@ -32,10 +35,12 @@ Without it a GPU is used if there is one."""
 
 
 class PreparedImage(NamedTuple):
-    """An image at the network's input size."""
+    """The W windows of an image at the network's input size; the only one may be the image itself."""
 
-    resized: Tensor  # uint8 [3, H, W]
-    original_size_hw: tuple[int, int]
+    resized: list[Tensor]
+    """[W] of uint8 [3, h, w]."""
+    windows: list[tuple[int, int, int, int]]
+    """[W], left, top, right and bottom in pixels of the image."""
 
 
 class Predictor:
@@ -60,30 +65,54 @@ class Predictor:
         self._lock = threading.Lock()
 
     def prepare(self, image: Tensor) -> PreparedImage:
-        """Resize an image uint8 [3, H, W], so that a large one need not be kept."""
+        """Resize an image uint8 [3, H, W], or its windows, so that a large one need not be kept."""
         height, width = image.shape[-2:]
-        resized = F.resize(image, [*self._resize.size_hw(height, width)], antialias=True)
-        return PreparedImage(resized, (height, width))
+        whole, tiles = (0, 0, width, height), self.settings.tiles
+        windows = [whole] if tiles is None else tiles.windows(height, width)
+        return PreparedImage([self._prepared(image, *window) for window in windows], windows)
 
-    def detect(self, images: Sequence[PreparedImage]) -> list[RankedDetections]:
-        """Return the detections [1, K, ...] of each image, on the CPU; no threshold is applied.
+    def _prepared(self, image: Tensor, left: int, top: int, right: int, bottom: int) -> Tensor:
+        size_hw = bottom - top, right - left
+        window = image if image.shape[-2:] == size_hw else F.crop(image, top, left, *size_hw)
+        resized: Tensor = F.resize(window, [*self._resize.size_hw(*size_hw)], antialias=True)
+        return resized
 
-        Images of one size share batches, because a convolution would see padding.
+    def detect(self, images: Sequence[PreparedImage]) -> list[Found]:
+        """Return the detections in each image, at most `MAX_DETECTIONS`; no threshold is applied.
+
+        Windows of one size share batches, because a convolution would see padding.
         """
+        found: list[Found] = []
+        for together in rounds([len(image.windows) for image in images], self.settings.batch_size):
+            found += self._detect_together([images[index] for index in together])
+        return found
+
+    def _detect_together(self, images: list[PreparedImage]) -> list[Found]:
+        resized = [each for image in images for each in image.resized]
+        sizes_hw = [
+            (bottom - top, right - left) for image in images for left, top, right, bottom in image.windows
+        ]
         by_size: dict[tuple[int, ...], list[int]] = {}
-        for row, image in enumerate(images):
-            by_size.setdefault(tuple(image.resized.shape), []).append(row)
-        found: dict[int, RankedDetections] = {}
+        for row, each in enumerate(resized):
+            by_size.setdefault(tuple(each.shape), []).append(row)
+        found: dict[int, Found] = {}
         size = self.settings.batch_size
         for rows in by_size.values():
-            for batch in (rows[first : first + size] for first in range(0, len(rows), size)):
-                found |= zip(batch, self._detect([images[row] for row in batch]), strict=True)
-        return [found[row] for row in range(len(images))]
+            for first in range(0, len(rows), size):
+                batch = rows[first : first + size]
+                of_batch = self._detect([resized[row] for row in batch], [sizes_hw[row] for row in batch])
+                found |= zip(batch, of_batch, strict=True)
+        in_order = (found[row] for row in range(len(resized)))
+        return [
+            found_in_image(
+                list(islice(in_order, len(image.windows))), np.array(image.windows), most=MAX_DETECTIONS
+            )
+            for image in images
+        ]
 
     @torch.no_grad()
-    def _detect(self, images: list[PreparedImage]) -> list[RankedDetections]:
-        batch = torch.stack([image.resized for image in images])
-        sizes_hw = torch.tensor([image.original_size_hw for image in images], device=self.device)
+    def _detect(self, resized: list[Tensor], sizes_hw: list[tuple[int, int]]) -> list[Found]:
+        batch = torch.stack(resized)
         with self._lock, temporary_numerics(self.settings), autocast(self.device, self._precision):
             pixels = (batch.to(self.device) - self._mean) / self._std
             output = self._network(
@@ -91,9 +120,12 @@ class Predictor:
                 pixel_mask=torch.ones_like(pixels[:, 0], dtype=torch.bool),
             )
             outputs = {"pred_logits": output.logits[None], "pred_boxes": output.pred_boxes[None]}
-            found = postprocess(outputs, sizes_hw, self.settings.class_kind)
-            columns = (found.boxes_xyxy_px.cpu(), found.scores.cpu(), found.labels.cpu())
-        return [RankedDetections(*(c[i : i + 1] for c in columns)) for i in range(len(images))]
+            ranked = postprocess(
+                outputs, torch.tensor(sizes_hw, device=self.device), self.settings.class_kind
+            )
+            columns = (ranked.boxes_xyxy_px, ranked.scores, ranked.labels)
+            boxes, scores, labels = (column.cpu().numpy() for column in columns)
+        return [Found(*each) for each in zip(boxes, scores, labels, strict=True)]
 
 
 def _device() -> torch.device:

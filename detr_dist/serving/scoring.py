@@ -15,9 +15,9 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from torch import Tensor
 
 from .decoding import UnreadableImageError, decode_content, decode_rgb, pixels_of
-from .postprocess import RankedDetections
 from .predictor import Predictor
 from .settings import ExifRule
+from .tiles import Found
 
 COLUMN = "image"
 _SERVER_VARIABLE = "_MLFLOW_IS_IN_SERVING_ENVIRONMENT"
@@ -78,8 +78,8 @@ class ServedModel:
         found = self._predictor.detect(prepared)
         return pd.DataFrame({"detections": [self._rows(each, least)[:most] for each in found]}, dtype=object)
 
-    def _rows(self, found: RankedDetections, least: tuple[float, ...]) -> list[dict[str, Any]]:
-        columns = (found.labels[0].tolist(), found.scores[0].tolist(), found.boxes_xyxy_px[0].tolist())
+    def _rows(self, found: Found, least: tuple[float, ...]) -> list[dict[str, Any]]:
+        columns = (found.labels.tolist(), found.scores.tolist(), found.boxes_xyxy_px.tolist())
         return [
             {
                 "label": self._predictor.settings.class_names[label],

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from .grid import Grid
+
 ExifRule = Literal["auto", "ignore", "apply"]
 ResizeMode = Literal["shortest_edge", "square", "rectangle"]
 ClassKind = Literal["softmax", "sigmoid"]
@@ -30,6 +32,8 @@ class ServingSettings:
     resize: ResizeMode
     shortest_edge: int
     longest_edge: int
+    tiles: Grid | None
+    """The windows of an image that are searched for objects; None: only the image."""
     mean: tuple[float, ...]
     """Mean of red, green and blue, for values from 0 to 1; `std` likewise."""
     std: tuple[float, ...]
@@ -50,7 +54,10 @@ class ServingSettings:
         """Read the settings from a model's folder; lists become tuples."""
         content: dict[str, Any] = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         content |= {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
-        return cls(**content)
+        tiles = content["tiles"]
+        if tiles is not None:
+            tiles = Grid(**{**tiles, "window_hw": tuple(tiles["window_hw"])})
+        return cls(**{**content, "tiles": tiles})
 
     def write(self, folder: Path) -> None:
         """Write the settings into a model's folder."""

@@ -1,11 +1,11 @@
-"""Detection in windows of an image: the grid of windows, and the merging of what is found in them.
+"""Detection in windows of an image: the merging of what is found in them.
 
-An object of eight pixels is lost when a large image is shrunk to what a network takes. In windows it is not.
 Shapes: W windows of an image, D detections in all of them together.
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,43 +25,42 @@ NEAR_BORDER = 0.01
 WORTH_OF_CUT = 0.5
 """Factor for the score of a cut detection in the order of merging."""
 
+BATCHES_AHEAD = 16
+"""Full batches that are formed of the windows of some images before those of the next images: few enough that
+their detections fit into memory, and enough that few batches are smaller than the others."""
 
-@dataclass(frozen=True, slots=True)
-class Grid:
-    """How an image is divided into windows."""
 
-    window_hw: tuple[int, int]
-    """Height and width of a window in pixels of the image; along a shorter side of the image, that side."""
-    overlap: float
-    """Least overlap of neighbours, as a fraction of a window's side, from 0 to 0.9."""
-    full_image: bool
-    """Whether the full image is a window too, for objects that are larger than a window."""
+class Found(NamedTuple):
+    """D detections in a window or an image."""
 
-    def windows(self, height: int, width: int) -> NDArray[np.int64]:
-        """Return the windows of an image, [W, 4]: left, top, right, bottom; the full image is the last.
+    boxes_xyxy_px: NDArray[np.float32]
+    """[D, 4], in its pixels."""
+    scores: NDArray[np.float32]
+    """[D], descending."""
+    labels: NDArray[np.int64]
+    """[D], class indices."""
 
-        All others have one size, are spread evenly, and cover every pixel. Without others the full image is
-        the only one.
-        """
-        tops, lefts = (
-            self._starts(side, window) for side, window in zip((height, width), self.window_hw, strict=True)
-        )
-        corners = np.array([(left, top) for top in tops for left in lefts])
-        windows = np.hstack((corners, corners + np.minimum(self.window_hw, (height, width))[::-1]))
-        if self.full_image and len(windows) > 1:
-            windows = np.vstack((windows, [[0, 0, width, height]]))
-        return windows
 
-    def num_windows(self, height: int, width: int) -> int:
-        """Return the number of windows of an image without the full image, at least 1."""
-        sides = zip((height, width), self.window_hw, strict=True)
-        return math.prod(len(self._starts(side, window)) for side, window in sides)
+def found_in_image(found: Sequence[Found], windows: NDArray[np.int64], *, most: int) -> Found:
+    """Return the detections in an image, at most `most`, of those in each of its windows [W, 4]."""
+    if len(windows) == 1:
+        return found[0]
+    boxes, scores, labels = (np.concatenate(each) for each in zip(*found, strict=True))
+    window_rows = np.repeat(np.arange(len(found)), [len(each.scores) for each in found])
+    boxes = boxes + np.tile(windows[window_rows, :2], 2).astype(np.float32)
+    kept = merge_windows(boxes, scores, labels, window_rows, windows, most=most)
+    return Found(boxes[kept], scores[kept], labels[kept])
 
-    def _starts(self, side: int, window: int) -> list[int]:
-        """Return the first pixel of each window along a side: as few as overlap enough, evenly spread."""
-        last = max(0, side - window)
-        num_gaps = math.ceil(last / max(1, math.floor(window * (1 - self.overlap))))
-        return [last * index // max(1, num_gaps) for index in range(num_gaps + 1)]
+
+def rounds(nums_windows: Sequence[int], batch_size: int) -> list[range]:
+    """Divide images with these numbers of windows into those whose windows form batches together."""
+    starts, num_windows = [0], 0
+    for image, number in enumerate(nums_windows):
+        if num_windows >= BATCHES_AHEAD * batch_size:
+            starts.append(image)
+            num_windows = 0
+        num_windows += number
+    return [range(*each) for each in pairwise([*starts, len(nums_windows)])] if nums_windows else []
 
 
 def merge_windows(
@@ -86,7 +85,7 @@ def merge_windows(
         scores: [D].
         labels: [D], class indices.
         window_rows: [D], the row in `windows` of each detection.
-        windows: [W, 4], from `Grid.windows`.
+        windows: [W, 4], from `grid.Grid.windows`.
         most: The largest number of detections that remain.
 
     Returns:
@@ -95,34 +94,34 @@ def merge_windows(
     cut = _are_cut(boxes_xyxy_px, windows, window_rows)
     worth = np.where(cut, np.float32(WORTH_OF_CUT) * scores, scores)
     order = np.argsort(-worth, kind="stable")[:MERGED_FROM]
-    boxes, labels, rows, cut = boxes_xyxy_px[order], labels[order], window_rows[order], cut[order]
-    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    remaining, chosen = np.ones(len(order), dtype=np.bool_), list[int]()
-    for index in range(len(order)):
-        if not remaining[index]:
-            continue
-        chosen.append(index)
-        if len(chosen) == most:
-            break
-        later = (
-            index
-            + 1
-            + np.flatnonzero(
-                remaining[index + 1 :]
-                & (labels[index + 1 :] == labels[index])
-                & (rows[index + 1 :] != rows[index])
-            )
-        )
-        sides = np.minimum(boxes[later, 2:], boxes[index, 2:]) - np.maximum(
-            boxes[later, :2], boxes[index, :2]
-        )
-        shared = np.prod(sides.clip(min=0), axis=1)
-        union = areas[later] + areas[index] - shared
-        is_same = shared >= SAME_IOU * union
-        is_part = shared >= SAME_OVER_SMALLER * np.minimum(areas[later], areas[index])
-        remaining[later[(shared > 0) & (is_same | (is_part & (cut[later] | cut[index])))]] = False
-    found: NDArray[np.int64] = order[chosen]
-    return found[np.lexsort((found, -scores[found]))]
+    chosen = list[int]()
+    for label in np.unique(labels[order]):
+        own = order[labels[order] == label]  # classes do not mix
+        same = _are_same(boxes_xyxy_px[own], cut[own], window_rows[own])
+        remaining = np.ones(len(own), dtype=np.bool_)
+        for index in range(len(own)):
+            if remaining[index]:
+                remaining[index + 1 :] &= ~same[index, index + 1 :]
+        chosen += own[remaining].tolist()
+    found = np.array(sorted(chosen, key=lambda index: (-worth[index], index))[:most], dtype=np.int64)
+    in_order: NDArray[np.int64] = found[np.lexsort((found, -scores[found]))]
+    return in_order
+
+
+def _are_same(
+    boxes_xyxy_px: NDArray[np.float32], cut: NDArray[np.bool_], window_rows: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Return which pairs of detections of one class are the same object, [D, D]."""
+    left, top, right, bottom = boxes_xyxy_px.T
+    areas = (right - left) * (bottom - top)
+    widths = np.minimum(right[:, None], right) - np.maximum(left[:, None], left)
+    heights = np.minimum(bottom[:, None], bottom) - np.maximum(top[:, None], top)
+    shared = widths.clip(min=0) * heights.clip(min=0)
+    is_same = shared >= SAME_IOU * (areas[:, None] + areas - shared)
+    is_part = shared >= SAME_OVER_SMALLER * np.minimum(areas[:, None], areas)
+    is_between = window_rows[:, None] != window_rows
+    found: NDArray[np.bool_] = is_between & (shared > 0) & (is_same | (is_part & (cut[:, None] | cut)))
+    return found
 
 
 def _are_cut(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.utils import output_capturing
 
 from detr_dist import serving
-from detr_dist.config import Config, DataConfig
+from detr_dist.config import Config, DataConfig, specific_tiles
 from detr_dist.models.build import freezes_batch_norm
 from detr_dist.models.detector import UNNORMALIZED, class_names_of, normalization_of
 from detr_dist.models.families import family_of
@@ -84,6 +84,7 @@ def _serving_settings(
 ) -> ServingSettings:
     family, normalization = family_of(network.config), normalization_of(network.config)
     data, training, class_names = config.data, config.training, class_names_of(network.config)
+    tiles = specific_tiles(config)
     return ServingSettings(
         class_names=class_names,
         thresholds=thresholds_of(class_names, thresholds),
@@ -92,6 +93,7 @@ def _serving_settings(
         resize=data.resize,
         shortest_edge=data.shortest_edge,
         longest_edge=data.longest_edge,
+        tiles=None if tiles is None else tiles.grid,
         mean=normalization.mean,
         std=normalization.std,
         batch_size=training.batch_size,

@@ -74,6 +74,7 @@ STEPS = (
     ),
     Step("deformable", 60, partial(network.time_step, overrides=network.DEFORMABLE, gpu_only=True)),
     Step("criterion", 40, network.time_criterion),
+    Step("tiles", 80, network.time_tiles),
     Step("deepspeed", 90, partial(runs.launch, config_name="deepspeed_zero2")),
 )
 

@@ -299,3 +299,16 @@ def time_criterion(check: Check) -> None:
     subprocess.run([sys.executable, program, "--device", "cuda", "--json", path], check=True)
     for row in json.loads(path.read_text())["rows"]:
         check.figures(**{f"{row['family']}_{name}": v for name, v in row.items() if name != "family"})
+
+
+def time_tiles(check: Check) -> None:
+    """Compare the detection in windows of images with that in the same windows as images of their own."""
+    check.needs_gpu("tiles.py measures it on the CPU")
+    program = check.repository / "scripts" / "benchmarks" / "tiles.py"
+    for name, size in {"full_hd": "1920x1080", "4k": "3840x2160"}.items():
+        path = check.out / f"tiles_{name}.json"
+        command = [sys.executable, program, "--size", size, "--images", "16", "--json", path]
+        subprocess.run([*command, "--rounds", "3"], check=True)
+        found = json.loads(path.read_text())
+        check.figures(**{f"{name}_{key}": found[key] for key in ("images_per_s", "ratio")})
+        check.expect(found["ratio"] <= 1.15, f"{name}: windows take more than 1.15 times the time alone")

@@ -27,7 +27,6 @@ BASE = {
     "serving",
     "storage",
     "text",
-    "tiling",
 }
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {
@@ -68,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rendezvous": {"environment", "errors"},
     "config": {"config_text", "config_tiles", "config_training", "config_types", "errors", "redaction"},
     "config_text": {"errors"},
-    "config_tiles": {"config_text", "config_types"},
+    "config_tiles": {"config_text", "config_types", "serving"},
     "config_training": {"config_types"},
     "config_types": {"errors", "extensions", "redaction", "serving"},
     "boxes": {"serving"},
@@ -80,7 +79,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resize": {"config", "serving"},
     "storage": {"errors", "text"},
     "text": {"redaction"},
-    "tiling": {"config_tiles"},
 }
 
 # Libraries that only these rooms may know.

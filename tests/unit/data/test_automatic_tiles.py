@@ -9,7 +9,7 @@ import pytest
 from detr_dist.config import load_config
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.automatic_tiles import resolve_tiles
-from detr_dist.data.box_sizes import CheckSettings, resized_sides, small_classes
+from detr_dist.data.box_sizes import CheckSettings, resized_sides
 from detr_dist.data.coco import CocoData
 from detr_dist.errors import UsageError
 from detr_dist.resize import Resize
@@ -50,50 +50,54 @@ def tiles_of(data: CocoData, *overrides: str, stride: int | None = 32) -> tuple[
 
 
 @pytest.mark.parametrize("resize", [SHORTEST_EDGE, SQUARE, RECTANGLE], ids=lambda resize: resize[0])
-@pytest.mark.parametrize("sides", [[10.0], [9, 10, 11, 40], [12.3, 7.1, 9.9], [8.0, 8, 8]])
-def test_the_windows_are_the_largest_in_which_no_class_is_too_small(
+@pytest.mark.parametrize("sides", [[10.0], [9, 10, 11, 40], [12.3, 6.1, 9.9], [15.0, 15, 15]])
+def test_the_windows_are_the_largest_in_which_the_smallest_class_has_the_stride(
     resize: tuple[str, ...], sides: list[float]
 ) -> None:
     data = data_of([100, 120], sides)
-    tiles, reason = tiles_of(data, *resize)
+    tiles, reason = tiles_of(data, *resize, stride=16)
     assert tiles is not None
     assert "half of the boxes of b, the smallest class" in reason
-    settings = CheckSettings(Resize.of(load_config(None, resize).data), finest_stride=32)
-    assert small_classes(data, settings) != []
-    seen_in = CheckSettings(settings.resize, finest_stride=32, tiles=tiles)
-    assert small_classes(data, seen_in) == []
-    assert seen_in.resized_to.endswith(f" of windows of {tiles.size_hw[0]}x{tiles.size_hw[1]}")
-    height, width = tiles.size_hw
-    larger = Tiles(size=(height + 2, width + 2))
-    median = np.median(resized_sides(data, CheckSettings(settings.resize, tiles=larger))[2:])
-    assert median < 8
+    rule, (height, width) = Resize.of(load_config(None, resize).data), tiles.size_hw
+
+    def median_in(size_hw: tuple[int, int]) -> float:
+        settings = CheckSettings(rule, finest_stride=16, tiles=Tiles(size=size_hw))
+        return float(np.median(resized_sides(data, settings)[2:]))
+
+    assert median_in((height, width)) >= 16 - 1e-9
+    assert median_in((height + 2, width + 2)) < 16
     if resize is RECTANGLE:
         assert width / height == pytest.approx(1024 / 576, abs=0.01)
     else:
         assert height == width
 
 
+def test_windows_are_enlarged_at_most_twice() -> None:
+    tiles, reason = tiles_of(data_of([100.0], [5.0]), *SQUARE, stride=16)
+    assert tiles == Tiles(size=320)
+    assert "have 10.0 after the resize" in reason
+
+
 def test_no_windows_are_chosen_if_the_full_image_suffices() -> None:
-    data = data_of([30, 30], [200])
-    tiles, reason = tiles_of(data, *SHORTEST_EDGE)
+    tiles, reason = tiles_of(data_of([30, 30], [200]), *SHORTEST_EDGE, stride=8)
     assert tiles is None
     assert reason == (
         "data.tiles auto: no windows, because half of the boxes of a, the smallest class, have 10.4 pixels a "
-        "side or more after the resize to 800/1333; the model needs 8"
+        "side or more after the resize to 800/1333; the model needs 8, the stride of its finest feature map"
     )
-    assert tiles_of(data_of([10.0]), *SHORTEST_EDGE, stride=8)[0] is None
     assert tiles_of(data_of([], []))[0] is None
+    assert tiles_of(data_of([4.0], size_hw=(300, 300)), *SQUARE, stride=16)[0] is None
 
 
 def test_a_line_reports_the_windows_and_the_reason() -> None:
     tiles, reason = tiles_of(
-        data_of([100.0], [10.0], [5.0, 5], iscrowd=np.array([0, 0, 1, 1], bool)), *SQUARE
+        data_of([100.0], [10.0], [5.0, 5], iscrowd=np.array([0, 0, 1, 1], bool)), *SQUARE, stride=8
     )
-    assert tiles is not None
-    assert tiles.size == 799
+    assert tiles == Tiles(size=800)
     assert reason == (
-        "data.tiles auto: windows of 799x799 pixels: half of the boxes of b, the smallest class, have 10.0 "
-        "pixels a side or more in the image, and the model needs 8 after the resize to 640x640"
+        "data.tiles auto: windows of 800x800 pixels, 25 for an image of 2160x3840: half of the boxes of b, "
+        "the smallest class, have 10.0 pixels a side or more, and so they have 8.0 after the resize to "
+        "640x640; the model needs 8, the stride of its finest feature map"
     )
 
 

@@ -18,7 +18,6 @@ from detr_dist.data.dataset import CocoDetectionDataset, collate, training_datas
 from detr_dist.data.sampling import EpochSamples
 from detr_dist.data.windows import Window, WindowRule, inside
 from detr_dist.serving.decoding import decode_rgb
-from detr_dist.tiling import grid_starts, num_windows
 
 Document = dict[str, Any]
 NO_BOXES = np.empty((0, 4)), np.empty(0, np.int64)
@@ -31,29 +30,6 @@ def rule(num_classes: int = 2, **settings: Any) -> WindowRule:
 def drawn(rule: WindowRule, size_hw: tuple[int, int], *boxes: Any, times: int = 400) -> list[Window | None]:
     boxes_xyxy, classes = boxes or NO_BOXES
     return [rule.draw(size_hw, boxes_xyxy, classes, np.random.default_rng(seed)) for seed in range(times)]
-
-
-@pytest.mark.parametrize(
-    ("side", "window", "overlap", "starts"),
-    [
-        (64, 64, 0.2, [0]),
-        (65, 64, 0.2, [0, 1]),
-        (115, 64, 0.2, [0, 51]),
-        (116, 64, 0.2, [0, 26, 52]),
-        (192, 64, 0.0, [0, 64, 128]),
-        (32, 32, 0.9, [0]),
-    ],
-)
-def test_the_grid_reaches_from_end_to_end(side: int, window: int, overlap: float, starts: list[int]) -> None:
-    assert grid_starts(side, window, overlap) == starts
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.33, 0.9])
-def test_neighbours_in_the_grid_have_at_least_the_overlap(overlap: float) -> None:
-    for side in range(50, 400):
-        starts = grid_starts(side, 50, overlap)
-        assert (starts[0], starts[-1]) == (0, side - 50)
-        assert max(np.diff(starts), default=0) <= 50 * (1 - overlap) + 1e-9
 
 
 def test_an_image_that_is_not_larger_than_a_window_is_shown_in_full() -> None:
@@ -74,7 +50,7 @@ def test_a_window_may_have_two_sides() -> None:
 
 def test_the_full_image_is_as_frequent_as_a_window_of_its_grid() -> None:
     size_hw = (100, 200)
-    assert num_windows(rule().tiles, size_hw) == 2 * 4
+    assert rule().tiles.grid.num_windows(*size_hw) == 2 * 4 + 1
     windows = drawn(rule(), size_hw, times=3000)
     # One in nine: 333 of 3000, with a standard deviation of 17.
     assert 265 < windows.count(None) < 400
@@ -170,7 +146,7 @@ def test_a_sample_is_the_window_of_the_image_with_its_boxes_resized(data: CocoDa
     for epoch, row in KEYS:
         shown, sample = dataset._plan(epoch, row, row).shown, dataset[epoch, row]
         image = decode_rgb(data.image_path(row))
-        boxes, labels = dataset._corners(row)
+        boxes, labels = data.training_corners(row)
         if shown is None:
             num_full += 1
             assert sample.image.shape[-2:] == dataset.transform.resize.size_hw(*data.size_hw(row))

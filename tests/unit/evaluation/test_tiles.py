@@ -23,7 +23,7 @@ from detr_dist.models.detector import Detector
 from detr_dist.resize import Resize
 from detr_dist.serving.decoding import decode_rgb
 from detr_dist.serving.postprocess import postprocess
-from detr_dist.serving.tiles import Grid, merge_windows
+from detr_dist.serving.tiles import merge_windows
 
 TILES = {"size": 40, "overlap": 0.25}
 
@@ -68,7 +68,7 @@ def one_by_one(data: CocoData, detector: Detector, settings: Config) -> Detectio
     assert isinstance(tiles, Tiles)
     for row in range(len(data)):
         image = decode_rgb(data.image_path(row))
-        windows = Grid(tiles.size_hw, tiles.overlap, tiles.full_image).windows(*image.shape[-2:])
+        windows = np.array(tiles.grid.windows(*image.shape[-2:]))
         boxes, scores, labels, rows = [], [], [], []
         for number, (left, top, right, bottom) in enumerate(windows.tolist()):
             size_hw = (bottom - top, right - left)

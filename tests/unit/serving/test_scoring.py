@@ -29,7 +29,7 @@ from mlflow.types.schema import (
 from PIL import Image
 
 from detr_dist.config import Config, override_config
-from detr_dist.errors import DataError
+from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.detections import Detections
 from detr_dist.extensions import FAMILIES
 from detr_dist.inference.model import load_model
@@ -124,6 +124,26 @@ def test_every_family_is_served_with_the_results_of_predict_to_the_bit(
     expected = rows_of(load_model(folder).predict(images, threshold=0))
     assert len(expected[0]) > 0
     assert found["detections"].tolist() == expected
+
+
+def test_windows_are_searched_with_the_results_of_predict_to_the_bit(
+    images: list[np.ndarray], tmp_path: Path
+) -> None:
+    images.append(np.random.default_rng(1).integers(0, 256, (400, 300, 3), dtype=np.uint8))
+    whole = rows_of(load_model(packed(tmp_path / "whole", *tiny("detr"))).predict(images, threshold=0))
+    for size in ("[32, 40]", "200"):
+        folder = packed(tmp_path / size, *tiny("detr"), f"data.tiles={{size: {size}}}")
+        found = mlflow.pyfunc.load_model(str(folder)).predict(
+            pd.DataFrame({"image": images}), params={"threshold": 0.0}
+        )
+        expected = rows_of(load_model(folder).predict(images, threshold=0))
+        assert found["detections"].tolist() == expected
+        assert (expected[0] == whole[0]) == (size == "200")
+        assert expected[3] != whole[3]
+        without = load_model(folder).predict(images, threshold=0, overrides=["data.tiles=null"])
+        assert rows_of(without) == whole
+    with pytest.raises(UsageError, match=r"^data\.tiles=auto: "):
+        load_model(folder).predict(images, overrides=["data.tiles=auto"])
 
 
 def test_half_precision_and_memory_layout_are_those_of_predict(

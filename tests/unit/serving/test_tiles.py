@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from detr_dist.serving import tiles
-from detr_dist.serving.tiles import Grid, merge_windows
+from detr_dist.serving.grid import Grid
+from detr_dist.serving.tiles import merge_windows, rounds
 
 SIZES_HW = [(100, 100), (64, 64), (65, 64), (64, 1), (30, 200), (65, 65), (2160, 3840), (1, 1)]
 
@@ -15,7 +16,8 @@ SIZES_HW = [(100, 100), (64, 64), (65, 64), (64, 1), (30, 200), (65, 65), (2160,
 )
 def test_windows_of_one_size_cover_the_image_and_overlap(grid, size_hw):
     height, width = size_hw
-    windows = grid.windows(height, width)
+    windows = np.array(grid.windows(height, width))
+    assert len(windows) == grid.num_windows(height, width)
     own = windows[:-1] if grid.full_image and len(windows) > 1 else windows
     covered = np.zeros(size_hw, dtype=bool)
     for left, top, right, bottom in own:
@@ -29,16 +31,47 @@ def test_windows_of_one_size_cover_the_image_and_overlap(grid, size_hw):
 
 
 def test_an_image_that_fits_into_a_window_has_only_this_one():
-    assert Grid((64, 64), 0.2, True).windows(64, 50).tolist() == [[0, 0, 50, 64]]
+    assert Grid((64, 64), 0.2, True).windows(64, 50) == [(0, 0, 50, 64)]
 
 
 def test_a_remainder_of_one_pixel_is_in_a_second_window():
-    assert Grid((64, 64), 0.0, False).windows(64, 65).tolist() == [[0, 0, 64, 64], [1, 0, 65, 64]]
+    assert Grid((64, 64), 0.0, False).windows(64, 65) == [(0, 0, 64, 64), (1, 0, 65, 64)]
+
+
+@pytest.mark.parametrize(
+    ("side", "window", "overlap", "starts"),
+    [
+        (64, 64, 0.2, [0]),
+        (65, 64, 0.2, [0, 1]),
+        (115, 64, 0.2, [0, 51]),
+        (116, 64, 0.2, [0, 26, 52]),
+        (192, 64, 0.0, [0, 64, 128]),
+        (32, 32, 0.9, [0]),
+    ],
+)
+def test_windows_are_as_few_as_overlap_enough(side, window, overlap, starts):
+    windows = Grid((window, window), overlap, False).windows(window, side)
+    assert [left for left, *_ in windows] == starts
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.33, 0.9])
+def test_neighbours_have_at_least_the_overlap(overlap):
+    for side in range(50, 400):
+        starts = [left for left, *_ in Grid((50, 50), overlap, False).windows(50, side)]
+        assert (starts[0], starts[-1]) == (0, side - 50)
+        assert max(np.diff(starts), default=0) <= 50 * (1 - overlap) + 1e-9
+
+
+def test_windows_of_some_images_form_batches_together():
+    assert rounds([20, 20, 20, 1, 50], 2) == [range(2), range(2, 5)]
+    assert rounds([100, 100], 2) == [range(1), range(1, 2)]
+    assert rounds([], 2) == []
 
 
 def detections(seed, size_hw, grid, number):
     """Random objects of an image, each found in every window that shows a part of it, with noise."""
-    rng, windows, (height, width) = np.random.default_rng(seed), grid.windows(*size_hw), size_hw
+    rng, (height, width) = np.random.default_rng(seed), size_hw
+    windows = np.array(grid.windows(*size_hw))
     corners = rng.uniform(0, [width, height], (number, 2))
     objects = np.hstack((corners, corners + rng.uniform(4, 60, (number, 2)))).clip(0, [width, height] * 2)
     labels_of_objects = rng.integers(2, size=number)
@@ -98,7 +131,7 @@ def test_merging_equals_its_definition(seed, most):
 
 
 def test_an_object_across_four_windows_is_found_once():
-    windows = Grid((64, 64), 0.0, False).windows(128, 128)
+    windows = np.array(Grid((64, 64), 0.0, False).windows(128, 128))
     whole = np.array([44, 44, 84, 84])
     parts = [whole.clip([*w[:2]] * 2, [*w[2:]] * 2) for w in windows]
     full = np.vstack((windows, [[0, 0, 128, 128]]))
@@ -111,7 +144,7 @@ def test_an_object_across_four_windows_is_found_once():
 
 
 def test_neighbours_in_one_window_remain_and_classes_do_not_mix():
-    windows = Grid((64, 64), 0.5, False).windows(64, 96)
+    windows = np.array(Grid((64, 64), 0.5, False).windows(64, 96))
     boxes = np.array(
         [[40, 10, 50, 30], [41, 10, 51, 30], [40, 10, 50, 30], [40, 10, 50, 30]], dtype=np.float32
     )
@@ -121,7 +154,7 @@ def test_neighbours_in_one_window_remain_and_classes_do_not_mix():
 
 
 def test_nothing_found_is_nothing_merged():
-    windows = Grid((64, 64), 0.5, True).windows(64, 96)
+    windows = np.array(Grid((64, 64), 0.5, True).windows(64, 96))
     none = np.zeros(0, dtype=np.int64)
     found = merge_windows(
         np.zeros((0, 4), np.float32), np.zeros(0, np.float32), none, none, windows, most=300
