@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
 import detr_dist
+from detr_dist.cli import app
+from detr_dist.config import load_config
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED_IN = (".ci", "accelerate_configs", "configs", "launch", "scripts")
@@ -22,6 +26,7 @@ def shipped(pattern: str) -> list[Path]:
     return sorted(path for folder in SHIPPED_IN for path in (REPOSITORY / folder).rglob(pattern))
 
 
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 YAML_FILES = [REPOSITORY / ".pre-commit-config.yaml", *shipped("*.yaml")]
 SHELL_SCRIPTS = [REPOSITORY / ".ci" / "run", *shipped("*.sh"), *shipped("*.sbatch")]
 SETTINGS_IN_BASH = shipped("*.env.example")
@@ -75,7 +80,7 @@ def test_the_package_is_marked_as_typed() -> None:
     assert (Path(detr_dist.__file__).parent / "py.typed").is_file()
 
 
-@pytest.mark.parametrize("page", [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")], ids=shown)
+@pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
     for target, _, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(#([^)\s]+))?\)", page.read_text()):
         linked = (page.parent / target) if target else page
@@ -84,6 +89,19 @@ def test_links_of_a_page_lead_to_files_and_headings(page: Path) -> None:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
             anchors = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
             assert heading in anchors, f"{target}#{heading}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=shown)
+def test_commands_on_a_page_have_options_and_settings_that_exist(page: Path) -> None:
+    text = "".join(re.findall(r"^```bash\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+    lines = [shlex.split(line, comments=True) for line in text.replace("\\\n", " ").splitlines()]
+    for name, *arguments in [words[1:] for words in lines if words[:1] == ["detr-dist"]]:
+        if "..." in arguments:
+            continue
+        given = get_command(app).commands[name].make_context(name, list(arguments)).params
+        if given.get("config") is not None:
+            config = load_config(REPOSITORY / given["config"], given.get("overrides") or ())
+            assert config != load_config(None)
 
 
 def test_the_map_of_the_readme_names_modules_that_exist() -> None:
