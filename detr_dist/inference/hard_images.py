@@ -107,7 +107,7 @@ def write_hard_images(
         reason = describe_disk_error(error, output_dir.parent)
         raise DataError(f"{error.filename or output_dir}: {reason}; nothing was written") from None
     print(
-        f"{output_dir}: the {len(images)} hardest of {counted(len(data), 'image')}; the boxes to correct are in "
+        f"{output_dir}: the {len(images)} hardest of {counted(len(data), 'image')}; correct the boxes in "
         f"{output_dir / DATA}",
         flush=True,
     )
