@@ -51,7 +51,9 @@ def check_data(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file with the settings; data.resize with its edges, and model.*, count."),
+        typer.Option(
+            help="YAML file with the settings; data.resize with its edges, data.tiles, and model.*, count."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Open no image.")] = False,
     as_json: Annotated[
