@@ -8,7 +8,7 @@ from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -21,7 +21,7 @@ from detr_dist.config_tiles import Tiles
 from detr_dist.data.batch import Batch, Sample
 from detr_dist.data.coco import CocoData
 from detr_dist.data.dataset import CocoDetectionDataset
-from detr_dist.data.loading import BatchLoader, shared_memory_need
+from detr_dist.data.loading import BatchLoader, num_loader_processes, shared_memory_need
 from detr_dist.data.sampling import EvaluationBatch, SampleKey, evaluation_batches
 from detr_dist.data.transforms import Plan, build_transform
 from detr_dist.data.windows import Window, WindowRule, inside
@@ -165,7 +165,8 @@ class ImagePass:
             )
         else:
             own = range(process_index, len(data), num_processes)
-            self._batches = list(_batches_of_windows(self.views, sizes_hw, own, batch_size))
+            of_images = list(_batches_of_windows(self.views, sizes_hw, own, batch_size))
+            self._batches = _in_turns(of_images, num_loader_processes(config.data.num_workers))
         self._loader = BatchLoader(
             _Views(data, resize, self.views, tiles, pixels or {}),
             [[(0, index) for index in batch.indices] for batch in self._batches],
@@ -237,12 +238,24 @@ class ImagePass:
 
 def _batches_of_windows(
     views: Views, sizes_hw: NDArray[np.int64], rows: range, batch_size: int
-) -> Generator[EvaluationBatch]:
-    """Yield batches of the windows of these images: of several images at a time, by size of the window."""
+) -> Generator[list[EvaluationBatch]]:
+    """Yield the batches of the windows of some of these images at a time, by size of the window."""
     for images in rounds([len(views.of_image(row)) for row in rows], batch_size):
         own = [view for image in images for view in views.of_image(rows[image])]
-        for batch in evaluation_batches(sizes_hw[own], batch_size, num_processes=1, process_index=0):
-            yield EvaluationBatch(batch.size_hw, [own[index] for index in batch.indices])
+        batches = evaluation_batches(sizes_hw[own], batch_size, num_processes=1, process_index=0)
+        yield [EvaluationBatch(batch.size_hw, [own[index] for index in batch.indices]) for batch in batches]
+
+
+def _in_turns(of_images: list[list[EvaluationBatch]], num_workers: int) -> list[EvaluationBatch]:
+    """Return all batches in such an order that each loader process gets those of the same images.
+
+    The processes take batches in turns. Otherwise each of them would decode every image.
+    """
+    in_order, width = list[EvaluationBatch](), max(1, num_workers)
+    for first in range(0, len(of_images), width):
+        turns = zip_longest(*of_images[first : first + width])
+        in_order += [batch for turn in turns for batch in turn if batch is not None]
+    return in_order
 
 
 class _OfViews:

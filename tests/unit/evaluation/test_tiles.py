@@ -11,7 +11,7 @@ from accelerate import PartialState
 from harness.data import TINY_BACKBONE
 from torchvision.transforms.v2 import functional as F
 
-from detr_dist.config import Config
+from detr_dist.config import Config, override_config
 from detr_dist.config_tiles import Tiles
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.distributed import HostGroup
@@ -137,6 +137,19 @@ def test_an_unreadable_image_is_reported_once_and_has_no_detections(data, detect
     assert [row for each in predicted for row in each.unreadable] == [0]
     assert all(0 not in each.records.image_rows for each in predicted)
     assert sorted(row for each in predicted for row in each.rows) == list(range(len(data)))
+
+
+def test_each_loader_process_gets_the_windows_of_its_own_images(data):
+    """They take batches in turns, and would all decode every image."""
+    settings = override_config(config(2, {"size": 32, "overlap": 0.5}), ["data.num_workers=2"])
+    images = ImagePass(replace(data, sizes_hw=np.full((len(data), 2), 96)), settings, torch.device("cpu"))
+    rows = [[images.views.rows[view] for view in batch.indices] for batch in images._batches]
+    own = [set(np.concatenate(rows[process::2]).tolist()) for process in (0, 1)]
+    assert set.union(*own) == set(range(len(data)))
+    assert own[0] & own[1] <= {4, 5}  # of the last turn, in which there was less for one of them
+    assert sorted(view for batch in images._batches for view in batch.indices) == list(
+        range(len(images.views))
+    )
 
 
 def test_views_of_images_smaller_and_larger_than_a_window():
