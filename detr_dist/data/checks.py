@@ -195,10 +195,21 @@ def check_splits(
         report.findings[name] = findings
         listed.setdefault(str(splits[0]) if index < num_train else name, []).extend(records.listed_files)
     clips = clips_in_two_splits(listed)
+    _accept_sources_without_boxes(report, [str(split) for split in splits[:num_train]])
     for name, findings in report.findings.items():
         every = findings + clips.get(name, [])
         report.findings[name] = sorted(every, key=lambda finding: finding.level != "error")
     return replace(report, settings=settings)
+
+
+def _accept_sources_without_boxes(report: Report, train_names: Sequence[str]) -> None:
+    """Make a warning of the error that a training source has no box, if another one has boxes."""
+    if any(report.statistics[name].num_boxes for name in train_names if name in report.statistics):
+        for name in train_names:
+            report.findings[name] = [
+                replace(each, level="warning") if each.kind == "no_boxes" else each
+                for each in report.findings[name]
+            ]
 
 
 def _with_tiles(settings: CheckSettings, config: Config, data: CocoData) -> CheckSettings:

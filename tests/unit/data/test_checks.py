@@ -336,10 +336,14 @@ def test_normalised_boxes_instead_of_pixels_are_an_error(document: Document, wri
 
 
 def test_training_data_without_boxes_are_one_error(document: Document, write_coco: WriteCoco) -> None:
+    with_boxes = write_coco(document, "with_boxes")
     document["annotations"] = []
-    report = check(write_coco(document))
+    empty = write_coco(document, "empty")
+    report = check(empty)
     assert kinds(report) == {"no_boxes": 1}
     assert report.num_errors == 1
+    report = check(with_boxes, empty, num_train=2)
+    assert [(each.kind, each.level) for each in report.findings[str(empty)]] == [("no_boxes", "warning")]
 
 
 def test_boxes_in_corner_format_are_recognised(document: Document, write_coco: WriteCoco) -> None:
