@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,29 +55,44 @@ def test_every_model_reference_gives_the_metrics_of_the_run(trained, easy_data: 
     assert (report["run_id"] in (trained.results()["run_id"], None), report["step"]) == (True, 120)
 
 
+TILES = ("data.tiles={size: 48}",)
+
+
 @pytest.fixture(scope="module")
-def alone(trained, easy_data: Path) -> tuple[dict, list[dict]]:
+def alone(trained, easy_data: Path) -> Callable[[tuple[str, ...]], tuple[dict, list[dict]]]:
     """Return report and predictions of one process with one image at a time and more loaders than cores."""
-    arguments = ("--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "new/alone.json")
-    report = report_of(trained, *arguments, "training.batch_size=1", "data.num_workers=9")
-    return report, json.loads((trained.folder / "new" / "alone.json").read_text())
+
+    @cache
+    def evaluate(overrides: tuple[str, ...]) -> tuple[dict, list[dict]]:
+        data = ("--data-dir", easy_data / "val", "--predictions", "new/alone.json")
+        settings = ("training.batch_size=1", "data.num_workers=9", *overrides)
+        report = report_of(trained, "--model", "out/model", *data, *settings)
+        return report, json.loads((trained.folder / "new" / "alone.json").read_text())
+
+    return evaluate
 
 
 @pytest.mark.dist
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "batch_size"), [(1, 8), (2, 8), (3, 1), (4, 1)])
+@pytest.mark.parametrize(
+    ("num_processes", "batch_size", "overrides"),
+    [(1, 8, ()), (2, 8, ()), (3, 1, ()), (4, 1, ()), (2, 3, TILES)],
+)
 def test_num_processes_and_batch_size_change_no_result(
-    trained, alone, easy_data: Path, num_processes: int, batch_size: int
+    trained, alone, easy_data: Path, num_processes: int, batch_size: int, overrides: tuple[str, ...]
 ) -> None:
     report = report_of(
         *(trained, "--model", "out/model", "--data-dir", easy_data / "val", "--predictions", "n.json"),
-        f"training.batch_size={batch_size}",
+        *(f"training.batch_size={batch_size}", *overrides),
         num_processes=num_processes,
     )
     assert report["num_processes"] == num_processes
-    expected_report, expected = alone
+    expected_report, expected = alone(overrides)
     found = json.loads((trained.folder / "n.json").read_text())
-    assert len(expected) == len(found) == 7 * 8  # queries of each image
+    if overrides == TILES:
+        assert len(expected) > 7 * 8  # of several windows
+    else:
+        assert len(expected) == 7 * 8  # queries of each image
     for one, other in zip(expected, found, strict=True):
         assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
         assert other["score"] == pytest.approx(one["score"], abs=1e-6)  # float32

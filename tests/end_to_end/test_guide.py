@@ -124,6 +124,7 @@ def test_the_logged_params_are_the_required_and_documented_ones(followed: Follow
         "max_steps", "pretrained", "checkpoint_every_steps", "checkpoint_keep_last",
         "logging_mlflow_run_name", "logging_register_model_as", "extensions", "callbacks", "logging_trackers",
         "multi_scale", "tiles", "class_loss", "repeat_rare", "copy_paste", "train_sources",
+        "evaluation_size_bands",
     }  # fmt: skip
     assert logged <= named
 

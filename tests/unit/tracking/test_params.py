@@ -22,6 +22,7 @@ OPTIONAL = {
     ("model", "class_loss"): "vfl",
     ("training", "max_steps"): 7,
     ("data", "multi_scale"): [480, 512],
+    ("data", "tiles"): {"size": 640},
     ("data", "repeat_rare"): 0.01,
     ("data", "copy_paste"): {"classes": ["ball"], "most": 2},
     ("evaluation", "size_bands"): [8, 16],
