@@ -46,6 +46,8 @@ class View:
     """Diameters of a far and of a near ball, with players of natural size: a scene as in footage, with up to
     22 players, motion blur, and things that look like a ball. None: a ball larger than life, in proportion to
     the height of the image."""
+    no_ball_share: float = NO_BALL_SHARE
+    """Fraction of the scenes without a ball."""
 
     @classmethod
     def of(cls, size: str, ball_px: tuple[float, float] | None) -> Self:
@@ -222,7 +224,7 @@ def _place_things(rng: np.random.Generator, camera: Camera, stand_px: int, view:
         kit = kits[int(rng.choice(3, p=(0.45, 0.45, 0.1)))]
         sprite = drawing.draw_player(rng, kit, height_px * SUPERSAMPLING)
         things.append(_Thing(PLAYER_ID, sprite, column, row))
-    if rng.random() >= NO_BALL_SHARE:
+    if rng.random() >= view.no_ball_share:
         things.append(_place_ball(rng, camera, things, stand_px, view))
     for _ in range(int(rng.integers(most_mistakable + 1)) if most_mistakable else 0):
         column, row = rng.uniform(0, width), rng.uniform((stand_px + 18) * view.unit, height)

@@ -14,6 +14,7 @@ import torch
 from harness.data import RESNET_FAMILIES
 from torch import nn
 
+from detr_dist.config import load_config
 from detr_dist.models.build import build_detector
 
 BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
@@ -28,9 +29,12 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import gpu_check
     import gpu_check_findings
+    import small_objects
     import train_step
 
-    return SimpleNamespace(check=gpu_check, findings=gpu_check_findings, train_step=train_step)
+    return SimpleNamespace(
+        check=gpu_check, findings=gpu_check_findings, train_step=train_step, small_objects=small_objects
+    )
 
 
 @pytest.mark.slow
@@ -144,3 +148,17 @@ def test_on_a_gpu_the_benchmark_trains_the_network_that_users_train(benchmarks, 
     with torch.no_grad():
         boxes = detector.eval()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]))
     assert bool(torch.isfinite(boxes["pred_boxes"]).all())
+
+
+def test_the_comparison_of_small_objects_has_valid_variants_and_reports_mean_and_range(benchmarks) -> None:
+    compared = benchmarks.small_objects
+    for variant in compared.VARIANTS.values():
+        config = load_config(compared.CONFIG, [*compared.COMMON, *variant.overrides])
+        assert not config.logging.mlflow
+    runs = [
+        {"name": "tiles", "steps": 9, "train_s": 8.0, "val_ball_recall": value} for value in (0.2, 0.3, 0.7)
+    ]
+    (row,) = compared.summary(runs)
+    assert row["ball_recall"] == "0.400 (0.200-0.700)"
+    assert row["ball_map_25"] == "0.000 (0.000-0.000)", "without detections"
+    assert (row["seeds"], row["steps"]) == (3, 9)

@@ -144,6 +144,16 @@ def test_the_size_alone_scales_a_scene() -> None:
     assert sides[1] == pytest.approx(2 * sides[0], rel=0.5), "other people"
 
 
+def test_the_fraction_of_scenes_without_a_ball_can_be_chosen() -> None:
+    def num_with_ball(no_ball_share: float) -> int:
+        view = View(no_ball_share=no_ball_share)
+        scenes = [draw_scene(np.random.default_rng([5, index]), view) for index in range(12)]
+        return sum(BALL_ID in scene.category_ids for scene in scenes)
+
+    assert num_with_ball(1) == 0
+    assert num_with_ball(0) >= 10, "players may hide a ball"
+
+
 def test_a_blurred_ball_keeps_its_size_where_it_is_half_opaque() -> None:
     for seed in range(30):
         rng = np.random.default_rng(seed)
