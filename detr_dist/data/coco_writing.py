@@ -32,14 +32,19 @@ def write_coco(
     for parent in {dirname(names[row]) for row in rows}:
         path_of(folder, parent).mkdir(parents=True, exist_ok=True)
     for row in rows:
-        source = os.path.realpath(data.image_path(row))  # a link to a relative link would lead nowhere
-        link_or_copy(source, path_of(folder, names[row]))
+        put_image(data, row, path_of(folder, names[row]))
     document = {
         "images": [_image(data, row, names[row]) for row in rows],
         "annotations": [annotation for row in rows for annotation in _annotations(data, row, category_ids)],
         "categories": [{"id": id_, "name": name} for name, id_ in category_ids.items()],
     }
     write_text(folder / ANNOTATIONS_NAME, json.dumps(document))
+
+
+def put_image(data: CocoData, row: int, target: Path) -> None:
+    """Make `target` a hard link to the file of an image, or a copy of it."""
+    # A link to a relative link would lead nowhere.
+    link_or_copy(os.path.realpath(data.image_path(row)), target)
 
 
 def target_names(data: CocoData) -> list[str]:

@@ -81,7 +81,7 @@ class CopyPaste:
         self._data, self._samples = data, samples
         self._classes = np.array([data.class_names.index(name) for name in settings.classes])
         of_class = np.flatnonzero(np.isin(data.box_classes, self._classes) & ~data.iscrowd)
-        rows = np.searchsorted(data.box_offsets, of_class, side="right") - 1
+        rows = data.image_rows[of_class]
         boxes, sizes_hw = data.boxes_xywh_px[of_class], data.sizes_hw[rows]
         shown_hw = sizes_hw if tiles is None else sizes_hw.clip(max=tiles.size_hw)
         areas = boxes[:, 2:].prod(axis=1) * resize.scales(shown_hw) ** 2

@@ -1,15 +1,14 @@
 """Writing some images of a data set and their boxes as "CVAT for images 1.1"."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from posixpath import dirname
 from xml.sax.saxutils import escape, quoteattr
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.coco_writing import target_names
+from detr_dist.data.coco_writing import put_image, target_names
 from detr_dist.data.images import path_of
-from detr_dist.storage import link_or_copy, write_text
+from detr_dist.storage import write_text
 
 
 def write_cvat(data: CocoData, rows: Sequence[int], folder: Path) -> None:
@@ -21,8 +20,7 @@ def write_cvat(data: CocoData, rows: Sequence[int], folder: Path) -> None:
     names, images = target_names(data), folder / "images"
     for row in rows:
         path_of(images, dirname(names[row])).mkdir(parents=True, exist_ok=True)
-        source = os.path.realpath(data.image_path(row))  # a link to a relative link would lead nowhere
-        link_or_copy(source, path_of(images, names[row]))
+        put_image(data, row, path_of(images, names[row]))
     write_text(folder / "annotations.xml", "\n".join(_document(data, rows, names)) + "\n")
 
 

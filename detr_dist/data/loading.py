@@ -59,16 +59,18 @@ def shared_memory_need(config: Config, data: CocoData, *, train: bool) -> Need:
     num_workers = num_loader_processes(config.data.num_workers)
     if num_workers == 0:
         return Need(0, 0)
-    batch_size = min(config.training.batch_size, len(data))
     augmentation = config.data.augmentation if train else "none"
     resizes = training_resizes(config.data) if train else [Resize.of(config.data)]
-    sizes_hw = data.sizes_hw
+    sizes_hw, num_samples = data.sizes_hw, len(data)
     if (tiles := specific_tiles(config)) is not None:
+        if not train:
+            num_samples = sum(tiles.grid.num_windows(*size_hw) for size_hw in sizes_hw.tolist())
         sizes_hw = np.concatenate((sizes_hw, sizes_hw.clip(max=tiles.size_hw)))
     areas = areas_after_resize(sizes_hw, augmentation, resizes)
+    batch_size = min(config.training.batch_size, num_samples)
     num_epochs = config.training.num_epochs if train else 1
     num_batches = min(
-        num_workers * config.data.prefetch_factor, math.ceil(num_epochs * len(data) / batch_size)
+        num_workers * config.data.prefetch_factor, math.ceil(num_epochs * num_samples / batch_size)
     )
     num_batches += config.training.gradient_accumulation_steps if train else 1  # in use
     smallest, largest = (3 * area * batch_size * num_batches for area in areas)

@@ -1,15 +1,14 @@
 """Writing some images of a data set and their boxes in YOLO's format."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
 
 from detr_dist.data.coco import CocoData
-from detr_dist.data.coco_writing import target_names
+from detr_dist.data.coco_writing import put_image, target_names
 from detr_dist.data.images import folded
-from detr_dist.storage import link_or_copy, write_text
+from detr_dist.storage import write_text
 
 
 def write_yolo(data: CocoData, rows: Sequence[int], folder: Path) -> None:
@@ -29,8 +28,7 @@ def write_yolo(data: CocoData, rows: Sequence[int], folder: Path) -> None:
             number += 1
             stem = f"{flat.stem}-{number}"
         taken.add(folded(stem))
-        source = os.path.realpath(data.image_path(row))  # a link to a relative link would lead nowhere
-        link_or_copy(source, folder / "images" / f"{stem}{flat.suffix}")
+        put_image(data, row, folder / "images" / f"{stem}{flat.suffix}")
         (folder / "labels" / f"{stem}.txt").write_text("".join(_lines(data, row)), encoding="utf-8")
     document = {"train": "images", "names": dict(enumerate(data.class_names))}
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)

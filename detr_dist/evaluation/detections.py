@@ -1,4 +1,4 @@
-"""Detections: of one image, of many images as columns, and the pass of images through a detector."""
+"""Detections: of one image, and of many images as columns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

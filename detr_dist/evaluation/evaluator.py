@@ -21,12 +21,13 @@ from detr_dist.errors import DetrDistError, StopRequested, as_one_line
 from detr_dist.evaluation.coco_metrics import CocoMetrics, compute_coco_metrics
 from detr_dist.evaluation.detections import DetectionRecords, Detections
 from detr_dist.evaluation.error_analysis import ErrorAnalysis, analyse_errors
-from detr_dist.evaluation.image_pass import ImagePass
+from detr_dist.evaluation.image_pass import ImagePass, ViewTargets
 from detr_dist.evaluation.small_objects import small_object_metrics
 from detr_dist.evaluation.thresholds import OperatingPoints, Thresholds, operating_points
 from detr_dist.models.class_weights import class_weight_of_boxes, class_weights_of
 from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
+from detr_dist.models.matcher import num_ignored_queries
 from detr_dist.text import printable
 
 _logger = logging.getLogger(__name__)
@@ -127,6 +128,10 @@ class Evaluator:
         self._loss = config.loss
         self._host = host
 
+    @cached_property
+    def _targets(self) -> ViewTargets:
+        return self._images.targets()  # the same at every evaluation
+
     def evaluate(self, detector: Detector) -> Scores:
         """Return the detector's scores on the data set.
 
@@ -222,10 +227,15 @@ class Evaluator:
 
         A view with more boxes than queries counts as many boxes as queries.
         """
-        labels, num_boxes = self._images.targets()
+        labels, num_boxes, num_ignored = self._targets
         class_weight = None
         if class_weights is not None:
             class_weight = class_weight_of_boxes(
                 labels, num_boxes, num_queries=num_queries, class_weights=class_weights
             )
-        return StepCounts(float(num_boxes.clip(max=num_queries).sum()), len(num_boxes), class_weight)
+        return StepCounts(
+            num_boxes=float(num_boxes.clip(max=num_queries).sum()),
+            num_images=len(num_boxes),
+            class_weight=class_weight,
+            num_ignored=num_ignored_queries(num_boxes, num_ignored, num_queries=num_queries),
+        )

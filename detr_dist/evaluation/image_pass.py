@@ -77,6 +77,17 @@ class Views:
         return range(*self.offsets[row : row + 2].tolist())
 
 
+class ViewTargets(NamedTuple):
+    """What the losses of V views are divided by."""
+
+    labels: NDArray[np.int64]
+    """Classes of the boxes that count in all views, in their order."""
+    num_boxes: NDArray[np.int64]
+    """[V], the number of these in each view."""
+    num_ignored: NDArray[np.int64]
+    """[V], the number of ignored regions."""
+
+
 class Predicted(NamedTuple):
     """The predictions of a detector for one batch of images."""
 
@@ -158,7 +169,8 @@ class ImagePass:
         self._memory = DeviceMemory(config, device)
         self._precision = config.training.mixed_precision
         resize, batch_size = Resize.of(config.data), config.training.batch_size
-        sizes_hw = np.array([resize.size_hw(height, width) for height, width in self.views.sizes_hw.tolist()])
+        size_after_resize = cache(resize.size_hw)  # most views have one of a few sizes
+        sizes_hw = np.array([size_after_resize(*size_hw) for size_hw in self.views.sizes_hw.tolist()])
         if tiles is None:
             self._batches = evaluation_batches(
                 sizes_hw, batch_size, num_processes=num_processes, process_index=process_index
@@ -175,16 +187,19 @@ class ImagePass:
             need=shared_memory_need(config, data, train=False),
         )
 
-    def targets(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the classes [T] of the boxes that count in the views of all images, and their number [V]."""
+    def targets(self) -> ViewTargets:
+        """Return what the views of all images hold, those of other processes included."""
         data, tiles = self._data, self._tiles
         if tiles is None:
-            return data.box_classes[~data.iscrowd], data.num_boxes
-        labels = [np.zeros(0, dtype=np.int64)]
-        for view, row in enumerate(self.views.rows.tolist()):
-            visible = inside(self.views.window(view), *data.training_corners(row), tiles.min_visible)[1]
-            labels.append(visible[visible >= 0])
-        return np.concatenate(labels), np.array([len(each) for each in labels[1:]], dtype=np.int64)
+            return ViewTargets(data.box_classes[~data.iscrowd], data.num_boxes, np.zeros_like(data.num_boxes))
+        visible = [
+            inside(self.views.window(view), *data.training_corners(row), tiles.min_visible)[1]
+            for view, row in enumerate(self.views.rows.tolist())
+        ]
+        labels = np.concatenate([np.zeros(0, dtype=np.int64), *visible])
+        num_boxes = np.array([(each >= 0).sum() for each in visible], dtype=np.int64)
+        num_visible = np.array([len(each) for each in visible], dtype=np.int64)
+        return ViewTargets(labels[labels >= 0], num_boxes, num_visible - num_boxes)
 
     def run(self, detector: Detector) -> Generator[Predicted]:
         """Yield the predictions of a detector in evaluation mode, batch by batch, with a progress bar.

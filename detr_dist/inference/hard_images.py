@@ -28,7 +28,7 @@ from detr_dist.errors import DataError, UsageError
 from detr_dist.evaluation.contact_sheet import error_marks
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.drawing import Mark, class_colour, class_label, draw_marks
-from detr_dist.evaluation.hard_images import HardImage, HardObject, rank_by_errors, rank_by_uncertainty
+from detr_dist.evaluation.image_ranking import HardImage, HardObject, rank_by_errors, rank_by_uncertainty
 from detr_dist.evaluation.thresholds import operating_points
 from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
@@ -231,7 +231,7 @@ def _draw(found: _Found, image: HardImage, number: str, folder: Path) -> None:
     data, marks = found.data, found.marks_of(image)
     pixels = decode_rgb(data.image_path(image.row), data.exif, data.size_hw(image.row))
     drawn = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    name = f"{number}_{PurePath(data.image_path(image.row).name).stem[:100]}.jpg"
+    name = f"{number}_{PurePath(data.image_path(image.row).name).stem[:60]}.jpg"
     crop = crop_around(drawn, image.objects[0].box_xyxy_px, marks)
     draw_marks(drawn, marks)
     for place, each in ((DRAWN, drawn), (CROPS, crop)):

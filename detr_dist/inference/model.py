@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from detr_dist.config import Config, DataConfig, override_config
+from detr_dist.config import Config, DataConfig, override_config, specific_tiles
 from detr_dist.data.coco import CocoData
 from detr_dist.data.loading import check_room, shared_memory_need
 from detr_dist.distributed import HostGroup, check_launch_settings, is_group_open
@@ -195,11 +195,7 @@ class TrainedModel:
         if self.config.training.mixed_precision == "fp16" and uses_cpu():
             overrides = ["training.mixed_precision=no", *overrides]
         config = override_config(self.config, overrides, only_known_names=False)
-        if config.data.tiles == "auto":
-            raise UsageError(
-                "data.tiles=auto: only a training chooses windows, by its boxes; give "
-                "data.tiles={size: 640}, or null for full images"
-            )
+        specific_tiles(config)  # refuses `auto`
         check_image_sizes(config.data, family_of(self.network.config), self.network.config, train=False)
         return config
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -214,14 +214,21 @@ def _assign_left(
     num_layers, _, num_queries = cost.shape
     is_left = np.ones((num_layers, len(num_ignored), num_queries), dtype=bool)
     is_left[tuple(pairs[:3])] = False
-    spans = [*enumerate(pairwise(accumulate(num_ignored, initial=0)))]
-    found = []
+    spans = enumerate(pairwise(accumulate(num_ignored, initial=0)))
+    with_regions = [(image, *span) for image, span in spans if span[0] < span[1]]
+    found = [np.zeros(0, dtype=np.int64)]
     for layer in range(num_layers):
-        for image, (start, stop) in spans:
+        for image, start, stop in with_regions:
             queries = np.flatnonzero(is_left[layer, image])
             _, chosen = linear_sum_assignment(cost[layer, start:stop][:, queries])
             found.append((layer * len(num_ignored) + image) * num_queries + queries[chosen])
     return np.concatenate(found).reshape(num_layers, -1)
+
+
+def num_ignored_queries(num_boxes: ArrayLike, num_ignored: ArrayLike, *, num_queries: int) -> int:
+    """Return how many queries the ignored regions of some images get in each row: those that are left."""
+    num_left = (num_queries - np.asarray(num_boxes)).clip(min=0)
+    return int(np.minimum(num_ignored, num_left).sum())
 
 
 def _union(

@@ -82,12 +82,14 @@ class Predictor:
 
         Windows of one size share batches, because a convolution would see padding.
         """
+        if self.settings.tiles is None:
+            return self._detect_together(images)
         found: list[Found] = []
         for together in rounds([len(image.windows) for image in images], self.settings.batch_size):
             found += self._detect_together([images[index] for index in together])
         return found
 
-    def _detect_together(self, images: list[PreparedImage]) -> list[Found]:
+    def _detect_together(self, images: Sequence[PreparedImage]) -> list[Found]:
         resized = [each for image in images for each in image.resized]
         sizes_hw = [
             (bottom - top, right - left) for image in images for left, top, right, bottom in image.windows

@@ -106,16 +106,14 @@ def set_up(
     init_from: str | None = None,
     may_clear_up: bool = True,
 ) -> Setup:
-    """Find the checkpoint or weights to start from, and build the network.
-
-    Collective.
+    """Find the checkpoint or weights to start from, and build the network. Collective.
 
     Args:
-        accelerator: The Accelerator of this process.
         config: The configuration, with the precision resolved.
-        output_dir: Folder of the run.
         train_data: Data set to train on.
         val_data: Data set to evaluate on.
+        accelerator: The Accelerator of this process.
+        output_dir: Folder of the run.
         resume: The value of `--resume`.
         init_from: The value of `--init-from`.
         may_clear_up: Whether to remove incomplete files of a killed run from the output folder.
@@ -128,21 +126,16 @@ def set_up(
     sources = Sources(host, output_dir, config.logging.mlflow_tracking_uri, may_clear_up=may_clear_up)
     config, resumed = _find_resumed(config, sources, resume, init_from, output_dir)
     model = _first_model(config.model, sources, init_from, resumed)
-    structure = model if resumed is None else model.model_copy(update={"pretrained": str(resumed.folder)})
-    config, windows = resolve_tiles(config, train_data, finest_stride_of(structure))
+    config, windows = _with_specific_tiles(config, model, train_data, resumed)
     dataset = training_dataset(train_data, config)  # reports a transform that cannot be used now
     _check_paths(config, host)
     samples, plan = _plan_of(config, train_data, host.num_processes)
     facts = _facts_of(config, train_data, val_data, plan, init_from, resumed, strategy.zero_stage)
-    changes = compare_with_saved(resumed.facts, facts) if resumed is not None else []
-    if resumed is not None and has_other_validation(resumed.facts, facts):
-        resumed = replace(resumed, state=resumed.state.without_best())
+    resumed, changes = _compared(resumed, facts)
     class_weights = class_weights_of(config.loss.class_weights, train_data.class_names)
     detector = _build_network(model, facts, train_data, resumed)
     if host.is_main_process:
-        warn_of_too_many_boxes(dataset, detector.num_queries)
-        if dataset.copy_paste is not None and not dataset.copy_paste.num_objects:
-            _logger.warning("data.copy_paste: nothing is pasted: no box of these classes is small enough")
+        warn_of_augmentation(dataset, detector.num_queries)
     return Setup(
         config=config,
         output_dir=output_dir,
@@ -188,8 +181,10 @@ def _find_resumed(
     return config, resumed
 
 
-def warn_of_too_many_boxes(dataset: CocoDetectionDataset, num_queries: int) -> None:
-    """Warn if augmentation can give an image more boxes than can be matched."""
+def warn_of_augmentation(dataset: CocoDetectionDataset, num_queries: int) -> None:
+    """Warn if augmentation can give an image more boxes than can be matched, or has nothing to paste."""
+    if dataset.copy_paste is not None and not dataset.copy_paste.num_objects:
+        _logger.warning("data.copy_paste: nothing is pasted: no box of these classes is small enough")
     if dataset.most_boxes_per_image > num_queries:
         _logger.warning(
             f"data.augmentation and data.copy_paste: an image can get up to {dataset.most_boxes_per_image} "
@@ -243,6 +238,16 @@ def _facts_of(
     )
 
 
+def _compared(resumed: Checkpoint | None, facts: RunFacts) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint, without its best score if that is of other data, and the allowed changes."""
+    if resumed is None:
+        return None, []
+    changes = compare_with_saved(resumed.facts, facts)
+    if has_other_validation(resumed.facts, facts):
+        resumed = replace(resumed, state=resumed.state.without_best())
+    return resumed, changes
+
+
 def _check_origin(init_from: str | None, saved: str | None) -> None:
     if init_from is not None and redact(init_from) != redact(str(saved)):
         raise UsageError(
@@ -270,6 +275,17 @@ def _first_model(
     elif init_from is not None:
         source = sources.weights(init_from)
     return model if init_from is None else model.model_copy(update={"pretrained": source})
+
+
+def _with_specific_tiles(
+    config: Config, model: ModelConfig, train_data: CocoData, resumed: Checkpoint | None
+) -> tuple[Config, str | None]:
+    """Return the configuration without `data.tiles=auto`, and a line on the windows that replace it."""
+    if config.data.tiles != "auto":
+        return config, None
+    if resumed is not None:  # the network that was built then
+        model = model.model_copy(update={"pretrained": str(resumed.folder)})
+    return resolve_tiles(config, train_data, finest_stride_of(model))
 
 
 def _build_network(

@@ -13,6 +13,7 @@ from detr_dist.distributed import HostGroup
 from detr_dist.errors import StopRequested, TrainingError, as_one_line
 from detr_dist.models.class_weights import class_weight_of_boxes
 from detr_dist.models.criterion import StepCounts
+from detr_dist.models.matcher import num_ignored_queries
 from detr_dist.training.signals import StopSignals
 
 
@@ -128,8 +129,7 @@ class StepSync:
         """Return the number of queries of a micro-batch that its ignored regions get."""
         if batch.ignored is None:
             return 0
-        num_left = [self._num_queries - min(boxes, self._num_queries) for boxes in batch.num_boxes]
-        return sum(map(min, batch.ignored.num_boxes, num_left))
+        return num_ignored_queries(batch.num_boxes, batch.ignored.num_boxes, num_queries=self._num_queries)
 
     def _class_weight(self, batch: Batch) -> float:
         """Return the weights of the classes of a micro-batch's boxes in all; 0 without class weights."""

@@ -121,6 +121,11 @@ def test_a_motion_blur_is_a_convolution_with_a_line(length: int, degrees: int) -
     assert float(difference.abs().max()) <= 0.5 + 1e-6, "rounded to the nearest level"
 
 
+def test_a_long_blur_does_not_overflow() -> None:
+    white = np.full((4, 5, 3), 255, dtype=np.uint8)
+    assert np.array_equal(blur_along_line(white, 999, 0.3), white)
+
+
 def test_noise_has_its_standard_deviation_and_no_bias() -> None:
     grey = torch.full((3, 200, 300), 128, dtype=torch.uint8)
     for deviation in footage.NOISE_LEVELS:

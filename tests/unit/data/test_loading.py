@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils.data._utils import signal_handling
 
-from detr_dist.config import Config, load_config
+from detr_dist.config import Config, load_config, specific_tiles
 from detr_dist.data import batch, loading
 from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.dataset import CocoDetectionDataset
@@ -216,6 +216,17 @@ def test_shared_memory_is_compared_with_the_need_of_all_processes(
     else:
         loading.check_room(need)
     assert capsys.readouterr().out.startswith("warning") == (outcome == "warning")
+
+
+def test_an_evaluation_in_windows_needs_shared_memory_for_all_of_them(data) -> None:
+    overrides = ["data.num_workers=1", "training.batch_size=1000", "data.tiles={size: 32, overlap: 0}"]
+    config = load_config(None, [*overrides, "data.resize=square", "data.shortest_edge=64"])
+    tiles = specific_tiles(config)
+    assert tiles is not None
+    num_windows = sum(tiles.grid.num_windows(*size_hw) for size_hw in data.sizes_hw.tolist())
+    assert num_windows > len(data)
+    need = shared_memory_need(config, data, train=False)
+    assert need == (2 * num_windows * 3 * 64 * 64,) * 2  # one batch of all ahead, and one in use
 
 
 def test_shared_memory_is_unchecked_without_loader_processes(data, monkeypatch, tmp_path, capsys) -> None:

@@ -21,7 +21,7 @@ from detr_dist.data.transforms import Plan, build_transform
 from detr_dist.errors import DataError, LoaderError, UsageError
 from detr_dist.extensions import TRANSFORMS
 from detr_dist.resize import Resize
-from detr_dist.training.setup import warn_of_too_many_boxes
+from detr_dist.training.setup import warn_of_augmentation
 
 NUM_IMAGES = 8
 SOURCE = """
@@ -309,8 +309,8 @@ def test_more_boxes_than_queries_through_partners_are_a_warning(
     data: CocoData, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert data.max_boxes_per_image == 2
-    warn_of_too_many_boxes(dataset(data, "mosaic"), num_queries=8)
+    warn_of_augmentation(dataset(data, "mosaic"), num_queries=8)
     assert not caplog.records
-    warn_of_too_many_boxes(dataset(data, "mosaic", Mean), num_queries=8)
+    warn_of_augmentation(dataset(data, "mosaic", Mean), num_queries=8)
     assert "up to 12 boxes" in caplog.text
     assert "model.num_queries" in caplog.text

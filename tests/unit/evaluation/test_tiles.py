@@ -19,6 +19,7 @@ from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.evaluator import Evaluator
 from detr_dist.evaluation.image_pass import ImagePass, Views
 from detr_dist.models.build import build_detector
+from detr_dist.models.criterion import SetCriterion, StepCounts
 from detr_dist.models.detector import Detector
 from detr_dist.resize import Resize
 from detr_dist.serving.decoding import decode_rgb
@@ -97,12 +98,17 @@ def detect(data: CocoData, detector: Detector, settings: Config, num_processes: 
     return DetectionRecords.concatenate(parts)
 
 
-@pytest.mark.parametrize("full_image", [True, False])
+@pytest.fixture(scope="module", params=[True, False], ids=["with_full_image", "windows_only"])
+def alone(request, data, detector) -> tuple[dict[str, object], DetectionRecords]:
+    """Return the settings of windows, and the detections of each window alone."""
+    tiles = TILES | {"full_image": request.param}
+    return tiles, one_by_one(data, detector, config(1, tiles))
+
+
 @pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 1), (3, 1), (8, 2)])
-def test_windows_give_the_detections_of_each_alone(data, detector, batch_size, num_processes, full_image):
-    settings = config(batch_size, TILES | {"full_image": full_image})
-    expected = one_by_one(data, detector, settings)
-    found = detect(data, detector, settings, num_processes)
+def test_windows_give_the_detections_of_each_alone(data, detector, batch_size, num_processes, alone):
+    tiles, expected = alone
+    found = detect(data, detector, config(batch_size, tiles), num_processes)
     for name in ("evaluated_rows", "image_rows", "labels"):
         assert np.array_equal(getattr(found, name), getattr(expected, name)), name
     assert np.allclose(found.scores, expected.scores, rtol=0, atol=1e-5)
@@ -125,6 +131,31 @@ def test_losses_are_those_of_all_windows_whatever_the_batch_size(data, detector)
     one, many = metrics(1), metrics(7)
     assert one == pytest.approx(many, rel=1e-6)
     assert one["loss"] > 0
+
+
+def test_the_loss_is_that_of_each_window_divided_by_what_all_of_them_hold(data, detector):
+    """Ignored regions have no part in the denominator of the softmax."""
+    settings, processes = config(1, TILES | {"min_visible": 1.0}), PartialState()
+    evaluated = Evaluator(data, settings, processes, HostGroup(processes)).evaluate(detector)
+    with closing(ImagePass(data, settings, torch.device("cpu")).run(detector)) as all_predicted:
+        alone = [(predicted.outputs, predicted.batch) for predicted in all_predicted]
+    num_boxes = sum(min(batch.num_boxes[0], 8) for _, batch in alone)
+    num_ignored = sum(
+        min(batch.ignored.num_boxes[0], 8 - min(batch.num_boxes[0], 8))
+        for _, batch in alone
+        if batch.ignored is not None
+    )
+    assert num_ignored > 0
+    counts = StepCounts(num_boxes, len(alone), num_ignored=num_ignored)
+    criterion = SetCriterion(detector.loss_settings)
+    losses = [
+        criterion(
+            outputs, batch.labels, batch.boxes_cxcywh, batch.num_boxes, counts, ignored=batch.ignored
+        ).logged
+        for outputs, batch in alone
+    ]
+    for name in ("loss", "loss_ce", "loss_bbox"):
+        assert evaluated.metrics[name] == pytest.approx(sum(float(each[name]) for each in losses), rel=1e-6)
 
 
 def test_an_unreadable_image_is_reported_once_and_has_no_detections(data, detector, tmp_path):

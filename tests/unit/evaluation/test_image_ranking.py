@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from detr_dist.evaluation.hard_images import class_weights, rank_by_errors, rank_by_uncertainty
+from detr_dist.evaluation.image_ranking import class_importance, rank_by_errors, rank_by_uncertainty
 from detr_dist.evaluation.thresholds import operating_points
 
 PLAYER, BALL = 0, 1
@@ -61,5 +61,5 @@ def test_without_annotations_scores_near_the_threshold_come_first(new_scene) -> 
 
 def test_the_weight_of_a_class_is_how_rare_and_small_it_is() -> None:
     labels, sides = np.array([0, 0, 0, 0, 1]), np.array([50, 70, 50, 70, 10.0])
-    assert class_weights(3, labels, sides).tolist() == [1, 4 * 6, 4 * 6]
-    assert class_weights(2, labels[:0], sides[:0]).tolist() == [1, 1]
+    assert class_importance(3, labels, sides).tolist() == [1, 4 * 6, 4 * 6]
+    assert class_importance(2, labels[:0], sides[:0]).tolist() == [1, 1]

@@ -49,7 +49,7 @@ def rank_by_errors(data: CocoData, matches: Matches) -> list[HardImage]:
     """
     single = ~data.iscrowd
     sides = np.sqrt(data.boxes_xywh_px[single, 2:].prod(axis=1))
-    weights = class_weights(data.num_classes, data.box_classes[single], sides)
+    weights = class_importance(data.num_classes, data.box_classes[single], sides)
     corners = data.boxes_xywh_px.copy()
     corners[:, 2:] += corners[:, :2]
     detections, objects = matches.detections, defaultdict[int, list[HardObject]](list)
@@ -83,7 +83,7 @@ def rank_by_uncertainty(
     counted = records.at_least(thresholds)
     widths_heights = counted.boxes_xyxy_px[:, 2:] - counted.boxes_xyxy_px[:, :2]
     sides = np.sqrt(widths_heights.astype(np.float64).prod(axis=1).clip(min=0))
-    weights = class_weights(data.num_classes, counted.labels, sides)
+    weights = class_importance(data.num_classes, counted.labels, sides)
     middle = thresholds[records.labels]
     reach = np.where(records.scores < middle, middle, 1 - middle) / 2
     distance = np.abs(records.scores - middle)
@@ -96,7 +96,7 @@ def rank_by_uncertainty(
     return _ranked(objects.items())
 
 
-def class_weights(
+def class_importance(
     num_classes: int, labels: NDArray[np.int64], sides: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return the weight of each class, [C], by how rare and how small its objects are; 1 at least.
