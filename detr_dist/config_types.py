@@ -71,7 +71,7 @@ def _as_short_as_possible(value: Any) -> Any:
 
 def _ascending(values: list[int]) -> list[int]:
     if any(low >= high for low, high in pairwise(values)):
-        raise ValueError(f"ascending numbers are wanted, got {values}")
+        raise ValueError("ascending numbers are wanted")
     return values
 
 
@@ -115,6 +115,11 @@ _NO_BOOL = _wanted("a number, not true or false,", lambda value: not isinstance(
 # YAML reads a key with nothing below it as null.
 _EMPTY_MAPPING = BeforeValidator(lambda value: {} if value is None else value)
 
+# A single number means a list of one number.
+_ONE_OR_MORE = BeforeValidator(
+    lambda value: [] if value is None else value if isinstance(value, list | tuple) else [value]
+)
+
 Count = Annotated[int, _NO_BOOL, Field(ge=1)]
 CountOrZero = Annotated[int, _NO_BOOL, Field(ge=0)]
 Positive = Annotated[float, _NO_BOOL, Field(gt=0, allow_inf_nan=False)]
@@ -157,15 +162,8 @@ Names = Annotated[
     list[str],
     BeforeValidator(lambda value: [] if value is None else [value] if isinstance(value, str) else value),
 ]
-Edges = Annotated[
-    list[Edge],
-    BeforeValidator(lambda value: [] if value is None else value if isinstance(value, list) else [value]),
-]
-SizeBands = Annotated[
-    list[Count],
-    BeforeValidator(lambda value: [] if value is None else value),
-    AfterValidator(_ascending),
-]
+Edges = Annotated[list[Edge], _ONE_OR_MORE]
+SizeBands = Annotated[list[Count], _ONE_OR_MORE, AfterValidator(_ascending)]
 Mapping = Annotated[dict[str, Any], _EMPTY_MAPPING]
 ClassWeights = Annotated[dict[str, Positive], _EMPTY_MAPPING]
 Weights = Annotated[dict[str, PositiveOrZero], _EMPTY_MAPPING, AfterValidator(_known(LOSSES))]

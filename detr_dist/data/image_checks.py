@@ -201,11 +201,12 @@ def _look_at(path: Path, exif: ExifRule, annotated_hw: tuple[int, int] | None) -
         digest=digest.digest(),
         thumbnail=(around_mean / max(length, MIN_CONTRAST)).numpy(),
         brightest=int(image.max()),
-        lacks_rotation=_lacks_rotation(path, exif, annotated_hw),
+        lacks_rotation=lacks_rotation(path, exif, annotated_hw),
     )
 
 
-def _lacks_rotation(path: Path, exif: ExifRule, annotated_hw: tuple[int, int] | None) -> bool:
+def lacks_rotation(path: Path, exif: ExifRule, annotated_hw: tuple[int, int] | None) -> bool:
+    """Return whether the EXIF data of an image have a rotation that the rule `exif` does not apply."""
     with suppress(UnreadableImageError), open_image(path) as image:  # its pixels were decoded
         return turn_of(image, exif, annotated_hw) != turn_to_upright(image)
     return False

@@ -20,6 +20,7 @@ from detr_dist.data.columns import counted
 from detr_dist.data.cvat_writing import write_cvat
 from detr_dist.data.formats import split_of
 from detr_dist.data.formats.layouts import NoAnnotationsError
+from detr_dist.data.image_checks import lacks_rotation
 from detr_dist.data.images import find_images
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.data.yolo_writing import write_yolo
@@ -34,7 +35,7 @@ from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.serving.decoding import decode_rgb
 from detr_dist.storage import check_new, check_writable, describe_disk_error, new_folder, write_text
-from detr_dist.text import printable
+from detr_dist.text import list_names, printable
 
 Form = Literal["coco", "cvat", "yolo"]
 DATA, DRAWN, CROPS, TABLE = "data", "drawn", "crops", "errors.csv"
@@ -106,6 +107,8 @@ def write_hard_images(
     except OSError as error:
         reason = describe_disk_error(error, output_dir.parent)
         raise DataError(f"{error.filename or output_dir}: {reason}; nothing was written") from None
+    if not is_annotated and config.data.exif == "auto":
+        warn_of_rotations(data, [image.row for image in images])
     print(
         f"{output_dir}: the {len(images)} hardest of {counted(len(data), 'image')}; correct the boxes in "
         f"{output_dir / DATA}",
@@ -134,6 +137,17 @@ def _load(data_dir: Path, model: TrainedModel, config: Config) -> tuple[CocoData
     for notice in data.notices:
         _logger.info(notice)
     return data, True
+
+
+def warn_of_rotations(data: CocoData, rows: Sequence[int]) -> None:
+    """Warn of images that are rotated here, but not when they are trained on: their size does not show it."""
+    turned = [row for row in rows if lacks_rotation(data.image_path(row), "auto", data.size_hw(row))]
+    if turned:
+        names = target_names(data)
+        _logger.warning(
+            f"{list_names(names[row] for row in turned)}: the boxes are in the image as its EXIF data rotate "
+            "it, which the size does not show; train on it with data.exif=apply"
+        )
 
 
 def _detect(data: CocoData, model: TrainedModel, config: Config) -> DetectionRecords:

@@ -48,7 +48,7 @@ def test_an_override_changes_a_key_of_a_mapping_or_replaces_it() -> None:
         ("evaluation.score_threshold=1.5", "a number from 0 to 1 or auto is wanted, got 1.5$"),
         (
             "evaluation.size_bands=[16, 8]",
-            r"evaluation\.size_bands.*ascending numbers are wanted, got \[16, 8\]",
+            r"evaluation\.size_bands: ascending numbers are wanted, got \[16, 8\]$",
         ),
         ("evaluation.score_threshold=best", "a number from 0 to 1 or auto is wanted, got 'best'$"),
         ("evaluation.score_threshold=true", "a number from 0 to 1 or auto is wanted, got True$"),
@@ -65,6 +65,11 @@ def test_an_override_changes_a_key_of_a_mapping_or_replaces_it() -> None:
 def test_an_error_for_a_wrong_key_or_value_lists_what_is_allowed(override: str, hint: str) -> None:
     with pytest.raises(UsageError, match=hint):
         load_config(None, [override])
+
+
+def test_a_single_number_is_a_list_of_one() -> None:
+    config = load_config(None, ["evaluation.size_bands=16", "data.multi_scale=480"])
+    assert (config.evaluation.size_bands, config.data.multi_scale) == ([16], [480])
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from detr_dist.data.coco import load_data
+from detr_dist.data.unannotated import read_unannotated
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.drawing import Mark
-from detr_dist.inference.hard_images import CROP_PX, crop_around, with_detections
+from detr_dist.inference.hard_images import CROP_PX, crop_around, warn_of_rotations, with_detections
 
 
 def test_detections_join_the_annotations_inside_their_images(tiny_data: Path) -> None:
@@ -31,6 +32,24 @@ def test_detections_join_the_annotations_inside_their_images(tiny_data: Path) ->
     assert joined.category_ids == (1, 2, 3)
     assert len(set(joined.annotation_ids.tolist())) == len(joined.annotation_ids)
     assert np.isin(data.annotation_ids, joined.annotation_ids).all()
+
+
+def test_rotations_that_training_would_not_apply_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The size of an image shows that it was turned by 90 degrees, but not by 180."""
+    orientations = {"upright.jpg": 1, "by_90.jpg": 6, "by_180.jpg": 3}
+    for name, orientation in orientations.items():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.new("RGB", (40, 30)).save(tmp_path / name, exif=exif)
+    data, _ = read_unannotated(tmp_path, list(orientations), ["ball"], "auto")
+    warn_of_rotations(data, [0, 1])
+    assert not caplog.messages
+    warn_of_rotations(data, [0, 1, 2])
+    (message,) = caplog.messages
+    assert message.startswith("'by_180.jpg': ")
+    assert message.endswith("data.exif=apply")
 
 
 @pytest.mark.parametrize("box", [(0, 0, 8, 8), (300, 100, 308, 108), (632, 352, 640, 360), (0, 0, 640, 360)])
