@@ -12,6 +12,7 @@ from detr_dist.data.coco import CocoData, load_data
 from detr_dist.data.coco_writing import write_coco
 from detr_dist.data.cvat_writing import write_cvat
 from detr_dist.data.yolo_writing import write_yolo
+from detr_dist.errors import DataError
 
 Writer = Callable[[CocoData, list[int], Path], None]
 
@@ -57,6 +58,17 @@ def test_what_was_written_is_read_with_the_same_boxes(write: Writer, data: CocoD
         assert len(one) == len(other)
         for box, wanted in zip(one[1:], other[1:], strict=True):
             assert box == pytest.approx(wanted, abs=2e-3)  # three digits after the point
+
+
+@pytest.mark.parametrize("name", [b"by\xff.jpg", b"by\x01.jpg"])
+def test_a_name_that_xml_cannot_hold_is_refused_before_anything_is_written(
+    name: bytes, data: CocoData, tmp_path: Path
+) -> None:
+    renamed = replace(data, file_names=np.array([name, *data.file_names[1:].tolist()]))
+    with pytest.raises(DataError, match=r"^'by.*\.jpg': CVAT's XML cannot hold this name"):
+        write_cvat(renamed, [2, 0], tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+    write_cvat(renamed, [2], tmp_path / "written")
 
 
 def boxes_of(data: CocoData, row: int, keep_crowds: bool) -> list[list[float]]:
