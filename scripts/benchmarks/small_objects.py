@@ -36,7 +36,15 @@ SIZE_PX, BALL_PX = (1280, 720), (6, 10)
 NUM_TRAIN, NUM_VAL = 400, 50
 NO_BALL_SHARES = {"common": 0.15, "rare": 0.8}
 NUM_TIMED, ROUNDS, WARM_UP = 4, 2, 1
-METRICS = ("ball_recall", "ball_map_25", "ball_map_50", "ball_center_map", "ball_recall_p95", "player_map_50")
+METRICS = (
+    "ball_recall",
+    "ball_precision",
+    "ball_map",
+    "ball_map_25",
+    "ball_center_map",
+    "ball_recall_p95",
+    "player_map",
+)
 COMMON = [
     "training.num_epochs=1000",
     "training.lr_schedule=constant",  # the variants have different numbers of epochs
