@@ -37,7 +37,7 @@ import json, os, shlex, sys
 
 results = json.load(open(sys.argv[1], encoding="utf-8"))
 for name, value in sorted(results["metrics"].items(), key=lambda item: (item[0] != "val_map", item[0])):
-    if name.endswith("_map"):
+    if name.endswith("_map") and not name.endswith("_center_map"):
         print(f"{name:<20} {value:.3f}")
 if "run_id" in results:
     print(f"{'MLflow run':<20} {results['run_id']}")

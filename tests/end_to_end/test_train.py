@@ -123,8 +123,13 @@ def test_each_evaluation_prints_a_short_line_and_the_last_one_a_full_table(train
     assert shown == {
         "val_map", "val_player_map", "val_ball_map", "val_map_50", "val_precision", "val_recall", "val_f1"
     }  # fmt: skip
-    for name in place.results()["metrics"]:
-        assert re.search(rf"^{name} +[\d.]+$", stdout, re.MULTILINE), name
+    metrics = place.results()["metrics"]
+    for name, prefix in {"player": "val_player_", "ball": "val_ball_", "all classes": "val_"}.items():
+        keys = [prefix + key for key in ("map", "precision", "recall", "f1", "threshold")]
+        values = " +".join(f"{metrics[key]:.4f}" if key in metrics else "-" for key in keys)
+        assert re.search(rf"^{name} +\d+ +{values}$", stdout, re.MULTILINE), name
+    for name, value in metrics.items():
+        assert f" {value:.4f}" in stdout, name
 
 
 def test_a_configured_score_threshold_applies_to_every_class(workplace, tiny_data: Path) -> None:
