@@ -95,7 +95,10 @@ class Report:
         if not self.opened_images:
             yield "images were not opened"
         if self.settings.finest_stride is None:
-            yield "not checked: whether classes are too small for the model, whose finest stride is unknown"
+            yield (
+                "not checked: whether classes are too small for the model, because its weights or extension "
+                "cannot be read here; the sizes above are without the windows of data.tiles=auto"
+            )
         yield f"verdict: {self.verdict}"
 
     def as_document(self) -> dict[str, Any]:

@@ -66,10 +66,10 @@ def describe_samples(data: CocoData, config: Config, samples: EpochSamples | Non
         factors = class_factors(data, config.data.repeat_rare)
         rare = np.flatnonzero(factors > 1)
         of_rare = ", ".join(f"{data.class_names[index]} x {factors[index]:.2f}" for index in rare)
-        yield (
-            f"data.repeat_rare {config.data.repeat_rare:g}: {of_rare or 'no class is rarer than that'}; "
-            f"{counted(len(data), 'image')} are {counted(sum(counts), 'sample')} an epoch"
-        )
+        what = "no class is rarer than that, so no image is repeated"
+        if of_rare:
+            what = f"{of_rare}; {counted(len(data), 'image')} are {counted(sum(counts), 'sample')} an epoch"
+        yield f"data.repeat_rare {config.data.repeat_rare:g}: {what}"
 
 
 def repeat_factors(data: CocoData, threshold: float) -> NDArray[np.float64]:

@@ -105,7 +105,7 @@ def test_an_epoch_has_all_repeats_in_complete_steps(write_data) -> None:
     (line,) = describe_samples(data, settings, samples)
     assert line == "data.repeat_rare 0.4: ball x 2.00, referee x 2.00; 20 images are 23 samples an epoch"
     (line,) = describe_samples(data, config("data.repeat_rare=0.01"), samples)
-    assert line.startswith("data.repeat_rare 0.01: no class is rarer than that; ")
+    assert line.startswith("data.repeat_rare 0.01: no class is rarer than that, ")
 
 
 @pytest.mark.parametrize("overrides", [(), ("data.repeat_rare=0.4",)])
