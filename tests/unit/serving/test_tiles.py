@@ -30,6 +30,16 @@ def test_windows_of_one_size_cover_the_image_and_overlap(grid, size_hw):
         assert (64 - np.diff(starts) >= grid.overlap * 64).all()
 
 
+def test_an_image_of_4k_is_covered_by_33_windows():
+    windows = Grid((640, 640), 0.2, True).windows(2160, 3840)
+    covered = np.zeros((2160, 3840), dtype=bool)
+    for left, top, right, bottom in windows[:-1]:
+        assert (right - left, bottom - top) == (640, 640)
+        covered[top:bottom, left:right] = True
+    assert covered.all()
+    assert (len(windows), windows[-1]) == (33, (0, 0, 3840, 2160))
+
+
 def test_an_image_that_fits_into_a_window_has_only_this_one():
     assert Grid((64, 64), 0.2, True).windows(64, 50) == [(0, 0, 50, 64)]
 
