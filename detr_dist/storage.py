@@ -148,6 +148,19 @@ def check_new(option: str, folder: Path) -> None:
         raise UsageError(f"{option} {folder}: already exists; delete it or choose another")
 
 
+def check_outside(option: str, folder: Path, source_option: str, source: Path) -> None:
+    """Check that a command does not write into the folder that it reads.
+
+    Raises:
+        UsageError: `folder` lies inside `source`.
+    """
+    if source.is_dir() and source.resolve() in folder.resolve().parents:
+        raise UsageError(
+            f"{option} {folder}: lies inside {source_option} {source}, so its images would be input the next "
+            "time; give another"
+        )
+
+
 def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a file of UTF-8 text atomically: the old one stays until the new one is complete on disk.
 

@@ -25,7 +25,7 @@ from detr_dist.data.images import find_images
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.data.yolo_writing import write_yolo
 from detr_dist.environment import check_environment, check_single_process
-from detr_dist.errors import DataError, UsageError
+from detr_dist.errors import DataError
 from detr_dist.evaluation.contact_sheet import error_marks
 from detr_dist.evaluation.detections import DetectionRecords
 from detr_dist.evaluation.drawing import Mark, class_colour, class_label, draw_marks
@@ -34,7 +34,14 @@ from detr_dist.evaluation.thresholds import operating_points
 from detr_dist.inference.model import TrainedModel, open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.serving.decoding import decode_rgb
-from detr_dist.storage import check_new, check_writable, describe_disk_error, new_folder, write_text
+from detr_dist.storage import (
+    check_new,
+    check_outside,
+    check_writable,
+    describe_disk_error,
+    new_folder,
+    write_text,
+)
 from detr_dist.text import list_names, printable
 
 Form = Literal["coco", "cvat", "yolo"]
@@ -77,11 +84,7 @@ def write_hard_images(
         DetrDistError: with one clear line.
     """
     check_new("--output-dir", output_dir)
-    if data_dir.is_dir() and data_dir.resolve() in output_dir.resolve().parents:
-        raise UsageError(
-            f"--output-dir {output_dir}: lies inside --data-dir {data_dir}, so its images would be input the "
-            "next time; give another"
-        )
+    check_outside("--output-dir", output_dir, "--data-dir", data_dir)
     check_writable("--output-dir", output_dir.parent)
     check_environment()
     check_single_process("errors")

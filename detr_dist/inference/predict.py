@@ -18,13 +18,13 @@ from detr_dist.data.coco import CocoData
 from detr_dist.data.images import decoded_name, find_images, folded
 from detr_dist.data.unannotated import read_unannotated
 from detr_dist.environment import check_environment, check_single_process
-from detr_dist.errors import DataError, DetrDistError, UsageError, as_one_line
+from detr_dist.errors import DataError, DetrDistError, as_one_line
 from detr_dist.evaluation.detections import DetectionRecords, Detections, coco_results
 from detr_dist.evaluation.image_pass import Predicted
 from detr_dist.inference.model import open_model
 from detr_dist.inference.overrides import import_overrides, tracking_uri_for, warn_of_no_effect
 from detr_dist.serving.decoding import decode_rgb
-from detr_dist.storage import check_new, check_writable, describe_disk_error, write_text
+from detr_dist.storage import check_new, check_outside, check_writable, describe_disk_error, write_text
 from detr_dist.text import list_names, printable
 
 RESULTS = "predictions.json"
@@ -77,11 +77,7 @@ def predict_images(
 
 def _check_output(output_dir: Path, source: Path) -> None:
     check_new("--output-dir", output_dir)
-    if source.is_dir() and source.resolve() in output_dir.resolve().parents:
-        raise UsageError(
-            f"--output-dir {output_dir}: lies inside --input {source}, so its images would be "
-            "input the next time; give another"
-        )
+    check_outside("--output-dir", output_dir, "--input", source)
     exists = output_dir.exists()
     check_writable("--output-dir", output_dir)
     if not exists:

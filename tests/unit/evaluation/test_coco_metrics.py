@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.coco_evaluation import evaluated
 from harness.data import ground_truth
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,20 +22,8 @@ STATS = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large", "mar
 
 
 def reference(data: CocoData, records: DetectionRecords) -> COCOeval:
+    evaluation = evaluated(data, records)
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = ground_truth(data)
-        coco.createIndex()
-        boxes = records.boxes_xyxy_px.astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        rows = zip(data.image_ranks[records.image_rows], boxes, records.scores, records.labels, strict=True)
-        results = [
-            {"image_id": int(i), "bbox": box.tolist(), "score": float(score), "category_id": int(label)}
-            for i, box, score, label in rows
-        ]
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
         evaluation.summarize()
     return evaluation
 

@@ -1,15 +1,11 @@
 """The metrics for small objects equal pycocotools, or their definition written as loops."""
 
-import contextlib
-import io
 from itertools import pairwise
 
 import numpy as np
 import pytest
-from harness.data import ground_truth
+from harness.coco_evaluation import evaluated
 from harness.slow_matching import considered, slow_ap, slow_match
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from detr_dist.data.coco import CocoData
 from detr_dist.evaluation.calibration import calibration_of
@@ -39,23 +35,7 @@ def with_means(of_class: dict[str, dict[str, float]], means: dict[str, str]) -> 
 
 def coco_precision(data: CocoData, records: DetectionRecords, **params: object) -> np.ndarray:
     """Return pycocotools' precision [T, R, C, A]; -1 without boxes."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = COCO()
-        coco.dataset = ground_truth(data)
-        coco.createIndex()
-        boxes = records.boxes_xyxy_px.astype(np.float64)
-        boxes[:, 2:] -= boxes[:, :2]
-        rows = zip(data.image_ranks[records.image_rows], boxes, records.scores, records.labels, strict=True)
-        results = [
-            {"image_id": int(i), "bbox": box.tolist(), "score": float(score), "category_id": int(label)}
-            for i, box, score, label in rows
-        ]
-        evaluation = COCOeval(coco, coco.loadRes(results), "bbox")
-        for name, value in params.items():
-            setattr(evaluation.params, name, value)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"][..., -1]
+    return evaluated(data, records, **params).eval["precision"][..., -1]
 
 
 def known(data: CocoData, precision: np.ndarray) -> dict[str, float]:
